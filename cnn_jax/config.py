@@ -1,0 +1,392 @@
+"""What an experiment is: typed fields, validation, content hash, difference.
+
+An experiment file holds one function, `get_config() -> Config`. A launcher applies the
+`--config.a.b=value` overrides to the object, calls `validate`, and writes it to the work
+directory as `config.json`.
+
+Fields declared with `value()` are *values, not structure*: they enter the compiled step as
+arguments, so runs that differ only in them share one compilation (see `values`).
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, get_origin
+
+from cnn_jax.errors import UserError
+
+
+def value(default: float) -> Any:
+    """A number that a compiled step takes as an argument instead of baking it in."""
+    return field(default=default, metadata={'value': True})
+
+
+@dataclass
+class Model:
+    """The network.
+
+    `strided_net` is: an optional stem convolution (no activation, no normalization), then for
+    each width a pair Conv(stride 1), Conv(stride `stride`), each followed by activation and
+    normalization, then dropout; then Flatten, the hidden Dense layers with activation,
+    normalization and dropout, and the output Dense layer.
+
+    `vgg16` is the 13 convolutions of VGG16 up to `cut`, then the same head.
+    """
+
+    name: str = 'strided_net'  # strided_net | vgg16
+    outputs: int = 0  # 0: one per class (softmax); 1: one sigmoid for two classes
+    dtype: str = 'float32'  # compute type: float32 | bfloat16; parameters are always float32
+
+    # strided_net
+    stem_width: int = 16  # 0: no stem
+    stem_kernel: int = 7
+    stem_stride: int = 2
+    stem_padding: str = 'VALID'
+    widths: tuple[int, ...] = (32, 64, 128)
+    kernel: int = 3
+    stride: int = 2  # of the second convolution of each pair
+    padding: str = 'SAME'  # SAME | SAME_TORCH | VALID | CIRCULAR | REFLECT
+    downsample: str = 'stride'  # stride | max_pool | avg_pool: how a pair shrinks its input
+    activation: str = 'relu'  # relu | leaky_relu | elu | gelu | silu | tanh
+    norm: str = 'batch'  # batch | none
+    norm_position: str = 'after'  # after | before the activation
+    norm_momentum: float = value(0.99)  # share of the old moving average that is kept
+    norm_epsilon: float = 1e-3
+    dropout: float = value(0.25)  # after each pair
+
+    # vgg16
+    weights: str = 'random'  # random | imagenet | a file (.h5, .onnx, .safetensors)
+    cut: str = 'block5_pool'  # the layer whose output the head sees
+    pool: str = 'flatten'  # flatten | average: what joins backbone and head
+
+    # head
+    hidden: tuple[int, ...] = (512,)
+    head_norm: str = 'batch'  # batch | none
+    head_dropout: float = value(0.5)
+
+
+@dataclass
+class Data:
+    """Where the images come from, and how they reach the network."""
+
+    source: str = 'mnist_5k'  # mnist_5k | digits | tfds:NAME | folder:PATH | idx:PATH
+    data_dir: str = ''  # where TFDS keeps prepared sets; '' is TFDS's default
+    train: str = 'train'  # a split, e.g. train, train[:80%], train[:500]
+    eval: str = 'test'
+    resize: str = 'none'  # none | stretch | crop (short side, then centre)
+    size: int = 0  # height and width after resize, in pixels; 0 keeps the source's
+    channels: int = 0  # 1 | 3; 0 keeps the source's
+    batch: int = 32  # examples a step, over all devices
+    eval_batch: int = 0  # 0: same as batch
+    stream: str = 'auto'  # auto | never | always: read batches from the source at each step
+    memory_gb: float = 4.0  # auto streams sets whose decoded images are larger than this
+
+
+@dataclass
+class Augment:
+    """Random changes to the training images, made on the device, keyed by example."""
+
+    flip: bool = False  # left-right, with probability 1/2
+    crop: int = 0  # pad by this many pixels on each side, then crop back at random
+    cutout: int = 0  # side of a square set to the mean, in pixels
+
+
+@dataclass
+class Loss:
+    """Task loss and penalties (equations in `cnn_jax.losses`)."""
+
+    label_smoothing: float = value(0.0)
+    l2: float = value(0.0)  # λ of λ·Σw² added to the loss (Keras's definition, no 1/2)
+    l2_on: tuple[str, ...] = ('*conv*/kernel',)  # parameter path patterns
+
+
+@dataclass
+class Optimizer:
+    """Update rule and learning-rate schedule (equations in `cnn_jax.optim`)."""
+
+    name: str = 'adam'  # sgd | adam | adamw
+    learning_rate: float = value(1e-4)
+    schedule: str = 'constant'  # constant | cosine | step | inverse_time
+    warmup_epochs: float = 0.0
+    decay_rate: float = value(0.0)  # inverse_time: rate; step: factor at each boundary
+    decay_steps: int = 1  # inverse_time: steps between decays
+    boundaries: tuple[float, ...] = ()  # step: epochs at which the rate is multiplied
+    momentum: float = value(0.9)  # sgd
+    nesterov: bool = False
+    b1: float = value(0.9)
+    b2: float = value(0.999)
+    epsilon: float = value(1e-7)  # Keras's default
+    weight_decay: float = value(0.0)  # decoupled: w ← w − lr·weight_decay·w
+    decay_on: tuple[str, ...] = ('*/kernel',)
+    clip_norm: float = 0.0  # 0: no clipping of the global gradient norm
+    accumulate: int = 1  # micro-batches a step
+
+
+@dataclass
+class Train:
+    """How long, how often, and what is kept."""
+
+    epochs: float = 10.0
+    frozen: tuple[str, ...] = ()  # parameter path patterns that are not trained
+    ema: float = 0.0  # decay of the moving average of the weights; 0: none
+    eval_every: float = 1.0  # epochs
+    checkpoint_every: float = 1.0  # epochs
+    keep: int = 2  # latest checkpoints kept, besides the best
+    best: str = 'accuracy'  # accuracy | loss, on the evaluation split
+    threads: int = 0  # CPU threads of a computation; 0: all cores
+
+
+@dataclass
+class Config:
+    """One run. `seed` decides initial weights, data order, augmentation and dropout."""
+
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+
+
+CHOICES = {
+    'model.name': ('strided_net', 'vgg16'),
+    'model.dtype': ('float32', 'bfloat16'),
+    'model.stem_padding': ('SAME', 'SAME_TORCH', 'VALID', 'CIRCULAR', 'REFLECT'),
+    'model.padding': ('SAME', 'SAME_TORCH', 'VALID', 'CIRCULAR', 'REFLECT'),
+    'model.downsample': ('stride', 'max_pool', 'avg_pool'),
+    'model.activation': ('relu', 'leaky_relu', 'elu', 'gelu', 'silu', 'tanh'),
+    'model.norm': ('batch', 'none'),
+    'model.norm_position': ('after', 'before'),
+    'model.head_norm': ('batch', 'none'),
+    'model.pool': ('flatten', 'average'),
+    'data.resize': ('none', 'stretch', 'crop'),
+    'data.channels': (0, 1, 3),
+    'data.stream': ('auto', 'never', 'always'),
+    'optimizer.name': ('sgd', 'adam', 'adamw'),
+    'optimizer.schedule': ('constant', 'cosine', 'step', 'inverse_time'),
+    'train.best': ('accuracy', 'loss'),
+}
+
+# Closed ranges; `None` is unbounded. Rates of 0 and 1 are both legal dropout rates.
+RANGES = {
+    'seed': (0, 2**32 - 1),
+    'model.outputs': (0, None),
+    'model.stem_width': (0, None),
+    'model.stem_kernel': (1, None),
+    'model.stem_stride': (1, None),
+    'model.kernel': (1, None),
+    'model.stride': (1, None),
+    'model.norm_momentum': (0, 1),
+    'model.norm_epsilon': (0, None),
+    'model.dropout': (0, 1),
+    'model.head_dropout': (0, 1),
+    'data.size': (0, None),
+    'data.batch': (1, None),
+    'data.eval_batch': (0, None),
+    'data.memory_gb': (0, None),
+    'augment.crop': (0, None),
+    'augment.cutout': (0, None),
+    'loss.label_smoothing': (0, 1),
+    'loss.l2': (0, None),
+    'optimizer.learning_rate': (0, None),
+    'optimizer.warmup_epochs': (0, None),
+    'optimizer.decay_rate': (0, None),
+    'optimizer.decay_steps': (1, None),
+    'optimizer.momentum': (0, 1),
+    'optimizer.b1': (0, 1),
+    'optimizer.b2': (0, 1),
+    'optimizer.epsilon': (0, None),
+    'optimizer.weight_decay': (0, None),
+    'optimizer.clip_norm': (0, None),
+    'optimizer.accumulate': (1, None),
+    'train.epochs': (0, None),
+    'train.ema': (0, 1),
+    'train.eval_every': (0, None),
+    'train.checkpoint_every': (0, None),
+    'train.keep': (1, None),
+    'train.threads': (0, None),
+}
+
+
+def fields_by_path(config: Any, prefix: str = '') -> dict[str, dataclasses.Field]:
+    """Every leaf field of a config (or of one of its groups), by its dotted path."""
+    found = {}
+    for f in dataclasses.fields(config):
+        inner = getattr(config, f.name)
+        if dataclasses.is_dataclass(inner):
+            found |= fields_by_path(inner, f'{prefix}{f.name}.')
+        else:
+            found[prefix + f.name] = f
+    return found
+
+
+def get(config: Config, path: str) -> Any:
+    """The value at a dotted path; an unknown path is a `UserError` naming the nearest one."""
+    known = fields_by_path(config)
+    if path not in known:
+        raise UserError(unknown_key(path, known))
+    for name in path.split('.'):
+        config = getattr(config, name)
+    return config
+
+
+def replace(config: Config, changes: dict[str, Any]) -> Config:
+    """A copy of `config` with the fields at the given dotted paths changed; types are checked."""
+    flat = to_flat(config)
+    for path in changes:
+        if path not in flat:
+            raise UserError(unknown_key(path, flat))
+    return from_flat(flat | changes)
+
+
+def unknown_key(path: str, known) -> str:
+    """The sentence for a key that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(path, list(known), n=1, cutoff=0.0)
+    hint = f'; did you mean config.{near[0]}?' if near else ''
+    return f'config.{path} is not a field of the configuration{hint}'
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """The config as `{dotted path: value}`."""
+    return {path: get_unchecked(config, path) for path in fields_by_path(config)}
+
+
+def get_unchecked(config: Any, path: str) -> Any:
+    for name in path.split('.'):
+        config = getattr(config, name)
+    return config
+
+
+def from_flat(flat: dict[str, Any]) -> Config:
+    """The config with the given leaves; a missing, unknown or mistyped one is a `UserError`."""
+    config = Config()
+    known = fields_by_path(config)
+    if missing := sorted(known.keys() - flat.keys()):
+        raise UserError(f'the configuration lacks config.{missing[0]}; add it or use the default')
+    for path, given in flat.items():
+        if path not in known:
+            raise UserError(unknown_key(path, known))
+        *groups, name = path.split('.')
+        owner = config
+        for group in groups:
+            owner = getattr(owner, group)
+        setattr(owner, name, _coerce(path, known[path].type, given))
+    return config
+
+
+def _coerce(path: str, kind: Any, given: Any) -> Any:
+    """`given` as the field's type, or a `UserError`; a traced array passes as a number."""
+    if hasattr(given, 'dtype') and kind in (int, float):
+        return given
+    if get_origin(kind) is tuple:
+        item = kind.__args__[0]
+        if isinstance(given, (list, tuple)):
+            return tuple(_coerce(path, item, g) for g in given)
+    elif kind is float:
+        if isinstance(given, (int, float)) and not isinstance(given, bool):
+            return float(given)
+    elif isinstance(given, kind) and not (kind is int and isinstance(given, bool)):
+        return given
+    name = f'a list of {kind.__args__[0].__name__}' if get_origin(kind) is tuple else kind.__name__
+    raise UserError(f'config.{path} must be {name}, not {given!r}')
+
+
+def validate(config: Config) -> Config:
+    """The same config, its types, choices, ranges and combinations checked (else `UserError`)."""
+    config = from_flat(to_flat(config))
+    for path, allowed in CHOICES.items():
+        if get(config, path) not in allowed:
+            near = difflib.get_close_matches(str(get(config, path)), map(str, allowed), n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise UserError(
+                f'config.{path} is {get(config, path)!r}; it can be '
+                f'{", ".join(map(str, allowed))}{hint}'
+            )
+    for path, (low, high) in RANGES.items():
+        given = get(config, path)
+        if (
+            given != given
+            or (low is not None and given < low)
+            or (high is not None and given > high)
+        ):
+            wanted = f'at least {low}' if high is None else f'from {low} to {high}'
+            raise UserError(f'config.{path} is {given}; it must be {wanted}')
+    _validate_combinations(config)
+    return config
+
+
+def _validate_combinations(config: Config) -> None:
+    if config.data.resize == 'none' and config.data.size:
+        raise UserError(
+            f'config.data.size is {config.data.size} but config.data.resize is none; '
+            'set config.data.resize to stretch or crop'
+        )
+    if config.data.resize != 'none' and not config.data.size:
+        raise UserError(
+            f'config.data.resize is {config.data.resize} but config.data.size is 0; '
+            'say the size in pixels'
+        )
+    if config.data.batch % config.optimizer.accumulate:
+        raise UserError(
+            f'config.optimizer.accumulate ({config.optimizer.accumulate}) must divide '
+            f'config.data.batch ({config.data.batch})'
+        )
+    if config.optimizer.schedule == 'step' and not config.optimizer.boundaries:
+        raise UserError(
+            'config.optimizer.schedule is step but config.optimizer.boundaries is empty; '
+            'say the epochs at which the learning rate drops'
+        )
+
+
+def values(config: Config) -> dict[str, float]:
+    """The fields that enter the compiled step as arguments, `{dotted path: number}`."""
+    return {
+        path: get_unchecked(config, path)
+        for path, f in fields_by_path(config).items()
+        if f.metadata.get('value')
+    }
+
+
+def structure(config: Config) -> dict[str, Any]:
+    """What a compilation depends on: every field but the values and the seed."""
+    flat = to_flat(config)
+    return {path: v for path, v in flat.items() if path not in values(config) and path != 'seed'}
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ, `{dotted path: (old, new)}`."""
+    a, b = to_flat(old), to_flat(new)
+    return {path: (a[path], b[path]) for path in a if a[path] != b[path]}
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON with sorted keys, ending in a newline."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote; anything else is a `UserError`."""
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f'the configuration is not JSON: {error}') from error
+
+    def flatten(node: dict, prefix: str = '') -> dict:
+        flat = {}
+        for name, inner in node.items():
+            flat |= (
+                flatten(inner, f'{prefix}{name}.')
+                if isinstance(inner, dict)
+                else {prefix + name: inner}
+            )
+        return flat
+
+    return from_flat(flatten(tree))
+
+
+def content_hash(config: Config) -> str:
+    """SHA-256 of the canonical JSON: equal configs, equal hash, on every machine."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Named sources of uint8 images, batches on the device, augmentation keyed by example."""

@@ -1,0 +1,67 @@
+"""Random changes to training images, on the device, keyed by example.
+
+The key of an example depends on its index and not on its place in a batch, so an image is changed
+in the same way whatever the batch size, the process or the device that it lands on.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32, Key, Num
+
+
+def augment(
+    key: Key[Array, ''],
+    images: Num[Array, 'b h w c'],
+    index: Int32[Array, ' b'],
+    *,
+    flip: bool = False,
+    crop: int = 0,
+    cutout: int = 0,
+    fill: Num[Array, ' c'] | float = 0,
+) -> Num[Array, 'b h w c']:
+    """Left-right flip, then pad-and-crop, then cutout; what is off changes nothing.
+
+    - flip: with probability 1/2.
+    - crop: pad by `crop` pixels on each side, then cut a window of the old size at a uniformly
+      random place (He et al. 2016, Deep residual learning, section 4.2).
+    - cutout: a square of side `cutout` pixels, its centre uniform over the image, cut off at the
+      borders, becomes `fill` (DeVries & Taylor 2017, Improved regularization of CNNs with cutout).
+
+    Args:
+      key: folded with the seed and the step, not with anything of the batch.
+      images: uint8 or float; normalized ones for the published zero padding.
+      index: the examples' positions in the source.
+      fill: the channel mean in the images' units, a number or one a channel; of normalized
+        images it is 0.
+    """
+    fill = jnp.asarray(fill, images.dtype)
+
+    def one(image, index):
+        flip_key, crop_key, cutout_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        if flip:
+            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        if crop:
+            image = _crop(crop_key, image, crop, fill)
+        if cutout:
+            image = _cut_out(cutout_key, image, cutout, fill)
+        return image
+
+    return jax.vmap(one)(images, index)
+
+
+def _crop(key: Array, image: Array, pad: int, fill: Array) -> Array:
+    height, width, channels = image.shape
+    padded = jnp.broadcast_to(fill, (height + 2 * pad, width + 2 * pad, channels))
+    padded = lax.dynamic_update_slice(padded, image, (pad, pad, 0))
+    top, left = jax.random.randint(key, (2,), 0, 2 * pad + 1)
+    return lax.dynamic_slice(padded, (top, left, 0), image.shape)
+
+
+def _cut_out(key: Array, image: Array, side: int, fill: Array) -> Array:
+    height, width, _ = image.shape
+    centre = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
+    top, left = centre - side // 2
+    row, column = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    inside = (top <= row) & (row < top + side) & (left <= column) & (column < left + side)
+    return jnp.where(inside, fill, image)

@@ -1,0 +1,206 @@
+"""Batches on the device, from arrays that live there or streamed from a source.
+
+Both providers yield the same batches in the same order, which `cnn_jax.data.order` decides:
+`{'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B], 'mask': bool [B]}`, where
+`index` is the example's position in the source and `mask` is False for padding.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt8
+
+from cnn_jax import config
+from cnn_jax.data.memory import Arrays, load
+from cnn_jax.data.order import eval_batches, local_size, train_indices
+from cnn_jax.data.parallel import cores, parallel_map
+from cnn_jax.data.resize import image_shape, prepare
+from cnn_jax.data.source import Source, open_split
+from cnn_jax.errors import UserError
+
+Batch = dict[str, Array]
+Taken = tuple[np.ndarray, np.ndarray]  # index, mask
+
+
+def open_batches(
+    data: config.Data,
+    which: str,
+    *,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    sharding: NamedSharding | None = None,
+) -> 'DeviceBatches | StreamBatches':
+    """The provider of the training (`which` is `train`) or evaluation (`eval`) batches.
+
+    Sets larger than `memory_gb` (10⁹ bytes, decoded) stream, unless `stream` decides.
+    With `sharding`, a batch is one global array laid out so; without, it is the process's own.
+    Raises `UserError` for a training batch larger than the data, and as `open_split` does.
+    """
+    source = open_split(data, which)
+    batch = data.batch if which == 'train' else data.eval_batch or data.batch
+    if which == 'train' and batch > len(source):
+        raise UserError(
+            f'config.data.batch is {batch}, but {data.source} has {len(source)} examples in '
+            f'{data.train}; lower it'
+        )
+    shape = image_shape(source, data.resize, data.size, data.channels)
+    fits = len(source) * math.prod(shape) <= data.memory_gb * 1e9
+    options = {
+        'batch': batch,
+        'seed': seed,
+        'process_index': process_index,
+        'process_count': process_count,
+        'sharding': sharding,
+    }
+    if data.stream == 'never' or (data.stream == 'auto' and fits):
+        return DeviceBatches(load(source, data.resize, data.size, data.channels), **options)
+    return StreamBatches(source, data.resize, data.size, data.channels, **options)
+
+
+class DeviceBatches:
+    """Batches gathered from arrays that were put on the device once: only indices cross.
+
+    With `sharding`, every device holds all images and gathers its own part of a batch.
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        *,
+        batch: int,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        sharding: NamedSharding | None = None,
+    ):
+        self.n = len(arrays.labels)
+        self.labels = arrays.labels
+        self.class_names = arrays.class_names
+        self.image_shape = arrays.images.shape[1:]
+        self.fingerprint = arrays.fingerprint
+        self.skipped = arrays.skipped
+        self._arrays = arrays
+        self._order = _Order(self.n, batch, seed, process_index, process_count)
+        self._sharding = sharding
+        whole = sharding and NamedSharding(sharding.mesh, PartitionSpec())
+        self._images, self._labels = _put((arrays.images, arrays.labels), whole)
+        self._gather = jax.jit(_gather, out_shardings=sharding)
+
+    def train(self, start_step: int = 0) -> Iterator[Batch]:
+        """The endless training batches from step `start_step` on."""
+        return self._batches(map(self._order.train, itertools.count(start_step)))
+
+    def evaluate(self) -> Iterator[Batch]:
+        """Each example once, the last batch padded."""
+        return self._batches(self._order.evaluate())
+
+    def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
+        """The images at the given positions, on the host."""
+        return self._arrays.images[index]
+
+    def _batches(self, taken: Iterable[Taken]) -> Iterator[Batch]:
+        for index_and_mask in taken:
+            if self._sharding:  # else the jitted call takes them over, in a tenth of the time
+                index_and_mask = _put(index_and_mask, self._sharding)
+            yield self._gather(self._images, self._labels, *index_and_mask)
+
+
+class StreamBatches:
+    """Batches read, decoded and prepared by Grain's threads, ahead of the step that needs them."""
+
+    def __init__(
+        self,
+        source: Source,
+        resize: str = 'none',
+        size: int = 0,
+        channels: int = 0,
+        *,
+        batch: int,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        sharding: NamedSharding | None = None,
+    ):
+        self.n = len(source)
+        self.labels = source.labels
+        self.class_names = source.class_names
+        self.image_shape = image_shape(source, resize, size, channels)
+        self.fingerprint = source.fingerprint
+        self.skipped = source.skipped
+        self._order = _Order(self.n, batch, seed, process_index, process_count)
+        self._sharding = sharding
+        self._image = lambda i: prepare(source.read(int(i)), resize, size, self.image_shape[-1])
+
+    def train(self, start_step: int = 0) -> Iterator[Batch]:
+        """The endless training batches from step `start_step` on."""
+        from grain import MapDataset
+
+        return self._batches(MapDataset.range(start_step, sys.maxsize).map(self._order.train))
+
+    def evaluate(self) -> Iterator[Batch]:
+        """Each example once, the last batch padded."""
+        from grain import MapDataset
+
+        return self._batches(MapDataset.source(list(self._order.evaluate())))
+
+    def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
+        """The images at the given positions, on the host."""
+        return np.stack(
+            parallel_map(lambda k: self._image(index[k]), len(index), 'Decoding images')
+        )
+
+    def _batches(self, taken: Any) -> Iterator[Batch]:
+        from grain import ReadOptions
+
+        threads = cores()
+        options = ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+        batches = iter(taken.map(self._batch).to_iter_dataset(options))
+        try:
+            placed = None
+            for batch in batches:
+                # One batch is on its way to the device while the one before it is in use.
+                before, placed = placed, _put(batch, self._sharding)
+                if before is not None:
+                    yield before
+            if placed is not None:
+                yield placed
+        finally:
+            batches.close()
+
+    def _batch(self, taken: Taken) -> dict[str, np.ndarray]:
+        index, mask = taken
+        images = np.stack([self._image(i) for i in index])
+        return {'image': images, 'label': self.labels[index], 'index': index, 'mask': mask}
+
+
+class _Order:
+    """The examples that a process takes, step by step: what both providers share."""
+
+    def __init__(self, n: int, batch: int, seed: int, process_index: int, process_count: int):
+        mask = np.ones(local_size(batch, process_count), bool)
+        share = (process_index, process_count)
+        self.train = lambda step: (train_indices(n, batch, seed, step, *share), mask)
+        self.evaluate = lambda: eval_batches(n, batch, *share)
+
+
+def _gather(images: Array, labels: Array, index: Array, mask: Array) -> Batch:
+    return {
+        'image': images.at[index].get(mode='promise_in_bounds'),
+        'label': labels.at[index].get(mode='promise_in_bounds'),
+        'index': index,
+        'mask': mask,
+    }
+
+
+def _put(tree: Any, sharding: NamedSharding | None) -> Any:
+    """The process's arrays on its device, or as its part of global ones."""
+    if sharding is None:
+        return jax.device_put(tree)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)

@@ -1,0 +1,48 @@
+"""What is known of a folder's files, kept in the cache so that only new ones are read again."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cnn_jax.data.parallel import parallel_map
+from cnn_jax.data.scan import Finding, remember, remembered, scan
+from cnn_jax.data.source import digest
+
+
+class File(NamedTuple):
+    """An image file: where it is, when it last changed, and what it contains."""
+
+    path: str  # below the root, with slashes
+    stamp: tuple[int, int, int]  # size, and times of the last change of content and of inode
+    finding: Finding
+
+
+def examined(root: Path, paths: Sequence[str]) -> dict[str, File]:
+    """The given files, each with its `Finding`; `{path: File}` in the same order.
+
+    A file is read when its stamp differs from the one in the index, as in git.
+    """
+    key = digest(os.fsencode(root.resolve()))
+    rows = (File(path, tuple(stamp), Finding(*found)) for path, stamp, found in remembered(key))
+    known = {file.path: file for file in rows}
+    stamps = [_stamp(root / path) for path in paths]
+    stale = [
+        (path, stamp)
+        for path, stamp in zip(paths, stamps)
+        if path not in known or known[path].stamp != stamp
+    ]
+    read = parallel_map(lambda i: _examine(root, *stale[i]), len(stale), 'Examining images')
+    known |= {file.path: file for file in read}
+    if stale:
+        remember(key, [known[path] for path in paths])
+    return {path: known[path] for path in paths}
+
+
+def _examine(root: Path, path: str, stamp: tuple[int, int, int]) -> File:
+    return File(path, stamp, scan((root / path).read_bytes()))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -1,0 +1,162 @@
+"""Splits of a source: its own parts, a fixed division where it has none, and slices of them.
+
+`train[:80%]`, `train[80%:]`, `train[10%:20%]` and `train[:500]` mean the same for every source:
+slices of one fixed order of the part, shuffled, and interleaved by class (`interleaved`). So
+slices that share a border are disjoint and complete, longer ones contain shorter ones, and every
+`[:n]` and `[n:]` holds each class in proportion, to within one example.
+"""
+
+import difflib
+import heapq
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from cnn_jax.data.source import Source, digest
+from cnn_jax.errors import UserError
+
+TRAIN_PERCENT = 80  # of a source that is not divided yet; the rest is its test split
+# Which example goes where is part of every published number: never change this.
+ORDER_KEY = 0x5EED_0F_5A11CE
+
+
+def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> Source:
+    """The examples that `split` names.
+
+    Args:
+      name: the source's, for messages.
+      parts: functions that open each part. A source with a single part is divided, class by
+        class, into `train` (80%) and `test` (20%); of others the parts keep their names.
+      split: a part, or `all`, or a slice of either: `NAME[from:to]`, with numbers of examples
+        or whole percents, either of them absent.
+    Raises `UserError` for an unknown part, a malformed slice, or one without examples.
+    """
+    part, first, last = _parse(split)
+    names = [*parts, 'all'] if len(parts) > 1 else ['train', 'test', 'all']
+    if part not in names:
+        near = difflib.get_close_matches(part, names, 1, cutoff=0)[0]
+        raise UserError(
+            f'{name} has no split {part!r}; it has {", ".join(names)}; did you mean {near}?'
+        )
+    source = _part(name, parts, part)
+    if first is None and last is None:
+        return source
+    n = len(source)
+    start, stop = _position(first, n, 0, split), _position(last, n, n, split)
+    if start >= stop:
+        raise UserError(f'{split} of {name} is empty: {part} has {n} examples; widen the slice')
+    return subset(source, interleaved(source.labels)[start:stop], f'{name} {split}')
+
+
+def _part(name: str, parts: Mapping[str, Callable[[], Source]], part: str) -> Source:
+    if len(parts) > 1:
+        return parts[part]() if part != 'all' else joined([open() for open in parts.values()], name)
+    (open_whole,) = parts.values()
+    whole = open_whole()
+    if part == 'all':
+        return whole
+    order = interleaved(whole.labels)
+    border = len(whole) * TRAIN_PERCENT // 100
+    chosen = order[:border] if part == 'train' else order[border:]
+    return subset(whole, np.sort(chosen), f'{name} {part}')
+
+
+def _parse(split: str) -> tuple[str, str | None, str | None]:
+    match = re.fullmatch(r'(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?', split)
+    if not match:
+        raise UserError(
+            f'{split!r} is not a split; write a name, such as train, or a slice, such as '
+            'train[:80%], train[80%:] or train[:500]'
+        )
+    return match[1], match[2], match[3]
+
+
+def _position(border: str | None, n: int, default: int, split: str) -> int:
+    if border is None:
+        return default
+    number, percent = int(border.removesuffix('%')), border.endswith('%')
+    if number > (100 if percent else n):
+        raise UserError(
+            f'{split} goes to {border}, but there are {"100%" if percent else f"{n} examples"}; '
+            'shorten the slice'
+        )
+    return n * number // 100 if percent else number
+
+
+def interleaved(labels: Int32[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
+    """A shuffled order in which every prefix holds each class in proportion.
+
+    Of the first m of n examples, class c with n_c has x_c with |x_c − m·n_c/n| < 1. The r-th
+    example of a class may stand at positions ⌊r·n/n_c⌋ to ⌈(r+1)·n/n_c⌉ − 1; taking the open
+    one whose window closes first always succeeds (Baruah et al. 1996, Proportionate progress;
+    Tijdeman 1980, The chairman assignment problem).
+
+    Within a class the order is that of Philox's raw output, which NumPy keeps across versions.
+    """
+    n = len(labels)
+    shuffled = np.argsort(np.random.Philox(key=ORDER_KEY).random_raw(n), kind='stable')
+    by_class = shuffled[np.argsort(labels[shuffled], kind='stable')]
+    counts = np.bincount(labels)
+    size = np.repeat(counts, counts).astype(np.int64)
+    rank = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
+    opens, closes = rank * n // size, -(-(rank + 1) * n // size)
+
+    by_opening = np.argsort(opens, kind='stable').tolist()
+    opens, closes = opens.tolist(), closes.tolist()
+    order, waiting, coming = [], [], 0
+    for position in range(n):
+        while coming < n and opens[by_opening[coming]] <= position:
+            job = by_opening[coming]
+            heapq.heappush(waiting, (closes[job], job))
+            coming += 1
+        order.append(heapq.heappop(waiting)[1])
+    return by_class[order]
+
+
+def subset(source: Source, indices: np.ndarray, name: str) -> Source:
+    """The examples of `source` at `indices`, in that order."""
+    indices = np.asarray(indices, np.int64)
+    return Source(
+        name=name,
+        class_names=source.class_names,
+        labels=source.labels[indices],
+        sizes=source.sizes[indices],
+        channels=source.channels,
+        read=lambda i: source.read(int(indices[i])),
+        describe=lambda i: source.describe(int(indices[i])),
+        fingerprint=digest(source.fingerprint, indices.astype('<i8').tobytes()),
+        encoded=source.encoded,
+        skipped=source.skipped,
+    )
+
+
+def joined(sources: list[Source], name: str) -> Source:
+    """The examples of several sources with the same classes, one source after the other."""
+    starts = np.cumsum([0] + [len(source) for source in sources])
+
+    def at(i: int) -> tuple[Source, int]:
+        k = int(np.searchsorted(starts, i, side='right')) - 1
+        return sources[k], i - int(starts[k])
+
+    def read(i: int) -> np.ndarray:
+        source, j = at(i)
+        return source.read(j)
+
+    def describe(i: int) -> str:
+        source, j = at(i)
+        return source.describe(j)
+
+    return Source(
+        name=name,
+        class_names=sources[0].class_names,
+        labels=np.concatenate([source.labels for source in sources]),
+        sizes=np.concatenate([source.sizes for source in sources]),
+        channels=max(source.channels for source in sources),
+        read=read,
+        describe=describe,
+        fingerprint=digest(*(source.fingerprint for source in sources)),
+        encoded=any(source.encoded for source in sources),
+        skipped=tuple(entry for source in sources for entry in source.skipped),
+    )

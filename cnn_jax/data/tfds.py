@@ -1,0 +1,134 @@
+"""Prepared TensorFlow Datasets, read without TensorFlow.
+
+A set of ArrayRecord files is read as encoded bytes and decoded here. One that is not prepared
+yet is downloaded and prepared first, which needs TensorFlow where its builder hands over arrays
+rather than encoded images (mnist and cifar10 do).
+"""
+
+import difflib
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from cnn_jax.data import decode
+from cnn_jax.data.parallel import parallel_map
+from cnn_jax.data.scan import Finding, remember, remembered, scan, skipped
+from cnn_jax.data.source import Source, digest
+from cnn_jax.errors import UserError
+
+
+def parts(name: str, data_dir: str = '') -> dict[str, Callable[[], Source]]:
+    """The splits of a TFDS image classification set (`NAME`, `NAME/CONFIG`, `NAME:VERSION`).
+
+    Raises `UserError` for an unknown set, one that cannot be prepared here, one in another
+    format than ArrayRecord, or one without an image and a class label.
+    """
+    builder = _prepared(name, data_dir)
+    image, label = _feature_keys(name, builder)
+    return {
+        part: functools.partial(_source, name, builder, part, image, label)
+        for part, info in builder.info.splits.items()
+        if info.num_examples
+    }
+
+
+def _prepared(name: str, data_dir: str):
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+        raise UserError(
+            f'TFDS has no set {name!r}, and none is prepared in '
+            f'{data_dir or "its default folder"}; did you mean tfds:{near}?'
+        ) from None
+    if not builder.is_prepared():
+        _prepare(name, builder)
+    formats = [kind.value for kind in builder.info.available_file_formats()]
+    if 'array_record' not in formats:
+        raise UserError(
+            f'tfds:{name} is prepared in {builder.data_path} as {", ".join(formats)}; set '
+            'config.data.data_dir to another folder, where it is prepared as array_record'
+        )
+    return builder
+
+
+def _prepare(name: str, builder) -> None:
+    try:
+        builder.download_and_prepare(file_format='array_record')
+    except ImportError as error:
+        raise UserError(
+            f'tfds:{name} is not prepared in {builder.data_path}, and preparing it needs '
+            f'{error.name or error}; run once: pip install tensorflow (what is downloaded is '
+            'kept, and reading the prepared set does not need it)'
+        ) from error
+    except Exception as error:  # builders fail in their own ways: network, checksums, disk
+        raise UserError(
+            f'tfds:{name} is not prepared in {builder.data_path}, and preparing it failed: '
+            f'{str(error).strip().splitlines()[0] if str(error).strip() else error!r}'
+        ) from error
+
+
+def _feature_keys(name: str, builder) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features)
+
+    def key_of(kind: type) -> str | None:
+        found = [key for key, feature in features.items() if isinstance(feature, kind)]
+        supervised = [key for key in builder.info.supervised_keys or () if key in found]
+        return next(iter(supervised or found), None)
+
+    image, label = key_of(tfds.features.Image), key_of(tfds.features.ClassLabel)
+    if image is None or label is None:
+        raise UserError(
+            f'tfds:{name} is not an image classification set: its features are '
+            f'{", ".join(features)}, and an image and a class label are wanted'
+        )
+    if features[image].np_dtype == np.float32:
+        raise UserError(f'tfds:{name} has images of floats; sets of 8 or 16 bits can be read')
+    return image, label
+
+
+def _source(name: str, builder, part: str, image: str, label: str) -> Source:
+    import tensorflow_datasets as tfds
+
+    records = builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
+    class_names = tuple(builder.info.features[label].names)
+    channels = 1 if builder.info.features[image].shape[-1] in (1, 2) else 3
+    rows = _examined(records, builder, part, image, label)
+    where = [f'tfds:{name} {part} record {i}' for i in range(len(records))]
+    wrong = skipped(f'tfds:{name} {part}', where, [found for _, found in rows])
+    kept = [i for i, (_, found) in enumerate(rows) if not found.reason]
+    content = [value for i in kept for value in (str(rows[i][0]), rows[i][1].sha256)]
+    return Source(
+        name=f'tfds:{name} {part}',
+        class_names=class_names,
+        labels=np.array([rows[i][0] for i in kept], np.int32),
+        sizes=np.array([rows[i][1][:2] for i in kept], np.int32).reshape(-1, 2),
+        channels=channels,
+        read=lambda i: decode.with_channels(decode.decode(records[kept[i]][image]), channels),
+        describe=lambda i: where[kept[i]],
+        fingerprint=digest(builder.info.full_name, *class_names, *content),
+        encoded=True,
+        skipped=wrong,
+    )
+
+
+def _examined(records, builder, part: str, image: str, label: str) -> list[tuple[int, Finding]]:
+    """The label and finding of every record, from the cache or by reading all of them once."""
+    files = [(file, file.stat()) for file in builder.info.splits[part].filepaths]
+    key = digest(*(f'{file} {stat.length} {stat.mtime}' for file, stat in files))
+
+    def examine(i: int) -> tuple[int, Finding]:
+        record = records[i]
+        return int(record[label]), scan(record[image])
+
+    if known := remembered(key):
+        return [(number, Finding(*found)) for number, found in known]
+    rows = parallel_map(examine, len(records), 'Examining images')
+    remember(key, rows)
+    return rows

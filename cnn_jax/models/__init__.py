@@ -1,0 +1,1 @@
+"""Networks, assembled from the layers of `cnn_jax.nn`."""

@@ -1,0 +1,78 @@
+"""A table of a network's layers: output shapes, parameters, operations."""
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row: `flops` are those of the forward pass for one example."""
+
+    path: str
+    kind: str
+    output: tuple[int, ...]
+    parameters: int
+    flops: int
+
+
+def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
+    """The layers that a forward pass calls, in the order of their calls.
+
+    FLOPs are 2 · (positions) · (kernel elements), position meaning a pixel of a convolution's
+    output or a Dense layer's example: every multiplication and addition of the products, padding
+    included, as the literature counts them. Bias, norm and activation are left out (about 1%).
+
+    Args:
+        model: Module called as `model(x, train=False)`.
+        input_shape: Of one example: height, width, channels.
+
+    Returns:
+        One `Layer` for each module that calls no other. Nothing is computed, only shapes are.
+    """
+    rows: dict[tuple[str, ...], Layer] = {}
+
+    def record(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        module = context.module
+        if context.method_name == '__call__':
+            own = module.variables.get('params', {})
+            kernel = own.get('kernel')
+            rows[module.path] = Layer(
+                path='/'.join(module.path),
+                kind=type(module).__name__,
+                output=y.shape[1:],
+                parameters=sum(p.size for p in jax.tree.leaves(own)),
+                flops=0 if kernel is None else 2 * math.prod(y.shape[:-1]) * kernel.size,
+            )
+        return y
+
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
+    inner = {path[:depth] for path in rows for depth in range(len(path))}
+    return [row for path, row in rows.items() if path not in inner]
+
+
+def summary(model: nn.Module, input_shape: tuple[int, ...]) -> str:
+    """The network as a table of at most 100 columns, its totals in the last line.
+
+    Arguments and what is counted as in `layers`.
+    """
+    rows = layers(model, input_shape)
+    name = max(len(row.path) for row in rows)
+    line = f'{{:{name}}}  {{:<10}}  {{:>14}}  {{:>12}}  {{:>10}}'
+    table = [line.format('layer', 'type', 'output', 'parameters', 'MFLOP')]
+    for row in rows:
+        output = '×'.join(map(str, row.output))
+        flops = f'{row.flops / 1e6:,.2f}' if row.flops else '-'
+        table.append(line.format(row.path, row.kind, output, f'{row.parameters:,}', flops))
+    parameters = sum(row.parameters for row in rows)
+    table.append(
+        f'total: {parameters:,} parameters ({parameters * 4 / 1e6:,.1f} MB in float32), '
+        f'{sum(row.flops for row in rows) / 1e9:.3f} GFLOP forward an example'
+    )
+    return '\n'.join(table)

@@ -1,0 +1,1 @@
+"""Layers: Flax modules, and the pure functions under them."""

@@ -1,0 +1,55 @@
+"""Dropout whose rate may be a traced value."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+_LEVELS = 2**16
+
+
+def dropout(
+    key: Key[Array, ''], x: Float[Array, '... c'], rate: float | Float[Array, '']
+) -> Float[Array, '... c']:
+    """Sets each element to zero with probability r and divides the others by 1 − r.
+
+    y = x · m / (1 − r), m ~ Bernoulli(1 − r); so E[y] = x and Var[y] = x² · r / (1 − r).
+
+    The mask compares 16 random bits with a threshold, half the random numbers of a uniform
+    float: r is rounded to a multiple of 2⁻¹⁶, and the rounded r also divides, so the mean
+    stays exact. Rates 0 (y is x, bit for bit; XLA may flush subnormals) and 1 (y is
+    zero) are exact, with their gradients.
+
+    Args:
+        key: Random key; the same key gives the same mask.
+        x: input.
+        rate: r, 0 to 1; traced or not, the computation is the same.
+
+    Source: Srivastava et al. 2014, "Dropout"; the division is the "inverted" form in use today.
+    """
+    *batch, channels = x.shape
+    pairs = jax.random.bits(key, (*batch, (channels + 1) // 2), jnp.uint32)
+    bits = jnp.concatenate([pairs & (_LEVELS - 1), pairs >> 16], axis=-1)[..., :channels]
+    kept = jnp.round((1 - jnp.asarray(rate, jnp.float32)) * _LEVELS).astype(jnp.uint32)
+
+    compute = jnp.promote_types(x.dtype, jnp.float32)
+    scale = _LEVELS / jnp.maximum(kept, 1).astype(compute)
+    return jnp.where(bits < kept, x.astype(compute) * scale, 0).astype(x.dtype)
+
+
+class Dropout(nn.Module):
+    """`dropout` in training, the identity at inference.
+
+    Attributes:
+        rate: Probability that an element is dropped, 0 to 1; a float or a traced scalar, so that
+            one compiled step serves every rate.
+
+    Draws from the random stream 'dropout', whatever the rate, so no rate shifts another
+    layer's mask.
+    """
+
+    rate: float | Float[Array, '']
+
+    @nn.compact
+    def __call__(self, x: Float[Array, '... c'], *, train: bool) -> Float[Array, '... c']:
+        return dropout(self.make_rng('dropout'), x, self.rate) if train else x

@@ -1,0 +1,1 @@
+"""Published VGG16 weights: where from, which digest, which preprocessing."""

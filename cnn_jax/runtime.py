@@ -1,0 +1,177 @@
+"""The machine: XLA's settings, allocator, compile cache, and a check that it computes right.
+
+Call `prepare` before JAX starts. It changes only what is known to help on this platform and
+version, and respects what the user has set.
+"""
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cnn_jax.cache import cache_folder
+from cnn_jax.errors import UserError
+
+# jaxlib 0.10's YNNPACK reductions give wrong results on CPU (jax issue 39103), and its single
+# convolutions are about half as fast as Eigen's. Later versions compute right.
+YNN_FLAG = 'xla_cpu_experimental_ynn_fusion_type'
+YNN_FLAGS = {(0, 10): f'--{YNN_FLAG}=-reduce,-individual_convolution'}
+
+ACCELERATOR_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin', 'libtpu')
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `prepare` decided; `notes` says it in words."""
+
+    xla_flags: str
+    threads: int
+    allocator: str
+    compile_cache: str
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return ' · '.join(self.notes)
+
+
+def prepare(threads: int = 0) -> Settings:
+    """Set up the process for JAX; call once, before JAX is first used.
+
+    Args:
+        threads: CPU threads of one computation; 0 uses every core this process may run on. The
+            results of XLA on CPU depend on it, so it belongs to a run's record.
+
+    Returns:
+        The settings in force.
+
+    Errors:
+        UserError: More threads than cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if threads > (cores or 1):
+        raise UserError(
+            f'config.train.threads is {threads}, but this process may use only {cores} cores; '
+            'lower it or set it to 0'
+        )
+    if threads:
+        os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
+    threads = int(os.environ.get('NPROC') or cores or 1)
+    version = importlib.metadata.version('jaxlib')
+    on_cpu = runs_on_cpu()
+    flags = _set_xla_flags(version) if on_cpu else os.environ.get('XLA_FLAGS', '')
+    allocator = _keep_freed_memory() if on_cpu else 'the system default'
+    cache = _set_compile_cache(version)
+    return Settings(
+        flags,
+        threads,
+        allocator,
+        cache,
+        notes=(
+            f'jaxlib {version}',
+            f'{threads} thread{"s" * (threads > 1)}',
+            f'XLA_FLAGS {flags or "unset"}',
+            f'allocator {allocator}',
+            f'compile cache {cache}',
+        ),
+    )
+
+
+def runs_on_cpu() -> bool:
+    """Whether JAX will choose the CPU, found out without starting it."""
+    chosen = os.environ.get('JAX_PLATFORMS', '')
+    if chosen:
+        return chosen.split(',')[0] == 'cpu'
+    return not any(importlib.util.find_spec(name) for name in ACCELERATOR_PLUGINS)
+
+
+def _set_xla_flags(version: str) -> str:
+    flags = os.environ.get('XLA_FLAGS', '')
+    release = tuple(int(part) for part in version.split('.')[:2])
+    if release in YNN_FLAGS and YNN_FLAG not in flags:
+        flags = f'{flags} {YNN_FLAGS[release]}'.strip()
+        os.environ['XLA_FLAGS'] = flags
+    return flags
+
+
+def _keep_freed_memory() -> str:
+    """Make glibc keep freed blocks: else every step maps its large temporaries anew.
+
+    Page faults cost a quarter of a step on CPU. Source: mallopt(3).
+    """
+    if 'tcmalloc' in os.environ.get('LD_PRELOAD', '') or 'jemalloc' in os.environ.get(
+        'LD_PRELOAD', ''
+    ):
+        return 'preloaded by the user'
+    if platform.libc_ver()[0] != 'glibc':
+        return 'the system default'
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    done = [
+        libc.mallopt(m_mmap_max, 0),
+        libc.mallopt(m_trim_threshold, 2**31 - 1),
+        libc.mallopt(m_top_pad, 256 << 20),
+    ]
+    return 'glibc, freed memory kept' if all(done) else 'glibc default (mallopt refused)'
+
+
+def _set_compile_cache(version: str) -> str:
+    """Point JAX's persistent compilation cache at a folder of this jaxlib and processor."""
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+        folder = cache_folder() / 'compiled' / f'jaxlib-{version}-{_processor()}'
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return 'off (its folder cannot be written)'
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
+        os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+    return os.environ['JAX_COMPILATION_CACHE_DIR']
+
+
+def _processor() -> str:
+    """A short name for the processor: code compiled for another one may not run here."""
+    info = Path('/proc/cpuinfo')
+    wanted = ('model name', 'flags', 'Features', 'CPU part')
+    text = platform.processor() + platform.machine()
+    if info.exists():
+        lines = info.read_text(errors='replace').split('\n\n')[0].splitlines()
+        text += ''.join(line for line in lines if line.startswith(wanted))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def self_check() -> None:
+    """Compare one compiled reduction with the exact result, and stop if they differ.
+
+    f(r) = Σ (I·r)² over 32,769 rows r = (i, 0, 0); the last is 32768² = 1073741824.
+
+    Errors:
+        UserError: XLA computes it wrongly (jax issue 39103: jaxlib 0.10 on CPU by default).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    rows = jnp.zeros((32769, 3), jnp.float32).at[:, 0].set(jnp.arange(32769, dtype=jnp.float32))
+    matrix = jnp.eye(3, dtype=jnp.float32)
+    got = float(jax.jit(jax.vmap(lambda r: jnp.sum((matrix @ r) ** 2)))(rows)[-1])
+    if got != 32768.0**2:
+        raise UserError(
+            f'XLA computes wrong results on this machine (a sum of squares gave {got:.0f} instead '
+            f'of {32768**2}); set XLA_FLAGS=--{YNN_FLAG}=-reduce or use another jaxlib'
+        )
+
+
+def devices() -> str:
+    """The devices JAX uses, in words: `1 × NVIDIA H100` or `cpu`. Starts JAX."""
+    import jax
+
+    kinds = [d.device_kind for d in jax.devices()]
+    return ', '.join(f'{kinds.count(kind)} × {kind}' for kind in sorted(set(kinds)))
+
+
+def python_version() -> str:
+    """The interpreter, e.g. `CPython 3.11.7`."""
+    return f'{platform.python_implementation()} {sys.version.split()[0]}'

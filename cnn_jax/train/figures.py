@@ -1,0 +1,75 @@
+"""The pictures of a run: learning curves, confusion matrix, reliability diagram."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn_jax.cache import write_atomically
+from cnn_jax.train.metrics import BINS, Sums
+
+
+def _save(figure, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120))
+
+
+def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy against epochs, training (with its regularization on) and evaluation.
+
+    Args:
+        lines: The lines of `metrics.jsonl`; without any, nothing is drawn.
+        path: The PNG.
+    """
+    from matplotlib.figure import Figure
+
+    if not lines:
+        return
+    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    for axes, name in zip(figure.subplots(1, 2), ('loss', 'accuracy')):
+        for split, style in (('train', '--'), ('eval', '-')):
+            points = [(line['epoch'], line[name]) for line in lines if line['split'] == split]
+            axes.plot(*np.transpose(points), style, marker='.', label=split)
+        axes.set(xlabel='epoch', ylabel='loss (nats)' if name == 'loss' else name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def draw_confusion(confusion: np.ndarray, class_names: list[str], path: Path) -> None:
+    """The confusion matrix: row = true class, colour = share of the row, number = examples."""
+    from matplotlib.figure import Figure
+
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    classes = len(class_names)
+    side = float(np.clip(2 + 0.45 * classes, 4, 18))
+    figure = Figure(figsize=(side, side), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    ticks = range(classes) if classes <= 40 else range(0, classes, classes // 20)
+    labels = [class_names[i] for i in ticks]
+    axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+    axes.set_yticks(ticks, labels)
+    axes.set(xlabel='predicted', ylabel='true')
+    if classes <= 30:
+        for (i, j), count in np.ndenumerate(confusion):
+            if count:
+                colour = 'white' if share[i, j] > 0.5 else 'black'
+                axes.text(j, i, str(count), ha='center', va='center', color=colour, fontsize=8)
+    _save(figure, path)
+
+
+def draw_reliability(sums: Sums, path: Path) -> None:
+    """Accuracy against confidence in `BINS` bins (Guo et al. 2017); the diagonal is calibrated."""
+    from matplotlib.figure import Figure
+
+    count = np.asarray(sums['bin_count'])
+    accuracy = np.asarray(sums['bin_correct']) / np.maximum(count, 1)
+    figure = Figure(figsize=(4.5, 4.5), layout='constrained')
+    axes = figure.subplots()
+    centres = (np.arange(BINS) + 0.5) / BINS
+    axes.bar(centres, accuracy, width=0.9 / BINS, alpha=0.8, label='accuracy')
+    axes.bar(centres, count / max(count.sum(), 1), width=0.4 / BINS, label='share of examples')
+    axes.plot([0, 1], [0, 1], 'k--', linewidth=1)
+    axes.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    _save(figure, path)

@@ -1,0 +1,224 @@
+"""The training loop: steps, metrics, evaluation, checkpoints, stopping and going on."""
+
+import collections
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cnn_jax import config as cfg
+from cnn_jax.train import metrics
+from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.progress import Progress
+from cnn_jax.train.record import Record
+from cnn_jax.train.step import State, Steps, Task, Values, values_of
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says why and what to try."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `fit` ended: the final evaluation, or stopped before it on request."""
+
+    state: State
+    metrics: dict[str, Any] | None
+    stopped: bool
+    compilations: dict[str, int]
+
+
+def fit(
+    config: cfg.Config,
+    task: Task,
+    steps: Steps,
+    train_batches,
+    eval_batches,
+    folder: Path,
+    *,
+    live: bool | None = None,
+) -> Outcome:
+    """Train from the latest checkpoint in `folder`, or from the start, to the last step.
+
+    Args:
+        config: A validated config.
+        task, steps: As `setup.make_run` gives them.
+        train_batches, eval_batches: As `data.batches.open_batches` gives them.
+        folder: The work directory.
+        live: Whether to draw a progress bar; by default on a terminal.
+
+    Errors:
+        RunFailed: The loss is no longer finite.
+    """
+    train_step = jax.jit(steps.train, donate_argnums=0)
+    eval_step = jax.jit(steps.evaluate)
+    values = values_of(config)
+    checkpoints = Checkpoints(
+        folder / 'checkpoints', keep=config.train.keep, best=config.train.best
+    )
+    state, meter, first = _start(config, steps, checkpoints)
+    record = Record(folder, first)
+    progress = Progress(task.total_steps, first, config.data.batch, task.steps_per_epoch, live)
+    if first:
+        progress.say(f'going on from the checkpoint of step {first} of {task.total_steps}')
+
+    def due(step: int, epochs: float) -> bool:
+        """Whether a multiple of `epochs` ends with this step; the last step is always due."""
+        if step == task.total_steps:
+            return True
+        every = epochs * task.steps_per_epoch
+        return bool(every) and int(step / every) > int((step - 1) / every)
+
+    def evaluate(state: State) -> dict[str, Any]:
+        return metrics.result(sum_metrics(eval_step, state, eval_batches.evaluate(), values))
+
+    def report(step: int, state: State) -> dict[str, Any]:
+        """Evaluate, and write down the training metrics since the last report."""
+        train_metrics = metrics.result(meter.take())
+        speed = progress.restart_clock(step)
+        began = time.perf_counter()
+        eval_metrics = evaluate(state)
+        epoch = round(step / task.steps_per_epoch, 6)
+        for split, result in (('train', train_metrics), ('eval', eval_metrics)):
+            record.metrics(step, split, {'epoch': epoch, **metrics.as_json(result)})
+        seconds = time.perf_counter() - began
+        record.timing(step, {'images_per_second': speed, 'evaluation_seconds': seconds})
+        progress.say(
+            f'epoch {epoch:g}  step {step}  '
+            f'train loss {train_metrics["loss"]:.4f} accuracy {train_metrics["accuracy"]:.4f}  '
+            f'eval loss {eval_metrics["loss"]:.4f} accuracy {eval_metrics["accuracy"]:.4f}  '
+            f'{speed:,.0f} images/s'
+        )
+        progress.restart_clock(step)
+        return eval_metrics
+
+    result, step = None, first
+    with Interruption() as interruption, progress:
+        for batch in train_batches.train(first):
+            if step >= task.total_steps:
+                break
+            state, sums = train_step(state, batch, values)
+            step += 1
+            meter.add(step, sums)
+            if meter.latest:
+                progress.step(step, *meter.latest)
+            reported = due(step, config.train.eval_every)
+            if reported or interruption.requested or due(step, config.train.checkpoint_every):
+                meter.drain()
+            if reported:
+                result = report(step, state)
+            if interruption.requested or due(step, config.train.checkpoint_every):
+                scores = metrics.scalars(result) if reported and result else None
+                checkpoints.save(state, {'sums': meter.pending_sums()}, scores)
+            if interruption.requested:
+                break
+    if result is None and step >= task.total_steps:
+        result = evaluate(state)
+    record.close()
+    checkpoints.close()
+    counts = {'train': train_step._cache_size(), 'evaluate': eval_step._cache_size()}
+    return Outcome(state, result, stopped=step < task.total_steps, compilations=counts)
+
+
+def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> metrics.Sums:
+    """The metrics' sums over a whole split; padding is not counted."""
+    total = None
+    for batch in batches:
+        total = metrics.add(total, eval_step(state, batch, values))
+    assert total is not None, 'a split has at least one batch'
+    return total
+
+
+def _start(config: cfg.Config, steps: Steps, checkpoints: Checkpoints):
+    """The newest saved state, or a new one; the meter that goes with it; the steps done."""
+    state = steps.init(config.seed)
+    latest = checkpoints.latest()
+    meter = Meter(checkpoints)
+    if latest is None:
+        return state, meter, 0
+    state, progress = checkpoints.restore(latest, state)
+    meter.resume(progress['sums'])
+    return state, meter, latest
+
+
+class Meter:
+    """Sums the metrics of the steps, two steps behind the device so that it need not wait.
+
+    Every step's loss is looked at, so a loss that is not finite stops the run at its step.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._waiting: collections.deque = collections.deque()
+        self._sums: metrics.Sums | None = None
+        self._checkpoints = checkpoints
+        self.latest: tuple[float, float] | None = None  # loss and accuracy so far
+
+    def add(self, step: int, sums: metrics.Sums) -> None:
+        """Take the sums of a step that may still be running."""
+        self._waiting.append((step, sums))
+        while len(self._waiting) > 2:
+            self._absorb()
+
+    def drain(self) -> None:
+        """Wait for all steps."""
+        while self._waiting:
+            self._absorb()
+
+    def _absorb(self) -> None:
+        step, sums = self._waiting.popleft()
+        self._sums = metrics.add(self._sums, sums)
+        if not np.isfinite(sums['objective']) or not np.isfinite(sums['gradient_norm']):
+            saved = self._checkpoints.latest()
+            where = (
+                f'the last good checkpoint is step {saved}' if saved else 'nothing was saved yet'
+            )
+            raise RunFailed(
+                f'the loss or its gradient is not finite at step {step}; {where}. Try a lower '
+                'config.optimizer.learning_rate, config.optimizer.clip_norm=1 or a warm-up '
+                '(config.optimizer.warmup_epochs) in a new --workdir'
+            )
+        count = self._sums['count']
+        self.latest = self._sums['loss'] / count, np.trace(self._sums['confusion']) / count
+
+    def take(self) -> metrics.Sums:
+        """The sums since the last call, which starts them anew."""
+        sums, self._sums = self._sums, None
+        assert sums is not None
+        return sums
+
+    def pending_sums(self) -> dict[str, Any] | None:
+        """The sums so far as JSON, for a checkpoint in the middle of an epoch."""
+        return self._sums and {name: np.asarray(part).tolist() for name, part in self._sums.items()}
+
+    def resume(self, sums: dict[str, Any] | None) -> None:
+        """Go on with the sums that `pending_sums` gave."""
+        self._sums = sums and {name: np.asarray(part) for name, part in sums.items()}
+
+
+class Interruption:
+    """Notes SIGTERM and Ctrl-C so that the loop can save first; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        self._before: dict = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: whoever owns it handles signals
+                break
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame):
+        self.requested = True
+        signal.signal(number, self._before[number])

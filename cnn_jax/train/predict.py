@@ -1,0 +1,87 @@
+"""Class probabilities of image files."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cnn_jax.data import decode, resize
+from cnn_jax.train.restore import Run
+from cnn_jax.train.setup import shape_text
+from cnn_jax.train.step import values_of
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The classes of one file, most probable first, or why it could not be read."""
+
+    path: Path
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str = ''
+
+    def as_json(self, top: int) -> dict[str, Any]:
+        """`{"file", "class", "probability", "top"}` or `{"file", "error"}`."""
+        if self.error:
+            return {'file': str(self.path), 'error': self.error}
+        name, probability = self.classes[0]
+        ranked = [{'class': c, 'probability': p} for c, p in self.classes[:top]]
+        return {'file': str(self.path), 'class': name, 'probability': probability, 'top': ranked}
+
+    def as_text(self, top: int) -> str:
+        """One line: the file, then classes with their probabilities."""
+        if self.error:
+            return f'{self.path}: not read: {self.error}'
+        return f'{self.path}: ' + '  '.join(f'{c} {p:.1%}' for c, p in self.classes[:top])
+
+
+def predict_files(run: Run, paths: Iterable[Path], batch: int = 32) -> list[Prediction]:
+    """Classify files with the network of a run.
+
+    Args:
+        run: An opened run.
+        paths: Image files; those that cannot be read become predictions with an error.
+        batch: Images computed at once.
+
+    Returns:
+        One prediction a path, in their order.
+    """
+    paths = list(paths)
+    read = [_read(run, path) for path in paths]
+    good = [image for image in read if not isinstance(image, str)]
+    probabilities = iter(_probabilities(run, good, batch))
+    names = run.manifest['data']['class_names']
+
+    def prediction(path: Path, image) -> Prediction:
+        if isinstance(image, str):
+            return Prediction(path, error=image)
+        shares = next(probabilities)
+        ranked = sorted(zip(names, shares.tolist()), key=lambda pair: -pair[1])
+        return Prediction(path, tuple(ranked))
+
+    return [prediction(path, image) for path, image in zip(paths, read)]
+
+
+def _read(run: Run, path: Path) -> np.ndarray | str:
+    data, wanted = run.config.data, run.task.image_shape
+    try:
+        pixels = decode.decode(path.read_bytes())
+    except OSError as error:
+        return error.strerror or str(error)
+    except decode.CorruptImage as error:
+        return str(error)
+    image = resize.prepare(pixels, data.resize, data.size, wanted[-1])
+    if image.shape != wanted:
+        return f'it is {shape_text(image.shape)}, the network takes {shape_text(wanted)}'
+    return image
+
+
+def _probabilities(run: Run, images: list[np.ndarray], batch: int) -> Iterator[np.ndarray]:
+    compute, values = jax.jit(run.steps.predict), values_of(run.config)
+    for start in range(0, len(images), batch):
+        part = np.stack(images[start : start + batch])
+        padded = np.zeros((batch, *part.shape[1:]), np.uint8)
+        padded[: len(part)] = part
+        yield from np.exp(compute(run.state, padded, values))[: len(part)]

@@ -1,0 +1,61 @@
+"""A finished or stopped run, opened again from its work directory."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import config as cfg
+from cnn_jax.errors import UserError
+from cnn_jax.train import setup, workdir
+from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.step import State, Steps, Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a work directory holds: enough to evaluate and to predict."""
+
+    config: cfg.Config
+    manifest: dict[str, Any]
+    task: Task
+    steps: Steps
+    state: State
+    step: int
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a work directory.
+
+    Errors:
+        UserError: The folder holds no run, or one that never started to train.
+    """
+    workdir.load_config(folder)
+    path = folder / 'manifest.json'
+    if not path.exists():
+        raise UserError(f'{folder} has no manifest.json: its run never started; run launch.train')
+    return json.loads(path.read_text())
+
+
+def open_run(folder: Path, which: str = 'latest') -> Run:
+    """Open the run in a work directory at one of its checkpoints.
+
+    Args:
+        folder: The work directory.
+        which: `latest`, or `best` by the metric config.train.best on the evaluation split.
+
+    Errors:
+        UserError: The folder holds no run or no such checkpoint.
+    """
+    manifest = read_manifest(folder)
+    config = workdir.load_config(folder)
+    task, steps = setup.make_run(config, manifest['data'])
+    checkpoints = Checkpoints(
+        folder / 'checkpoints', keep=config.train.keep, best=config.train.best
+    )
+    step = {'latest': checkpoints.latest, 'best': checkpoints.best}[which]()
+    if step is None:
+        raise UserError(f'{folder} has no {which} checkpoint yet; let launch.train reach one')
+    state, _ = checkpoints.restore(step, steps.init(config.seed))
+    checkpoints.close()
+    return Run(config, manifest, task, steps, state, step)

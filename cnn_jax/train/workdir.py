@@ -1,0 +1,59 @@
+"""The work directory of a run: what lies where, and whose it is."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from cnn_jax import config as cfg
+from cnn_jax.cache import write_atomically
+from cnn_jax.errors import UserError
+
+
+def claim(folder: Path, config: cfg.Config) -> None:
+    """Create the work directory, or check that it belongs to a run of the same config.
+
+    Errors:
+        UserError: It cannot be written, or holds a run of another config (the difference is told).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'the work directory {folder} cannot be written ({os.strerror(error.errno or 0)}); '
+            'choose another --workdir'
+        ) from error
+    path = folder / 'config.json'
+    if not path.exists():
+        write_text(path, cfg.to_json(config))
+        return
+    changed = cfg.differences(load_config(folder), config)
+    if changed:
+        listed = '; '.join(
+            f'config.{name}: {old!r} → {new!r}' for name, (old, new) in changed.items()
+        )
+        raise UserError(
+            f'the work directory {folder} belongs to a run of another config ({listed}); '
+            'choose another --workdir or restore these fields'
+        )
+
+
+def load_config(folder: Path) -> cfg.Config:
+    """The config of the run in a work directory.
+
+    Errors:
+        UserError: The folder is missing or holds no run.
+    """
+    path = folder / 'config.json'
+    if not path.exists():
+        raise UserError(
+            f'{folder} is not the work directory of a run (it has no config.json); '
+            'give the --workdir that launch.train was given'
+        )
+    return cfg.from_json(path.read_text())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole."""
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,1 @@
+"""One file a question: its baseline, the command, the answer expected."""

@@ -1,0 +1,1 @@
+"""Entry points: absl flags in, plain errors and exit codes out."""

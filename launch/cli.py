@@ -1,0 +1,102 @@
+"""What every launcher shares: flags, plain errors, exit codes, the process's set-up.
+
+Exit codes: 0 success, 1 a failed run, 2 a user's mistake, 75 stopped on request after saving.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from cnn_jax import config as cfg
+from cnn_jax.errors import UserError
+
+OK, FAILED, MISTAKE, STOPPED = 0, 1, 2, os.EX_TEMPFAIL
+
+# The flags defined here belong to the launcher that asks for them: its --help shows them.
+flags.disclaim_key_flags()
+
+flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
+
+
+def define_workdir(text: str) -> flags.FlagHolder:
+    """The --workdir flag, required."""
+    return flags.DEFINE_string('workdir', None, text, required=True)
+
+
+def define_config() -> flags.FlagHolder:
+    """The --config=FILE flag with its --config.KEY=VALUE overrides, required."""
+    from ml_collections import config_flags
+
+    return config_flags.DEFINE_config_file(
+        'config',
+        None,
+        'The experiment: a Python file with get_config(). Override any field with '
+        '--config.KEY=VALUE, e.g. --config.optimizer.learning_rate=1e-3; '
+        'cnn_jax/config.py says what the fields mean.',
+    )
+
+
+def read_config(holder: flags.FlagHolder) -> cfg.Config:
+    """The validated config of a `define_config` flag."""
+    config = holder.value
+    if not isinstance(config, cfg.Config):
+        raise UserError('--config is missing; give an experiment file, e.g. experiments/small.py')
+    return cfg.validate(config)
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Run a launcher's `main` and leave the process with its exit code.
+
+    A `UserError` is one sentence on standard error and exit code 2; any other exception is a
+    failed run, exit code 1, with one sentence, too. `--debug` shows the traceback.
+    """
+    arguments = sys.argv
+    debug = any(a in ('--debug', '--debug=true') for a in arguments)
+    if {'--help', '-h', '-help'} & set(arguments[1:]):
+        print(sys.modules['__main__'].__doc__ + flags.FLAGS.main_module_help())
+        sys.exit(OK)
+    try:
+        _check_config_argument(arguments)
+        logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
+        app.run(lambda argv: sys.exit(main(argv) or OK), flags_parser=_parse)
+    except UserError as error:
+        if debug:
+            raise
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(MISTAKE)
+    except Exception as error:
+        if debug:
+            raise
+        print(f'failed: {type(error).__name__}: {error} (--debug shows where)', file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    """Parse the flags; a mistake in one is a `UserError`."""
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        raise UserError(f'{error}; --help lists the flags') from error
+
+
+def _check_config_argument(arguments: list[str]) -> None:
+    """Say in our own words what ml_collections would answer with a traceback."""
+    known = cfg.fields_by_path(cfg.Config())
+    for argument in arguments[1:]:
+        name, _, given = argument.lstrip('-').partition('=')
+        if name == 'config' and given and not Path(given).is_file():
+            raise UserError(f'--config={given}: there is no such file')
+        if name.startswith('config.') and name.removeprefix('config.') not in known:
+            raise UserError(cfg.unknown_key(name.removeprefix('config.'), known))
+
+
+def start(threads: int = 0):
+    """Prepare the process for JAX and check that it computes right; returns the settings."""
+    from cnn_jax import runtime
+
+    settings = runtime.prepare(threads)
+    runtime.self_check()
+    return settings

@@ -1,0 +1,67 @@
+"""Evaluate a trained network on a split of its data.
+
+  python -m launch.evaluate --workdir=runs/small
+  python -m launch.evaluate --workdir=runs/small --split='train[:500]' --checkpoint=best
+
+Prints loss, accuracy, top-5, calibration error and the accuracy of each class; writes
+evaluation.json, confusion.png and reliability.png into the work directory.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from launch import cli
+
+WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
+SPLIT = flags.DEFINE_string('split', None, "The split; by default the run's config.data.eval.")
+CHECKPOINT = flags.DEFINE_enum(
+    'checkpoint', 'latest', ['latest', 'best'], 'Which checkpoint; best is by config.train.best.'
+)
+
+
+def main(_) -> int:
+    """Evaluate; returns the exit code."""
+    folder = Path(WORKDIR.value)
+    from cnn_jax.train import workdir
+
+    config = workdir.load_config(folder)
+    print(cli.start(config.train.threads))
+
+    import jax
+
+    from cnn_jax import config as cfg
+    from cnn_jax.data.batches import open_batches
+    from cnn_jax.train import figures, metrics, restore, step
+    from cnn_jax.train.loop import sum_metrics
+
+    run = restore.open_run(folder, CHECKPOINT.value)
+    split = SPLIT.value or config.data.eval
+    batches = open_batches(cfg.replace(config, {'data.eval': split}).data, 'eval')
+    sums = sum_metrics(
+        jax.jit(run.steps.evaluate), run.state, batches.evaluate(), step.values_of(config)
+    )
+    result = metrics.result(sums)
+    names = run.manifest['data']['class_names']
+    print(f'{config.data.source} {split}: {result["count"]:,} images, step {run.step}')
+    for name, number in metrics.scalars(result).items():
+        print(f'  {name:<18} {number:.4f}')
+    width = max(map(len, names))
+    for name, accuracy, row in zip(names, result['class_accuracy'], result['confusion']):
+        print(f'  class {name:<{width}}  accuracy {accuracy:.4f}  of {row.sum():,}')
+    content = {
+        'split': split,
+        'step': run.step,
+        **metrics.as_json(result),
+        'confusion': result['confusion'].tolist(),
+    }
+    workdir.write_text(folder / 'evaluation.json', json.dumps(content, indent=2) + '\n')
+    figures.draw_confusion(result['confusion'], names, folder / 'confusion.png')
+    figures.draw_reliability(sums, folder / 'reliability.png')
+    print(f'written: {folder}/evaluation.json, confusion.png, reliability.png')
+    return cli.OK
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,70 @@
+"""Classify image files, or the image files in folders.
+
+  python -m launch.predict --workdir=runs/small digit.png more/digits
+  python -m launch.predict --workdir=runs/small --json digit.png
+
+Images are brought to the network's size as in training. A file that cannot be read is reported
+and the others are classified; the exit code is 1 when none could be.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from cnn_jax.errors import UserError
+from launch import cli
+
+WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
+JSON = flags.DEFINE_bool('json', False, 'Print JSON instead of a table.')
+TOP = flags.DEFINE_integer('top', 3, 'How many classes to show for each image.', lower_bound=1)
+CHECKPOINT = flags.DEFINE_enum(
+    'checkpoint', 'latest', ['latest', 'best'], 'Which checkpoint; best is by config.train.best.'
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Predict; returns the exit code."""
+    folder = Path(WORKDIR.value)
+    from cnn_jax.train import workdir
+
+    paths = list(image_paths(arguments[1:]))
+    cli.start(workdir.load_config(folder).train.threads)
+
+    from cnn_jax.train import predict, restore
+
+    run = restore.open_run(folder, CHECKPOINT.value)
+    rows = predict.predict_files(run, paths)
+    if JSON.value:
+        print(json.dumps([row.as_json(TOP.value) for row in rows], indent=2))
+    else:
+        for row in rows:
+            print(row.as_text(TOP.value), file=sys.stderr if row.error else sys.stdout)
+    return cli.OK if any(not row.error for row in rows) else cli.FAILED
+
+
+def image_paths(arguments: list[str]) -> list[Path]:
+    """The files named, and those with an image's suffix in the folders named, sorted.
+
+    Errors:
+        UserError: Nothing is named, or a folder holds no image.
+    """
+    from cnn_jax.data.decode import SUFFIXES
+
+    if not arguments:
+        raise UserError('no image is named; give files or folders after the flags')
+    paths: list[Path] = []
+    for argument in map(Path, arguments):
+        if not argument.is_dir():
+            paths.append(argument)
+            continue
+        inside = sorted(p for p in argument.rglob('*') if p.suffix.lower() in SUFFIXES)
+        if not inside:
+            raise UserError(f'the folder {argument} holds no image ({", ".join(SUFFIXES)})')
+        paths += inside
+    return paths
+
+
+if __name__ == '__main__':
+    cli.run(main)

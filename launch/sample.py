@@ -1,0 +1,37 @@
+"""Write a few images of a source as PNG files, named by their class: something to predict.
+
+python -m launch.sample --source=mnist_5k --count=6 --out=runs/images
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from launch import cli
+
+SOURCE = flags.DEFINE_string('source', 'mnist_5k', 'A source, as in config.data.source.')
+SPLIT = flags.DEFINE_string('split', 'test', 'A split of the source.')
+COUNT = flags.DEFINE_integer('count', 6, 'How many images.', lower_bound=1)
+OUT = flags.DEFINE_string('out', None, 'The folder to write into.', required=True)
+
+
+def main(_) -> int:
+    """Write the images; returns the exit code."""
+    from PIL import Image
+
+    from cnn_jax.data.source import open_source
+
+    source = open_source(SOURCE.value, split=SPLIT.value)
+    folder = Path(OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = range(0, len(source), max(1, len(source) // COUNT.value))[: COUNT.value]
+    for i in chosen:
+        image, label = source[i]
+        path = folder / f'{i:05d}_{source.class_names[label]}.png'
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+    print(f'{len(chosen)} images of {source.name} in {folder}')
+    return cli.OK
+
+
+if __name__ == '__main__':
+    cli.run(main)

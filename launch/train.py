@@ -1,0 +1,72 @@
+"""Train a network.
+
+  python -m launch.train --config=experiments/small.py --workdir=runs/small
+  python -m launch.train --config=experiments/strided.py --workdir=runs/mine \\
+      --config.data.source=folder:photos --config.train.epochs=30
+
+The same command again goes on where the run stopped. The work directory holds config.json,
+manifest.json, metrics.jsonl, TensorBoard events, curves.png and checkpoints/.
+"""
+
+from pathlib import Path
+
+from cnn_jax import config as cfg
+from launch import cli
+
+CONFIG = cli.define_config()
+WORKDIR = cli.define_workdir('Folder of the run; created if missing.')
+
+
+def main(_) -> int:
+    """Train; returns the exit code."""
+    config = cli.read_config(CONFIG)
+    return train(config, Path(WORKDIR.value))
+
+
+def train(config: cfg.Config, folder: Path) -> int:
+    """Run or continue the training in `folder`, printing what a person wants to see."""
+    from cnn_jax.train import workdir
+
+    workdir.claim(folder, config)
+    settings = cli.start(config.train.threads)
+    print(settings)
+
+    from cnn_jax import runtime
+    from cnn_jax.data.batches import open_batches
+    from cnn_jax.models.build import build
+    from cnn_jax.models.summary import summary
+    from cnn_jax.train import loop, metrics, record, setup
+
+    batches = {
+        which: open_batches(config.data, which, seed=config.seed) for which in ('train', 'eval')
+    }
+    description = setup.describe(config, batches['train'], batches['eval'])
+    task, steps = setup.make_run(config, description)
+    print(
+        f'{config.data.source}: {batches["train"].n:,} training and {batches["eval"].n:,} '
+        f'evaluation images, {setup.shape_text(task.image_shape)}, {task.num_classes} classes; '
+        f'{task.total_steps:,} steps of {config.data.batch} on {runtime.devices()}'
+    )
+    model = build(config.model, task.num_classes)
+    print(summary(model, setup.prepared_shape(task)))
+    print(setup.parameter_table(config, steps))
+    machine = {
+        'devices': runtime.devices(),
+        'python': runtime.python_version(),
+        **vars(settings),
+    }
+    record.write_manifest(folder, record.manifest(cfg.content_hash(config), machine, description))
+    outcome = loop.fit(config, task, steps, batches['train'], batches['eval'], folder)
+    if outcome.stopped:
+        print(f'stopped and saved; the same command goes on from here ({folder})')
+        return cli.STOPPED
+    counts = outcome.compilations
+    times = 'once' if max(counts.values()) <= 1 else f'{counts} times'
+    print(f'each step was compiled {times}')
+    final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())
+    print(f'done: {final}\nresults in {folder}')
+    return cli.OK
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnn_jax.data.source import from_arrays, open_source
+from cnn_jax.data.splits import interleaved, joined, select, subset
+from cnn_jax.errors import UserError
+
+labels_of_a_set = st.lists(st.integers(0, 5), min_size=5, max_size=120).map(np.array)
+
+
+def numbered(labels, name='set'):
+    """A source whose image i has the single pixel i."""
+    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
+    return from_arrays(name, images, np.asarray(labels), tuple('abcdef'))
+
+
+def pixels(source) -> list[int]:
+    return [int(source[i][0].item()) for i in range(len(source))]
+
+
+def undivided(labels, split: str):
+    return select('set', {'all': lambda: numbered(labels)}, split)
+
+
+# The fixed order.
+
+
+@given(labels_of_a_set)
+def test_every_prefix_holds_each_class_within_one_example(labels):
+    order = interleaved(labels)
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    taken = (labels[order][:, None] == np.arange(6)).cumsum(axis=0)
+    share = np.bincount(labels, minlength=6) / len(labels)
+    ideal = np.arange(1, len(labels) + 1)[:, None] * share
+    assert np.abs(taken - ideal).max() < 1
+
+
+def test_the_order_is_the_same_for_ever():
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
+    assert interleaved(labels).tolist() == [2, 4, 0, 8, 6, 1, 5, 3, 7, 9]
+
+
+# Division of a source without a test split.
+
+
+@given(labels_of_a_set)
+def test_train_and_test_divide_the_set(labels):
+    train, test = undivided(labels, 'train'), undivided(labels, 'test')
+    assert len(train) == len(labels) * 8 // 10
+    assert sorted(pixels(train) + pixels(test)) == list(range(len(labels)))
+    for k in range(6):
+        ideal = len(train) / len(labels) * (labels == k).sum()
+        assert abs((train.labels == k).sum() - ideal) < 1
+    assert pixels(undivided(labels, 'all')) == list(range(len(labels)))
+
+
+def test_balanced_classes_are_divided_exactly():
+    train, test = (open_source('mnist_5k', split=split) for split in ('train', 'test'))
+    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(test.labels).tolist() == [100] * 10
+
+
+def test_a_source_with_parts_keeps_them():
+    parts = {'train': lambda: numbered([0, 1, 2]), 'test': lambda: numbered([0, 1])}
+    assert [pixels(select('set', parts, part)) for part in ('train', 'test', 'all')] == [
+        [0, 1, 2],
+        [0, 1],
+        [0, 1, 2, 0, 1],
+    ]
+
+
+def test_a_lone_training_part_is_divided():
+    parts = {'train': lambda: numbered([0] * 5 + [1] * 5)}
+    assert [len(select('set', parts, split)) for split in ('train', 'test', 'all')] == [8, 2, 10]
+
+
+# Slices.
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=100, max_size=250).map(np.array),
+    st.integers(1, 49),
+    st.integers(51, 99),
+)
+def test_percent_slices_are_disjoint_and_complete(labels, a, b):
+    splits = (f'all[:{a}%]', f'all[{a}%:{b}%]', f'all[{b}%:]')
+    seen = [i for split in splits for i in pixels(undivided(labels, split))]
+    assert sorted(seen) == list(range(len(labels)))
+
+
+@given(labels_of_a_set, st.data())
+def test_longer_slices_contain_shorter_ones(labels, data):
+    short = data.draw(st.integers(1, len(labels)))
+    long = data.draw(st.integers(short, len(labels)))
+    assert pixels(undivided(labels, f'all[:{long}]'))[:short] == pixels(
+        undivided(labels, f'all[:{short}]')
+    )
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 3999))
+def test_training_slices_are_stratified(count):
+    taken = np.bincount(open_source('mnist_5k', split=f'train[:{count}]').labels, minlength=10)
+    assert taken.sum() == count
+    assert taken.max() - taken.min() <= 1
+
+
+def test_slices_of_named_size():
+    assert np.bincount(open_source('mnist_5k', split='train[:500]').labels).tolist() == [50] * 10
+    assert len(open_source('mnist_5k', split='train[10%:20%]')) == 400
+    assert len(open_source('mnist_5k', split='train[3900:]')) == 100
+    assert len(open_source('mnist_5k', split='all[:]')) == 5000
+
+
+@pytest.mark.parametrize(
+    ('split', 'sentence'),
+    [
+        ('trian', "no split 'trian'; it has train, test, all; did you mean train"),
+        ('validation', "no split 'validation'"),
+        ('train[:80', "'train\\[:80' is not a split"),
+        ('train[80%]', 'is not a split'),
+        ('train[-5:]', 'is not a split'),
+        ('train[:1.5%]', 'is not a split'),
+        ('', 'is not a split'),
+        ('train[:101%]', 'goes to 101%, but there are 100%'),
+        ('train[:9]', 'goes to 9, but there are 8 examples'),
+        ('train[5:5]', 'is empty'),
+        ('train[60%:40%]', 'is empty'),
+        ('train[:1%]', 'is empty'),
+    ],
+)
+def test_a_bad_split_is_explained(split, sentence):
+    with pytest.raises(UserError, match=sentence):
+        undivided([0] * 5 + [1] * 5, split)
+
+
+# Views.
+
+
+@given(labels_of_a_set, st.data())
+def test_a_subset_is_a_view_in_the_given_order(labels, data):
+    source = numbered(labels)
+    indices = data.draw(st.lists(st.integers(0, len(labels) - 1), min_size=1))
+    view = subset(source, np.array(indices), 'view')
+    assert pixels(view) == indices
+    assert view.labels.tolist() == labels[indices].tolist()
+    assert [view.describe(i) for i in range(len(view))] == [f'example {i}' for i in indices]
+
+
+def test_fingerprints_tell_views_apart():
+    source = numbered([0, 1, 2, 3])
+    views = [source, *(subset(source, np.array(i), '') for i in ([0, 1], [1, 0], [0]))]
+    views += [joined([source, source], ''), joined([source], '')]
+    assert len({view.fingerprint for view in views}) == len(views)
+
+
+def test_joined_sources_keep_their_examples():
+    a, b = numbered([0, 1, 2]), numbered([3, 4])
+    both = joined([a, b], 'both')
+    assert (pixels(both), both.labels.tolist()) == ([0, 1, 2, 0, 1], [0, 1, 2, 3, 4])
+    assert (both.describe(2), both.describe(3)) == ('example 2', 'example 0')

@@ -1,0 +1,66 @@
+"""Runs launchers as a user does: in a process of their own, from the checkout's root."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A net and a run that take a second: the digits of scikit-learn, 8×8 pixels.
+TINY = (
+    '--config=experiments/small.py',
+    '--config.data.source=digits',
+    '--config.model.widths=(4,)',
+    '--config.model.hidden=(16,)',
+    '--config.augment.crop=0',
+    '--config.train.epochs=2',
+)
+
+
+@pytest.fixture(scope='session')
+def launch():
+    """Runs `python -m launch.NAME ARGUMENTS` and returns the finished process."""
+
+    def call(name, *arguments, check=None, **environment):
+        command = [sys.executable, '-m', f'launch.{name}', *map(str, arguments)]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check is not None:
+            assert done.returncode == check, done.stdout + done.stderr
+        return done
+
+    return call
+
+
+@pytest.fixture(scope='session')
+def start():
+    """Starts `python -m launch.NAME ARGUMENTS` and returns the running process."""
+
+    def call(name, *arguments):
+        command = [sys.executable, '-m', f'launch.{name}', *map(str, arguments)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    return call
+
+
+@pytest.fixture(scope='session')
+def tiny():
+    """The flags of a tiny run."""
+    return TINY
+
+
+@pytest.fixture(scope='session')
+def tiny_run(launch, tmp_path_factory):
+    """The work directory of a finished tiny run, and what it printed."""
+    folder = tmp_path_factory.mktemp('runs') / 'tiny'
+    done = launch('train', *TINY, f'--workdir={folder}', check=0)
+    return folder, done.stdout

@@ -1,0 +1,118 @@
+"""The launchers end to end: what they write, print and return, and that a run goes on exactly."""
+
+import hashlib
+import json
+import signal
+import time
+
+import pytest
+
+
+def metrics_hash(folder):
+    return hashlib.sha256((folder / 'metrics.jsonl').read_bytes()).hexdigest()
+
+
+def test_a_run_leaves_a_complete_record(tiny_run):
+    folder, _ = tiny_run
+    names = {path.name for path in folder.iterdir()}
+    assert {'config.json', 'manifest.json', 'metrics.jsonl', 'curves.png', 'checkpoints'} <= names
+    assert any(name.startswith('events.out.tfevents') for name in names)
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['split'] for line in lines] == ['train', 'eval'] * 2
+    assert lines[-1]['epoch'] == pytest.approx(2, abs=0.05)
+    assert lines[-1]['count'] == 360
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    assert manifest['data']['train']['count'] == 1437
+    assert len(manifest['data']['train']['fingerprint']) == 64
+    assert manifest['machine']['threads'] >= 1
+    assert {'jax', 'flax', 'optax'} <= set(manifest['packages'])
+    assert (folder / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_it_says_what_is_trained_on_what(tiny_run):
+    _, printed = tiny_run
+    for words in ('1,437 training', 'jaxlib', 'block1_conv1/kernel', 'trained', 'l2', 'done:'):
+        assert words in printed, words
+    assert 'compiled once' in printed
+
+
+def test_evaluate_repeats_the_last_line_of_the_record(launch, tiny_run):
+    folder, _ = tiny_run
+    done = launch('evaluate', f'--workdir={folder}', check=0)
+    last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
+    content = json.loads((folder / 'evaluation.json').read_text())
+    assert content['loss'] == last['loss']
+    assert content['accuracy'] == last['accuracy']
+    assert f'{last["accuracy"]:.4f}' in done.stdout
+    assert sum(map(sum, content['confusion'])) == 360
+    for name in ('confusion.png', 'reliability.png'):
+        assert (folder / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_predict_classifies_what_can_be_read_and_reports_the_rest(launch, tiny_run, tmp_path):
+    folder, _ = tiny_run
+    launch('sample', '--source=digits', '--count=5', f'--out={tmp_path}', check=0)
+    (tmp_path / 'broken.png').write_bytes(b'not an image')
+    missing = tmp_path / 'missing.png'
+    done = launch('predict', f'--workdir={folder}', '--json', tmp_path, missing, check=0)
+    rows = json.loads(done.stdout)
+    errors = {row['file']: row['error'] for row in rows if 'error' in row}
+    assert len(rows) == 7
+    assert set(errors) == {str(tmp_path / 'broken.png'), str(missing)}
+    for row in rows:
+        if 'error' not in row:
+            assert row['class'] in '0123456789'
+            assert 0.1 <= row['probability'] <= 1
+    table = launch('predict', f'--workdir={folder}', tmp_path, check=0)
+    assert '%' in table.stdout
+    assert 'broken.png: not read' in table.stderr
+    launch('predict', f'--workdir={folder}', missing, check=1)
+
+
+def test_the_same_command_again_changes_nothing(launch, tiny, tiny_run):
+    folder, _ = tiny_run
+    before = metrics_hash(folder)
+    done = launch('train', *tiny, f'--workdir={folder}', check=0)
+    assert 'going on from the checkpoint of step' in done.stdout
+    assert metrics_hash(folder) == before
+
+
+def test_stopped_by_sigterm_it_saves_and_goes_on_to_the_same_numbers(
+    launch, start, tiny, tiny_run, tmp_path
+):
+    whole, _ = tiny_run
+    folder = tmp_path / 'stopped'
+    process = start('train', *tiny, f'--workdir={folder}')
+    for _ in range(1200):  # until the first epoch's line
+        if (folder / 'metrics.jsonl').exists() and (folder / 'metrics.jsonl').stat().st_size:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode in (75, 0), printed
+    launch('train', *tiny, f'--workdir={folder}', check=0)
+    assert metrics_hash(folder) == metrics_hash(whole)
+
+
+def test_killed_it_goes_on_from_its_checkpoint_to_the_same_numbers(
+    launch, start, tiny, tiny_run, tmp_path
+):
+    whole, _ = tiny_run
+    folder = tmp_path / 'killed'
+    process = start('train', *tiny, f'--workdir={folder}')
+    for _ in range(1200):  # until the first checkpoint is there
+        if list(folder.glob('checkpoints/step_*')):
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    launch('train', *tiny, f'--workdir={folder}', check=0)
+    assert metrics_hash(folder) == metrics_hash(whole)
+
+
+@pytest.mark.parametrize('name', ['train', 'evaluate', 'predict', 'sample', 'fetch_weights'])
+def test_help_is_quick_and_shows_a_command(launch, name):
+    began = time.perf_counter()
+    done = launch(name, '--help', check=0)
+    assert time.perf_counter() - began < 2
+    assert f'python -m launch.{name}' in done.stdout

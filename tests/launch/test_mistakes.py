@@ -1,0 +1,74 @@
+"""A user's mistakes: exit code 2, one plain sentence, no traceback, nothing lost."""
+
+import pytest
+
+
+@pytest.fixture
+def mistake(launch, tmp_path):
+    """Runs a launcher that must refuse; returns its sentence."""
+
+    def call(name, *arguments):
+        done = launch(name, *arguments, check=2)
+        assert 'Traceback' not in done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+        assert len(lines) == 1, done.stderr
+        return lines[0]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ('argument', 'sentence'),
+    [
+        ('--config.model.widhts=(4,)', 'did you mean config.model.widths?'),
+        ('--config.model.dropout=2', 'config.model.dropout is 2.0; it must be from 0 to 1'),
+        ('--config.train.epochs=ten', 'config.train.epochs'),
+        ('--config.model.padding=SAEM', 'did you mean SAME?'),
+        ('--config=experiments/none.py', 'there is no such file'),
+        ('--wrokdir=x', 'wrokdir'),
+        ('--config.data.source=folder:/nowhere', '/nowhere'),
+        ('--config.data.source=mnist', 'mnist_5k'),
+        ('--config.data.batch=100000', 'config.data.batch'),
+        ('--config.data.train=trian', 'train'),
+        ('--config.train.frozen=("blokc*",)', 'matches no parameter'),
+        ('--config.train.threads=4096', 'threads'),
+        ('--config.model.padding=VALID', 'at least'),
+    ],
+)
+def test_train_names_the_mistake(mistake, tiny, tmp_path, argument, sentence):
+    assert sentence in mistake('train', *tiny, f'--workdir={tmp_path}/run', argument)
+
+
+def test_a_read_only_workdir_is_named(mistake, tiny):
+    assert '/proc' in mistake('train', *tiny, '--workdir=/proc/run')
+
+
+def test_a_workdir_of_another_config_shows_the_difference(mistake, tiny, tiny_run):
+    folder, _ = tiny_run
+    before = (folder / 'config.json').read_bytes()
+    sentence = mistake('train', *tiny, f'--workdir={folder}', '--config.loss.l2=0.25')
+    assert 'config.loss.l2: 0.0005 → 0.25' in sentence
+    assert (folder / 'config.json').read_bytes() == before
+
+
+def test_a_missing_workdir_flag_is_named(mistake, tiny):
+    assert 'workdir' in mistake('train', *tiny)
+    assert 'workdir' in mistake('evaluate')
+
+
+def test_evaluate_and_predict_need_a_run(mistake, tmp_path):
+    assert 'config.json' in mistake('evaluate', f'--workdir={tmp_path}')
+    assert 'config.json' in mistake('predict', f'--workdir={tmp_path}', 'x.png')
+    assert 'config.json' in mistake('predict', f'--workdir={tmp_path}/none', 'x.png')
+
+
+def test_predict_needs_an_image(mistake, tiny_run, tmp_path):
+    folder, _ = tiny_run
+    assert 'no image is named' in mistake('predict', f'--workdir={folder}')
+    (tmp_path / 'empty').mkdir()
+    assert 'holds no image' in mistake('predict', f'--workdir={folder}', tmp_path / 'empty')
+
+
+def test_evaluate_names_the_splits_there_are(mistake, tiny_run):
+    folder, _ = tiny_run
+    assert 'test' in mistake('evaluate', f'--workdir={folder}', '--split=tset')

@@ -1,0 +1,74 @@
+"""The head: its layers by name, their order, and what joins it to the convolutions."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.config import Model
+from cnn_jax.models.head import Head, activate
+
+CONFIG = Model(hidden=(7, 6), head_dropout=0.0)
+
+
+def draw(config, x, outputs=3):
+    return Head(config, outputs).init_with_output(jax.random.key(0), x, train=False)
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(1), (2, 4, 5, 3))
+
+
+def test_layers_and_shapes(x):
+    logits, variables = draw(CONFIG, x)
+    assert logits.shape == (2, 3)
+    kernels = {k: v['kernel'].shape for k, v in variables['params'].items() if 'kernel' in v}
+    assert kernels == {'dense1': (4 * 5 * 3, 7), 'dense2': (7, 6), 'logits': (6, 3)}
+    assert list(variables['batch_stats']) == ['norm1', 'norm2']
+
+
+def test_without_norm_there_are_no_batch_statistics(x):
+    _, variables = draw(dataclasses.replace(CONFIG, head_norm='none'), x)
+    assert 'batch_stats' not in variables
+
+
+def test_average_pooling_sees_the_mean_of_each_channel(x):
+    config = dataclasses.replace(CONFIG, pool='average', hidden=())
+    logits, variables = draw(config, x)
+    logits_layer = variables['params']['logits']
+    assert logits_layer['kernel'].shape == (3, 3)
+    np.testing.assert_allclose(
+        logits, x.mean((1, 2)) @ logits_layer['kernel'] + logits_layer['bias'], rtol=1e-5
+    )
+
+
+def test_hidden_kernels_start_he_normal_and_the_last_glorot_uniform():
+    x = jnp.zeros((1, 1, 1, 500))
+    params = draw(dataclasses.replace(CONFIG, hidden=(400,)), x, outputs=200)[1]['params']
+    np.testing.assert_allclose(params['dense1']['kernel'].std(), (2 / 500) ** 0.5, rtol=0.02)
+    limit = (6 / (400 + 200)) ** 0.5
+    last = params['logits']['kernel']
+    assert 0.99 * limit < abs(last).max() <= limit
+    np.testing.assert_allclose(last.std(), limit / 3**0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ('norm', 'position', 'expected'),
+    [('batch', 'after', [-1, 1]), ('batch', 'before', [0, 1]), ('none', 'after', [0, 2])],
+)
+def test_norm_comes_before_or_after_the_activation(norm, position, expected):
+    """[−2, 2] → ReLU → [0, 2] → norm → [−1, 1]; or → norm → [−1, 1] → ReLU → [0, 1]."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            config = Model(norm_position=position, norm_epsilon=0.0)
+            return activate(x, config, norm=norm, name='norm', train=True)
+
+    x = jnp.array([[-2.0], [2.0]])
+    y = Layer().init_with_output(jax.random.key(0), x)[0]
+    np.testing.assert_allclose(y.ravel(), expected, atol=1e-6)

@@ -1,0 +1,63 @@
+"""The summary against the compiler's count and against counts by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax.config import Model
+from cnn_jax.models.strided_net import StridedNet
+from cnn_jax.models.summary import layers, summary
+
+NET = StridedNet(Model(), 10)
+SHAPE = (96, 96, 3)
+
+
+def test_one_row_a_layer_in_the_order_of_the_calls():
+    rows = {row.path: row for row in layers(NET, SHAPE)}
+    assert list(rows)[:5] == [
+        'stem_conv',
+        'block1_conv1',
+        'block1_norm1',
+        'block1_conv2',
+        'block1_norm2',
+    ]
+    assert list(rows)[-4:] == ['head/dense1', 'head/norm1', 'head/drop1', 'head/logits']
+    assert len(rows) == 1 + 3 * 5 + 4
+
+
+def test_counts_by_hand():
+    rows = {row.path: row for row in layers(NET, SHAPE)}
+    stem, dense = rows['stem_conv'], rows['head/dense1']
+    assert (stem.kind, stem.output, stem.parameters) == ('Conv', (45, 45, 16), 7 * 7 * 3 * 16 + 16)
+    assert stem.flops == 2 * 45 * 45 * 7 * 7 * 3 * 16
+    assert (dense.output, dense.parameters) == ((512,), 4608 * 512 + 512)
+    assert dense.flops == 2 * 4608 * 512
+    assert rows['block1_drop'].parameters == rows['block1_drop'].flops == 0
+
+
+def test_totals_agree_with_the_compiler_and_the_parameter_tree():
+    """XLA also counts bias, norm and activation, but leaves out products with padding."""
+    net = StridedNet(Model(padding='VALID'), 10)
+    x = jax.ShapeDtypeStruct((1, *SHAPE), np.float32)
+    key = jax.random.key(0)
+    variables = jax.eval_shape(lambda key, x: net.init(key, x, train=False), key, x)
+    forward = jax.jit(lambda variables, x: net.apply(variables, x, train=False))
+    counted = forward.lower(variables, x).cost_analysis()['flops']
+    rows = layers(net, SHAPE)
+    flops = sum(row.flops for row in rows)
+    assert flops < counted < 1.02 * flops
+    leaves = jax.tree.leaves(variables['params'])
+    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in leaves)
+
+
+def test_the_text_fits_100_columns_and_ends_in_the_totals():
+    lines = summary(NET, SHAPE).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[-1] == (
+        'total: 2,659,978 parameters (10.6 MB in float32), 0.105 GFLOP forward an example'
+    )
+
+
+@pytest.mark.parametrize('shape', [(7, 7, 1), (32, 48, 3)])
+def test_any_input_shape(shape):
+    assert summary(NET, shape).startswith('layer')

@@ -1,0 +1,172 @@
+"""Convolution against a float64 NumPy loop, against Keras, and its gradients."""
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from cnn_jax.errors import UserError
+from cnn_jax.nn.conv import Conv, conv2d
+from cnn_jax.nn.padding import output_shape, resolve_padding
+
+PAD_MODES = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
+
+
+def convolve(x, kernel, stride, padding, dilation, groups):
+    """The definition, in float64: a sum for each output pixel, feature by feature."""
+    pads = resolve_padding(padding, x.shape[1:3], kernel.shape[:2], stride, dilation)
+    x = np.pad(x, ((0, 0), *pads, (0, 0)), mode=PAD_MODES.get(padding, 'constant'))
+    (sy, sx), (dy, dx), (kh, kw, depth, features) = stride, dilation, kernel.shape
+    height = (x.shape[1] - dy * (kh - 1) - 1) // sy + 1
+    width = (x.shape[2] - dx * (kw - 1) - 1) // sx + 1
+    y = np.zeros((x.shape[0], height, width, features))
+    for i in range(height):
+        for j in range(width):
+            rows, columns = i * sy + dy * np.arange(kh), j * sx + dx * np.arange(kw)
+            patch = x[:, rows][:, :, columns]
+            for f in range(features):
+                first = f // (features // groups) * depth
+                window = patch[..., first : first + depth]
+                y[:, i, j, f] = np.sum(window * kernel[..., f], axis=(1, 2, 3))
+    return y
+
+
+def axes(low, high):
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=axes(3, 9),
+    kernel=axes(1, 4),
+    stride=axes(1, 3),
+    dilation=axes(1, 2),
+    padding=st.sampled_from(['VALID', 'SAME', 'SAME_TORCH', 'CIRCULAR', 'REFLECT']),
+    groups=st.sampled_from([1, 2]),
+    seed=st.integers(0, 99),
+)
+def test_agrees_with_the_definition_in_float64(
+    size, kernel, stride, dilation, padding, groups, seed
+):
+    try:
+        shape = output_shape(size, kernel, stride, dilation, padding)
+    except UserError:
+        assume(False)
+    rng = np.random.default_rng(seed)
+    x, taps = rng.normal(size=(2, *size, 4)), rng.normal(size=(*kernel, 4 // groups, 6))
+    with jax.enable_x64(True):
+        y = conv2d(x, taps, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    assert y.shape == (2, *shape, 6)
+    np.testing.assert_allclose(
+        y, convolve(x, taps, stride, padding, dilation, groups), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize('padding', ['VALID', 'SAME'])
+@pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize('kernel', [2, 3, 5])
+@pytest.mark.parametrize('size', [9, 10])
+def test_agrees_with_keras(size, kernel, stride, dilation, padding):
+    theirs = keras.layers.Conv2D(
+        6, kernel, stride, padding.lower(), dilation_rate=dilation, bias_initializer='normal'
+    )
+    x = np.random.default_rng(0).normal(size=(2, size, size, 4)).astype(np.float32)
+    expected = theirs(x)
+    params = {'kernel': theirs.kernel.value, 'bias': theirs.bias.value}
+    ours = Conv(6, kernel, stride, padding, dilation).apply({'params': params}, x)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('stride', 'size'), [(1, 5), (2, 3)])
+def test_7_pixels_without_padding(stride, size):
+    x = jnp.ones((1, 7, 7, 1))
+    y = conv2d(x, jnp.ones((3, 3, 1, 1)), stride=stride, padding='VALID')
+    np.testing.assert_array_equal(y, np.full((1, size, size, 1), 9.0))
+
+
+def test_same_keeps_the_size_and_sees_zeros_at_the_edge():
+    y = conv2d(jnp.ones((1, 7, 7, 1)), jnp.ones((3, 3, 1, 1)), padding='SAME')
+    assert y.shape == (1, 7, 7, 1)
+    assert (y[0, 0, 0, 0], y[0, 0, 3, 0], y[0, 3, 3, 0]) == (4, 6, 9)
+
+
+@pytest.mark.parametrize(
+    ('padding', 'expected'),
+    [
+        ('SAME_TORCH', [0 + 1 + 2, 1 + 2 + 3, 2 + 3 + 4, 3 + 4 + 0]),
+        ('CIRCULAR', [4 + 1 + 2, 1 + 2 + 3, 2 + 3 + 4, 3 + 4 + 1]),
+        ('REFLECT', [2 + 1 + 2, 1 + 2 + 3, 2 + 3 + 4, 3 + 4 + 3]),
+    ],
+)
+def test_what_lies_beyond_the_edge(padding, expected):
+    row = jnp.array([1.0, 2, 3, 4]).reshape(1, 1, 4, 1)
+    y = conv2d(row, jnp.ones((1, 3, 1, 1)), padding=padding)
+    np.testing.assert_array_equal(y.ravel(), expected)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'stride': 2, 'padding': 'SAME'},
+        {'dilation': 2, 'padding': 'VALID'},
+        {'groups': 2, 'padding': 'CIRCULAR'},
+        {'stride': (2, 1), 'padding': 'REFLECT'},
+        {'padding': ((2, 0), (1, 1))},
+    ],
+    ids=str,
+)
+def test_gradients_agree_with_finite_differences(options):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 6, 7, 4)), rng.normal(size=(3, 3, 4, 2))
+    kernel = kernel[:, :, : 4 // options.get('groups', 1)]
+    with jax.enable_x64(True):
+        check_grads(lambda x, k: jnp.sin(conv2d(x, k, **options)), (x, kernel), order=1)
+
+
+def test_parameters_have_keras_names_shapes_and_are_float32():
+    variables = Conv(6, (3, 5), groups=2).init(jax.random.key(0), jnp.zeros((1, 9, 9, 4)))
+    shapes = jax.tree.map(lambda p: (p.shape, p.dtype), variables['params'])
+    assert shapes == {'kernel': ((3, 5, 2, 6), np.float32), 'bias': ((6,), np.float32)}
+    bare = Conv(6, use_bias=False).init(jax.random.key(0), jnp.zeros((1, 9, 9, 4)))
+    assert list(bare['params']) == ['kernel']
+
+
+def test_kernels_start_he_normal_as_in_keras():
+    fan_in = 3 * 3 * 64
+    ours = Conv(256).init(jax.random.key(0), jnp.zeros((1, 4, 4, 64)))['params']['kernel']
+    theirs = np.asarray(keras.initializers.HeNormal(seed=0)((3, 3, 64, 256)))
+    for draws in (ours, theirs):
+        assert abs(float(draws.mean())) < 4 * (2 / fan_in / draws.size) ** 0.5
+        np.testing.assert_allclose(draws.std(), (2 / fan_in) ** 0.5, rtol=0.01)
+        # Both cut at two deviations of the normal before it is cut: 2/0.8796 of those after.
+        assert 2.2 < abs(draws).max() / draws.std() < 2 / 0.8796 * 1.01
+
+
+def test_bfloat16_computes_in_bfloat16_and_stays_close():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    params = Conv(6).init(jax.random.key(1), x)
+    half = Conv(6, dtype='bfloat16').apply(params, x)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), Conv(6).apply(params, x), atol=0.05)
+
+
+class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Conv(4, 5, padding='VALID', name='block1_conv1')(x)
+
+
+def test_a_kernel_that_does_not_fit_names_its_layer():
+    with pytest.raises(UserError, match=r'^block1_conv1: .*5×5.*4×4'):
+        Outer().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+
+
+@pytest.mark.parametrize(('channels', 'features'), [(3, 4), (4, 3)])
+def test_groups_must_divide_channels_and_features(channels, features):
+    with pytest.raises(UserError, match='2 groups'):
+        Conv(features, groups=2).init(jax.random.key(0), jnp.zeros((1, 4, 4, channels)))

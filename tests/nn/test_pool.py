@@ -1,0 +1,41 @@
+"""Pooling against Keras and against hand-computed windows."""
+
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+
+from cnn_jax.nn.padding import output_shape
+from cnn_jax.nn.pool import avg_pool, global_average, max_pool
+
+KERAS = {max_pool: keras.layers.MaxPooling2D, avg_pool: keras.layers.AveragePooling2D}
+
+
+@pytest.mark.parametrize('pool', KERAS)
+@pytest.mark.parametrize('padding', ['VALID', 'SAME'])
+@pytest.mark.parametrize(('window', 'stride'), [(2, None), (3, 2), ((2, 3), (1, 2))])
+def test_agrees_with_keras_and_with_the_shape_function(pool, padding, window, stride):
+    x = np.random.default_rng(0).normal(size=(2, 7, 8, 3)).astype(np.float32)
+    y = pool(x, window, stride, padding)
+    np.testing.assert_allclose(y, KERAS[pool](window, stride, padding.lower())(x), rtol=1e-5)
+    assert y.shape[1:3] == output_shape((7, 8), window, stride or window, 1, padding)
+
+
+def test_windows_by_hand():
+    x = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    assert max_pool(x, 2).ravel().tolist() == [4]
+    assert max_pool(x, 2, padding='SAME').ravel().tolist() == [4, 5, 7, 8]
+    assert avg_pool(x, 2).ravel().tolist() == [2]
+    assert avg_pool(x, 2, padding='SAME').ravel().tolist() == [2, 3.5, 6.5, 8]
+
+
+def test_the_largest_value_may_be_negative():
+    assert max_pool(jnp.full((1, 3, 3, 1), -5.0), 2, padding='SAME').max() == -5
+
+
+def test_global_average():
+    x = jnp.arange(8.0).reshape(1, 2, 2, 2)
+    assert global_average(x).tolist() == [[3, 4]]
+    many = jnp.full((1, 64, 64, 1), 1.0, jnp.bfloat16)
+    assert global_average(many).dtype == jnp.bfloat16
+    assert global_average(many) == 1

@@ -1,0 +1,221 @@
+"""Every file format gives the same weights, or one plain sentence."""
+
+import os
+
+import h5py
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from cnn_jax.errors import UserError
+from cnn_jax.params import flatten
+from cnn_jax.pretrained.layout import digest
+from cnn_jax.pretrained.read import read
+
+os.environ.setdefault('KERAS_BACKEND', 'jax')
+
+KINDS = ['weights.h5', 'torch.safetensors', 'own.safetensors']
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_formats_hold_the_same_weights(write, random_params, kind):
+    params, _, ignored = read(write(kind, random_params))
+    assert digest(params) == digest(random_params)
+    assert ignored == (('head/logits/bias',) if kind == 'own.safetensors' else ())
+
+
+@pytest.mark.parametrize('name', ['model.weights.h5', 'model.h5'])
+@pytest.mark.filterwarnings('ignore')  # Keras calls its own format legacy
+def test_fine_tuned_keras_model(tmp_path, random_params, name):
+    """The backbone inside a compiled model with a head and an optimizer, as users save it."""
+    import keras
+
+    backbone = keras.applications.VGG16(weights=None, include_top=False, input_shape=(32, 32, 3))
+    for layer, tensors in random_params.items():
+        backbone.get_layer(layer).set_weights([tensors['kernel'], tensors['bias']])
+    layers = [keras.layers.Input((32, 32, 3)), backbone, keras.layers.Dense(2)]
+    model = keras.Sequential(layers)
+    model.compile(optimizer=keras.optimizers.SGD(momentum=0.9), loss='mse')
+    model.optimizer.build(model.trainable_variables)
+    (model.save if name == 'model.h5' else model.save_weights)(tmp_path / name)
+    params, contents, ignored = read(tmp_path / name)
+    assert digest(params) == digest(random_params)
+    assert contents.layout == 'keras'
+    assert len(ignored) >= 2
+
+
+def test_kind_is_told_from_the_content(write, random_params):
+    path = write('weights.h5', random_params)
+    renamed = path.rename(path.with_suffix('.onnx'))
+    assert digest(read(renamed)[0]) == digest(random_params)
+
+
+def test_arrays_are_float32_row_major_and_read_only(write, random_params):
+    for array in flatten(read(write('torch.safetensors', random_params))[0]).values():
+        assert array.dtype == np.float32
+        assert array.flags.c_contiguous
+        assert not array.flags.writeable
+
+
+def test_half_precision_is_widened(tmp_path, random_params):
+    half = {name: array.astype(np.float16) for name, array in flatten(random_params).items()}
+    save_file(half, tmp_path / 'half.safetensors')
+    params = flatten(read(tmp_path / 'half.safetensors')[0])
+    assert all((params[name] == half[name]).all() for name in half)
+
+
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        ({'block2_conv1/bias': None}, 'block2_conv1/bias is missing'),
+        ({'block3_conv4/bias': np.zeros(256)}, 'block3_conv4/bias is not part of it'),
+        ({'block1_conv1/bias': np.zeros(63)}, r'block1_conv1/bias is \[63\] instead of \[64\]'),
+        ({'block1_conv1/bias': np.zeros(64, int)}, 'bias is I64 instead of float32'),
+        ({'block5_conv3/bias': np.full(512, np.nan)}, 'not finite in block5_conv3/bias'),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, random_params, change, sentence):
+    tensors = flatten(random_params)
+    for name, array in change.items():
+        if array is None:
+            del tensors[name]
+        else:
+            tensors[name] = array.astype(np.float32) if array.dtype == float else array
+    save_file(tensors, tmp_path / 'changed.safetensors')
+    with pytest.raises(UserError, match=sentence):
+        read(tmp_path / 'changed.safetensors')
+
+
+def test_all_mismatches_are_listed(tmp_path):
+    save_file({'block1_conv1/kernel': np.zeros((1, 1), np.float32)}, tmp_path / 'one.safetensors')
+    with pytest.raises(UserError) as error:
+        read(tmp_path / 'one.safetensors')
+    assert str(error.value).count('is missing') == 25
+    assert 'block1_conv1/kernel is [1, 1] instead of [3, 3, 3, 64]' in str(error.value)
+
+
+def test_top_must_be_there_when_asked_for(write, random_params):
+    path = write('weights.h5', random_params)
+    with pytest.raises(UserError, match='with its top: fc1/kernel is missing'):
+        read(path, include_top=True)
+
+
+@pytest.mark.parametrize(
+    ('content', 'sentence'),
+    [
+        (b'', 'neither'),
+        (b'\x80\x04\x95pickled', 'can run code'),
+        (b'PK\x03\x04an archive', 'can run code'),
+        (b'\xff\xd8\xff a photograph', 'neither'),
+        (b'\x89HDF\r\n\x1a\n', 'not a complete HDF5 file'),
+        (b'\x08\x07 and no graph', 'not a complete ONNX file'),
+        (b'\x02\0\0\0\0\0\0\0{}', 'block1_conv1/kernel is missing'),
+        (b'\xff\xff\xff\x7f\0\0\0\0{}', 'not a complete safetensors file'),
+    ],
+)
+def test_not_a_weights_file(tmp_path, content, sentence):
+    (tmp_path / 'file').write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read(tmp_path / 'file')
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match='No such file'):
+        read(tmp_path / 'absent.h5')
+    with pytest.raises(UserError, match='Is a directory'):
+        read(tmp_path)
+
+
+def test_optimizer_state_under_the_same_name_is_refused(tmp_path, random_params, write):
+    path = write('weights.h5', random_params)
+    with h5py.File(path, 'a') as file:
+        file['momentum/block1_conv1/kernel'] = random_params['block1_conv1']['kernel']
+    with pytest.raises(UserError, match='block1_conv1/kernel twice'):
+        read(path)
+
+
+def test_hdf5_brings_in_no_other_file(tmp_path, write, random_params):
+    outside = write('weights.h5', random_params)
+    inside = tmp_path / 'linked.h5'
+    with h5py.File(inside, 'w') as file:
+        for layer in random_params:
+            file[layer] = h5py.ExternalLink(outside, f'/{layer}')
+        file['model_weights'] = h5py.ExternalLink(outside, '/')
+        file['loop'] = h5py.SoftLink('/')
+    with pytest.raises(UserError, match='block1_conv1/kernel is missing'):
+        read(inside)
+    (tmp_path / 'raw').write_bytes(bytes(64 * 4))
+    with h5py.File(inside, 'w') as file:
+        file.create_dataset('block1_conv1/b', (64,), 'f4', external=[(tmp_path / 'raw', 0, 256)])
+    with pytest.raises(UserError, match='in another file'):
+        read(inside)
+
+
+def test_onnx_brings_in_no_other_file(tmp_path, onnx_file):
+    model = onnx.load(onnx_file)
+    onnx.save(model, tmp_path / 'parts.onnx', save_as_external_data=True, location='data.bin')
+    with pytest.raises(UserError, match='in another file'):
+        read(tmp_path / 'parts.onnx')
+
+
+def test_onnx_layers_out_of_order_are_refused(tmp_path, onnx_file):
+    model = onnx.load(onnx_file)
+    first, second = [node for node in model.graph.node if node.op_type == 'Conv'][:2]
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+    onnx.save(model, tmp_path / 'swapped.onnx')
+    with pytest.raises(UserError, match='block1_conv2 where VGG16 has block1_conv1'):
+        read(tmp_path / 'swapped.onnx')
+
+
+def test_onnx_of_another_network(tmp_path):
+    node = onnx.helper.make_node('Relu', ['x'], ['y'])
+    graph = onnx.helper.make_graph([node], 'g', [], [])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / 'relu.onnx')
+    with pytest.raises(UserError, match='0 convolutions where VGG16 has 13'):
+        read(tmp_path / 'relu.onnx')
+
+
+@pytest.mark.parametrize('share', [0.001, 0.5, 0.999999])
+@pytest.mark.parametrize('kind', [*KINDS, 'onnx'])
+def test_truncated(tmp_path, write, random_params, onnx_file, kind, share):
+    whole = onnx_file if kind == 'onnx' else write(kind, random_params)
+    content = whole.read_bytes()
+    (tmp_path / 'part').write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError, match='not a complete'):
+        read(tmp_path / 'part')
+
+
+def _small_files(folder) -> dict[str, bytes]:
+    """Files with a real structure and tiny tensors: what is left is the parser's own work."""
+    array = np.zeros((3, 3, 3, 2), np.float32)
+    with h5py.File(folder / 'h5', 'w') as file:
+        file['block1_conv1/block1_conv1_W_1:0'] = array
+        file['layers/conv2d/vars/0'] = array
+        file['layers/conv2d/vars'].attrs['name'] = 'block1_conv2'
+    save_file({'features.0.weight': array, 'features.0.bias': array[0, 0, 0]}, folder / 'st')
+    weight = onnx.numpy_helper.from_array(array, 'block1_conv1/kernel')
+    node = onnx.helper.make_node('Conv', ['x', 'block1_conv1/kernel'], ['y'])
+    graph = onnx.helper.make_graph([node] * 13, 'g', [], [], [weight])
+    onnx.save(onnx.helper.make_model(graph), folder / 'onnx')
+    return {name: (folder / name).read_bytes() for name in ('h5', 'st', 'onnx')}
+
+
+@pytest.mark.parametrize('kind', ['h5', 'st', 'onnx'])
+@settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_damaged_files_are_user_errors(tmp_path, kind, data):
+    content = bytearray(_small_files(tmp_path)[kind])
+    at = data.draw(st.integers(9, len(content) - 1))  # past what tells the kind
+    junk = data.draw(st.binary(max_size=40))
+    end = data.draw(st.sampled_from([at, at + len(junk), len(content)]))
+    content[at:end] = junk
+    (tmp_path / 'damaged').write_bytes(content)
+    with pytest.raises(UserError):
+        read(tmp_path / 'damaged')

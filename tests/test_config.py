@@ -1,0 +1,82 @@
+"""The configuration: round trips, hashes, differences, and errors that name the way out."""
+
+import dataclasses
+
+import pytest
+
+from cnn_jax import config as cfg
+from cnn_jax.errors import UserError
+
+
+def test_json_round_trip_keeps_every_field_and_the_hash():
+    config = cfg.replace(cfg.Config(), {'model.widths': (8, 16), 'loss.l2': 5e-4, 'seed': 7})
+    again = cfg.from_json(cfg.to_json(config))
+    assert again == config
+    assert cfg.content_hash(again) == cfg.content_hash(config)
+
+
+def test_every_field_is_part_of_the_hash():
+    base = cfg.Config()
+    other = {str: 'other', bool: True, int: 3, float: 0.123}
+    for path, field in cfg.fields_by_path(base).items():
+        changed = cfg.replace(base, {path: other.get(field.type, ())})
+        if cfg.get(base, path) != cfg.get(changed, path):
+            assert cfg.content_hash(changed) != cfg.content_hash(base), path
+
+
+def test_an_integer_is_accepted_for_a_float_and_hashes_alike():
+    a, b = (cfg.replace(cfg.Config(), {'train.epochs': n}) for n in (3, 3.0))
+    assert cfg.content_hash(a) == cfg.content_hash(b)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({'model.widhts': (1,)}, 'did you mean config.model.widths'),
+        ({'model.widths': ('a',)}, 'config.model.widths must be int'),
+        ({'train.epochs': 'ten'}, 'config.train.epochs must be float'),
+        ({'seed': True}, 'config.seed must be int'),
+    ],
+)
+def test_unknown_and_mistyped_fields_are_named(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        cfg.replace(cfg.Config(), changes)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({'model.padding': 'SAEM'}, 'did you mean SAME'),
+        ({'model.dropout': 1.5}, 'config.model.dropout is 1.5; it must be from 0 to 1'),
+        ({'data.batch': 0}, 'config.data.batch is 0; it must be at least 1'),
+        ({'model.dropout': float('nan')}, 'config.model.dropout is nan'),
+        ({'data.size': 32}, 'config.data.resize'),
+        ({'data.resize': 'crop'}, 'config.data.size'),
+        ({'optimizer.accumulate': 3}, 'must divide'),
+        ({'optimizer.schedule': 'step'}, 'config.optimizer.boundaries'),
+    ],
+)
+def test_validation_says_what_is_wrong_and_what_would_do(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        cfg.validate(cfg.replace(cfg.Config(), changes))
+
+
+def test_choices_and_ranges_name_fields_that_exist():
+    known = cfg.fields_by_path(cfg.Config())
+    assert set(cfg.CHOICES) | set(cfg.RANGES) <= set(known)
+    numbers = {path for path, f in known.items() if f.type in (int, float)}
+    assert numbers <= set(cfg.RANGES) | set(cfg.CHOICES), 'every number has a range'
+
+
+def test_values_and_structure_divide_the_config():
+    config = cfg.Config()
+    paths = set(cfg.values(config)) | set(cfg.structure(config)) | {'seed'}
+    assert paths == set(cfg.fields_by_path(config))
+    assert not set(cfg.values(config)) & set(cfg.structure(config))
+
+
+def test_differences_tell_old_and_new():
+    old = cfg.Config()
+    new = cfg.replace(old, {'loss.l2': 0.5})
+    assert cfg.differences(old, new) == {'loss.l2': (0.0, 0.5)}
+    assert cfg.differences(old, dataclasses.replace(old)) == {}

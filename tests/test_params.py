@@ -1,0 +1,64 @@
+"""Parameter paths and patterns."""
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cnn_jax import params
+from cnn_jax.errors import UserError
+
+TREE = {
+    'backbone': {'conv1': {'kernel': jnp.ones((3, 3, 1, 4)), 'bias': jnp.ones(4)}},
+    'head': {'logits': {'kernel': jnp.ones((4, 2)), 'bias': jnp.ones(2)}},
+}
+PATHS = ['backbone/conv1/bias', 'backbone/conv1/kernel', 'head/logits/bias', 'head/logits/kernel']
+
+
+def test_flatten_and_unflatten_are_inverse():
+    flat = params.flatten(TREE)
+    assert list(flat) == PATHS
+    assert params.flatten(params.unflatten(flat)).keys() == flat.keys()
+
+
+@pytest.mark.parametrize(
+    ('patterns', 'expected'),
+    [
+        (('backbone/*',), PATHS[:2]),
+        (('*/kernel',), [PATHS[1], PATHS[3]]),
+        (('*conv*/kernel',), [PATHS[1]]),
+        ((), []),
+    ],
+)
+def test_select(patterns, expected):
+    assert params.select(PATHS, patterns, field='train.frozen') == expected
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_naming_it_and_the_parameters():
+    with pytest.raises(UserError, match=r"train.frozen has the pattern 'backbon/\*'.*head/logits"):
+        params.select(PATHS, ('backbon/*',), field='train.frozen')
+
+
+def test_freezing_everything_is_refused():
+    with pytest.raises(UserError, match='nothing is left to train'):
+        params.trainable(PATHS, ('*',))
+
+
+@given(st.sets(st.sampled_from(PATHS)))
+def test_partition_and_merge_lose_nothing(names):
+    inside, outside = params.partition(TREE, names)
+    assert set(inside) == names
+    assert params.flatten(params.merge(inside, outside)).keys() == set(PATHS)
+
+
+def test_nbytes_counts_float32_and_bfloat16():
+    assert params.nbytes({'a': jnp.ones((2, 3)), 'b': jnp.ones(4, jnp.bfloat16)}) == 32
+
+
+def test_overview_states_what_is_trained_frozen_and_decayed():
+    text = params.overview(TREE, train=PATHS[2:], l2=PATHS[3:], decay=PATHS[3:])
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert rows['backbone/conv1/kernel'].split()[1:] == ['3×3×1×4', '36', 'frozen']
+    assert rows['head/logits/kernel'].split()[1:] == ['4×2', '8', 'trained', 'l2', 'weight_decay']
+    assert rows['trained'].split()[1] == '10'
+    assert rows['frozen'].split()[1] == '40'

@@ -1,0 +1,87 @@
+"""Metrics against scikit-learn and a float64 computation; sums do not depend on batching."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from cnn_jax import losses
+from cnn_jax.train import metrics
+
+
+def sums_of(logits, labels, mask=None):
+    mask = np.ones(len(labels), bool) if mask is None else mask
+    log_probs = losses.log_probabilities(jnp.asarray(logits))
+    each = losses.cross_entropy(log_probs, jnp.asarray(labels))
+    return metrics.batch_sums(log_probs, each, jnp.asarray(labels), jnp.asarray(mask))
+
+
+def result_of(logits, labels, batch=None):
+    batch, total = batch or len(labels), None
+    for start in range(0, len(labels), batch):
+        part, answers = logits[start : start + batch], labels[start : start + batch]
+        missing = batch - len(part)
+        mask = np.arange(batch) < len(part)
+        part = np.pad(part, ((0, missing), (0, 0)), constant_values=3.0)
+        total = metrics.add(total, sums_of(part, np.pad(answers, (0, missing)), mask))
+    return metrics.result(total)
+
+
+def expected_calibration_error(probs, labels, bins):
+    """Straight from the definition, in float64."""
+    confidence, correct = probs.max(1), probs.argmax(1) == labels
+    error = 0.0
+    for low in range(bins):
+        inside = (confidence > low / bins) & (confidence <= (low + 1) / bins)
+        if inside.any():
+            error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    return error
+
+
+@pytest.fixture
+def scores():
+    draw = np.random.default_rng(3)
+    return draw.normal(size=(101, 8), scale=2).astype(np.float32), draw.integers(8, size=101)
+
+
+def test_accuracy_confusion_and_top5_equal_scikit_learn(scores):
+    logits, labels = scores
+    got = result_of(logits, labels)
+    predicted = logits.argmax(1)
+    assert got['accuracy'] == sklearn.metrics.accuracy_score(labels, predicted)
+    np.testing.assert_array_equal(
+        got['confusion'], sklearn.metrics.confusion_matrix(labels, predicted)
+    )
+    assert got['top5'] == sklearn.metrics.top_k_accuracy_score(labels, logits, k=5)
+    recall = sklearn.metrics.recall_score(labels, predicted, average=None)
+    np.testing.assert_allclose(got['class_accuracy'], recall)
+    assert got['loss'] == pytest.approx(
+        sklearn.metrics.log_loss(labels, np.exp(losses.log_probabilities(logits))), rel=1e-5
+    )
+
+
+def test_calibration_error_follows_its_definition(scores):
+    logits, labels = scores
+    probs = np.exp(np.asarray(losses.log_probabilities(logits), np.float64))
+    expected = expected_calibration_error(probs, labels, metrics.BINS)
+    assert result_of(logits, labels)['calibration_error'] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('batch', [1, 7, 50, 100, 120])
+def test_batching_and_padding_change_nothing(scores, batch):
+    logits, labels = scores
+    whole, parts = result_of(logits, labels), result_of(logits, labels, batch)
+    assert parts['count'] == 101
+    np.testing.assert_array_equal(whole['confusion'], parts['confusion'])
+    for name, number in metrics.scalars(whole).items():
+        assert parts[name] == pytest.approx(number, rel=1e-6), name
+
+
+def test_a_class_without_examples_has_no_accuracy():
+    got = result_of(np.eye(3, dtype=np.float32)[[0, 1]], np.array([0, 1]))
+    np.testing.assert_array_equal(got['class_accuracy'], [1, 1, np.nan])
+
+
+def test_a_sigmoid_is_two_classes():
+    got = result_of(np.array([[-1.0], [2.0], [3.0]], np.float32), np.array([0, 1, 0]))
+    np.testing.assert_array_equal(got['confusion'], [[1, 1], [0, 1]])
