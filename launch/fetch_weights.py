@@ -45,6 +45,7 @@ def show(found: Pretrained, attempts: Sequence[Attempt]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
     errors = {attempt.name: attempt.error for attempt in attempts}
     places = Table('source', 'state', 'where', box=box.SIMPLE_HEAD, show_lines=True)
     places.add_row('cache', _cache_state(), str(cache.path(IMAGENET)))
@@ -52,7 +53,7 @@ def show(found: Pretrained, attempts: Sequence[Attempt]) -> None:
         state = errors.get(source.name, 'not tried') or 'fetched'
         where = f'{source.location}\n{source.algorithm} {source.hash}'
         places.add_row(source.name, state, where)
-    places.columns[1].max_width = 24
+    places.columns[1].max_width = console.width // 3
     for column in places.columns:
         column.overflow = 'fold'
 
@@ -67,7 +68,6 @@ def show(found: Pretrained, attempts: Sequence[Attempt]) -> None:
         weights.add_row('left alone', f"{len(found.ignored)} tensors that are not VGG16's")
     weights.columns[1].overflow = 'fold'
 
-    console = Console()
     console.print(places, weights)
 
 

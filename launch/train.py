@@ -41,7 +41,11 @@ def train(config: cfg.Config, folder: Path) -> int:
         which: open_batches(config.data, which, seed=config.seed) for which in ('train', 'eval')
     }
     description = setup.describe(config, batches['train'], batches['eval'])
-    task, steps = setup.make_run(config, description)
+    weights = setup.load_weights(config)
+    if weights:
+        print(f'weights: {weights.source}, digest {weights.digest[:12]}…, {weights.licence}')
+    description['preprocessing'] = setup.preprocessing(config, batches['train'], weights)
+    task, steps = setup.make_run(config, description, weights)
     print(
         f'{config.data.source}: {batches["train"].n:,} training and {batches["eval"].n:,} '
         f'evaluation images, {setup.shape_text(task.image_shape)}, {task.num_classes} classes; '

@@ -29,39 +29,50 @@ def augment(
       borders, becomes `fill` (DeVries & Taylor 2017, Improved regularization of CNNs with cutout).
 
     Args:
-      key: folded with the seed and the step, not with anything of the batch.
-      images: uint8 or float; normalized ones for the published zero padding.
-      index: the examples' positions in the source.
-      fill: the channel mean in the images' units, a number or one a channel; of normalized
-        images it is 0.
+        key: Folded with the seed and the step, not with anything of the batch.
+        images: uint8 or float; normalized ones for the published zero padding.
+        index: The examples' positions in the source.
+        flip: Whether to flip at all.
+        crop: Padding, in pixels.
+        cutout: Side of the square, in pixels.
+        fill: The channel mean in the images' units, a number or one a channel; of normalized
+            images it is 0.
+
+    Returns:
+        Images of the same shape and type.
     """
-    fill = jnp.asarray(fill, images.dtype)
+    fill = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (1, 1, images.shape[-1]))
 
     def one(image, index):
-        flip_key, crop_key, cutout_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        # Each change has bits of its own, so none depends on whether the others are on.
+        bits = jax.random.bits(jax.random.fold_in(key, index), (5,))
         if flip:
-            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+            image = jnp.where(bits[0] % 2 == 1, image[:, ::-1], image)
         if crop:
-            image = _crop(crop_key, image, crop, fill)
+            image = _crop(bits[1], bits[2], image, crop, fill)
         if cutout:
-            image = _cut_out(cutout_key, image, cutout, fill)
+            image = _cut_out(bits[3], bits[4], image, cutout, fill)
         return image
 
     return jax.vmap(one)(images, index)
 
 
-def _crop(key: Array, image: Array, pad: int, fill: Array) -> Array:
+def _crop(row_bits: Array, column_bits: Array, image: Array, pad: int, fill: Array) -> Array:
     height, width, channels = image.shape
     padded = jnp.broadcast_to(fill, (height + 2 * pad, width + 2 * pad, channels))
     padded = lax.dynamic_update_slice(padded, image, (pad, pad, 0))
-    top, left = jax.random.randint(key, (2,), 0, 2 * pad + 1)
+    top, left = _below(2 * pad + 1, row_bits), _below(2 * pad + 1, column_bits)
     return lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
 
-def _cut_out(key: Array, image: Array, side: int, fill: Array) -> Array:
+def _cut_out(row_bits: Array, column_bits: Array, image: Array, side: int, fill: Array) -> Array:
     height, width, _ = image.shape
-    centre = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
-    top, left = centre - side // 2
+    top, left = _below(height, row_bits) - side // 2, _below(width, column_bits) - side // 2
     row, column = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
     inside = (top <= row) & (row < top + side) & (left <= column) & (column < left + side)
     return jnp.where(inside, fill, image)
+
+
+def _below(n: int, bits: Array) -> Array:
+    """Uniform in 0…n−1, with a bias of at most n/2³²."""
+    return (bits % n).astype(jnp.int32)

@@ -8,7 +8,7 @@ Both providers yield the same batches in the same order, which `cnn_jax.data.ord
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -37,11 +37,19 @@ def open_batches(
     process_count: int = 1,
     sharding: NamedSharding | None = None,
 ) -> 'DeviceBatches | StreamBatches':
-    """The provider of the training (`which` is `train`) or evaluation (`eval`) batches.
+    """The provider of the training or evaluation batches.
 
-    Sets larger than `memory_gb` (10⁹ bytes, decoded) stream, unless `stream` decides.
-    With `sharding`, a batch is one global array laid out so; without, it is the process's own.
-    Raises `UserError` for a training batch larger than the data, and as `open_split` does.
+    Args:
+        data: Sets larger than `memory_gb` (10⁹ bytes, decoded) stream, unless `stream` decides.
+        which: train or eval.
+        seed: Of the order of the training examples.
+        process_index, process_count: Which contiguous part of every batch is this process's.
+        sharding: The layout of batches that are global arrays; without it, a batch is the
+            process's own part, on the default device.
+
+    Errors:
+        UserError: The training batch is larger than the data, `process_count` does not divide
+            it, or what `open_split` finds wrong.
     """
     source = open_split(data, which)
     batch = data.batch if which == 'train' else data.eval_batch or data.batch
@@ -89,9 +97,9 @@ class DeviceBatches:
         self._arrays = arrays
         self._order = _Order(self.n, batch, seed, process_index, process_count)
         self._sharding = sharding
-        whole = sharding and NamedSharding(sharding.mesh, PartitionSpec())
-        self._images, self._labels = _put((arrays.images, arrays.labels), whole)
-        self._gather = jax.jit(_gather, out_shardings=sharding)
+        everywhere = sharding and NamedSharding(sharding.mesh, PartitionSpec())
+        self._images, self._labels = _put((arrays.images, arrays.labels), everywhere)
+        self._gather = jax.jit(_shard(_gather, sharding) if sharding else _gather)
 
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training batches from step `start_step` on."""
@@ -197,6 +205,13 @@ def _gather(images: Array, labels: Array, index: Array, mask: Array) -> Batch:
         'index': index,
         'mask': mask,
     }
+
+
+def _shard(gather: Callable, sharding: NamedSharding) -> Callable:
+    """`gather` on every device for itself: all images, its part of the indices."""
+    whole, part = PartitionSpec(), sharding.spec
+    in_specs = (whole, whole, part, part)
+    return jax.shard_map(gather, mesh=sharding.mesh, in_specs=in_specs, out_specs=part)
 
 
 def _put(tree: Any, sharding: NamedSharding | None) -> Any:

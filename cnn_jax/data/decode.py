@@ -30,8 +30,9 @@ class CorruptImage(ValueError):
 def decode(data: bytes) -> UInt8[np.ndarray, 'h w c']:
     """The pixels of an encoded image, height × width × 1 (grey) or 3 (RGB).
 
-    Raises `CorruptImage` where the bytes are damaged, cut off, of another format, or declare
-    more than `MAX_PIXELS` pixels (nothing is decoded then).
+    Errors:
+        CorruptImage: The bytes are damaged, cut off, of another format, or announce more than
+            `MAX_PIXELS` pixels (nothing is decoded then).
     """
     return _read(data, _pixels)
 

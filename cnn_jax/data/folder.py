@@ -22,8 +22,10 @@ def parts(folder: str) -> dict[str, Callable[[], Source]]:
 
     Class names are the sub-folders' names, sorted; images are sought below them at any depth.
     Hidden files and files whose names do not end as images' do are left out.
-    Raises `UserError` for a missing folder, one without sub-folders, a class without images, a
-    class that train/ lacks, and more than 1% unreadable images.
+
+    Errors:
+        UserError: The folder is missing or has no sub-folders; a class has no images, or train/
+            lacks it; more than 1% of the images cannot be read.
     """
     root, name = Path(folder).expanduser(), f'folder:{folder}'
     if not root.is_dir():

@@ -40,9 +40,15 @@ def examined(root: Path, paths: Sequence[str]) -> dict[str, File]:
 
 
 def _examine(root: Path, path: str, stamp: tuple[int, int, int]) -> File:
-    return File(path, stamp, scan((root / path).read_bytes()))
+    try:
+        return File(path, stamp, scan((root / path).read_bytes()))
+    except OSError as error:
+        return File(path, stamp, Finding(0, 0, 0, error.strerror or str(error), ''))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    stat = os.stat(path)
+    try:
+        stat = os.stat(path)
+    except OSError:  # a link to nowhere, which `_examine` reports
+        return 0, 0, 0
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

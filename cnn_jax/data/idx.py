@@ -6,6 +6,7 @@ number of dimensions, each dimension as uint32, then the values.
 
 import functools
 import gzip
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,11 @@ PREFIXES = {'train': 'train', 'test': 't10k'}
 def parts(folder: str) -> dict[str, Callable[[], Source]]:
     """The parts of a folder of MNIST-named files, `train` and, where it exists, `test`.
 
-    Classes are the digits 0 to the largest training label.
+    Classes are the numbers from 0 to the largest training label.
+
+    Errors:
+        UserError: The folder or a file is missing; a file is damaged, cut off or of another
+            type; images and labels differ in number.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -67,11 +72,11 @@ def _read(root: Path, prefix: str, what: str, dims: int) -> np.ndarray:
             f'{path} is not an IDX file of {what}: it starts with {data[:4].hex(" ")}, '
             f'not 00 00 08 {dims:02x}'
         )
-    shape = tuple(np.frombuffer(data[: 4 + 4 * dims], '>u4', offset=4).tolist())
-    values = np.frombuffer(data, np.uint8, offset=min(4 + 4 * dims, len(data)))
-    if len(shape) != dims or values.size != np.prod(shape, dtype=np.int64):
-        size = '×'.join(map(str, shape))
+    header = 4 + 4 * dims
+    shape = tuple(int.from_bytes(data[i : i + 4], 'big') for i in range(4, header, 4))
+    if len(data) != header + math.prod(shape):
         raise UserError(
-            f'{path} is not whole: it says {size} values and has {values.size}; fetch it again'
+            f'{path} is not whole: it says {"×".join(map(str, shape))} values and has '
+            f'{max(0, len(data) - header)}; fetch it again'
         )
-    return values.reshape(shape)
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

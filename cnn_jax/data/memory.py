@@ -12,7 +12,7 @@ from cnn_jax.data.resize import image_shape, prepare
 from cnn_jax.data.source import Source, digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arrays:
     """A decoded set. `fingerprint` is the source's: of the content, before any resizing."""
 

@@ -26,12 +26,10 @@ def statistics(
 ) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
     """Mean and standard deviation of each channel, of pixels in [0, 1].
 
-    Over all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
-    224×224×3), and over the first that do of a fixed shuffled order otherwise: the same number
-    whether the set streams or not, whatever the seed, the batch or the machine. The sums are of
-    integers, so they are exact.
-
-    A constant channel has a standard deviation of one grey level, 1/255.
+    Taken from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
+    224×224×3), else from the first that do, in a fixed shuffled order: the same numbers whether
+    the set streams or not, whatever the seed, the batch or the machine. Sums of integers are
+    exact. A channel that hardly varies has a standard deviation of one grey level, 1/255.
     """
     height, width, channels = batches.image_shape
     count = min(batches.n, max(1, SAMPLE_BYTES // (height * width * channels)))
@@ -54,6 +52,6 @@ def normalize(
     dtype=jnp.float32,
 ) -> Float[Array, 'b h w c']:
     """(x/255 − mean) / std, with mean and std of pixels in [0, 1]; computed in float32."""
-    scale = 1 / (255 * jnp.asarray(std, jnp.float32))
-    shift = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
+    mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
+    scale, shift = 1 / (255 * std), mean / std
     return (images.astype(jnp.float32) * scale - shift).astype(dtype)

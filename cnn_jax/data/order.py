@@ -33,7 +33,9 @@ def train_indices(
     """The examples of training step `step` (from 0): positions step·batch … of the epochs' stream.
 
     Of several processes, each gets its contiguous `batch / process_count` of the global batch.
-    Raises `UserError` where `process_count` does not divide `batch`.
+
+    Errors:
+        UserError: `process_count` does not divide `batch`.
     """
     local = local_size(batch, process_count)
     start = step * batch + process_index * local
@@ -52,7 +54,9 @@ def eval_batches(
     """`(index, mask)` of each evaluation batch; the last is filled up with index 0, mask False.
 
     Of several processes, each gets its contiguous part of every global batch.
-    Raises `UserError` where `process_count` does not divide `batch`.
+
+    Errors:
+        UserError: `process_count` does not divide `batch`.
     """
     local = local_size(batch, process_count)
     for start in range(0, n, batch):

@@ -13,9 +13,15 @@ def prepare(
 ) -> UInt8[np.ndarray, 'size size channels']:
     """One image with the wanted channels and size.
 
-    `resize` is `none` (as it is), `stretch` (each side scaled on its own) or `crop` (the short
-    side scaled to `size` pixels, then the centre square). Scaling is Pillow's bilinear filter,
-    whose support grows with the reduction, so that nothing aliases. `channels` 0 keeps them.
+    Scaling is Pillow's bilinear filter, whose support grows with the reduction, so that nothing
+    aliases.
+
+    Args:
+        image: Of any size, with 1 or 3 channels.
+        resize: none (as it is), stretch (each side scaled on its own), or crop (the short side
+            scaled to `size`, then the centre square).
+        size: Height and width of the result, in pixels.
+        channels: 1 or 3; 0 keeps the image's.
     """
     from PIL import Image, ImageOps
 
@@ -35,7 +41,8 @@ def image_shape(
 ) -> tuple[int, int, int]:
     """Height, width and channels of every `prepare`d image of `source`.
 
-    Raises `UserError` naming two images of different sizes when `resize` is `none`.
+    Errors:
+        UserError: `resize` is none, and images differ in size; two of them are named.
     """
     channels = channels or source.channels
     if resize != 'none':

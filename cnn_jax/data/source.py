@@ -14,15 +14,16 @@ from cnn_jax.errors import UserError
 KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """`source[i]` is `(image uint8 [h, w, channels], label int)`, for `0 ≤ i < len(source)`.
+    """Labelled images: `source[i]` is `(image uint8 [h, w, channels], label int)`.
 
     Everything but the pixels is known without decoding. To add a kind of source, write a
-    function that returns one of these (see `cnn_jax.data.bundled` for the shortest).
+    function that returns one of these; `cnn_jax.data.bundled` is the shortest example.
 
-    Raises `UserError` when there are no examples, fewer than two classes, or a label that is
-    not an index of `class_names`.
+    Errors:
+        UserError: No examples, fewer than two classes, or a label that is no index of
+            `class_names`.
     """
 
     name: str
@@ -65,9 +66,13 @@ def open_split(data: config.Data, which: str) -> Source:
 def open_source(name: str, *, split: str, data_dir: str = '') -> Source:
     """The examples of one split of a named source.
 
-    Args: `name` is one of `KINDS`; `split` as `cnn_jax.data.splits.select` reads it; `data_dir`
-    is where TFDS keeps prepared sets, '' for its default.
-    Raises `UserError` for an unknown name, and whatever the source's own reader finds wrong.
+    Args:
+        name: One of `KINDS`.
+        split: A part or a slice of one, see `cnn_jax.data.splits.select`.
+        data_dir: Where TFDS keeps prepared sets; '' is its default.
+
+    Errors:
+        UserError: The name is unknown, or what the source's own module finds wrong.
     """
     from cnn_jax.data import bundled, folder, idx, splits, tfds
 

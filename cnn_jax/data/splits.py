@@ -17,7 +17,8 @@ from jaxtyping import Int32, Int64
 from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
 
-TRAIN_PERCENT = 80  # of a source that is not divided yet; the rest is its test split
+# Of each class of a source that is not divided yet, rounded down, but one example at least.
+TRAIN_PERCENT = 80
 # Which example goes where is part of every published number: never change this.
 ORDER_KEY = 0x5EED_0F_5A11CE
 
@@ -26,12 +27,14 @@ def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> 
     """The examples that `split` names.
 
     Args:
-      name: the source's, for messages.
-      parts: functions that open each part. A source with a single part is divided, class by
-        class, into `train` (80%) and `test` (20%); of others the parts keep their names.
-      split: a part, or `all`, or a slice of either: `NAME[from:to]`, with numbers of examples
-        or whole percents, either of them absent.
-    Raises `UserError` for an unknown part, a malformed slice, or one without examples.
+        name: The source's, for messages.
+        parts: Functions that open the parts. A source with a single part is divided, class by
+            class, into `train` (80%) and `test` (20%); of others the parts keep their names.
+        split: A part, or `all`, or a slice of either, `NAME[from:to]`: numbers of examples or
+            whole percents, each of them optional.
+
+    Errors:
+        UserError: The part is unknown; the slice is malformed, too long or empty.
     """
     part, first, last = _parse(split)
     names = [*parts, 'all'] if len(parts) > 1 else ['train', 'test', 'all']
@@ -57,14 +60,14 @@ def _part(name: str, parts: Mapping[str, Callable[[], Source]], part: str) -> So
     whole = open_whole()
     if part == 'all':
         return whole
-    order = interleaved(whole.labels)
-    border = len(whole) * TRAIN_PERCENT // 100
-    chosen = order[:border] if part == 'train' else order[border:]
+    by_class, rank, size = _shuffled_classes(whole.labels)
+    in_train = rank < np.maximum(1, size * TRAIN_PERCENT // 100)
+    chosen = by_class[in_train if part == 'train' else ~in_train]
     return subset(whole, np.sort(chosen), f'{name} {part}')
 
 
 def _parse(split: str) -> tuple[str, str | None, str | None]:
-    match = re.fullmatch(r'(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?', split)
+    match = re.fullmatch(r'([\w.-]+)(?:\[(\d+%?)?:(\d+%?)?\])?', split)
     if not match:
         raise UserError(
             f'{split!r} is not a split; write a name, such as train, or a slice, such as '
@@ -86,23 +89,17 @@ def _position(border: str | None, n: int, default: int, split: str) -> int:
 
 
 def interleaved(labels: Int32[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
-    """A shuffled order in which every prefix holds each class in proportion.
+    """A shuffled order of which every prefix holds each class in proportion.
 
-    Of the first m of n examples, class c with n_c has x_c with |x_c − m·n_c/n| < 1. The r-th
-    example of a class may stand at positions ⌊r·n/n_c⌋ to ⌈(r+1)·n/n_c⌉ − 1; taking the open
-    one whose window closes first always succeeds (Baruah et al. 1996, Proportionate progress;
-    Tijdeman 1980, The chairman assignment problem).
+    Of the first m of n examples, class c with n_c in all has x_c, and |x_c − m·n_c/n| < 1.
 
-    Within a class the order is that of Philox's raw output, which NumPy keeps across versions.
+    To that end the r-th example of a class stands between ⌊r·n/n_c⌋ and ⌈(r+1)·n/n_c⌉ − 1. Giving
+    each place to the example whose time runs out first always succeeds (Baruah et al. 1996,
+    Proportionate progress; Tijdeman 1980, The chairman assignment problem).
     """
     n = len(labels)
-    shuffled = np.argsort(np.random.Philox(key=ORDER_KEY).random_raw(n), kind='stable')
-    by_class = shuffled[np.argsort(labels[shuffled], kind='stable')]
-    counts = np.bincount(labels)
-    size = np.repeat(counts, counts).astype(np.int64)
-    rank = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
+    by_class, rank, size = _shuffled_classes(labels)
     opens, closes = rank * n // size, -(-(rank + 1) * n // size)
-
     by_opening = np.argsort(opens, kind='stable').tolist()
     opens, closes = opens.tolist(), closes.tolist()
     order, waiting, coming = [], [], 0
@@ -113,6 +110,19 @@ def interleaved(labels: Int32[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
             coming += 1
         order.append(heapq.heappop(waiting)[1])
     return by_class[order]
+
+
+def _shuffled_classes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions class after class, each class shuffled; the rank and the size within the class.
+
+    The shuffle ranks Philox's raw output, which NumPy keeps across versions and machines.
+    """
+    n = len(labels)
+    shuffled = np.argsort(np.random.Philox(key=ORDER_KEY).random_raw(n), kind='stable')
+    counts = np.bincount(labels).astype(np.int64)
+    rank = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
+    by_class = shuffled[np.argsort(labels[shuffled], kind='stable')]
+    return by_class, rank, np.repeat(counts, counts)
 
 
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:

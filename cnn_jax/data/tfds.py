@@ -7,6 +7,8 @@ rather than encoded images (mnist and cifar10 do).
 
 import difflib
 import functools
+import re
+import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -21,11 +23,13 @@ from cnn_jax.errors import UserError
 def parts(name: str, data_dir: str = '') -> dict[str, Callable[[], Source]]:
     """The splits of a TFDS image classification set (`NAME`, `NAME/CONFIG`, `NAME:VERSION`).
 
-    Raises `UserError` for an unknown set, one that cannot be prepared here, one in another
-    format than ArrayRecord, or one without an image and a class label.
+    Errors:
+        UserError: The set is unknown, lacks an image or a class label, cannot be prepared here,
+            or is prepared in another format than ArrayRecord.
     """
-    builder = _prepared(name, data_dir)
+    builder = _builder(name, data_dir)
     image, label = _feature_keys(name, builder)
+    _prepare(name, builder)
     return {
         part: functools.partial(_source, name, builder, part, image, label)
         for part, info in builder.info.splits.items()
@@ -33,11 +37,11 @@ def parts(name: str, data_dir: str = '') -> dict[str, Callable[[], Source]]:
     }
 
 
-def _prepared(name: str, data_dir: str):
+def _builder(name: str, data_dir: str):
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
+        return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
@@ -45,31 +49,29 @@ def _prepared(name: str, data_dir: str):
             f'TFDS has no set {name!r}, and none is prepared in '
             f'{data_dir or "its default folder"}; did you mean tfds:{near}?'
         ) from None
-    if not builder.is_prepared():
-        _prepare(name, builder)
+
+
+def _prepare(name: str, builder) -> None:
+    """Download and prepare the set where it is not; leave a prepared one alone."""
+    missing = f'tfds:{name} is not prepared in {builder.data_path}, and preparing it'
+    try:
+        builder.download_and_prepare(file_format='array_record')
+    except ImportError as error:
+        module = re.search(r"No module named '(\w+)", str(error))
+        package = module[1] if module else 'tensorflow'
+        raise UserError(
+            f'{missing} needs {package}; run once: pip install {package} (downloads are kept, and '
+            'reading the prepared set does not need it)'
+        ) from error
+    except Exception as error:  # builders fail in their own ways: network, checksums, disk
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise UserError(f'{missing} failed: {reason}') from error
     formats = [kind.value for kind in builder.info.available_file_formats()]
     if 'array_record' not in formats:
         raise UserError(
             f'tfds:{name} is prepared in {builder.data_path} as {", ".join(formats)}; set '
             'config.data.data_dir to another folder, where it is prepared as array_record'
         )
-    return builder
-
-
-def _prepare(name: str, builder) -> None:
-    try:
-        builder.download_and_prepare(file_format='array_record')
-    except ImportError as error:
-        raise UserError(
-            f'tfds:{name} is not prepared in {builder.data_path}, and preparing it needs '
-            f'{error.name or error}; run once: pip install tensorflow (what is downloaded is '
-            'kept, and reading the prepared set does not need it)'
-        ) from error
-    except Exception as error:  # builders fail in their own ways: network, checksums, disk
-        raise UserError(
-            f'tfds:{name} is not prepared in {builder.data_path}, and preparing it failed: '
-            f'{str(error).strip().splitlines()[0] if str(error).strip() else error!r}'
-        ) from error
 
 
 def _feature_keys(name: str, builder) -> tuple[str, str]:

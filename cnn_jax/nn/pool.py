@@ -1,10 +1,14 @@
 """Pooling: windows summarized by their maximum or their mean."""
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from cnn_jax.nn.padding import Size, pair
+from cnn_jax.nn.padding import Size, output_shape, pair, resolve_padding
 
 
 def max_pool(
@@ -13,7 +17,7 @@ def max_pool(
     stride: Size | None = None,
     padding: str = 'VALID',
 ) -> Float[Array, 'b h2 w2 c']:
-    """The largest value of each window.
+    """The largest value of each window; the first of equal ones receives the gradient.
 
     Args:
         x: images.
@@ -23,8 +27,13 @@ def max_pool(
 
     Returns:
         Of the size that `cnn_jax.nn.padding.output_shape` says.
+
+    Errors:
+        UserError: A window is larger than the padded image.
     """
-    return nn.max_pool(x, pair(window), pair(stride or window), padding)
+    stride = stride or window
+    output_shape(x.shape[1:3], window, stride, 1, padding, layer='max_pool')
+    return _max_pool(x, pair(window), pair(stride), padding)
 
 
 def avg_pool(
@@ -35,11 +44,42 @@ def avg_pool(
 ) -> Float[Array, 'b h2 w2 c']:
     """The mean of each window, over those of its pixels that lie in the image.
 
-    Arguments and result as `max_pool`. (PyTorch counts the padding too, Keras does not.)
+    Arguments, result and errors as `max_pool`. (PyTorch counts the padding too, Keras does not.)
     """
-    return nn.avg_pool(x, pair(window), pair(stride or window), padding, count_include_pad=False)
+    stride = stride or window
+    output_shape(x.shape[1:3], window, stride, 1, padding, layer='avg_pool')
+    return nn.avg_pool(x, pair(window), pair(stride), padding, count_include_pad=False)
 
 
 def global_average(x: Float[Array, 'b h w c']) -> Float[Array, 'b c']:
     """The mean of each channel over the image, added up in float32 and returned in x's type."""
     return jnp.mean(x, axis=(1, 2))
+
+
+def _forward(x, window, stride, padding):
+    return nn.max_pool(x, window, stride, padding), x
+
+
+def _backward(window, stride, padding, x, dy):
+    return jax.vjp(lambda x: _max_of_shifts(x, window, stride, padding), x)[1](dy)
+
+
+# XLA's own gradient, a scatter that visits one window at a time, is some fifty times slower on a
+# CPU, where it would take longer than the convolutions.
+_max_pool = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(1, 2, 3))
+_max_pool.defvjp(_forward, _backward)
+
+
+def _max_of_shifts(x, window, stride, padding):
+    """The same maximum, as that of one strided slice for each pixel of the window."""
+    size, channels = x.shape[1:3], x.shape[3]
+    pads = resolve_padding(padding, size, window, stride)
+    height, width = output_shape(size, window, stride, 1, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    end = (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1
+    shifts = [
+        lax.slice(x, (0, i, j, 0), (x.shape[0], i + end[0], j + end[1], channels), (1, *stride, 1))
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    return functools.reduce(lambda a, b: jnp.where((a >= b) | jnp.isnan(a), a, b), shifts)

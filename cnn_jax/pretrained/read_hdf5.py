@@ -1,5 +1,6 @@
 """VGG16 from Keras's HDF5 files: published weights, whole models, and `.weights.h5`."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +10,17 @@ from cnn_jax.pretrained.layout import CONVOLUTIONS, TOP
 from cnn_jax.pretrained.stored import BACKBONE, Contents, Stored
 
 _TENSORS = {4: 'kernel', 2: 'kernel', 1: 'bias'}  # by rank
+_NUMBERED = re.compile(r'\bconv2d(?:_(\d{1,9}))?/vars$')
 
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Contents]:
     """The contents of a Keras file.
 
-    A tensor's layer is the last group above it that is named after one, or, in Keras 3's
-    `.weights.h5`, the `name` that its group `vars` carries. Only hard links are followed, so that
-    a file cannot bring in what lies outside of it.
+    A tensor's layer is the last group above it that is named after one. In Keras 3's
+    `.weights.h5` convolutions are numbered in their order, `conv2d`, `conv2d_1`, …. (Their names
+    are attributes, which libhdf5 cannot read safely from a damaged file.) Only hard links are
+    followed, so that a file cannot bring in what lies outside of it.
     """
     import h5py
 
@@ -27,38 +30,27 @@ def open_hdf5(path: Path) -> Iterator[Contents]:
         def visit(name: str, item: object) -> None:
             if not isinstance(item, h5py.Dataset):
                 return
-            layer = _layer(name, item)
+            layer = _layer(name.split('/')[:-1])
             ours = f'{layer}/{_TENSORS.get(len(item.shape), name)}' if layer else name
             if ours in tensors:
-                raise UserError(f'{path} holds {ours} twice; save the model without its optimizer')
+                raise UserError(f'{path} holds {ours} twice; save VGG16 alone')
             if item.is_virtual or item.external:
                 raise UserError(f'{path} keeps {name} in another file; save it in one')
             tensors[ours] = Stored(item.shape, item.dtype.name, lambda: item[()])
 
+        root: h5py.Group = file
         # A whole model keeps its optimizer's state, under the same names, beside the weights.
-        root = h5py.Group(file['model_weights'].id) if _holds(file, 'model_weights') else file
+        if isinstance(file.get('model_weights', getlink=True), h5py.HardLink):
+            root = h5py.Group(file['model_weights'].id)
         root.visititems(visit)
         yield Contents(tensors, 'keras')
 
 
-def _holds(group, name: str) -> bool:
-    import h5py
-
-    return isinstance(group.get(name, getlink=True), h5py.HardLink)
-
-
-def _layer(name: str, item) -> str:
-    groups = name.split('/')[:-1]
-    if groups and groups[-1] == 'vars':
-        groups = [_own_name(item.parent)]
+def _layer(groups: list[str]) -> str:
     for group in reversed(groups):
         if group in CONVOLUTIONS or group in TOP or BACKBONE.fullmatch(group):
             return group
-    return ''
-
-
-def _own_name(group) -> str:
-    """The attribute `name`, where it is one string: of a damaged file it can be a billion."""
-    if 'name' not in group.attrs or group.attrs.get_id('name').shape != ():
+    if not (numbered := _NUMBERED.search('/'.join(groups))):
         return ''
-    return str(group.attrs['name'])
+    number, layers = int(numbered[1] or 0), list(CONVOLUTIONS)
+    return layers[number] if number < len(layers) else ''

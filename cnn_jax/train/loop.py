@@ -89,7 +89,7 @@ def fit(
         seconds = time.perf_counter() - began
         record.timing(step, {'images_per_second': speed, 'evaluation_seconds': seconds})
         progress.say(
-            f'epoch {epoch:g}  step {step}  '
+            f'epoch {epoch:.2f}  step {step}  '
             f'train loss {train_metrics["loss"]:.4f} accuracy {train_metrics["accuracy"]:.4f}  '
             f'eval loss {eval_metrics["loss"]:.4f} accuracy {eval_metrics["accuracy"]:.4f}  '
             f'{speed:,.0f} images/s'

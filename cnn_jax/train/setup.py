@@ -14,6 +14,9 @@ from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.data.normalize import normalize, statistics
 from cnn_jax.errors import UserError
+from cnn_jax.pretrained.insert import insert
+from cnn_jax.pretrained.load import Pretrained, load
+from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
 from cnn_jax.train.step import Steps, Task, make_steps
 
 
@@ -25,7 +28,7 @@ def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
         train, evaluation: The opened batches of both splits.
 
     Errors:
-        UserError: The splits differ in shape or classes, or a batch is larger than the data.
+        UserError: The splits differ in the images' shape or in the classes.
     """
     if train.image_shape != evaluation.image_shape:
         raise UserError(
@@ -35,16 +38,31 @@ def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
     if train.class_names != evaluation.class_names:
         raise UserError(
             f'the training classes {list(train.class_names)} are not the evaluation classes '
-            f'{list(evaluation.class_names)}'
+            f'{list(evaluation.class_names)}; give both splits the same classes'
         )
-    mean, std = statistics(train)
     return {
         'source': config.data.source,
         'train': {'count': train.n, 'fingerprint': train.fingerprint},
         'eval': {'count': evaluation.n, 'fingerprint': evaluation.fingerprint},
         'class_names': list(train.class_names),
         'image_shape': list(train.image_shape),
-        'preprocessing': {'mean': [float(m) for m in mean], 'std': [float(s) for s in std]},
+    }
+
+
+def preprocessing(config: cfg.Config, train, weights: Pretrained | None) -> dict[str, Any]:
+    """How uint8 images become the network's input, as JSON.
+
+    Pretrained weights bring their own; else each channel is standardized by the training split.
+    VGG16 without pretrained weights sees the same three channels.
+    """
+    if weights:
+        return {'kind': weights.preprocessing.name, 'weights': weights.digest}
+    mean, std = statistics(train)
+    return {
+        'kind': 'standardize',
+        'mean': mean.tolist(),
+        'std': std.tolist(),
+        'channels': 3 if config.model.name == 'vgg16' else len(mean),
     }
 
 
@@ -53,10 +71,16 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return '×'.join(map(str, shape))
 
 
-def preparation(description: dict[str, Any]) -> Callable:
-    """The function from uint8 images to the floats that the network was trained on."""
-    mean, std = (description['preprocessing'][name] for name in ('mean', 'std'))
-    return lambda images: normalize(images, mean, std)
+def preparation(spec: dict[str, Any]) -> Callable:
+    """The function that `preprocessing` describes, from uint8 images to the network's floats."""
+    if spec['kind'] != 'standardize':
+        return PREPROCESSINGS[spec['kind']]
+
+    def standardize(images):
+        floats = normalize(images, spec['mean'], spec['std'])
+        return jnp.broadcast_to(floats, (*floats.shape[:-1], spec['channels']))
+
+    return standardize
 
 
 def prepared_shape(task: Task) -> tuple[int, ...]:
@@ -65,25 +89,36 @@ def prepared_shape(task: Task) -> tuple[int, ...]:
     return jax.eval_shape(task.prepare, images).shape[1:]
 
 
+def load_weights(config: cfg.Config) -> Pretrained | None:
+    """The pretrained weights that the config names, if it does.
+
+    Errors:
+        UserError: They cannot be had, or are not VGG16's.
+    """
+    if config.model.name != 'vgg16' or config.model.weights == 'random':
+        return None
+    return load('auto' if config.model.weights == 'imagenet' else config.model.weights)
+
+
 def make_run(
-    config: cfg.Config, description: dict[str, Any], initial: params.Flat | None = None
+    config: cfg.Config, description: dict[str, Any], weights: Pretrained | None = None
 ) -> tuple[Task, Steps]:
     """The task and the functions of a run.
 
     Args:
         config: A validated config.
-        description: As `describe` gives it.
-        initial: Parameters that replace freshly drawn ones, by path.
+        description: As `describe` gives it, with `preprocessing` under that name.
+        weights: Pretrained weights of the backbone, for the first state.
     """
     examples = description['train']['count']
     steps_per_epoch = examples / config.data.batch
     task = Task(
         image_shape=tuple(description['image_shape']),
         num_classes=len(description['class_names']),
-        prepare=preparation(description),
+        prepare=preparation(description['preprocessing']),
         steps_per_epoch=steps_per_epoch,
         total_steps=max(1, int(config.train.epochs * steps_per_epoch + 1e-9)),
-        initial=initial,
+        initial=weights and (lambda shapes: {'backbone': insert(shapes['backbone'], weights)}),
     )
     return task, make_steps(config, task)
 

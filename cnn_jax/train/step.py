@@ -45,8 +45,8 @@ class State:
 class Task:
     """What the step needs to know about the data and the length of the run.
 
-    `prepare` turns uint8 images into the floats that the network expects; `initial` overrides
-    freshly drawn parameters (published weights) and is a flat dict.
+    `prepare` turns uint8 images into the floats that the network expects. `initial`, given the
+    parameters' shapes, returns those that are not drawn (published weights).
     """
 
     image_shape: tuple[int, int, int]
@@ -54,7 +54,7 @@ class Task:
     prepare: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']]
     steps_per_epoch: float
     total_steps: int
-    initial: params.Flat | None = None
+    initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ def make_steps(config: cfg.Config, task: Task) -> Steps:
     def init(seed: int) -> State:
         """The state before the first step."""
         drawn = jax.jit(draw)(seed)
-        flat = params.flatten(drawn['params']) | (task.initial or {})
+        flat = params.flatten(drawn['params'])
+        if task.initial:
+            flat |= params.flatten(task.initial(shapes))
         learned = {path: flat[path] for path in trainable}
         return State(
             step=jnp.zeros((), jnp.int32),
@@ -177,7 +179,7 @@ def make_steps(config: cfg.Config, task: Task) -> Steps:
             opt_state=opt_state,
             ema=ema,
         )
-        return new, sums | {'gradient_norm': optax.global_norm(grads)}
+        return new, sums | {'gradient_norm': optax.tree.norm(grads)}
 
     def outputs(state: State, images: Array, values: Values) -> Array:
         """Log class probabilities in inference, from the averaged weights where there are any."""
@@ -243,6 +245,7 @@ def _accumulate(gradients: Callable, batch_stats, batch: Batch, keys: Array):
         new_grads, batch_stats, new_sums = gradients(batch_stats, piece, keys[number])
         grads = new_grads if grads is None else jax.tree.map(jnp.add, grads, new_grads)
         sums = new_sums if sums is None else jax.tree.map(jnp.add, sums, new_sums)
-    assert grads is not None and sums is not None
+    assert grads is not None
+    assert sums is not None
     sums['objective'] /= pieces
     return jax.tree.map(lambda g: g / pieces, grads), batch_stats, sums

@@ -91,7 +91,7 @@ def test_counts_that_differ(tmp_path, values):
 
 def test_a_test_label_that_training_lacks(tmp_path, values):
     name = write(tmp_path, values | {'test labels': np.array([0, 1, 2, 3, 0, 1])})
-    with pytest.raises(UserError, match='example 3 of .* has label 3, but labels run from 0 to 2'):
+    with pytest.raises(UserError, match=r'example 3 of .* has label 3, but labels run from 0 to 2'):
         open_source(name, split='test')
 
 

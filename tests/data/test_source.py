@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -60,6 +63,17 @@ def test_digest_respects_borders():
 def test_open_split_reads_the_split_of_the_config():
     data = config.Data(source='digits', train='train[:100]', eval='test[:50]')
     assert [len(open_split(data, which)) for which in ('train', 'eval')] == [100, 50]
+
+
+def test_importing_costs_no_library_of_a_source():
+    heavy = ['PIL', 'grain', 'tensorflow_datasets', 'sklearn', 'mlxtend', 'rich']
+    script = (
+        'import sys, cnn_jax.data.batches, cnn_jax.data.augment, cnn_jax.data.normalize\n'
+        'from cnn_jax.data import bundled, folder, idx, splits, tfds\n'
+        'print(*sorted(set(sys.argv[1:]) & set(sys.modules)))'
+    )
+    ran = subprocess.run([sys.executable, '-c', script, *heavy], capture_output=True, check=True)
+    assert ran.stdout.split() == []
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def mistake(launch, tmp_path):
         ('--config.data.train=trian', 'train'),
         ('--config.train.frozen=("blokc*",)', 'matches no parameter'),
         ('--config.train.threads=4096', 'threads'),
-        ('--config.model.padding=VALID', 'at least'),
+        ('--config.model.padding=VALID --config.model.kernel=9', 'at least'),
     ],
 )
 def test_train_names_the_mistake(mistake, tiny, tmp_path, argument, sentence):
-    assert sentence in mistake('train', *tiny, f'--workdir={tmp_path}/run', argument)
+    assert sentence in mistake('train', *tiny, f'--workdir={tmp_path}/run', *argument.split())
 
 
 def test_a_read_only_workdir_is_named(mistake, tiny):

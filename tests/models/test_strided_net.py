@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import keras
@@ -18,8 +19,9 @@ TINY = Model(stem_width=4, widths=(4, 4), hidden=(8,))
 SMALL = Model(stem_width=0, widths=(32, 64), hidden=(128,))
 
 
-def init(config, shape=(2, 24, 24, 3), outputs=5):
-    return StridedNet(config, outputs).init(jax.random.key(0), jnp.zeros(shape), train=False)
+def init(config, shape=(2, 24, 24, 3), outputs=5, seed=0):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return StridedNet(config, outputs).lazy_init(jax.random.key(seed), x, train=False)
 
 
 def kernels(variables):
@@ -171,8 +173,8 @@ def test_arms_share_every_initial_kernel_bit_for_bit(change):
 
 
 def test_initial_kernels_depend_on_the_seed():
-    stem = StridedNet(TINY, 5).init(jax.random.key(1), jnp.zeros((2, 24, 24, 3)), train=False)
-    assert (kernels(stem)['stem_conv/kernel'] != kernels(init(TINY))['stem_conv/kernel']).any()
+    ours, others = kernels(init(TINY)), kernels(init(TINY, seed=1))
+    assert not any((ours[path] == others[path]).any() for path in ours)
 
 
 @pytest.mark.parametrize('downsample', ['max_pool', 'avg_pool'])
@@ -232,6 +234,27 @@ def test_one_compilation_serves_every_rate_and_momentum():
     for rate, momentum in ((0.0, 0.9), (0.5, 0.0), (1.0, 1.0)):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step(rate, momentum)))
     assert len(traces) == 1
+
+
+def test_an_interceptor_can_put_one_layer_in_inference_mode():
+    """Every layer is called with the keyword `train`, and named by its path."""
+    variables = init(TINY)
+    x = jax.random.normal(jax.random.key(1), (2, 24, 24, 3))
+
+    def freeze(call, args, kwargs, context):
+        if context.module.path == ('block1_norm1',):
+            kwargs = kwargs | {'train': False}
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(freeze):
+        rngs = {'dropout': jax.random.key(0)}
+        _, updated = StridedNet(TINY, 5).apply(
+            variables, x, train=True, mutable='batch_stats', rngs=rngs
+        )
+    before, after = variables['batch_stats'], updated['batch_stats']
+    after, before = flatten_dict(after, sep='/'), flatten_dict(before, sep='/')
+    still = [path for path in before if (after[path] == before[path]).all()]
+    assert sorted(still) == ['block1_norm1/mean', 'block1_norm1/var']
 
 
 def test_bfloat16_gives_float32_logits_with_float32_parameters():

@@ -52,7 +52,7 @@ def test_defaults_are_those_of_keras():
     assert (BatchNorm().momentum, BatchNorm().epsilon) == (theirs.momentum, theirs.epsilon)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=2, max_size=5).filter(lambda s: np.prod(s) > 4),
     data=st.data(),

@@ -1,10 +1,13 @@
 """Pooling against Keras and against hand-computed windows."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
 
+from cnn_jax.errors import UserError
 from cnn_jax.nn.padding import output_shape
 from cnn_jax.nn.pool import avg_pool, global_average, max_pool
 
@@ -21,12 +24,30 @@ def test_agrees_with_keras_and_with_the_shape_function(pool, padding, window, st
     assert y.shape[1:3] == output_shape((7, 8), window, stride or window, 1, padding)
 
 
+@pytest.mark.parametrize('padding', ['VALID', 'SAME'])
+@pytest.mark.parametrize(('window', 'stride'), [(2, 2), (3, 2), ((2, 3), (1, 2))])
+def test_the_gradient_of_the_maximum_is_xla_s_own_ties_included(padding, window, stride):
+    x = np.random.default_rng(0).integers(0, 4, (2, 7, 8, 3)).astype(np.float32)
+    sizes = [(n, n) if isinstance(n, int) else n for n in (window, stride)]
+    ours, theirs = (
+        jax.grad(lambda x, pool=pool: jnp.sum(pool(x, *sizes, padding) ** 2))(x)
+        for pool in (max_pool, nn.max_pool)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_windows_by_hand():
     x = jnp.arange(9.0).reshape(1, 3, 3, 1)
     assert max_pool(x, 2).ravel().tolist() == [4]
     assert max_pool(x, 2, padding='SAME').ravel().tolist() == [4, 5, 7, 8]
     assert avg_pool(x, 2).ravel().tolist() == [2]
     assert avg_pool(x, 2, padding='SAME').ravel().tolist() == [2, 3.5, 6.5, 8]
+
+
+@pytest.mark.parametrize('pool', [max_pool, avg_pool])
+def test_a_window_larger_than_the_image_is_refused(pool):
+    with pytest.raises(UserError, match=rf'^{pool.__name__}: .*2×2.* input of 1×3'):
+        pool(jnp.ones((1, 1, 3, 1)), 2)
 
 
 def test_the_largest_value_may_be_negative():

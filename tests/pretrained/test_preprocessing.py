@@ -1,7 +1,5 @@
 """Preprocessing against NumPy in float64 and against Keras."""
 
-import os
-
 import jax
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from cnn_jax.pretrained.preprocessing import CAFFE, PLAIN, PREPROCESSINGS, TORCH
-
-os.environ.setdefault('KERAS_BACKEND', 'jax')
 
 IMAGES = npst.arrays(
     np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.just(3))

@@ -1,7 +1,5 @@
 """Every file format gives the same weights, or one plain sentence."""
 
-import os
-
 import h5py
 import numpy as np
 import onnx
@@ -14,8 +12,6 @@ from cnn_jax.errors import UserError
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.layout import digest
 from cnn_jax.pretrained.read import read
-
-os.environ.setdefault('KERAS_BACKEND', 'jax')
 
 KINDS = ['weights.h5', 'torch.safetensors', 'own.safetensors']
 
@@ -193,8 +189,8 @@ def _small_files(folder) -> dict[str, bytes]:
     array = np.zeros((3, 3, 3, 2), np.float32)
     with h5py.File(folder / 'h5', 'w') as file:
         file['block1_conv1/block1_conv1_W_1:0'] = array
-        file['layers/conv2d/vars/0'] = array
-        file['layers/conv2d/vars'].attrs['name'] = 'block1_conv2'
+        file['layers/conv2d_1/vars/0'] = array
+        file['layers/conv2d_1/vars'].attrs['name'] = 'block1_conv2'
     save_file({'features.0.weight': array, 'features.0.bias': array[0, 0, 0]}, folder / 'st')
     weight = onnx.numpy_helper.from_array(array, 'block1_conv1/kernel')
     node = onnx.helper.make_node('Conv', ['x', 'block1_conv1/kernel'], ['y'])

