@@ -139,6 +139,29 @@ class Train:
 
 
 @dataclass
+class Unfreeze:
+    """A second phase, which trains more of the network; it starts after `train.epochs`.
+
+    What the first phase trained keeps its optimizer state and learning rate; what is new starts
+    with fresh ones.
+    """
+
+    epochs: float = 0.0  # 0: there is no second phase
+    frozen: tuple[str, ...] = ()  # parameter path patterns that stay frozen
+    learning_rate: float = value(1e-5)  # of what is newly trained
+    depth_decay: float = value(1.0)  # its factor for each block further from the head
+
+
+@dataclass
+class Features:
+    """Outputs of a frozen backbone, computed once and kept in the user's cache folder."""
+
+    cache: str = 'auto'  # auto: where it gives the same training | always: or stop | never
+    views: int = 0  # augmented views of each image to keep; 0: augmentation forbids the cache
+    dtype: str = 'float32'  # of the kept features: float32 | bfloat16
+
+
+@dataclass
 class Config:
     """One run. `seed` decides initial weights, data order, augmentation and dropout."""
 
@@ -149,6 +172,8 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
+    unfreeze: Unfreeze = field(default_factory=Unfreeze)
+    features: Features = field(default_factory=Features)
 
 
 CHOICES = {
@@ -168,6 +193,8 @@ CHOICES = {
     'optimizer.name': ('sgd', 'adam', 'adamw'),
     'optimizer.schedule': ('constant', 'cosine', 'step', 'inverse_time'),
     'train.best': ('accuracy', 'loss'),
+    'features.cache': ('auto', 'always', 'never'),
+    'features.dtype': ('float32', 'bfloat16'),
 }
 
 # Closed ranges; `None` is unbounded. Rates of 0 and 1 are both legal dropout rates.
@@ -208,6 +235,10 @@ RANGES = {
     'train.checkpoint_every': (0, None),
     'train.keep': (1, None),
     'train.threads': (0, None),
+    'unfreeze.epochs': (0, None),
+    'unfreeze.learning_rate': (0, None),
+    'unfreeze.depth_decay': (0, None),
+    'features.views': (0, None),
 }
 
 

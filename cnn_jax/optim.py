@@ -6,7 +6,8 @@ zero still allocates optimizer memory for them. Numbers may be traced, so nothin
 on one.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import optax
@@ -55,36 +56,68 @@ def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Cal
     return rate
 
 
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated together: by one rule, with a state and a step count of its own.
+
+    Attributes:
+        paths: The parameters.
+        rate: Learning rate at the group's own step.
+        scales: Factor of the rate for single parameters; 1 where there is none.
+    """
+
+    paths: Sequence[str]
+    rate: Callable
+    scales: Mapping[str, float | Array] = field(default_factory=dict)
+
+
 def chain(
-    config: Optimizer, rate: Callable, decayed: Iterable[str]
+    config: Optimizer, groups: Sequence[Group], decayed: Iterable[str]
 ) -> optax.GradientTransformation:
     """The update rule for a flat dict of trainable parameters.
 
-    g ← g · min(1, clip_norm/‖g‖)                             if clip_norm > 0
+    g ← g · min(1, clip_norm/‖g‖)                             if clip_norm > 0, over all groups
     sgd:          u = m ← momentum·m + g                      (Nesterov: u = momentum·m + g)
     adam, adamw:  u = m̂ / (√v̂ + epsilon)                      (Kingma & Ba 2015)
-    w ← w − rate(t)·(u + weight_decay·w [w decayed])          (Loshchilov & Hutter 2019)
+    w ← w − scale·rate(t)·(u + weight_decay·w [w decayed])    (Loshchilov & Hutter 2019)
 
     Args:
         config: Names and numbers; the numbers may be traced.
-        rate: The schedule.
+        groups: Each parameter is in exactly one.
         decayed: Paths that decoupled decay applies to.
 
     Returns:
-        An Optax transformation; its state has leaves for the parameters it is given and no others.
+        An Optax transformation. Its state is a tuple with one entry a group, which has leaves for
+        the group's parameters and no others.
     """
     decayed = set(decayed)
 
-    def is_decayed(params: Flat) -> dict[str, bool]:
-        return {path: path in decayed for path in params}
+    def part(tree: Flat, group: Group) -> Flat:
+        return {path: tree[path] for path in group.paths}
 
-    parts = []
-    if config.clip_norm:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.name == 'sgd':
-        parts.append(optax.trace(decay=config.momentum, nesterov=config.nesterov))
-    else:
-        parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon))
-    parts.append(optax.add_decayed_weights(config.weight_decay, mask=is_decayed))
-    parts.append(optax.scale_by_learning_rate(rate))
-    return optax.chain(*parts)
+    def rule(group: Group) -> optax.GradientTransformation:
+        if config.name == 'sgd':
+            direction = optax.trace(decay=config.momentum, nesterov=config.nesterov)
+        else:
+            direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
+        decay = optax.add_decayed_weights(
+            config.weight_decay, mask=lambda params: {path: path in decayed for path in params}
+        )
+        return optax.chain(direction, decay, optax.scale_by_learning_rate(group.rate))
+
+    def init(params: Flat):
+        return tuple(rule(group).init(part(params, group)) for group in groups)
+
+    def update(grads: Flat, states, params: Flat | None = None):
+        assert params is not None
+        if config.clip_norm:
+            clip = optax.clip_by_global_norm(config.clip_norm)
+            grads, _ = clip.update(grads, clip.init(params))
+        updates, new_states = {}, []
+        for group, state in zip(groups, states, strict=True):
+            step, state = rule(group).update(part(grads, group), state, part(params, group))
+            updates |= {path: u * group.scales.get(path, 1.0) for path, u in step.items()}
+            new_states.append(state)
+        return updates, tuple(new_states)
+
+    return optax.GradientTransformation(init, update)

@@ -4,6 +4,7 @@ A path joins the names of the modules and of the parameter: `block1_conv1/kernel
 a shell wildcard over the whole path, in which `*` also crosses slashes: `backbone/*`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -69,6 +70,25 @@ def trainable(paths: Iterable[str], frozen: Iterable[str]) -> list[str]:
             'loosen a pattern, or use launch.evaluate'
         )
     return left
+
+
+def depths(paths: Iterable[str]) -> dict[str, int]:
+    """How far each parameter is from the head, in blocks.
+
+    0 for the head, 1 for the last block (`blockN`), …, and one more than the first block for
+    what comes before it (a stem).
+    """
+    paths = list(paths)
+    numbers = {path: re.search(r'block(\d+)', path) for path in paths}
+    last = max((int(found[1]) for found in numbers.values() if found), default=0)
+
+    def depth(path: str) -> int:
+        found = numbers[path]
+        if found:
+            return last - int(found[1]) + 1
+        return 0 if path.startswith('head/') else last + 1
+
+    return {path: depth(path) for path in paths}
 
 
 def partition(params: Mapping, names: Iterable[str]) -> tuple[Flat, Flat]:

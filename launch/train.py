@@ -38,35 +38,38 @@ def train(config: cfg.Config, folder: Path) -> int:
     from cnn_jax.train import loop, metrics, record, setup
 
     batches = {
-        which: open_batches(config.data, which, seed=config.seed) for which in ('train', 'eval')
+        'train': open_batches(config.data, 'train', seed=config.seed),
+        'evaluation': open_batches(config.data, 'eval'),
     }
-    description = setup.describe(config, batches['train'], batches['eval'])
+    description = setup.describe(config, **batches)
     weights = setup.load_weights(config)
     if weights:
         print(f'weights: {weights.source}, digest {weights.digest[:12]}…, {weights.licence}')
     description['preprocessing'] = setup.preprocessing(config, batches['train'], weights)
-    task, steps = setup.make_run(config, description, weights)
+    task = setup.make_task(config, description, weights)
     print(
-        f'{config.data.source}: {batches["train"].n:,} training and {batches["eval"].n:,} '
+        f'{config.data.source}: {batches["train"].n:,} training and {batches["evaluation"].n:,} '
         f'evaluation images, {setup.shape_text(task.image_shape)}, {task.num_classes} classes; '
-        f'{task.total_steps:,} steps of {config.data.batch} on {runtime.devices()}'
+        f'{task.ends[-1]:,} steps of {config.data.batch} on {runtime.devices()}'
     )
-    model = build(config.model, task.num_classes)
-    print(summary(model, setup.prepared_shape(task)))
-    print(setup.parameter_table(config, steps))
+    print(summary(build(config.model, task.num_classes), setup.prepared_shape(task)))
+    phases, state = setup.open_phases(config, description, task, **batches)
+    for number, phase in enumerate(phases, start=1):
+        kind = 'cached features' if phase.steps.cached else 'images'
+        print(f'phase {number}, to step {phase.end:,}, on {kind}:')
+        print(setup.parameter_table(config, phase.steps))
     machine = {
         'devices': runtime.devices(),
         'python': runtime.python_version(),
         **vars(settings),
     }
     record.write_manifest(folder, record.manifest(cfg.content_hash(config), machine, description))
-    outcome = loop.fit(config, task, steps, batches['train'], batches['eval'], folder)
+    outcome = loop.fit(config, task, phases, state, folder)
     if outcome.stopped:
         print(f'stopped and saved; the same command goes on from here ({folder})')
         return cli.STOPPED
-    counts = outcome.compilations
-    times = 'once' if max(counts.values()) <= 1 else f'{counts} times'
-    print(f'each step was compiled {times}')
+    times = max(count for counts in outcome.compilations for count in counts.values())
+    print(f'compilations of each step in each phase: {times}')
     final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())
     print(f'done: {final}\nresults in {folder}')
     return cli.OK

@@ -19,7 +19,8 @@ def rates(config, steps_per_epoch=10, total=40):
 
 def updates(config, gradients, weights, decayed=()):
     """The weights after applying `gradients` in turn."""
-    rule = optim.chain(config, optim.schedule(config, 10, 100), decayed)
+    group = optim.Group(list(weights), optim.schedule(config, 10, 100))
+    rule = optim.chain(config, [group], decayed)
     state = rule.init(weights)
     for gradient in gradients:
         step, state = rule.update(gradient, state, weights)
@@ -116,3 +117,31 @@ def test_numbers_may_be_traced():
         return optim.schedule(config, 10, 100)(step)
 
     assert rate_at(0.5, 1.0, 3) == pytest.approx(0.125)
+
+
+def test_groups_have_rates_scales_and_step_counts_of_their_own():
+    config = Optimizer(name='sgd', learning_rate=1.0, momentum=0.0)
+    slow = Optimizer(learning_rate=0.1, schedule='step', decay_rate=0.5, boundaries=(0.1,))
+    groups = [
+        optim.Group(['a'], optim.schedule(config, 10, 100)),
+        optim.Group(['b', 'c'], optim.schedule(slow, 10, 100), scales={'c': 0.5}),
+    ]
+    rule = optim.chain(config, groups, [])
+    weights = {name: jnp.zeros(1) for name in 'abc'}
+    gradient = {name: jnp.ones(1) for name in 'abc'}
+    state = rule.init(weights)
+    steps = []
+    for _ in range(2):
+        step, state = rule.update(gradient, state, weights)
+        steps.append([float(step[name][0]) for name in 'abc'])
+    np.testing.assert_allclose(steps, [[-1, -0.1, -0.05], [-1, -0.05, -0.025]], rtol=1e-6)
+
+
+def test_clipping_is_over_all_groups():
+    config = Optimizer(name='sgd', learning_rate=1.0, momentum=0.0, clip_norm=1.0)
+    rate = optim.schedule(config, 10, 100)
+    rule = optim.chain(config, [optim.Group(['a'], rate), optim.Group(['b'], rate)], [])
+    weights = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
+    gradient = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
+    step, _ = rule.update(gradient, rule.init(weights), weights)
+    np.testing.assert_allclose([step['a'][0], step['b'][0]], [-0.6, -0.8], rtol=1e-6)

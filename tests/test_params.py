@@ -51,6 +51,12 @@ def test_partition_and_merge_lose_nothing(names):
     assert params.flatten(params.merge(inside, outside)).keys() == set(PATHS)
 
 
+def test_depth_counts_blocks_from_the_head():
+    paths = ['stem_conv/kernel', 'block1_conv1/kernel', 'block2_norm1/scale', 'head/logits/bias']
+    assert list(params.depths(paths).values()) == [3, 2, 1, 0]
+    assert params.depths(PATHS)['backbone/conv1/kernel'] == 1
+
+
 def test_nbytes_counts_float32_and_bfloat16():
     assert params.nbytes({'a': jnp.ones((2, 3)), 'b': jnp.ones(4, jnp.bfloat16)}) == 32
 

@@ -16,40 +16,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 
 SEAL = 32  # bytes of SHA-256
 LEFTOVER_AGE = 24 * 3600  # seconds after which an unfinished file has no writer any more
 
 
-def cache_dir() -> Path:
-    """`$CNN_JAX_CACHE`, or `$XDG_CACHE_HOME/cnn_jax`, or `~/.cache/cnn_jax`."""
-    if own := os.environ.get('CNN_JAX_CACHE'):
-        return Path(own)
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'cnn_jax'
-
-
 def cached_array(
-    path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
-) -> UInt8[np.ndarray, '...']:
+    path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], dtype=np.uint8
+) -> np.ndarray:
     """The array in `path`, memory-mapped and read-only; `fill`ed and stored first where it is not.
 
     Where the cache cannot be written, the array is built in memory, with a warning.
     """
     if is_whole(path):
         found = np.load(path, mmap_mode='r')
-        if found.shape == shape and found.dtype == np.uint8:
+        if found.shape == shape and found.dtype == dtype:
             return found
     try:
         with _replacing(path) as temporary:
-            images = np.lib.format.open_memmap(temporary, 'w+', np.uint8, shape)
+            images = np.lib.format.open_memmap(temporary, 'w+', dtype, shape)
             _reserve(temporary)
             fill(images)
             images.flush()
         return np.load(path, mmap_mode='r')
     except OSError as error:
-        warnings.warn(f'decoded images are kept in memory only: {error}', stacklevel=2)
-        images = np.empty(shape, np.uint8)
+        warnings.warn(f'what was computed is kept in memory only: {error}', stacklevel=2)
+        images = np.empty(shape, dtype)
         fill(images)
         return images
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from cnn_jax.cache import cache_folder
 from cnn_jax.data import cache
 from cnn_jax.data.decode import RULE
 from cnn_jax.data.parallel import parallel_map
@@ -43,7 +44,7 @@ def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0)
 
     if source.encoded:
         key = digest(source.fingerprint, resize, str(shape), f'{RULE}', PIL.__version__)
-        images = cache.cached_array(cache.cache_dir() / 'images' / f'{key}.npy', shape, fill)
+        images = cache.cached_array(cache_folder() / 'images' / f'{key}.npy', shape, fill)
     else:
         images = np.empty(shape, np.uint8)
         fill(images)

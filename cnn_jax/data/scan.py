@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cnn_jax.cache import cache_folder
 from cnn_jax.data import cache
 from cnn_jax.data.decode import RULE, CorruptImage, examine
 from cnn_jax.errors import UserError
@@ -64,4 +65,4 @@ def remember(key: str, rows: Sequence[Any]) -> None:
 
 
 def _location(key: str) -> Path:
-    return cache.cache_dir() / 'index' / f'{key}.json'
+    return cache_folder() / 'index' / f'{key}.json'

@@ -22,7 +22,15 @@ class Classifier(nn.Module):
     head: nn.Module
 
     def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b k']:
-        return self.head(self.backbone(x, train=train), train=train)
+        return self.classify(self.features(x, train=train), train=train)
+
+    def features(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b i j d']:
+        """What the backbone makes of prepared images."""
+        return self.backbone(x, train=train)
+
+    def classify(self, features: Float[Array, 'b i j d'], *, train: bool) -> Float[Array, 'b k']:
+        """The logits of images whose features are known."""
+        return self.head(features, train=train)
 
 
 def build(config: Model, num_classes: int) -> nn.Module:

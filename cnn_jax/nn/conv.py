@@ -63,7 +63,8 @@ def conv2d(
 
 def _by_matmul(x, kernel, stride, pads, dilation):
     """The same convolution as one product: the windows as rows, the kernel as a matrix."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    # lax.pad, since explicit padding may be negative.
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(lo, hi, 0) for lo, hi in ((0, 0), *pads, (0, 0))])
     taps, features = kernel.shape[:2], kernel.shape[-1]
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, taps)]
     height, width = ((n - r) // s + 1 for n, r, s in zip(x.shape[1:3], reach, stride))

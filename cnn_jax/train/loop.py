@@ -16,11 +16,29 @@ from cnn_jax.train import metrics
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.progress import Progress
 from cnn_jax.train.record import Record
-from cnn_jax.train.step import State, Steps, Task, Values, values_of
+from cnn_jax.train.step import State, Steps, Values, values_of
+from cnn_jax.train.task import Task
 
 
 class RunFailed(RuntimeError):
     """The run cannot go on; the message says why and what to try."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run in which the same parameters are trained.
+
+    Attributes:
+        steps: Its functions.
+        end: The step after which it is over.
+        train, evaluate: The batches of both splits, as `data.batches.open_batches` or
+            `features.FeatureBatches` gives them.
+    """
+
+    steps: Steps
+    end: int
+    train: Any
+    evaluate: Any
 
 
 @dataclass(frozen=True)
@@ -30,15 +48,14 @@ class Outcome:
     state: State
     metrics: dict[str, Any] | None
     stopped: bool
-    compilations: dict[str, int]
+    compilations: list[dict[str, int]]  # of each phase
 
 
 def fit(
     config: cfg.Config,
     task: Task,
-    steps: Steps,
-    train_batches,
-    eval_batches,
+    phases: list[Phase],
+    state: State,
     folder: Path,
     *,
     live: bool | None = None,
@@ -47,82 +64,85 @@ def fit(
 
     Args:
         config: A validated config.
-        task, steps: As `setup.make_run` gives them.
-        train_batches, eval_batches: As `data.batches.open_batches` gives them.
+        task: As `setup.make_task` gives it.
+        phases: In order; the last one's end is the end of the run.
+        state: The state before the first step.
         folder: The work directory.
         live: Whether to draw a progress bar; by default on a terminal.
 
     Errors:
         RunFailed: The loss is no longer finite.
     """
-    train_step = jax.jit(steps.train, donate_argnums=0)
-    eval_step = jax.jit(steps.evaluate)
+    total = phases[-1].end
     values = values_of(config)
     checkpoints = Checkpoints(
         folder / 'checkpoints', keep=config.train.keep, best=config.train.best
     )
-    state, meter, first = _start(config, steps, checkpoints)
-    record = Record(folder, first)
-    progress = Progress(task.total_steps, first, config.data.batch, task.steps_per_epoch, live)
-    if first:
-        progress.say(f'going on from the checkpoint of step {first} of {task.total_steps}')
+    meter = Meter(checkpoints)
+    state, step, current = _start(state, phases, checkpoints, meter)
+    record = Record(folder, step)
+    progress = Progress(total, step, config.data.batch, task.steps_per_epoch, live)
+    if step:
+        progress.say(f'going on from the checkpoint of step {step} of {total}')
 
     def due(step: int, epochs: float) -> bool:
-        """Whether a multiple of `epochs` ends with this step; the last step is always due."""
-        if step == task.total_steps:
+        """Whether a multiple of `epochs`, or a phase, ends with this step."""
+        if any(step == phase.end for phase in phases):
             return True
         every = epochs * task.steps_per_epoch
         return bool(every) and int(step / every) > int((step - 1) / every)
 
-    def evaluate(state: State) -> dict[str, Any]:
-        return metrics.result(sum_metrics(eval_step, state, eval_batches.evaluate(), values))
-
-    def report(step: int, state: State) -> dict[str, Any]:
-        """Evaluate, and write down the training metrics since the last report."""
+    def report(step: int, eval_metrics: dict[str, Any], speed: float) -> None:
+        """Write down and show the metrics of both splits since the last report."""
         train_metrics = metrics.result(meter.take())
-        speed = progress.restart_clock(step)
-        began = time.perf_counter()
-        eval_metrics = evaluate(state)
         epoch = round(step / task.steps_per_epoch, 6)
         for split, result in (('train', train_metrics), ('eval', eval_metrics)):
             record.metrics(step, split, {'epoch': epoch, **metrics.as_json(result)})
-        seconds = time.perf_counter() - began
-        record.timing(step, {'images_per_second': speed, 'evaluation_seconds': seconds})
         progress.say(
             f'epoch {epoch:.2f}  step {step}  '
             f'train loss {train_metrics["loss"]:.4f} accuracy {train_metrics["accuracy"]:.4f}  '
             f'eval loss {eval_metrics["loss"]:.4f} accuracy {eval_metrics["accuracy"]:.4f}  '
             f'{speed:,.0f} images/s'
         )
-        progress.restart_clock(step)
-        return eval_metrics
 
-    result, step = None, first
+    result, compilations = None, []
     with Interruption() as interruption, progress:
-        for batch in train_batches.train(first):
-            if step >= task.total_steps:
-                break
-            state, sums = train_step(state, batch, values)
-            step += 1
-            meter.add(step, sums)
-            if meter.latest:
-                progress.step(step, *meter.latest)
-            reported = due(step, config.train.eval_every)
-            if reported or interruption.requested or due(step, config.train.checkpoint_every):
-                meter.drain()
-            if reported:
-                result = report(step, state)
-            if interruption.requested or due(step, config.train.checkpoint_every):
-                scores = metrics.scalars(result) if reported and result else None
-                checkpoints.save(state, {'sums': meter.pending_sums()}, scores)
-            if interruption.requested:
-                break
-    if result is None and step >= task.total_steps:
-        result = evaluate(state)
+        for number, phase in enumerate(phases[current:], start=current):
+            if number > current:
+                state = phase.steps.enter(state)
+            train_step = jax.jit(phase.steps.train, donate_argnums=0)
+            eval_step = jax.jit(phase.steps.evaluate)
+            batches = phase.train.train(step)
+            while step < phase.end and not interruption.requested:
+                state, sums = train_step(state, next(batches), values)
+                step += 1
+                meter.add(step, sums)
+                if meter.latest:
+                    progress.step(step, *meter.latest)
+                scores = None
+                if due(step, config.train.eval_every):
+                    meter.drain()
+                    speed, began = progress.restart_clock(step), time.perf_counter()
+                    result = metrics.result(
+                        sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
+                    )
+                    seconds = time.perf_counter() - began
+                    record.timing(step, {'images_per_second': speed, 'evaluation_seconds': seconds})
+                    report(step, result, speed)
+                    scores = metrics.scalars(result)
+                    progress.restart_clock(step)
+                if interruption.requested or due(step, config.train.checkpoint_every):
+                    meter.drain()
+                    checkpoints.save(state, {'sums': meter.pending_sums()}, scores)
+            if result is None and step == total:
+                sums = sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
+                result = metrics.result(sums)
+            compilations.append(
+                {'train': train_step._cache_size(), 'evaluate': eval_step._cache_size()}
+            )
     record.close()
     checkpoints.close()
-    counts = {'train': train_step._cache_size(), 'evaluate': eval_step._cache_size()}
-    return Outcome(state, result, stopped=step < task.total_steps, compilations=counts)
+    return Outcome(state, result, stopped=step < total, compilations=compilations)
 
 
 def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> metrics.Sums:
@@ -134,16 +154,18 @@ def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> m
     return total
 
 
-def _start(config: cfg.Config, steps: Steps, checkpoints: Checkpoints):
-    """The newest saved state, or a new one; the meter that goes with it; the steps done."""
-    state = steps.init(config.seed)
-    latest = checkpoints.latest()
-    meter = Meter(checkpoints)
-    if latest is None:
-        return state, meter, 0
-    state, progress = checkpoints.restore(latest, state)
+def _start(state: State, phases: list[Phase], checkpoints: Checkpoints, meter: 'Meter'):
+    """The newest saved state, or the given one; the steps done; the phase they are in."""
+    step = checkpoints.latest()
+    if step is None:
+        return state, 0, 0
+    # A checkpoint at a phase's last step was saved before the next one was entered.
+    current = next((k for k, phase in enumerate(phases) if step <= phase.end), len(phases) - 1)
+    for phase in phases[1 : current + 1]:
+        state = phase.steps.enter(state)
+    state, progress = checkpoints.restore(step, state)
     meter.resume(progress['sums'])
-    return state, meter, latest
+    return state, step, current
 
 
 class Meter:

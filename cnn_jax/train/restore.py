@@ -9,7 +9,8 @@ from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from cnn_jax.train import setup, workdir
 from cnn_jax.train.checkpoint import Checkpoints
-from cnn_jax.train.step import State, Steps, Task
+from cnn_jax.train.step import State, Steps, make_steps
+from cnn_jax.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,18 @@ def open_run(folder: Path, which: str = 'latest') -> Run:
     """
     manifest = read_manifest(folder)
     config = workdir.load_config(folder)
-    task, steps = setup.make_run(config, manifest['data'])
+    task = setup.make_task(config, manifest['data'])
     checkpoints = Checkpoints(
         folder / 'checkpoints', keep=config.train.keep, best=config.train.best
     )
     step = {'latest': checkpoints.latest, 'best': checkpoints.best}[which]()
     if step is None:
         raise UserError(f'{folder} has no {which} checkpoint yet; let launch.train reach one')
-    state, _ = checkpoints.restore(step, steps.init(config.seed))
+    steps = make_steps(config, task)
+    state = steps.init(config.seed)
+    if step > task.ends[0]:
+        steps = make_steps(config, task, phase=1)
+        state = steps.enter(state)
+    state, _ = checkpoints.restore(step, state)
     checkpoints.close()
     return Run(config, manifest, task, steps, state, step)

@@ -14,10 +14,13 @@ from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.data.normalize import normalize, statistics
 from cnn_jax.errors import UserError
+from cnn_jax.features import Extractor, FeatureBatches, is_cached
 from cnn_jax.pretrained.insert import insert
 from cnn_jax.pretrained.load import Pretrained, load
 from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
-from cnn_jax.train.step import Steps, Task, make_steps
+from cnn_jax.train.loop import Phase
+from cnn_jax.train.step import State, Steps, make_steps
+from cnn_jax.train.task import Task
 
 
 def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
@@ -100,31 +103,76 @@ def load_weights(config: cfg.Config) -> Pretrained | None:
     return load('auto' if config.model.weights == 'imagenet' else config.model.weights)
 
 
-def make_run(
+def make_task(
     config: cfg.Config, description: dict[str, Any], weights: Pretrained | None = None
-) -> tuple[Task, Steps]:
-    """The task and the functions of a run.
+) -> Task:
+    """What a run is about.
 
     Args:
         config: A validated config.
         description: As `describe` gives it, with `preprocessing` under that name.
         weights: Pretrained weights of the backbone, for the first state.
     """
-    examples = description['train']['count']
-    steps_per_epoch = examples / config.data.batch
-    task = Task(
+    steps_per_epoch = description['train']['count'] / config.data.batch
+    epochs = [config.train.epochs]
+    if config.unfreeze.epochs:
+        epochs.append(config.train.epochs + config.unfreeze.epochs)
+    return Task(
         image_shape=tuple(description['image_shape']),
         num_classes=len(description['class_names']),
         prepare=preparation(description['preprocessing']),
         steps_per_epoch=steps_per_epoch,
-        total_steps=max(1, int(config.train.epochs * steps_per_epoch + 1e-9)),
+        ends=tuple(max(1, int(e * steps_per_epoch + 1e-9)) for e in epochs),
         initial=weights and (lambda shapes: {'backbone': insert(shapes['backbone'], weights)}),
     )
-    return task, make_steps(config, task)
+
+
+def open_phases(
+    config: cfg.Config, description: dict[str, Any], task: Task, train, evaluation
+) -> tuple[list[Phase], State]:
+    """The phases of a run, and its state before the first step.
+
+    A phase with a frozen backbone reads the backbone's features instead of images, where that
+    gives the same training (`features.is_cached`); they are computed here.
+
+    Args:
+        config: A validated config.
+        description: As `describe` gives it, with `preprocessing` under that name.
+        task: Of `make_task`.
+        train, evaluation: The opened batches of images.
+    """
+    state, phases = None, []
+    for number, end in enumerate(task.ends):
+        steps = make_steps(config, task, number)
+        state = state or steps.init(config.seed)
+        batches = train, evaluation
+        if is_cached(config, steps.trainable):
+            steps = make_steps(config, task, number, cached=True)
+            batches = _features(config, description, task, state, train, evaluation)
+        phases.append(Phase(steps, end, *batches))
+    assert state is not None
+    return phases, state
+
+
+def _features(config, description, task, state, train, evaluation):
+    extractor = Extractor(
+        config,
+        task.num_classes,
+        task.prepare,
+        description['preprocessing'],
+        state.params['backbone'],
+    )
+    augments = config.augment != cfg.Augment()
+    views = range(config.features.views) if augments else [None]
+    of_train = [extractor.extract(train, view) for view in views]
+    return (
+        FeatureBatches(train, of_train, config.data, 'train', config.seed),
+        FeatureBatches(evaluation, [extractor.extract(evaluation)], config.data, 'eval', 0),
+    )
 
 
 def parameter_table(config: cfg.Config, steps: Steps) -> str:
-    """Which parameters are trained, frozen and penalized, with counts and bytes."""
+    """Which parameters a phase trains, freezes and penalizes, with counts and bytes."""
     return params.overview(
         steps.shapes,
         train=steps.trainable,

@@ -5,6 +5,7 @@ may differ between runs of one structure (rates, learning rate, penalties, seed)
 so that a whole arm of an ablation shares one compilation.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int
 
 from cnn_jax import config as cfg
 from cnn_jax import losses, optim, params, rng
 from cnn_jax.data.augment import augment
 from cnn_jax.models.build import build
 from cnn_jax.train import metrics
+from cnn_jax.train.frozen import frozen_modules
+from cnn_jax.train.task import Task, phase_members, update_groups
 
 Batch = dict[str, Array]  # image uint8 [b h w c], label int32 [b], index int32 [b], mask bool [b]
 Values = dict[str, Any]  # dotted config path -> number, and 'seed'
@@ -42,26 +45,15 @@ class State:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What the step needs to know about the data and the length of the run.
+class Steps:
+    """The functions of one phase; `train` and `evaluate` are meant to be jitted once.
 
-    `prepare` turns uint8 images into the floats that the network expects. `initial`, given the
-    parameters' shapes, returns those that are not drawn (published weights).
+    `init` makes the state before the first step of the first phase, and `enter` that of this
+    phase from the last state of the one before.
     """
 
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    prepare: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']]
-    steps_per_epoch: float
-    total_steps: int
-    initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The functions of one run; `train` and `evaluate` are meant to be jitted once."""
-
     init: Callable[[int], State]
+    enter: Callable[[State], State]
     train: Callable[[State, Batch, Values], tuple[State, metrics.Sums]]
     evaluate: Callable[[State, Batch, Values], metrics.Sums]
     predict: Callable[[State, Array, Values], Array]
@@ -69,6 +61,7 @@ class Steps:
     trainable: list[str]
     penalized: list[str]
     decayed: list[str]
+    cached: bool
 
 
 def values_of(config: cfg.Config) -> Values:
@@ -76,12 +69,14 @@ def values_of(config: cfg.Config) -> Values:
     return {**cfg.values(config), 'seed': jnp.uint32(config.seed)}
 
 
-def make_steps(config: cfg.Config, task: Task) -> Steps:
-    """Build the functions of one run.
+def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = False) -> Steps:
+    """Build the functions of one phase of a run.
 
     Args:
         config: A validated config. Its value fields are ignored: they come in as arguments.
         task: Shapes, preprocessing and length.
+        phase: 0, or 1 for the one that `config.unfreeze` describes.
+        cached: Whether batches hold features of the frozen backbone instead of images.
 
     Errors:
         UserError: A parameter pattern matches nothing, or the images are too small for the net.
@@ -94,7 +89,9 @@ def make_steps(config: cfg.Config, task: Task) -> Steps:
 
     shapes = jax.eval_shape(draw, 0)['params']
     names = list(params.flatten(shapes))
-    trainable = params.trainable(names, config.train.frozen)
+    members = phase_members(config, names)[: phase + 1]
+    trainable = sorted(name for group in members for name in group)
+    frozen = (config.train.frozen, config.unfreeze.frozen)[phase]
     penalized = _penalized(names, trainable, config.loss.l2_on, config.loss.l2, 'loss.l2_on')
     decayed = _penalized(
         names,
@@ -103,26 +100,45 @@ def make_steps(config: cfg.Config, task: Task) -> Steps:
         config.optimizer.weight_decay,
         'optimizer.decay_on',
     )
-    in_inference = frozen_modules(names, trainable, config.train.frozen)
+    in_inference = frozen_modules(names, trainable, frozen)
+    method = 'classify' if cached else None
 
     def chain(current: cfg.Config) -> optax.GradientTransformation:
-        rate = optim.schedule(current.optimizer, task.steps_per_epoch, task.total_steps)
-        return optim.chain(current.optimizer, rate, decayed)
+        groups = update_groups(current, task, members)
+        return optim.chain(current.optimizer, groups, decayed)
 
     def init(seed: int) -> State:
-        """The state before the first step."""
-        drawn = jax.jit(draw)(seed)
-        flat = params.flatten(drawn['params'])
-        if task.initial:
-            flat |= params.flatten(task.initial(shapes))
-        learned = {path: flat[path] for path in trainable}
+        given = params.flatten(task.initial(shapes)) if task.initial else {}
+
+        # Compiled once and run once: at this level it compiles in a third of the time.
+        @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 1})
+        def draw_the_rest(seed):
+            drawn = draw(seed)
+            flat = params.flatten(drawn['params'])
+            rest = {path: leaf for path, leaf in flat.items() if path not in given}
+            return rest, drawn.get('batch_stats', {})
+
+        rest, batch_stats = draw_the_rest(seed)
+        flat = rest | given
+        learned = {path: flat[path] for path in members[0]}
+        first = optim.chain(config.optimizer, update_groups(config, task, members[:1]), decayed)
         return State(
             step=jnp.zeros((), jnp.int32),
             params=params.unflatten(flat),
-            batch_stats=drawn.get('batch_stats', {}),
-            opt_state=chain(config).init(learned),
+            batch_stats=batch_stats,
+            opt_state=first.init(learned),
             # A copy: the step donates its input, and a buffer cannot be donated twice.
             ema=jax.tree.map(jnp.copy, learned) if config.train.ema else {},
+        )
+
+    def enter(state: State) -> State:
+        flat = params.flatten(state.params)
+        fresh = chain(config).init({path: flat[path] for path in trainable})
+        kept = state.opt_state
+        new = {path: jnp.copy(flat[path]) for path in trainable if path not in state.ema}
+        return state.replace(
+            opt_state=(*kept, *fresh[len(kept) :]),
+            ema={**state.ema, **new} if config.train.ema else {},
         )
 
     def gradients(current: cfg.Config, learned, fixed, batch_stats, batch: Batch, dropout):
@@ -138,6 +154,7 @@ def make_steps(config: cfg.Config, task: Task) -> Steps:
                     train=True,
                     rngs={'dropout': dropout},
                     mutable=['batch_stats'],
+                    method=method,
                 )
             log_probs = losses.log_probabilities(logits)
             each = losses.cross_entropy(log_probs, batch['label'], current.loss.label_smoothing)
@@ -152,19 +169,15 @@ def make_steps(config: cfg.Config, task: Task) -> Steps:
     def train(state: State, batch: Batch, values: Values) -> tuple[State, metrics.Sums]:
         current = cfg.replace(config, values)
         learned, fixed = params.partition(state.params, trainable)
-        images = augment(
-            rng.key(current.seed, 'augment', state.step),
-            task.prepare(batch['image']),
-            batch['index'],
-            flip=config.augment.flip,
-            crop=config.augment.crop,
-            cutout=config.augment.cutout,
-        )
+        if not cached:
+            key = rng.key(current.seed, 'augment', state.step)
+            images = task.prepare(batch['image'])
+            batch = batch | {'image': augmented(config.augment, key, images, batch['index'])}
         dropout = rng.key(current.seed, 'dropout', state.step)
         grads, batch_stats, sums = _accumulate(
             lambda stats, piece, key: gradients(current, learned, fixed, stats, piece, key),
             state.batch_stats,
-            batch | {'image': images},
+            batch,
             jax.random.split(dropout, config.optimizer.accumulate),
         )
         updates, opt_state = chain(current).update(grads, state.opt_state, learned)
@@ -190,36 +203,22 @@ def make_steps(config: cfg.Config, task: Task) -> Steps:
             'batch_stats': state.batch_stats,
         }
         net = build(current.model, task.num_classes)
-        return losses.log_probabilities(net.apply(variables, task.prepare(images), train=False))
+        x = images if cached else task.prepare(images)
+        return losses.log_probabilities(net.apply(variables, x, train=False, method=method))
 
     def evaluate(state: State, batch: Batch, values: Values) -> metrics.Sums:
         log_probs = outputs(state, batch['image'], values)
         each = losses.cross_entropy(log_probs, batch['label'])
         return metrics.batch_sums(log_probs, each, batch['label'], batch['mask'])
 
-    return Steps(init, train, evaluate, outputs, shapes, trainable, penalized, decayed)
+    return Steps(
+        init, enter, train, evaluate, outputs, shapes, trainable, penalized, decayed, cached
+    )
 
 
-def frozen_modules(names: list[str], trainable: list[str], patterns: tuple[str, ...]) -> Callable:
-    """A Linen interceptor that runs frozen modules in inference mode, their children included.
-
-    A module is frozen when it has parameters and none of them is trained, or when it has none
-    (dropout) and its own path matches a `frozen` pattern. Its batch statistics then neither
-    drift nor depend on the batch. It acts on modules called with the keyword `train`.
-    """
-    trained = set(trainable)
-
-    def is_frozen(path: str) -> bool:
-        inside = [name for name in names if name.startswith(f'{path}/')]
-        return not trained.intersection(inside) if inside else params.matches(path, patterns)
-
-    def intercept(call, args, kwargs, context):
-        path = '/'.join(context.module.path)
-        if path and kwargs.get('train') and is_frozen(path):
-            kwargs = kwargs | {'train': False}
-        return call(*args, **kwargs)
-
-    return intercept
+def augmented(config: cfg.Augment, key: Array, images: Array, index: Array) -> Array:
+    """Prepared images, changed at random as the config says."""
+    return augment(key, images, index, flip=config.flip, crop=config.crop, cutout=config.cutout)
 
 
 def _penalized(names, trainable, patterns, strength: float, field: str) -> list[str]:

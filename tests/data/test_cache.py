@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from cnn_jax.cache import cache_folder
 from cnn_jax.data import cache
 
 
@@ -23,11 +24,11 @@ def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'own'))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    assert cache.cache_dir() == tmp_path / 'own'
+    assert cache_folder() == tmp_path / 'own'
     monkeypatch.delenv('CNN_JAX_CACHE')
-    assert cache.cache_dir() == tmp_path / 'xdg/cnn_jax'
+    assert cache_folder() == tmp_path / 'xdg/cnn_jax'
     monkeypatch.delenv('XDG_CACHE_HOME')
-    assert cache.cache_dir() == tmp_path / 'home/.cache/cnn_jax'
+    assert cache_folder() == tmp_path / 'home/.cache/cnn_jax'
 
 
 def test_an_array_is_built_once_and_then_mapped(tmp_path):
@@ -85,7 +86,7 @@ def test_an_error_while_building_leaves_nothing(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / 'file').write_text('not a folder')
-    with pytest.warns(UserWarning, match='decoded images are kept in memory only'):
+    with pytest.warns(UserWarning, match='what was computed is kept in memory only'):
         array = build(tmp_path / 'file/a.npy')
     assert (array == 7).all()
     with pytest.warns(UserWarning, match='cannot be written'):

@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
-from cnn_jax.train.step import Task, make_steps, values_of
+from cnn_jax.data.batches import DeviceBatches
+from cnn_jax.data.memory import Arrays
+from cnn_jax.train import loop, setup, workdir
+from cnn_jax.train.step import make_steps, values_of
+from cnn_jax.train.task import Task
 
 SHAPE, CLASSES = (8, 8, 1), 3
 
@@ -36,9 +40,10 @@ def small():
 def run():
     """Makes the steps of a config, a fresh state, and the values that go with it."""
 
-    def make(config, shape=SHAPE, **task):
-        options = {'prepare': scale, 'steps_per_epoch': 10.0, 'total_steps': 50} | task
-        steps = make_steps(config, Task(image_shape=shape, num_classes=CLASSES, **options))
+    def make(config, shape=SHAPE, phase=0, cached=False, **task):
+        options = {'prepare': scale, 'steps_per_epoch': 10.0, 'ends': (50,)} | task
+        task = Task(image_shape=shape, num_classes=CLASSES, **options)
+        steps = make_steps(config, task, phase, cached)
         return steps, steps.init(config.seed), values_of(config)
 
     return make
@@ -58,3 +63,32 @@ def batch():
         }
 
     return make
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Trains as launch.train does, on made-up images that carry their class, in a new folder."""
+
+    def make(config, folder=None, shape=SHAPE, count=50):
+        train, evaluation = (
+            DeviceBatches(made_up(seed, count, shape), batch=config.data.batch, seed=config.seed)
+            for seed in (0, 1)
+        )
+        description = setup.describe(config, train, evaluation)
+        description['preprocessing'] = setup.preprocessing(config, train, None)
+        task = setup.make_task(config, description)
+        phases, state = setup.open_phases(config, description, task, train, evaluation)
+        folder = folder or tmp_path / 'run'
+        workdir.claim(folder, config)
+        return loop.fit(config, task, phases, state, folder, live=False)
+
+    return make
+
+
+def made_up(seed, count, shape):
+    """Noise whose brightness tells the class."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, CLASSES, count).astype(np.int32)
+    noise = draw.integers(0, 100, (count, *shape))
+    images = (noise + labels[:, None, None, None] * 70).astype(np.uint8)
+    return Arrays(images, labels, tuple('abc'), f'made up {seed} {count} {shape}')

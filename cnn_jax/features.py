@@ -1,0 +1,214 @@
+"""Outputs of a frozen backbone, computed once and kept on disk; training then runs on them.
+
+Features are kept in files of some hundred examples in the user's cache folder. Each appears whole
+or not at all, so that a killed computation goes on where it was, and their names are digests of
+all that the features depend on: nothing stale can be read.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float
+
+from cnn_jax import config as cfg
+from cnn_jax import params, rng
+from cnn_jax.cache import cache_folder
+from cnn_jax.data.cache import cached_array
+from cnn_jax.data.order import eval_batches, train_indices
+from cnn_jax.data.source import digest
+from cnn_jax.errors import UserError
+from cnn_jax.models.build import build
+
+BATCH = 32  # images computed at once
+SHARD = 256  # examples a file: what a kill can lose, some seconds of work
+
+# In memory, and in a file: .npy knows no bfloat16, so its bits are kept.
+DTYPES = {'float32': (np.float32, np.float32), 'bfloat16': (ml_dtypes.bfloat16, np.uint16)}
+
+
+def is_cached(config: cfg.Config, trainable: Iterable[str]) -> bool:
+    """Whether a phase that trains these parameters reads features instead of images.
+
+    Errors:
+        UserError: config.features.cache is `always` but the features are not the same at each
+            step.
+    """
+    wish = config.features.cache
+    augments = config.augment != cfg.Augment()
+    reason = ''
+    if config.model.name != 'vgg16':
+        reason = f'config.model.name is {config.model.name}, which has no backbone'
+    elif any(name.startswith('backbone/') for name in trainable):
+        reason = 'the backbone is trained (config.train.frozen lacks backbone/*)'
+    elif augments and not config.features.views:
+        reason = (
+            'config.augment changes the images at each step; set config.features.views to the '
+            'number of augmented views to keep of each'
+        )
+    if wish == 'always' and reason:
+        raise UserError(f'config.features.cache is always, but {reason}')
+    return wish != 'never' and not reason
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Computes the features of images.
+
+    Attributes:
+        config: The run's config.
+        num_classes: Of the data.
+        prepare: From uint8 images to what the backbone takes.
+        spec: `prepare` in words, for the key.
+        backbone: The backbone's parameters.
+    """
+
+    config: cfg.Config
+    num_classes: int
+    prepare: Callable[[Array], Array]
+    spec: dict[str, Any]
+    backbone: dict[str, Any]
+
+    def key(self, batches: Any, view: int | None) -> str:
+        """SHA-256 of all that the features of a split depend on."""
+        model, data = self.config.model, self.config.data
+        weights = [
+            leaf.tobytes() for leaf in map(np.asarray, params.flatten(self.backbone).values())
+        ]
+        augment = None if view is None else (self.config.seed, view, vars(self.config.augment))
+        facts = {
+            'fingerprint': batches.fingerprint,
+            'resize': [data.resize, *batches.image_shape],
+            'preprocessing': self.spec,
+            'cut': model.cut,
+            'compute': model.dtype,
+            'dtype': self.config.features.dtype,
+            'augment': augment,
+            'jax': jax.__version__,
+        }
+        return digest(json.dumps(facts, sort_keys=True), *weights)
+
+    def function(self, view: int | None) -> Callable[[dict, Array, Array], Float[Array, 'b i j d']]:
+        """The compiled computation: backbone parameters, uint8 images and indices to features."""
+        from cnn_jax.train.step import augmented
+
+        model = build(self.config.model, self.num_classes)
+
+        @jax.jit
+        def compute(backbone, images, index):
+            x = self.prepare(images)
+            if view is not None:
+                key = rng.key(self.config.seed, 'augment', view)
+                x = augmented(self.config.augment, key, x, index)
+            variables = {'params': {'backbone': backbone}}
+            out = model.apply(variables, x, train=False, method='features')
+            return out.astype(self.config.features.dtype)
+
+        return compute
+
+    def extract(self, batches: Any, view: int | None = None) -> list[np.ndarray]:
+        """The features of every example, in order, as memory-mapped pieces of `SHARD`.
+
+        Args:
+            batches: The opened batches of a split.
+            view: Number of the augmented view; None for the images as they are.
+        """
+        key, compute = self.key(batches, view), self.function(view)
+        shape = jax.eval_shape(
+            compute,
+            self.backbone,
+            jax.ShapeDtypeStruct((BATCH, *batches.image_shape), jnp.uint8),
+            jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        ).shape[1:]
+        dtype, stored = DTYPES[self.config.features.dtype]
+        folder = cache_folder() / 'features' / key[:32]
+        pieces = []
+        starts = range(0, batches.n, SHARD)
+        for start in _track(starts, f'features of {batches.n:,} images'):
+            stop = min(start + SHARD, batches.n)
+
+            def fill(out, start=start, stop=stop):
+                for first in range(start, stop, BATCH):
+                    index = np.arange(first, first + BATCH, dtype=np.int32)
+                    rows = self.rows(compute, batches, index)[: stop - first]
+                    out[first - start : first - start + len(rows)] = rows.view(stored)
+
+            path = folder / f'{start // SHARD:06d}.npy'
+            piece = cached_array(path, (stop - start, *shape), fill, stored)
+            pieces.append(piece.view(dtype))
+        return pieces
+
+    def rows(self, compute: Callable, batches: Any, index: np.ndarray) -> np.ndarray:
+        """The features of some examples; positions past the end repeat the last one."""
+        images = batches.read(np.minimum(index, batches.n - 1))
+        return np.asarray(compute(self.backbone, images, index))
+
+
+def _track(starts: range, label: str) -> Iterable[int]:
+    if not sys.stderr.isatty():
+        return starts
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(starts, label, console=Console(stderr=True), transient=True)
+
+
+class FeatureBatches:
+    """Batches whose 'image' is the image's features; the order is that of the images' batches.
+
+    Features that fit into `memory_gb` are put on the device once; others are read from their
+    files batch by batch. With several views, the epoch chooses the view in turn.
+
+    Args:
+        source: The batches of images, for labels and order.
+        views: The features of each view, as `Extractor.extract` gives them.
+        data: Batch sizes and memory.
+        which: `train` or `eval`.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self, source: Any, views: list[list[np.ndarray]], data: cfg.Data, which: str, seed: int
+    ):
+        self.n, self.labels, self.class_names = source.n, source.labels, source.class_names
+        self.fingerprint = source.fingerprint
+        self._seed = seed
+        self._batch = data.batch if which == 'train' else data.eval_batch or data.batch
+        self._pieces = [piece for view in views for piece in view]
+        self._per_view, self._views = len(views[0]), len(views)
+        nbytes = sum(piece.nbytes for piece in self._pieces)
+        self._on_device = None
+        if nbytes <= data.memory_gb * 1e9:
+            whole = np.concatenate(self._pieces) if len(self._pieces) > 1 else self._pieces[0]
+            self._on_device = jax.device_put(whole)
+            self._gather = jax.jit(lambda features, rows: features[rows])
+
+    def train(self, start_step: int = 0) -> Iterator[dict[str, Any]]:
+        """The endless training batches from step `start_step` on."""
+        mask = np.ones(self._batch, bool)
+        step = start_step
+        while True:
+            index = train_indices(self.n, self._batch, self._seed, step)
+            epoch = (step * self._batch + np.arange(self._batch)) // self.n
+            yield self._take(index, mask, epoch % self._views)
+            step += 1
+
+    def evaluate(self) -> Iterator[dict[str, Any]]:
+        """Each example once, the last batch padded."""
+        for index, mask in eval_batches(self.n, self._batch):
+            yield self._take(index, mask, np.zeros(len(index), np.int64))
+
+    def _take(self, index: np.ndarray, mask: np.ndarray, view: np.ndarray) -> dict[str, Any]:
+        if self._on_device is not None:
+            rows = (view * self.n + index).astype(np.int32)
+            features = self._gather(self._on_device, rows)
+        else:
+            pieces = view * self._per_view + index // SHARD
+            features = np.stack([self._pieces[p][i] for p, i in zip(pieces, index % SHARD)])
+        return {'image': features, 'label': self.labels[index], 'index': index, 'mask': mask}

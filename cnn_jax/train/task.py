@@ -1,0 +1,67 @@
+"""What a run is about, and its phases: which parameters each trains, and how fast."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from cnn_jax import config as cfg
+from cnn_jax import optim, params
+from cnn_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the step needs to know about the data and the length of the run.
+
+    `prepare` turns uint8 images into the floats that the network expects. `ends` are the steps
+    after which each phase is over. `initial`, given the parameters' shapes, returns those that
+    are not drawn (published weights).
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    prepare: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']]
+    steps_per_epoch: float
+    ends: tuple[int, ...]
+    initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+
+def phase_members(config: cfg.Config, names: list[str]) -> list[list[str]]:
+    """The parameters that each phase trains for the first time.
+
+    Errors:
+        UserError: A pattern matches nothing, the first phase trains nothing, or the second
+            freezes what the first trained.
+    """
+    first = params.trainable(names, config.train.frozen)
+    if not config.unfreeze.epochs:
+        return [first]
+    frozen = params.select(names, config.unfreeze.frozen, field='unfreeze.frozen')
+    if lost := sorted(set(first) & set(frozen)):
+        raise UserError(
+            f'config.unfreeze.frozen freezes {lost[0]}, which the first phase trains; '
+            'a second phase only trains more'
+        )
+    return [first, [name for name in names if name not in {*first, *frozen}]]
+
+
+def update_groups(config: cfg.Config, task: Task, members: list[list[str]]) -> list[optim.Group]:
+    """One group a phase: the second has a schedule of its own and rates that fall with depth.
+
+    rate(w) = unfreeze.learning_rate · schedule · unfreeze.depth_decay^(depth(w) − 1), with depth 1
+    for the block next to the head (discriminative fine-tuning, Howard & Ruder 2018).
+    """
+    last, per_epoch = task.ends[-1], task.steps_per_epoch
+    groups = [optim.Group(members[0], optim.schedule(config.optimizer, per_epoch, last))]
+    if len(members) > 1:
+        slow = dataclasses.replace(config.optimizer, learning_rate=config.unfreeze.learning_rate)
+        rate = optim.schedule(slow, per_epoch, last - task.ends[0])
+        depths = params.depths(members[0] + members[1])
+        decay = jnp.asarray(config.unfreeze.depth_decay, jnp.float32)
+        scales = {name: decay ** max(depths[name] - 1, 0) for name in members[1]}
+        groups.append(optim.Group(members[1], rate, scales))
+    return groups
