@@ -75,6 +75,7 @@ class Data:
     data_dir: str = ''  # where TFDS keeps prepared sets; '' is TFDS's default
     train: str = 'train'  # a split, e.g. train, train[:80%], train[:500]
     eval: str = 'test'
+    classes: tuple[str, ...] = ()  # only these classes, renumbered in this order; (): all
     resize: str = 'none'  # none | stretch | crop (short side, then centre)
     size: int = 0  # height and width after resize, in pixels; 0 keeps the source's
     channels: int = 0  # 1 | 3; 0 keeps the source's

@@ -61,7 +61,7 @@ def prepare(threads: int = 0) -> Settings:
     if threads:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
     threads = int(os.environ.get('NPROC') or cores or 1)
-    version = importlib.metadata.version('jaxlib')
+    version = jaxlib_version()
     on_cpu = runs_on_cpu()
     flags = _set_xla_flags(version) if on_cpu else os.environ.get('XLA_FLAGS', '')
     allocator = _keep_freed_memory() if on_cpu else 'the system default'
@@ -79,6 +79,11 @@ def prepare(threads: int = 0) -> Settings:
             f'compile cache {cache}',
         ),
     )
+
+
+def jaxlib_version() -> str:
+    """The installed jaxlib's version, read without importing it."""
+    return importlib.metadata.version('jaxlib')
 
 
 def runs_on_cpu() -> bool:

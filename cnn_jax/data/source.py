@@ -60,10 +60,12 @@ class Source:
 def open_split(data: config.Data, which: str) -> Source:
     """The training (`which` is `train`) or evaluation (`eval`) examples that a config names."""
     split = {'train': data.train, 'eval': data.eval}[which]
-    return open_source(data.source, split=split, data_dir=data.data_dir)
+    return open_source(data.source, split=split, data_dir=data.data_dir, classes=data.classes)
 
 
-def open_source(name: str, *, split: str, data_dir: str = '') -> Source:
+def open_source(
+    name: str, *, split: str, data_dir: str = '', classes: tuple[str, ...] = ()
+) -> Source:
     """The examples of one split of a named source.
 
     Args:
@@ -90,6 +92,11 @@ def open_source(name: str, *, split: str, data_dir: str = '') -> Source:
         raise UserError(
             f'config.data.source is {name!r}; it can be {", ".join(KINDS)}; did you mean {near}?'
         )
+    if classes:
+        parts = {
+            part: lambda open_part=open_part: splits.of_classes(open_part(), classes)
+            for part, open_part in parts.items()
+        }
     return splits.select(name, parts, split)
 
 

@@ -6,6 +6,7 @@ slices that share a border are disjoint and complete, longer ones contain shorte
 `[:n]` and `[n:]` holds each class in proportion, to within one example.
 """
 
+import dataclasses
 import difflib
 import heapq
 import re
@@ -139,6 +140,33 @@ def subset(source: Source, indices: np.ndarray, name: str) -> Source:
         fingerprint=digest(source.fingerprint, indices.astype('<i8').tobytes()),
         encoded=source.encoded,
         skipped=source.skipped,
+    )
+
+
+def of_classes(source: Source, classes: tuple[str, ...]) -> Source:
+    """The examples of some classes only, renumbered in the given order.
+
+    Raises `UserError` for a class that the source does not have, or one named twice.
+    """
+    for name in classes:
+        if name not in source.class_names:
+            near = difflib.get_close_matches(name, source.class_names, 1, cutoff=0)[0]
+            raise UserError(
+                f'config.data.classes names {name!r}, which {source.name} does not have; '
+                f'did you mean {near!r}?'
+            )
+    if len(set(classes)) < len(classes):
+        raise UserError(f'config.data.classes names a class twice: {", ".join(classes)}')
+    old = [source.class_names.index(name) for name in classes]
+    chosen = np.flatnonzero(np.isin(source.labels, old))
+    new = np.full(len(source.class_names), -1, np.int32)
+    new[old] = np.arange(len(old))
+    kept = subset(source, chosen, f'{source.name} ({", ".join(classes)})')
+    return dataclasses.replace(
+        kept,
+        class_names=classes,
+        labels=new[kept.labels],
+        fingerprint=digest(kept.fingerprint, *classes),
     )
 
 

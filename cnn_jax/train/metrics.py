@@ -75,13 +75,14 @@ def result(sums: Sums) -> dict[str, Any]:
     calibration_error = Σ_bins (n_bin/N)·|accuracy_bin − confidence_bin|
 
     Returns:
-        `loss` (nats an example), `accuracy`, `top5`, `calibration_error`, all floats in natural
-        units; `class_accuracy` (NaN for a class without examples) and `confusion` as arrays;
-        `count`.
+        `loss` (nats an example), `accuracy`, `top5` (of more than five classes) and
+        `calibration_error`, floats in natural units; `class_accuracy` (NaN for a class without
+        examples) and `confusion` as arrays; `count`.
 
     Source: expected calibration error, Guo et al. 2017, "On Calibration of Modern Neural Networks".
     """
     count = int(sums['count'])
+    top5 = {'top5': float(np.float64(sums['top5']) / count)} if len(sums['confusion']) > 5 else {}
     confusion = np.asarray(sums['confusion'])
     per_class = confusion.sum(axis=1)
     gaps = np.abs(sums['bin_correct'] - sums['bin_confidence'])
@@ -90,7 +91,7 @@ def result(sums: Sums) -> dict[str, Any]:
             'count': count,
             'loss': float(np.float64(sums['loss']) / count),
             'accuracy': float(np.float64(np.trace(confusion)) / count),
-            'top5': float(np.float64(sums['top5']) / count),
+            **top5,
             'calibration_error': float(gaps.sum() / count),
             'class_accuracy': np.diag(confusion) / per_class,
             'confusion': confusion,

@@ -160,3 +160,29 @@ def test_joined_sources_keep_their_examples():
     both = joined([a, b], 'both')
     assert (pixels(both), both.labels.tolist()) == ([0, 1, 2, 0, 1], [0, 1, 2, 3, 4])
     assert (both.describe(2), both.describe(3)) == ('example 2', 'example 0')
+
+
+def test_classes_are_kept_and_renumbered_in_the_order_given():
+    whole = open_source('digits', split='all')
+    some = open_source('digits', split='all', classes=('7', '1'))
+    assert some.class_names == ('7', '1')
+    assert len(some) == np.isin(whole.labels, [1, 7]).sum()
+    expected = [i for i in range(len(whole)) if whole.labels[i] in (1, 7)]
+    for k in (0, 5, len(some) - 1):
+        image, label = whole[expected[k]]
+        assert np.array_equal(some[k][0], image)
+        assert some.class_names[some[k][1]] == str(label)
+    assert some.fingerprint != whole.fingerprint
+    assert some.fingerprint != open_source('digits', split='all', classes=('1', '7')).fingerprint
+
+
+def test_slices_of_some_classes_are_of_them_alone():
+    part = open_source('digits', split='train[:100]', classes=('4', '9'))
+    assert np.bincount(part.labels).tolist() == [50, 50]
+
+
+def test_a_class_that_is_not_there_or_twice_is_named():
+    with pytest.raises(UserError, match="names 'seven'"):
+        open_source('digits', split='all', classes=('1', 'seven'))
+    with pytest.raises(UserError, match='twice'):
+        open_source('digits', split='all', classes=('1', '1'))

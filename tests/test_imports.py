@@ -1,0 +1,116 @@
+"""Imports run downward, cost little, and importing touches nothing."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the bottom up: a module may import its own group and those below.
+LAYERS = [
+    {'errors', 'cache', 'rng', 'config', 'params', 'runtime'},
+    {'nn', 'losses', 'data', 'pretrained'},
+    {'models', 'optim'},
+    {'features', 'train'},
+    {'ablation'},
+    {'launch'},
+]
+RUNTIME_USERS = {'train', 'ablation', 'launch'}
+
+
+def sources(folder):
+    return sorted((ROOT / folder).rglob('*.py'))
+
+
+def group(name):
+    parts = name.split('.')
+    return parts[1] if parts[0] == 'cnn_jax' and len(parts) > 1 else parts[0]
+
+
+def imports(path):
+    """The project's modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == 'cnn_jax':
+            names = [f'cnn_jax.{alias.name}' for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or '']
+        else:
+            continue
+        yield from (n for n in names if n.split('.')[0] in ('cnn_jax', 'launch', 'experiments'))
+
+
+def level(name):
+    return next((i for i, layer in enumerate(LAYERS) if name in layer), None)
+
+
+@pytest.mark.parametrize(
+    'path', sources('cnn_jax') + sources('launch'), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_imports_run_downward(path):
+    relative = path.relative_to(ROOT).with_suffix('').parts
+    own = group('.'.join(relative))
+    if own in ('cnn_jax', '__init__'):
+        assert not list(imports(path))
+        return
+    assert level(own) is not None, f'{own} has no place in LAYERS'
+    for name in imports(path):
+        other = group(name)
+        assert other != 'experiments'
+        assert level(other) <= level(own), f'{own} imports {name}'
+        if other == 'runtime':
+            assert own in RUNTIME_USERS
+
+
+@pytest.mark.parametrize('path', sources('experiments'), ids=lambda path: path.stem)
+def test_experiments_import_the_config_alone(path):
+    assert set(imports(path)) <= {'cnn_jax.config', 'experiments'}
+
+
+def loaded_by(statement):
+    """The modules loaded by a statement in a fresh interpreter, and what it changed outside."""
+    code = (
+        'import json, os, sys\n'
+        'before = dict(os.environ)\n'
+        f'{statement}\n'
+        'print(json.dumps([sorted(sys.modules), before == dict(os.environ)]))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_the_package_loads_nothing_heavy_and_changes_nothing():
+    modules, same = loaded_by('import cnn_jax, cnn_jax.config, cnn_jax.runtime')
+    heavy = {'jax', 'flax', 'optax', 'grain', 'orbax', 'matplotlib', 'tensorflow_datasets', 'ray'}
+    assert not heavy & {name.split('.')[0] for name in modules}
+    assert same
+
+
+def test_the_whole_package_starts_no_device_and_loads_no_optional_library():
+    names = [
+        '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+        for path in sources('cnn_jax')
+        if path.name != '__init__.py'
+    ]
+    statement = f'import {", ".join(names)}\nimport jax._src.xla_bridge as bridge\n'
+    modules, same = loaded_by(statement + 'assert not bridge._backends')
+    late = {'grain', 'orbax', 'matplotlib', 'tensorflow_datasets', 'ray', 'PIL', 'sklearn', 'h5py'}
+    assert not late & {name.split('.')[0] for name in modules}
+    assert same
+
+
+def test_no_flag_is_defined_outside_the_launchers():
+    for path in sources('cnn_jax') + sources('experiments'):
+        assert 'absl' not in path.read_text(), path
+
+
+def test_the_environment_of_the_suite_is_the_launchers():
+    assert 'JAX_COMPILATION_CACHE_DIR' in os.environ

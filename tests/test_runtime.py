@@ -1,0 +1,105 @@
+"""Runtime settings: applied where they help, the user's respected, wrong arithmetic caught."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cnn_jax import runtime
+from cnn_jax.errors import UserError
+
+CLEAN = ('XLA_FLAGS', 'NPROC', 'JAX_COMPILATION_CACHE_DIR', 'CNN_JAX_CACHE', 'JAX_PLATFORMS')
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """The settings that `prepare` makes in a fresh process, and that process's environment."""
+
+    def make(threads=0, code='', **environment):
+        clean = {name: text for name, text in os.environ.items() if name not in CLEAN}
+        script = (
+            'import json, os\n'
+            'from cnn_jax import runtime\n'
+            f'settings = runtime.prepare({threads})\n'
+            f'{code}\n'
+            'print(json.dumps([vars(settings), dict(os.environ)]))'
+        )
+        done = subprocess.run(
+            [sys.executable, '-c', script],
+            env=clean | {'CNN_JAX_CACHE': str(tmp_path)} | environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return make
+
+
+def test_flags_are_set_for_the_versions_that_need_them(monkeypatch):
+    for version, expected in (('0.10.2', runtime.YNN_FLAGS[0, 10]), ('0.11.0', ''), ('1.0', '')):
+        monkeypatch.delenv('XLA_FLAGS', raising=False)
+        assert runtime._set_xla_flags(version) == expected
+
+
+def test_the_users_flags_are_kept_and_their_choice_wins(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_enable_fast_math=false')
+    assert runtime._set_xla_flags('0.10.2').startswith('--xla_cpu_enable_fast_math=false --xla_cpu')
+    own = f'--{runtime.YNN_FLAG}=-dot'
+    monkeypatch.setenv('XLA_FLAGS', own)
+    assert runtime._set_xla_flags('0.10.2') == own
+
+
+def test_an_accelerator_leaves_the_cpu_settings_alone(settings):
+    made, environment = settings(JAX_PLATFORMS='cuda')
+    assert made['allocator'] == 'the system default'
+    assert 'XLA_FLAGS' not in environment
+
+
+def test_threads_are_what_was_asked_for(settings):
+    code = (
+        'import jax, jax.numpy as jnp, time\n'
+        'x = jnp.ones((1500, 1500)); f = jax.jit(lambda x: x @ x); f(x).block_until_ready()\n'
+        'wall, cpu = time.perf_counter(), time.process_time()\n'
+        'for _ in range(5): f(x).block_until_ready()\n'
+        'wall, cpu = time.perf_counter() - wall, time.process_time() - cpu\n'
+        'assert cpu < 1.3 * wall, (cpu, wall)'
+    )
+    made, environment = settings(threads=1, code=code)
+    assert made['threads'] == 1
+    assert environment['NPROC'] == '1'
+
+
+def test_more_threads_than_cores_is_a_mistake():
+    with pytest.raises(UserError, match='may use only'):
+        runtime.prepare(threads=100_000)
+
+
+def test_the_compile_cache_is_used_and_can_be_chosen(settings, tmp_path):
+    code = 'import jax; jax.jit(lambda x: x + 1, compiler_options={})(1.0)'
+    made, _ = settings(code=code, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
+    assert made['compile_cache'].startswith(str(tmp_path))
+    assert os.listdir(made['compile_cache'])
+    made, _ = settings(JAX_COMPILATION_CACHE_DIR='/elsewhere')
+    assert made['compile_cache'] == '/elsewhere'
+
+
+def test_the_self_check_passes_here():
+    runtime.self_check()
+
+
+def test_the_self_check_catches_the_wrong_result_of_jaxlib_0_10(settings):
+    code = (
+        'try: runtime.self_check(); caught = False\n'
+        'except runtime.UserError as error: caught = "wrong results" in str(error)\n'
+        'assert caught == runtime.jaxlib_version().startswith("0.10.")'
+    )
+    settings(code=code, XLA_FLAGS=f'--{runtime.YNN_FLAG}=-individual_convolution')
+
+
+def test_the_settings_are_one_line(settings):
+    made, _ = settings()
+    assert any('jaxlib' in note for note in made['notes'])
+    assert not any('\n' in note for note in made['notes'])
