@@ -17,6 +17,6 @@ def get_config() -> Config:
         data=Data(source='idx:/usr/share/datasets/fashion-mnist', batch=64),
         augment=Augment(flip=True),
         loss=Loss(l2=1e-5),
-        optimizer=Optimizer(learning_rate=1e-3, schedule='cosine', warmup_epochs=1),
-        train=Train(epochs=12),
+        optimizer=Optimizer(learning_rate=2e-3, schedule='cosine', warmup_epochs=1),
+        train=Train(epochs=18),
     )
