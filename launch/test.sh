@@ -5,4 +5,6 @@
 set_up requirements-test.txt
 ruff format --check .
 ruff check .
-exec python -m pytest ${SLOW:+-m "slow or not slow"} "$@"
+marks='not slow'
+[ -z "${SLOW:-}" ] || marks='slow or not slow'
+exec python -m pytest -m "$marks" -n "$(python -c 'import os; print(min(4, os.cpu_count() or 1))')" "$@"
