@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts: makes .venv in the checkout and installs a requirements file into it.
 # PYTHON chooses the interpreter (default python3); CNN_JAX_VENV another folder than .venv.
 # An unchanged requirements file is not installed again.
