@@ -68,6 +68,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             raise
         print(f'error: {error}', file=sys.stderr)
         sys.exit(MISTAKE)
+    except BrokenPipeError:  # the reader of the output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(OK)
     except Exception as error:
         if debug:
             raise

@@ -2,6 +2,7 @@
 
   python -m launch.predict --workdir=runs/small digit.png more/digits
   python -m launch.predict --workdir=runs/small --json digit.png
+  python -m launch.predict --workdir=runs/mine --heatmaps=maps photo.jpg
 
 Images are brought to the network's size as in training. A file that cannot be read is reported
 and the others are classified; the exit code is 1 when none could be.
@@ -23,6 +24,10 @@ CHECKPOINT = flags.DEFINE_enum(
     'checkpoint', 'latest', ['latest', 'best'], 'Which checkpoint; best is by config.train.best.'
 )
 
+HEATMAPS = flags.DEFINE_string(
+    'heatmaps', None, 'A folder for PNGs that show what the network looked at (Grad-CAM).'
+)
+
 
 def main(arguments: list[str]) -> int:
     """Predict; returns the exit code."""
@@ -36,6 +41,9 @@ def main(arguments: list[str]) -> int:
 
     run = restore.open_run(folder, CHECKPOINT.value)
     rows = predict.predict_files(run, paths)
+    if HEATMAPS.value:
+        drawn = predict.draw_heatmaps(run, rows, Path(HEATMAPS.value))
+        print(f'{len(drawn)} heat maps in {HEATMAPS.value}', file=sys.stderr)
     if JSON.value:
         print(json.dumps([row.as_json(TOP.value) for row in rows], indent=2))
     else:

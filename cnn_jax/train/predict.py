@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from cnn_jax.data import decode, resize
+from cnn_jax.train import heatmap
 from cnn_jax.train.restore import Run
 from cnn_jax.train.setup import shape_text
 from cnn_jax.train.step import values_of
@@ -49,7 +50,7 @@ def predict_files(run: Run, paths: Iterable[Path], batch: int = 32) -> list[Pred
         One prediction a path, in their order.
     """
     paths = list(paths)
-    read = [_read(run, path) for path in paths]
+    read = [read_image(run, path) for path in paths]
     good = [image for image in read if not isinstance(image, str)]
     probabilities = iter(_probabilities(run, good, batch))
     names = run.manifest['data']['class_names']
@@ -64,7 +65,42 @@ def predict_files(run: Run, paths: Iterable[Path], batch: int = 32) -> list[Pred
     return [prediction(path, image) for path, image in zip(paths, read)]
 
 
-def _read(run: Run, path: Path) -> np.ndarray | str:
+def draw_heatmaps(run: Run, predictions: Iterable[Prediction], folder: Path) -> list[Path]:
+    """A PNG for each file that was classified: what speaks for its most probable class.
+
+    Args:
+        run: An opened run.
+        predictions: As `predict_files` gives them.
+        folder: Where the PNGs go, named `NNN_FILE.png` in the order of the predictions.
+
+    Returns:
+        The PNGs.
+    """
+    names = run.manifest['data']['class_names']
+    blank = np.zeros((1, *run.task.image_shape), np.uint8)
+    layer = heatmap.default_layer(run.model, run.task.prepare(blank))
+
+    @jax.jit
+    def compute(variables, image, number):
+        prepared = run.task.prepare(image)
+        return heatmap.grad_cam(run.model, variables, prepared, number, layer)
+
+    written = []
+    for place, prediction in enumerate(predictions):
+        image = read_image(run, prediction.path)
+        if prediction.error or isinstance(image, str):
+            continue
+        name, probability = prediction.classes[0]
+        heat = compute(run.variables, image[None], np.array([names.index(name)]))[0]
+        path = folder / f'{place:03d}_{prediction.path.stem}.png'
+        title = f'{prediction.path.name}: {name} {probability:.1%}'
+        heatmap.draw_heatmap(image, np.asarray(heat), title, path)
+        written.append(path)
+    return written
+
+
+def read_image(run: Run, path: Path) -> np.ndarray | str:
+    """The pixels of a file, brought to the network's size as in training, or why not."""
     data, wanted = run.config.data, run.task.image_shape
     try:
         pixels = decode.decode(path.read_bytes())

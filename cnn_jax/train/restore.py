@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+
 from cnn_jax import config as cfg
+from cnn_jax import params
 from cnn_jax.errors import UserError
+from cnn_jax.models.build import build
 from cnn_jax.train import setup, workdir
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.step import State, Steps, make_steps
@@ -23,6 +27,17 @@ class Run:
     steps: Steps
     state: State
     step: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, called as `model(prepared images, train=False)`."""
+        return build(self.config.model, self.task.num_classes)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the network is applied with: averaged weights where there are any."""
+        weights = params.flatten(self.state.params) | self.state.ema
+        return {'params': params.unflatten(weights), 'batch_stats': self.state.batch_stats}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -59,7 +59,11 @@ def preprocessing(config: cfg.Config, train, weights: Pretrained | None) -> dict
     VGG16 without pretrained weights sees the same three channels.
     """
     if weights:
-        return {'kind': weights.preprocessing.name, 'weights': weights.digest}
+        return {
+            'kind': weights.preprocessing.name,
+            'weights': weights.digest,
+            'licence': f'Convolutions: {weights.licence}. {weights.citation}',
+        }
     mean, std = statistics(train)
     return {
         'kind': 'standardize',

@@ -1,0 +1,35 @@
+"""Export a trained network: StableHLO, safetensors and a README, without need of this package.
+
+python -m launch.export --workdir=runs/small --out=exported
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from launch import cli
+
+WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
+OUT = flags.DEFINE_string('out', None, 'The folder to make.', required=True)
+CHECKPOINT = flags.DEFINE_enum(
+    'checkpoint', 'latest', ['latest', 'best'], 'Which checkpoint; best is by config.train.best.'
+)
+
+
+def main(_) -> int:
+    """Export; returns the exit code."""
+    folder, out = Path(WORKDIR.value), Path(OUT.value)
+    from cnn_jax.train import workdir
+
+    cli.start(workdir.load_config(folder).train.threads)
+
+    from cnn_jax.train import export, restore
+
+    run = restore.open_run(folder, CHECKPOINT.value)
+    export.export(run, out)
+    print(f'{out}: {", ".join(sorted(path.name for path in out.iterdir()))}; see {out}/README.md')
+    return cli.OK
+
+
+if __name__ == '__main__':
+    cli.run(main)
