@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a failed run, 2 a user's mistake, 75 stopped on request
 import os
 import sys
 from collections.abc import Callable
+from logging import Formatter
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -62,6 +63,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
         _check_config_argument(arguments)
         logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
+        logging.get_absl_handler().setFormatter(Formatter('%(levelname)s: %(message)s'))
         app.run(lambda argv: sys.exit(main(argv) or OK), flags_parser=_parse)
     except UserError as error:
         if debug:

@@ -42,6 +42,7 @@ def train(config: cfg.Config, folder: Path) -> int:
         'evaluation': open_batches(config.data, 'eval'),
     }
     description = setup.describe(config, **batches)
+    workdir.check_data(folder, description)
     weights = setup.load_weights(config)
     if weights:
         print(f'weights: {weights.source}, digest {weights.digest[:12]}…, {weights.licence}')

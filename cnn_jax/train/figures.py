@@ -26,9 +26,12 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
         return
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     for axes, name in zip(figure.subplots(1, 2), ('loss', 'accuracy')):
-        for split, style in (('train', '--'), ('eval', '-')):
+        for split, style, label in (
+            ('train', '--', 'training, regularized'),
+            ('eval', '-', 'evaluation'),
+        ):
             points = [(line['epoch'], line[name]) for line in lines if line['split'] == split]
-            axes.plot(*np.transpose(points), style, marker='.', label=split)
+            axes.plot(*np.transpose(points), style, marker='.', label=label)
         axes.set(xlabel='epoch', ylabel='loss (nats)' if name == 'loss' else name)
         axes.grid(alpha=0.3)
         axes.legend()

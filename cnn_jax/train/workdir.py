@@ -1,8 +1,10 @@
 """The work directory of a run: what lies where, and whose it is."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from cnn_jax import config as cfg
 from cnn_jax.cache import write_atomically
@@ -37,6 +39,29 @@ def claim(folder: Path, config: cfg.Config) -> None:
             f'the work directory {folder} belongs to a run of another config ({listed}); '
             'choose another --workdir or restore these fields'
         )
+
+
+def check_data(folder: Path, description: dict[str, Any]) -> None:
+    """Check that a run that is continued still has the data it began with.
+
+    Args:
+        folder: The work directory.
+        description: Of the data as they are now, as `setup.describe` gives it.
+
+    Errors:
+        UserError: The images, the labels or their order have changed.
+    """
+    path = folder / 'manifest.json'
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())['data']
+    for split in ('train', 'eval'):
+        if before[split] != description[split]:
+            raise UserError(
+                f'the {split} images of {description["source"]} have changed since the run in '
+                f'{folder} began ({before[split]["count"]} images then, '
+                f'{description[split]["count"]} now); restore them or choose another --workdir'
+            )
 
 
 def load_config(folder: Path) -> cfg.Config:

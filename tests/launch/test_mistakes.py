@@ -72,3 +72,17 @@ def test_predict_needs_an_image(mistake, tiny_run, tmp_path):
 def test_evaluate_names_the_splits_there_are(mistake, tiny_run):
     folder, _ = tiny_run
     assert 'test' in mistake('evaluate', f'--workdir={folder}', '--split=tset')
+
+
+def test_data_changed_between_two_starts_are_noticed(launch, mistake, tiny, tmp_path):
+    images = tmp_path / 'images'
+    launch('sample', '--source=digits', '--count=120', f'--out={tmp_path}/all', check=0)
+    for path in sorted((tmp_path / 'all').iterdir()):
+        name = path.stem.split('_')[1]
+        (images / name).mkdir(parents=True, exist_ok=True)
+        path.rename(images / name / path.name)
+    flags = (*tiny, f'--config.data.source=folder:{images}', '--config.data.batch=16')
+    launch('train', *flags, f'--workdir={tmp_path}/run', check=0)
+    next((images / '3').iterdir()).unlink()
+    sentence = mistake('train', *flags, f'--workdir={tmp_path}/run')
+    assert 'have changed since the run' in sentence
