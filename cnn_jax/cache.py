@@ -16,7 +16,7 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / 'cnn_jax'
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file that appears under `path` complete or not at all.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the

@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from cnn_jax.errors import UserError
 
@@ -314,7 +314,7 @@ def _coerce(path: str, kind: Any, given: Any) -> Any:
     if hasattr(given, 'dtype') and kind in (int, float):
         return given
     if get_origin(kind) is tuple:
-        item = kind.__args__[0]
+        item = get_args(kind)[0]
         if isinstance(given, (list, tuple)):
             return tuple(_coerce(path, item, g) for g in given)
     elif kind is float:
@@ -322,7 +322,8 @@ def _coerce(path: str, kind: Any, given: Any) -> Any:
             return float(given)
     elif isinstance(given, kind) and not (kind is int and isinstance(given, bool)):
         return given
-    name = f'a list of {kind.__args__[0].__name__}' if get_origin(kind) is tuple else kind.__name__
+    items = get_args(kind)
+    name = f'a list of {items[0].__name__}' if items else kind.__name__
     raise UserError(f'config.{path} must be {name}, not {given!r}')
 
 

@@ -107,7 +107,7 @@ class Extractor:
                 key = rng.key(self.config.seed, 'augment', view)
                 x = augmented(self.config.augment, key, x, index)
             variables = {'params': {'backbone': backbone}}
-            out = model.apply(variables, x, train=False, method='features')
+            out: Any = model.apply(variables, x, train=False, method='features')
             return out.astype(self.config.features.dtype)
 
         return compute

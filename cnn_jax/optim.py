@@ -8,6 +8,7 @@ on one.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -95,29 +96,30 @@ def chain(
     def part(tree: Flat, group: Group) -> Flat:
         return {path: tree[path] for path in group.paths}
 
+    def is_decayed(params: Any) -> dict[str, bool]:
+        return {path: path in decayed for path in params}
+
     def rule(group: Group) -> optax.GradientTransformation:
         if config.name == 'sgd':
             direction = optax.trace(decay=config.momentum, nesterov=config.nesterov)
         else:
             direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
-        decay = optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: {path: path in decayed for path in params}
-        )
+        decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
         return optax.chain(direction, decay, optax.scale_by_learning_rate(group.rate))
 
-    def init(params: Flat):
+    def init(params: Any) -> Any:
         return tuple(rule(group).init(part(params, group)) for group in groups)
 
-    def update(grads: Flat, states, params: Flat | None = None):
-        assert params is not None
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         if config.clip_norm:
             clip = optax.clip_by_global_norm(config.clip_norm)
-            grads, _ = clip.update(grads, clip.init(params))
-        updates, new_states = {}, []
-        for group, state in zip(groups, states, strict=True):
-            step, state = rule(group).update(part(grads, group), state, part(params, group))
-            updates |= {path: u * group.scales.get(path, 1.0) for path, u in step.items()}
-            new_states.append(state)
-        return updates, tuple(new_states)
+            updates, _ = clip.update(updates, clip.init(params))
+        steps, states = {}, []
+        for group, before in zip(groups, state, strict=True):
+            result: Any = rule(group).update(part(updates, group), before, part(params, group))
+            step, after = result
+            steps |= {path: u * group.scales.get(path, 1.0) for path, u in step.items()}
+            states.append(after)
+        return steps, tuple(states)
 
     return optax.GradientTransformation(init, update)

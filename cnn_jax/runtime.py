@@ -96,7 +96,8 @@ def runs_on_cpu() -> bool:
 
 def _set_xla_flags(version: str) -> str:
     flags = os.environ.get('XLA_FLAGS', '')
-    release = tuple(int(part) for part in version.split('.')[:2])
+    major, minor = version.split('.')[:2]
+    release = int(major), int(minor)
     if release in YNN_FLAGS and YNN_FLAG not in flags:
         flags = f'{flags} {YNN_FLAGS[release]}'.strip()
         os.environ['XLA_FLAGS'] = flags

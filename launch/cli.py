@@ -57,7 +57,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     arguments = sys.argv
     debug = any(a in ('--debug', '--debug=true') for a in arguments)
     if {'--help', '-h', '-help'} & set(arguments[1:]):
-        print(sys.modules['__main__'].__doc__ + flags.FLAGS.main_module_help())
+        print((sys.modules['__main__'].__doc__ or '') + flags.FLAGS.main_module_help())
         print('  --debug: Show the traceback of an error.')
         sys.exit(OK)
     try:

@@ -69,6 +69,7 @@ def train(config: cfg.Config, folder: Path) -> int:
     if outcome.stopped:
         print(f'stopped and saved; the same command goes on from here ({folder})')
         return cli.STOPPED
+    assert outcome.metrics is not None
     times = max(count for counts in outcome.compilations for count in counts.values())
     print(f'compilations of each step in each phase: {times}')
     final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())

@@ -79,7 +79,7 @@ class Checkpoints:
             UserError: The checkpoint cannot be read or belongs to another network.
         """
         try:
-            parts = self._manager.restore(
+            parts: Any = self._manager.restore(
                 step,
                 args=self._args.Composite(
                     state=self._args.StandardRestore(_shapes(like)),

@@ -74,7 +74,7 @@ def flat_variables(variables: dict[str, Any]) -> dict[str, np.ndarray]:
 def _function(run: Run):
     def probabilities(weights, images):
         variables = params.unflatten(weights)
-        logits = run.model.apply(variables, run.task.prepare(images), train=False)
+        logits: Any = run.model.apply(variables, run.task.prepare(images), train=False)
         return jnp.exp(log_probabilities(logits))
 
     return probabilities

@@ -1,6 +1,7 @@
 """Grad-CAM: where in an image the evidence for a class is."""
 
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,7 +51,7 @@ def grad_cam(
             return out
 
         with nn.intercept_methods(intercept):
-            logits = model.apply(variables, images, train=False)
+            logits: Any = model.apply(variables, images, train=False)
         if logits.shape[-1] == 1:
             logits = jnp.concatenate([-logits, logits], axis=-1)
         score = jnp.take_along_axis(logits, classes[:, None], axis=-1).sum()
@@ -72,7 +73,7 @@ def default_layer(model: nn.Module, images: Float[Array, 'b h w c']) -> str:
     called = []
 
     def intercept(call, args, kwargs, context):
-        out = call(*args, **kwargs)
+        out: Any = call(*args, **kwargs)
         path = '/'.join(context.module.path)
         if path and context.method_name == '__call__' and out.ndim == 4:
             called.append((len(called), path))

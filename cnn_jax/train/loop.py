@@ -1,7 +1,5 @@
 """The training loop: steps, metrics, evaluation, checkpoints, stopping and going on."""
 
-import collections
-import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,19 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax.train import metrics
 from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.interruption import Interruption
+from cnn_jax.train.meter import Meter
 from cnn_jax.train.progress import Progress
 from cnn_jax.train.record import Record
 from cnn_jax.train.step import State, Steps, Values, values_of
 from cnn_jax.train.task import Task
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the message says why and what to try."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ def fit(
             f'{speed:,.0f} images/s'
         )
 
-    result, compilations = None, []
+    result, compilations, stop = None, [], False
     with Interruption() as interruption, progress:
         for number, phase in enumerate(phases[current:], start=current):
             if number > current:
@@ -113,13 +108,13 @@ def fit(
             train_step = jax.jit(phase.steps.train, donate_argnums=0)
             eval_step = jax.jit(phase.steps.evaluate)
             batches = phase.train.train(step)
-            while step < phase.end and not interruption.requested:
+            while step < phase.end and not stop:
                 state, sums = train_step(state, next(batches), values)
                 step += 1
                 meter.add(step, sums)
                 if meter.latest:
                     progress.step(step, *meter.latest)
-                scores = None
+                stop, scores = interruption.requested, None
                 if due(step, config.train.eval_every):
                     meter.drain()
                     speed, began = progress.restart_clock(step), time.perf_counter()
@@ -131,15 +126,17 @@ def fit(
                     report(step, result, speed)
                     scores = metrics.scalars(result)
                     progress.restart_clock(step)
-                if interruption.requested or due(step, config.train.checkpoint_every):
+                if stop or due(step, config.train.checkpoint_every):
                     meter.drain()
                     checkpoints.save(state, {'sums': meter.pending_sums()}, scores)
             if result is None and step == total:
                 sums = sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
                 result = metrics.result(sums)
             compilations.append(
-                {'train': train_step._cache_size(), 'evaluate': eval_step._cache_size()}
+                {'train': _compilations(train_step), 'evaluate': _compilations(eval_step)}
             )
+            if stop:
+                break
     record.close()
     checkpoints.close()
     return Outcome(state, result, stopped=step < total, compilations=compilations)
@@ -154,7 +151,11 @@ def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> m
     return total
 
 
-def _start(state: State, phases: list[Phase], checkpoints: Checkpoints, meter: 'Meter'):
+def _compilations(jitted: Any) -> int:
+    return jitted._cache_size()
+
+
+def _start(state: State, phases: list[Phase], checkpoints: Checkpoints, meter: Meter):
     """The newest saved state, or the given one; the steps done; the phase they are in."""
     step = checkpoints.latest()
     if step is None:
@@ -166,81 +167,3 @@ def _start(state: State, phases: list[Phase], checkpoints: Checkpoints, meter: '
     state, progress = checkpoints.restore(step, state)
     meter.resume(progress['sums'])
     return state, step, current
-
-
-class Meter:
-    """Sums the metrics of the steps, two steps behind the device so that it need not wait.
-
-    Every step's loss is looked at, so a loss that is not finite stops the run at its step.
-    """
-
-    def __init__(self, checkpoints: Checkpoints):
-        self._waiting: collections.deque = collections.deque()
-        self._sums: metrics.Sums | None = None
-        self._checkpoints = checkpoints
-        self.latest: tuple[float, float] | None = None  # loss and accuracy so far
-
-    def add(self, step: int, sums: metrics.Sums) -> None:
-        """Take the sums of a step that may still be running."""
-        self._waiting.append((step, sums))
-        while len(self._waiting) > 2:
-            self._absorb()
-
-    def drain(self) -> None:
-        """Wait for all steps."""
-        while self._waiting:
-            self._absorb()
-
-    def _absorb(self) -> None:
-        step, sums = self._waiting.popleft()
-        self._sums = metrics.add(self._sums, sums)
-        if not np.isfinite(sums['objective']) or not np.isfinite(sums['gradient_norm']):
-            saved = self._checkpoints.latest()
-            where = (
-                f'the last good checkpoint is step {saved}' if saved else 'nothing was saved yet'
-            )
-            raise RunFailed(
-                f'the loss or its gradient is not finite at step {step}; {where}. Try a lower '
-                'config.optimizer.learning_rate, config.optimizer.clip_norm=1 or a warm-up '
-                '(config.optimizer.warmup_epochs) in a new --workdir'
-            )
-        count = self._sums['count']
-        self.latest = self._sums['loss'] / count, np.trace(self._sums['confusion']) / count
-
-    def take(self) -> metrics.Sums:
-        """The sums since the last call, which starts them anew."""
-        sums, self._sums = self._sums, None
-        assert sums is not None
-        return sums
-
-    def pending_sums(self) -> dict[str, Any] | None:
-        """The sums so far as JSON, for a checkpoint in the middle of an epoch."""
-        return self._sums and {name: np.asarray(part).tolist() for name, part in self._sums.items()}
-
-    def resume(self, sums: dict[str, Any] | None) -> None:
-        """Go on with the sums that `pending_sums` gave."""
-        self._sums = sums and {name: np.asarray(part) for name, part in sums.items()}
-
-
-class Interruption:
-    """Notes SIGTERM and Ctrl-C so that the loop can save first; a second one stops at once."""
-
-    def __init__(self):
-        self.requested = False
-        self._before: dict = {}
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: whoever owns it handles signals
-                break
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _frame):
-        self.requested = True
-        signal.signal(number, self._before[number])

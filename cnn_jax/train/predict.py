@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.data import decode, resize
@@ -78,7 +79,7 @@ def draw_heatmaps(run: Run, predictions: Iterable[Prediction], folder: Path) -> 
     """
     names = run.manifest['data']['class_names']
     blank = np.zeros((1, *run.task.image_shape), np.uint8)
-    layer = heatmap.default_layer(run.model, run.task.prepare(blank))
+    layer = heatmap.default_layer(run.model, run.task.prepare(jnp.asarray(blank)))
 
     @jax.jit
     def compute(variables, image, number):

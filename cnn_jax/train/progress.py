@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from typing import Any
 
 
 class Progress:
@@ -81,12 +81,9 @@ def _bar(total: int, first: int):
         ),
         TimeRemainingColumn(),
     )
-    blank = {'epoch': '', 'loss': '…', 'accuracy': '…', 'speed': '…'}
+    blank: dict[str, Any] = {'epoch': '', 'loss': '…', 'accuracy': '…', 'speed': '…'}
     return bar, bar.add_task('', total=total, completed=first, **blank)
 
 
 def _print(line: str) -> None:
     print(line, flush=True)
-
-
-Say = Callable[[str], None]

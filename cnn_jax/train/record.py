@@ -27,6 +27,7 @@ def manifest(config_hash: str, machine: dict[str, Any], data: dict[str, Any]) ->
     """
     import jax
 
+    options: Any = jax.config
     return {
         'config_hash': config_hash,
         'code': code_version(),
@@ -34,7 +35,7 @@ def manifest(config_hash: str, machine: dict[str, Any], data: dict[str, Any]) ->
         'machine': machine,
         'prng': {
             'implementation': 'threefry2x32',
-            'partitionable': bool(jax.config.jax_threefry_partitionable),
+            'partitionable': bool(options.jax_threefry_partitionable),
         },
         'data': data,
     }

@@ -5,6 +5,7 @@ may differ between runs of one structure (rates, learning rate, penalties, seed)
 so that a whole arm of an ablation shares one compilation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
     model = build(config.model, task.num_classes)
     blank = np.zeros((1, *task.image_shape), np.uint8)
 
-    def draw(seed) -> dict[str, Any]:
+    def draw(seed) -> Any:
         return model.init(rng.key(seed, 'params'), task.prepare(jnp.asarray(blank)), train=False)
 
     shapes = jax.eval_shape(draw, 0)['params']
@@ -133,10 +134,11 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
 
     def enter(state: State) -> State:
         flat = params.flatten(state.params)
-        fresh = chain(config).init({path: flat[path] for path in trainable})
+        fresh: Any = chain(config).init({path: flat[path] for path in trainable})
         kept = state.opt_state
         new = {path: jnp.copy(flat[path]) for path in trainable if path not in state.ema}
-        return state.replace(
+        return dataclasses.replace(
+            state,
             opt_state=(*kept, *fresh[len(kept) :]),
             ema={**state.ema, **new} if config.train.ema else {},
         )
@@ -148,7 +150,7 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
             net = build(current.model, task.num_classes)
             variables = {'params': params.merge(learned, fixed), 'batch_stats': batch_stats}
             with nn.intercept_methods(in_inference):
-                logits, updated = net.apply(
+                applied: Any = net.apply(
                     variables,
                     batch['image'],
                     train=True,
@@ -156,6 +158,7 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
                     mutable=['batch_stats'],
                     method=method,
                 )
+            logits, updated = applied
             log_probs = losses.log_probabilities(logits)
             each = losses.cross_entropy(log_probs, batch['label'], current.loss.label_smoothing)
             sums = metrics.batch_sums(log_probs, each, batch['label'], batch['mask'])
@@ -181,8 +184,8 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
             jax.random.split(dropout, config.optimizer.accumulate),
         )
         updates, opt_state = chain(current).update(grads, state.opt_state, learned)
-        learned = optax.apply_updates(learned, updates)
-        ema = state.ema
+        learned: Any = optax.apply_updates(learned, updates)
+        ema: Any = state.ema
         if config.train.ema:
             ema = optax.incremental_update(learned, ema, 1 - config.train.ema)
         new = State(
@@ -204,7 +207,8 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
         }
         net = build(current.model, task.num_classes)
         x = images if cached else task.prepare(images)
-        return losses.log_probabilities(net.apply(variables, x, train=False, method=method))
+        logits: Any = net.apply(variables, x, train=False, method=method)
+        return losses.log_probabilities(logits)
 
     def evaluate(state: State, batch: Batch, values: Values) -> metrics.Sums:
         log_probs = outputs(state, batch['image'], values)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax.train import loop
 from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.meter import Meter, RunFailed
 
 SHORT = {'train__epochs': 2.0, 'train__eval_every': 0.5, 'train__checkpoint_every': 0.25}
 
@@ -46,17 +46,17 @@ def killed_run(fit, tmp_path, monkeypatch):
     """Kills a run after a step, starts it again, and returns its end and its record."""
 
     def make(config, step):
-        folder, add = tmp_path / f'killed {step}', loop.Meter.add
+        folder, add = tmp_path / f'killed {step}', Meter.add
 
         def add_then_die(self, number, sums):
             if number == step:
                 raise Killed
             add(self, number, sums)
 
-        monkeypatch.setattr(loop.Meter, 'add', add_then_die)
+        monkeypatch.setattr(Meter, 'add', add_then_die)
         with pytest.raises(Killed):
             fit(config, folder)
-        monkeypatch.setattr(loop.Meter, 'add', add)
+        monkeypatch.setattr(Meter, 'add', add)
         return fit(config, folder), lines(folder)
 
     return make
@@ -94,7 +94,7 @@ def test_a_finished_run_is_not_trained_again(small, fit, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(small, fit):
-    with pytest.raises(loop.RunFailed, match=r'not finite at step \d+.*learning_rate'):
+    with pytest.raises(RunFailed, match=r'not finite at step \d+.*learning_rate'):
         fit(small(**SHORT, optimizer__name='sgd', optimizer__learning_rate=1e30))
 
 
