@@ -33,7 +33,10 @@ def detectable_effect(n: int, significance: float = SIGNIFICANCE, wanted: float 
     high = 1.0
     while power(high, n, significance) < wanted:
         high *= 2
-    return float(optimize.brentq(lambda d: power(d, n, significance) - wanted, 0.0, high))
+    found = optimize.root_scalar(
+        lambda d: power(d, n, significance) - wanted, bracket=(0.0, high), method='brentq'
+    )
+    return float(found.root)
 
 
 def seeds_needed(

@@ -65,7 +65,7 @@ def bootstrap_interval(
     variances = (centred**2 @ counts.T - n * means**2) / (n - 1)
     spread = variances > 1e-12 * deviation**2
     scaled = np.sqrt(n) * means / np.sqrt(np.where(spread, variances, 1.0))
-    ratios = np.where(spread, scaled, np.sign(means) * np.inf)
+    ratios = np.where(spread | (means == 0), scaled, np.copysign(np.inf, means))
     tails = [(1 + CONFIDENCE) / 2, (1 - CONFIDENCE) / 2]
     quantiles = np.quantile(ratios, tails, axis=-1, method='inverted_cdf')
     return mean - np.moveaxis(quantiles, 0, -1) * deviation / np.sqrt(n)

@@ -1,0 +1,156 @@
+"""The ledger: which cells are done. A cell is one arm with one seed.
+
+A result is a file that appears whole, named by the arm, the seed and a digest of all that it
+depends on. A cell is claimed by a lock that the operating system lets go of when its process
+ends, however it ends; so a killed run repeats exactly the cells that were not finished, and two
+runs on one folder never do the same cell at once.
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import config as cfg
+from cnn_jax.ablation.plan import Plan
+from cnn_jax.cache import write_atomically
+from cnn_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed, and the file of its result."""
+
+    arm: str
+    seed: int
+    path: Path
+
+    def status(self) -> str:
+        """`done`, `failed` or `missing`."""
+        if not self.path.exists():
+            return 'missing'
+        return json.loads(self.path.read_text())['status']
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The cells of an ablation in its work directory.
+
+    Attributes:
+        folder: The work directory.
+        plan: What is compared.
+        identity: What every result depends on besides its config: `code`, `data`, `jaxlib`, ….
+    """
+
+    folder: Path
+    plan: Plan
+    identity: dict[str, str]
+
+    def cells(self) -> list[Cell]:
+        """All cells, seed by seed, so that early results compare all arms."""
+        return [self._cell(arm, seed) for seed in self.plan.seeds for arm in self.plan.configs]
+
+    def _cell(self, arm: str, seed: int) -> Cell:
+        facts = {'config': cfg.content_hash(self.plan.cell_config(arm, seed)), **self.identity}
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        word = re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-') or 'arm'
+        return Cell(arm, seed, self.folder / 'cells' / f'{word}-{seed}-{key[:16]}.json')
+
+    def write(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Record the result of a cell."""
+        text = json.dumps({'arm': cell.arm, 'seed': cell.seed, **result}) + '\n'
+        write_atomically(cell.path, lambda file: file.write(text.encode()))
+
+    def forget_failed(self) -> None:
+        """Remove the results of failed cells, so that they run again."""
+        for cell in self.cells():
+            if cell.status() == 'failed':
+                cell.path.unlink()
+
+    @contextmanager
+    def claim(self, cell: Cell) -> Iterator[bool]:
+        """Whether this process has the cell to itself and it is still to be done.
+
+        The lock lasts as long as the context, or the process.
+        """
+        locks = self.folder / 'locks'
+        locks.mkdir(parents=True, exist_ok=True)
+        with (locks / f'{cell.path.stem}.lock').open('w') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield not cell.path.exists()
+
+
+def open_ledger(
+    folder: Path, plan: Plan, identity: dict[str, str], facts: dict[str, Any]
+) -> Ledger:
+    """Begin an ablation in a work directory, or go on with the one that is there.
+
+    Args:
+        folder: The work directory.
+        plan: What is compared.
+        identity: As in `Ledger`.
+        facts: For the report: `command` and `manifest`.
+
+    Errors:
+        UserError: The folder holds an ablation with other arms, configs, data or code (the
+            difference is told): results of both would be mixed.
+    """
+    definition = {
+        'name': plan.name,
+        'question': plan.question,
+        'baseline': plan.baseline,
+        'metric': plan.metric,
+        'seeds': list(plan.seeds),
+        'arms': {
+            arm: {'changes': plan.changes[arm], 'levels': plan.levels.get(arm)}
+            for arm in plan.configs
+        },
+        'factors': plan.factors,
+        'configs': {arm: cfg.to_flat(config) for arm, config in plan.configs.items()},
+        'identity': identity,
+    }
+    path = folder / 'ablation.json'
+    if path.exists():
+        before = json.loads(path.read_text())
+        now = json.loads(json.dumps(definition))
+        if changed := _differences(before, now):
+            raise UserError(
+                f'{folder} holds an ablation that differs from this one: {"; ".join(changed)}. '
+                'Choose another --workdir; results are never mixed'
+            )
+        return Ledger(folder, plan, identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(definition | facts, indent=2) + '\n'
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return Ledger(folder, plan, identity)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes the results of two definitions incomparable; more seeds do not."""
+    changed = []
+    for part in ('configs', 'identity'):
+        old, new = before[part], now[part]
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) == new.get(name):
+                continue
+            if name not in old or name not in new:
+                changed.append(f'{part[:-1]} {name!r} is only {"there" if name in old else "here"}')
+            elif part == 'identity':
+                changed.append(f'{name}: {str(old[name])[:16]} → {str(new[name])[:16]}')
+            else:
+                fields = [
+                    f'{field}: {old[name].get(field)!r} → {new[name].get(field)!r}'
+                    for field in new[name]
+                    if old[name].get(field) != new[name].get(field)
+                ]
+                changed.append(f'arm {name!r}: {", ".join(fields)}')
+    return changed
