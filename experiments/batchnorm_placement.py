@@ -1,0 +1,14 @@
+"""Does batch normalization belong before or after the activation?
+
+python -m launch.ablate --config=experiments/batchnorm_placement.py --workdir=runs/placement
+"""
+
+from experiments.baseline import get_config as get_config
+
+BATCH_NORM = {'model.norm': 'batch', 'model.head_norm': 'batch'}
+
+ARMS = {
+    'after': BATCH_NORM | {'model.norm_position': 'after'},
+    'before': BATCH_NORM | {'model.norm_position': 'before'},
+    'none': {},
+}
