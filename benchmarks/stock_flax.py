@@ -1,68 +1,117 @@
 """The peer: the strided net and its step as a Flax example would write them."""
 
 import functools
+import importlib.metadata
+import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.training.train_state import TrainState as FlaxState
+from flax.traverse_util import unflatten_dict
+
+from benchmarks.problem import Problem
+from benchmarks.worker import Contender
 
 
 class StockNet(nn.Module):
-    """The same layers as `cnn_jax.models.strided_net.StridedNet`, from Flax's own modules."""
+    """The layers of `cnn_jax.models.strided_net.StridedNet` from Flax's own modules."""
 
-    stem: bool
+    stem: int
     widths: tuple[int, ...]
     hidden: int
     outputs: int
+    rate: float
+    head_rate: float
 
     @nn.compact
     def __call__(self, x, train):
-        def norm(x):
-            return nn.BatchNorm(use_running_average=not train, momentum=0.99, epsilon=1e-3)(x)
-
-        def drop(rate, x):
-            return nn.Dropout(rate, deterministic=not train)(x)
-
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.99, epsilon=1e-3
+        )
         if self.stem:
-            x = nn.Conv(16, (7, 7), strides=2, padding='VALID')(x)
-        for width in self.widths:
-            x = norm(nn.relu(nn.Conv(width, (3, 3))(x)))
-            x = norm(nn.relu(nn.Conv(width, (3, 3), strides=2)(x)))
-            x = drop(0.25, x)
+            x = nn.Conv(self.stem, (7, 7), strides=2, padding='VALID', name='stem_conv')(x)
+        for i, width in enumerate(self.widths, start=1):
+            for j in (1, 2):
+                x = nn.relu(nn.Conv(width, (3, 3), strides=j, name=f'block{i}_conv{j}')(x))
+                x = norm(name=f'block{i}_norm{j}')(x)
+            x = nn.Dropout(self.rate, deterministic=not train)(x)
         x = x.reshape(x.shape[0], -1)
-        x = drop(0.5, norm(nn.relu(nn.Dense(self.hidden)(x))))
-        return nn.Dense(self.outputs)(x)
+        x = norm(name='norm1')(nn.relu(nn.Dense(self.hidden, name='dense1')(x)))
+        x = nn.Dropout(self.head_rate, deterministic=not train)(x)
+        return nn.Dense(self.outputs, name='logits')(x)
 
 
-def stock_step(model: nn.Module, l2: float, rate: float):
-    """`init(images)` and a jitted, donating `step(state, images, labels)`; Adam and the L2."""
-    optimizer = optax.adam(rate, eps=1e-7)
+class TrainState(FlaxState):
+    """Flax's state with the batch statistics and the key of the dropout masks."""
 
-    def init(images):
-        drawn = model.init(jax.random.key(0), images, False)
-        return drawn['params'], drawn['batch_stats'], optimizer.init(drawn['params'])
+    batch_stats: dict
+    key: jax.Array
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, images, labels, key):
-        weights, stats, opt_state = state
 
-        def loss(weights):
-            logits, updated = model.apply(
-                {'params': weights, 'batch_stats': stats},
-                images,
-                True,
-                rngs={'dropout': key},
-                mutable=['batch_stats'],
-            )
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            squares = sum(
-                jnp.sum(module['kernel'] ** 2) for name, module in weights.items() if 'Conv' in name
-            )
-            return each.mean() + l2 * squares, updated['batch_stats']
+def train_step(state: TrainState, images, labels, *, mean, std, l2):
+    """One update, and its loss."""
+    images = (images.astype(jnp.float32) / 255 - mean) / std
 
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(weights)
-        updates, opt_state = optimizer.update(grads, opt_state, weights)
-        return (optax.apply_updates(weights, updates), stats, opt_state), value
+    def objective(weights):
+        logits, updated = state.apply_fn(
+            {'params': weights, 'batch_stats': state.batch_stats},
+            images,
+            True,
+            rngs={'dropout': jax.random.fold_in(state.key, state.step)},
+            mutable=['batch_stats'],
+        )
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        squares = [jnp.sum(w['kernel'] ** 2) for name, w in weights.items() if 'conv' in name]
+        return each.mean() + l2 * sum(squares), updated['batch_stats']
 
-    return init, step
+    grad = jax.value_and_grad(objective, has_aux=True)
+    (loss, batch_stats), grads = grad(state.params)
+    return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
+
+
+def start(problem: Problem) -> Contender:
+    """The problem's network in stock Flax, with the problem's weights."""
+    net, loss, optimizer = (problem.config[name] for name in ('model', 'loss', 'optimizer'))
+    mean, std = (jnp.array(problem.preprocessing[name]) for name in ('mean', 'std'))
+    step = jax.jit(
+        functools.partial(train_step, mean=mean, std=std, l2=loss['l2']), donate_argnums=0
+    )
+    batches = jax.device_put(list(zip(problem.images, problem.labels)))
+
+    def initial(rate: float, head_rate: float) -> TrainState:
+        (hidden,) = net['hidden']
+        model = StockNet(
+            net['stem_width'], tuple(net['widths']), hidden, problem.classes, rate, head_rate
+        )
+        paths = {tuple(p.removeprefix('head/').split('/')): w for p, w in problem.weights.items()}
+        weights = jax.tree.map(jnp.array, unflatten_dict(paths))
+        blank = jnp.zeros((1, *problem.images.shape[2:]))
+        drawn = jax.jit(model.init, static_argnums=2)(jax.random.key(0), blank, False)
+        assert jax.tree.map(jnp.shape, drawn['params']) == jax.tree.map(jnp.shape, weights)
+        return TrainState.create(
+            apply_fn=model.apply,
+            params=weights,
+            tx=optax.adam(optimizer['learning_rate'], eps=optimizer['epsilon']),
+            batch_stats=drawn['batch_stats'],
+            key=jax.random.key(1),
+        )
+
+    state = initial(net['dropout'], net['head_dropout'])
+    endless = itertools.cycle(batches)
+
+    def losses(count: int) -> list[float]:
+        state, found = initial(0.0, 0.0), []
+        for batch in itertools.islice(itertools.cycle(batches), count):
+            state, value = step(state, *batch)
+            found.append(float(value))
+        return found
+
+    def run(count: int) -> None:
+        nonlocal state
+        for batch in itertools.islice(endless, count):
+            state, _ = step(state, *batch)
+        jax.block_until_ready(state)
+
+    return Contender(losses, run, f'flax {importlib.metadata.version("flax")}')

@@ -3,15 +3,18 @@
   python -m launch.ablate --config=experiments/regularization.py --workdir=runs/regularization
   python -m launch.ablate --config=experiments/regularization.py --workdir=runs/wide --seeds=10 \\
       --config.data.train='train[:1000]'
+  python -m launch.ablate --config=experiments/regularization.py --workdir=/shared/regularization \\
+      --executor=ray --ray_address=auto --workers=16
 
 The same command again runs what is missing. --config.KEY=VALUE overrides change every arm. The
 work directory holds ablation.json, cells/, summary.json, summary.csv and report.html.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +31,14 @@ WORKERS = flags.DEFINE_integer(
     'workers', 0, 'Processes, one core each; 0: one for each core.', lower_bound=0
 )
 RETRY = flags.DEFINE_bool('retry_failed', False, 'Run failed cells again.')
+EXECUTOR = flags.DEFINE_enum(
+    'executor', 'local', ['local', 'ray'], 'Where workers run (ray: requirements-ray.txt).'
+)
+RAY_ADDRESS = flags.DEFINE_string(
+    'ray_address', '', 'Of a Ray cluster that sees --workdir and this checkout; empty: start one.'
+)
+GPUS = flags.DEFINE_float('gpus', 0, 'GPUs that each Ray worker reserves; may be a fraction.')
+TPUS = flags.DEFINE_float('tpus', 0, 'TPU chips that each Ray worker reserves.')
 WORKER = flags.DEFINE_integer('worker', -1, 'Set by the launcher for its own processes.')
 
 
@@ -42,7 +53,9 @@ def main(_) -> int:
     plan = plan_of(_experiment(), config, SEEDS.value)
     workers = WORKERS.value or len(os.sched_getaffinity(0)) // config.train.threads or 1
     if WORKER.value >= 0:
-        _pin(WORKER.value, workers)
+        _end_with_the_launcher()
+        if EXECUTOR.value == 'local':
+            _pin(WORKER.value, workers)
     settings = cli.start(config.train.threads)
     ledger, data = _open(folder, plan, settings)
     if WORKER.value >= 0:
@@ -51,8 +64,15 @@ def main(_) -> int:
         ledger.forget_failed()
     print(settings)
     _introduce(plan, workers)
-    _run_workers(ledger, workers)
-    return _conclude(ledger, folder)
+    pool = _workers(ledger, workers, config.train.threads)
+    try:
+        if not _watch(ledger, pool):
+            print('stopped; the same command goes on with the cells that are missing')
+            return cli.STOPPED
+        outputs = pool.outputs()
+    finally:
+        pool.stop()
+    return _conclude(ledger, folder, outputs)
 
 
 def _experiment():
@@ -133,39 +153,48 @@ def _introduce(plan, workers: int) -> None:
         print(f'  {arm:<24} {config.train.epochs:g} epochs of {config.data.batch}  {changes}')
 
 
-def _run_workers(ledger, workers: int) -> None:
-    """Start the workers, show what gets done, and wait; stop them when asked to stop."""
-    processes = []
-    for number in range(workers):
-        log = (ledger.folder / f'worker-{number}.log').open('w')
-        processes.append(
-            subprocess.Popen(
-                [
-                    *(sys.executable, '-m', 'launch.ablate', *sys.argv[1:]),
-                    *(f'--workers={workers}', f'--worker={number}'),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        )
+def _workers(ledger, workers: int, threads: int):
+    """Start the workers by the executor that was chosen."""
+    from cnn_jax.ablation.executors import LocalWorkers, RayWorkers
+
+    command = [sys.executable, '-m', 'launch.ablate', *sys.argv[1:], f'--workers={workers}']
+    if EXECUTOR.value == 'local':
+        return LocalWorkers(command, workers, ledger.folder)
+    return RayWorkers(
+        command,
+        workers,
+        address=RAY_ADDRESS.value,
+        cpus=threads,
+        gpus=GPUS.value,
+        tpus=TPUS.value,
+    )
+
+
+def _watch(ledger, pool) -> bool:
+    """Show the cells as they are finished; False when asked to stop."""
+    from cnn_jax.train.interruption import Interruption
+
     cells = ledger.cells()
     waiting = [cell for cell in cells if not cell.path.exists()]
     began, total = time.perf_counter(), len(waiting)
     if total < len(cells):
         print(f'{len(cells) - total} of {len(cells)} cells are done already')
-    try:
-        while waiting and any(process.poll() is None for process in processes):
+    with Interruption() as interruption:
+        going = True
+        while going and not interruption.requested:
             time.sleep(0.2)
+            going = pool.running()
             for cell in [cell for cell in waiting if cell.path.exists()]:
                 waiting.remove(cell)
                 _tell(ledger, cell, len(cells) - len(waiting), total - len(waiting), began)
-        for number, process in enumerate(processes):
-            if process.wait():
-                log = (ledger.folder / f'worker-{number}.log').read_text().strip()
-                raise RuntimeError(f'worker {number} failed: {log.splitlines()[-1:]}')
-    finally:
-        for process in processes:
-            process.terminate()
+        return not interruption.requested
+
+
+def _end_with_the_launcher() -> None:
+    """Let the kernel end this worker when the process that started it ends, however it does."""
+    if sys.platform == 'linux':
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _pin(number: int, workers: int) -> None:
@@ -187,7 +216,7 @@ def _tell(ledger, cell, done: int, here: int, began: float) -> None:
     print(f'[{done}/{total}] {cell.arm}, seed {cell.seed}: {text}  ({left:.0f} s left)', flush=True)
 
 
-def _conclude(ledger, folder: Path) -> int:
+def _conclude(ledger, folder: Path, outputs: list[str]) -> int:
     from cnn_jax.ablation.report import write_report
     from cnn_jax.ablation.summary import summarize
 
@@ -196,12 +225,8 @@ def _conclude(ledger, folder: Path) -> int:
         if arm != ledger.plan.baseline:
             print(found['verdict']['sentence'])
     states = [cell.status() for cell in ledger.cells()]
-    compiled = {}
-    for number, log in enumerate(sorted(folder.glob('worker-*.log'))):
-        lines = log.read_text().splitlines()
-        if lines and lines[-1].startswith('{'):
-            compiled[number] = json.loads(lines[-1])['compilations']
-    print(f'compilations of the training step: {sum(compiled.values())}')
+    totals = [json.loads(text.splitlines()[-1]) for text in outputs]
+    print(f'compilations of the training step: {sum(t["compilations"] for t in totals)}')
     print(f'report: {report}')
     if failed := states.count('failed'):
         print(f'{failed} cells failed; --retry_failed runs them again')

@@ -7,4 +7,5 @@ ruff format --check .
 ruff check .
 marks='not slow'
 [ -z "${SLOW:-}" ] || marks='slow or not slow'
-exec python -m pytest -m "$marks" -n "$(python -c 'import os; print(min(4, os.cpu_count() or 1))')" "$@"
+workers="$(python -c 'import os; print(min(4, os.cpu_count() or 1))')"
+exec python -m pytest -m "$marks" -n "$workers" --dist loadfile "$@"

@@ -1,54 +1,18 @@
 """The figures of an ablation: paired differences, learning curves, gap, calibration.
 
 They are drawn 360 points wide, so that their text is readable on a phone, with colours that
-differ in lightness as well as in hue. `themed` makes one follow the page's light or dark theme.
+differ in lightness as well as in hue.
 """
 
 import io
 import math
 import textwrap
-import xml.etree.ElementTree as ET
 from typing import Any
 
 from cnn_jax.ablation import wording
+from cnn_jax.ablation.theme import BLUE, GREY, MUTED, ORANGE, STYLE, SURFACE
 
 WIDTH = 5.0  # inches, at 72 points each
-# Colours of the light theme, and the CSS variables that replace them in the page.
-INK, MUTED, RULE, SURFACE = '#1b1f24', '#57606b', '#d1d7de', '#fefefe'
-BLUE, ORANGE, GREY = '#0069a8', '#b34a00', '#6b7480'
-VARIABLES = {
-    INK: '--ink',
-    MUTED: '--muted',
-    RULE: '--rule',
-    SURFACE: '--surface',
-    BLUE: '--blue',
-    ORANGE: '--orange',
-    GREY: '--grey',
-}
-STYLE = {
-    'svg.fonttype': 'none',
-    'text.parse_math': False,  # an arm's name is text, whatever it holds
-    'font.size': 10,
-    'font.family': 'sans-serif',
-    'figure.facecolor': SURFACE,
-    'savefig.facecolor': SURFACE,
-    'axes.facecolor': 'none',
-    'axes.edgecolor': MUTED,
-    'axes.labelcolor': INK,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.grid': True,
-    'axes.axisbelow': True,
-    'grid.color': RULE,
-    'grid.linewidth': 0.6,
-    'text.color': INK,
-    'xtick.color': MUTED,
-    'ytick.color': MUTED,
-    'xtick.labelcolor': INK,
-    'ytick.labelcolor': INK,
-    'legend.frameon': False,
-    'lines.linewidth': 1.6,
-}
 VERDICT_MARKS = {  # kind: colour, marker, filled
     'better': (BLUE, 'o', True),
     'worse': (ORANGE, 'D', True),
@@ -69,30 +33,14 @@ def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
     result = {}
     for name, drawing in drawings.items():
-        with rc_context(STYLE | {'svg.hashsalt': name}):
+        style: Any = STYLE | {'svg.hashsalt': name}  # the salt makes the SVG's ids reproducible
+        with rc_context(style):
             figure = drawing(summary)
             svg, png = io.BytesIO(), io.BytesIO()
             figure.savefig(svg, format='svg', metadata={'Date': None, 'Creator': None})
             figure.savefig(png, format='png', dpi=200, metadata={'Software': None})
         result[name] = {'svg': svg.getvalue().decode(), 'png': png.getvalue()}
     return result
-
-
-def themed(svg: str, label: str) -> str:
-    """A figure as an element of the page: its colours are the page's, its label is read aloud."""
-    namespace = 'http://www.w3.org/2000/svg'
-    ET.register_namespace('', namespace)
-    ET.register_namespace('xlink', 'http://www.w3.org/1999/xlink')
-    root = ET.fromstring(svg)
-    for metadata in root.findall(f'{{{namespace}}}metadata'):
-        root.remove(metadata)
-    for size in ('width', 'height'):
-        del root.attrib[size]
-    root.attrib |= {'role': 'img', 'aria-label': label}
-    text = ET.tostring(root, encoding='unicode')
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f'var({variable})')
-    return text
 
 
 def _rows(figure, arms: list[str], height: float = 0.42):
@@ -144,9 +92,8 @@ def _forest(summary: dict[str, Any]):
             metric.scale * compared['mean'], y, marker, color=colour, markerfacecolor=face, ms=7
         )
     better = 'higher' if metric.sign > 0 else 'lower'
-    axes.set_xlabel(
-        f'{metric.title} minus that of the baseline ({metric.unit}, {better} is better)',
-        fontsize=9,
+    figure.supxlabel(
+        f'difference in {metric.title} ({metric.unit}, {better} is better)', fontsize=10
     )
     return figure
 
@@ -176,7 +123,8 @@ def _curves(summary: dict[str, Any], name: str):
             low, high = (_line(points, name, end, metric)[1] for end in ('low', 'high'))
             axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(epochs, mean, style, color=colour, marker=marker, label=shown)
-    if name == 'loss':
+    measured = any(arm['n'] for arm in arms.values())
+    if name == 'loss' and measured:
         _log_scale(grid[0, 0])
     else:
         grid[0, 0].set_ylim(bottom=_lowest_after_start(arms, name, metric))
@@ -207,7 +155,7 @@ def _lowest_after_start(arms: dict[str, Any], name: str, metric: wording.Metric)
     late = []
     for arm in arms.values():
         points = arm['curves']['eval']
-        late += [point[f'{name}_low'] for point in points[math.ceil(len(points) / 5) :]]
+        late += [point[f'{name}_low'] for point in points[len(points) // 5 :]]
     return metric.scale * (min(late) - 0.02) if late else None
 
 
@@ -225,6 +173,10 @@ def _gap(summary: dict[str, Any]):
     metric = wording.METRICS[summary['metric']]
     figure = _new_figure()
     axes = _rows(figure, list(summary['arms']))
+    on_train = {'marker': 's', 'color': ORANGE, 'markerfacecolor': SURFACE, 'markersize': 7}
+    on_test = {'marker': 'o', 'color': BLUE, 'markersize': 7}
+    for mark, label in ((on_train, 'training'), (on_test, 'test')):
+        axes.plot([], [], linestyle='', label=label, **mark)
     for y, arm in enumerate(summary['arms'].values()):
         train, test = (arm[split].get(metric.name, {}).get('mean') for split in ('train', 'eval'))
         if train is None or test is None:
@@ -232,12 +184,9 @@ def _gap(summary: dict[str, Any]):
             continue
         train, test = train * metric.scale, test * metric.scale
         axes.plot([train, test], [y, y], color=GREY, linewidth=2)
-        labels = ('training', 'test') if y == 0 else (None, None)
-        axes.plot(
-            train, y, 's', color=ORANGE, markerfacecolor=SURFACE, markersize=7, label=labels[0]
-        )
-        axes.plot(test, y, 'o', color=BLUE, markersize=7, label=labels[1])
-    axes.set_xlabel(f'{metric.title} ({metric.suffix or metric.unit})')
+        axes.plot(train, y, **on_train)
+        axes.plot(test, y, **on_test)
+    figure.supxlabel(f'{metric.title} ({metric.suffix or metric.unit})', fontsize=10)
     figure.legend(loc='outside upper left', ncols=2, fontsize=9)
     return figure
 
@@ -257,7 +206,7 @@ def _calibration(summary: dict[str, Any]):
             axes.plot([low, high], [y, y], color=BLUE, linewidth=2, solid_capstyle='butt')
         axes.plot(metric.scale * found['mean'], y, 'o', color=BLUE, markersize=7)
     axes.set_xlim(left=0)
-    axes.set_xlabel('expected calibration error (%, lower is better)')
+    figure.supxlabel('expected calibration error (%, lower is better)', fontsize=10)
     return figure
 
 

@@ -3,12 +3,14 @@
 import inspect
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from cnn_jax.ablation import figures, tables, wording
 from cnn_jax.ablation.comparison import EFFECTS
 from cnn_jax.ablation.summary import cost, summary_of
+from cnn_jax.ablation.theme import themed
 from cnn_jax.ablation.workdir import Results, read_results
 from cnn_jax.cache import write_atomically
 
@@ -85,10 +87,10 @@ def render(
         effects=EFFECTS,
         manifest=json.dumps(results.ablation['manifest'], indent=2, ensure_ascii=False),
         figures={
-            name: Markup(figures.themed(figure['svg'], LABELS[name]))
-            for name, figure in drawn.items()
+            name: Markup(themed(figure['svg'], LABELS[name])) for name, figure in drawn.items()
         },
         metrics=wording.METRICS,
+        dedent=textwrap.dedent,
         number=wording.number,
         estimate=wording.estimate,
         p_value=wording.p_value,

@@ -48,6 +48,7 @@ def run_cells(
                     continue
                 config = ledger.plan.cell_config(cell.arm, cell.seed)
                 began = time.perf_counter()
+                result: dict[str, Any]
                 try:
                     compiled = compiled or compile_structure(config, description)
                     result = run_cell(config, compiled, train, evaluation)

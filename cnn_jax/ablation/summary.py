@@ -163,20 +163,21 @@ def grid_effects(results: Results) -> dict[str, Any] | None:
 
 
 def cost(results: Results) -> dict[str, Any]:
-    """Seconds and compilations, which are not part of the result."""
+    """Seconds and compilations, which are not part of the result.
+
+    A cell records how often its structure had been compiled when it ended; arms of one structure
+    share these compilations, so they are not added up.
+    """
     arms = {}
     for arm in results.ablation['arms']:
-        seconds = np.array([cell['seconds'] for cell in results.of_arm(arm).values()])
+        cells = results.of_arm(arm).values()
+        seconds = [cell['seconds'] for cell in cells]
         arms[arm] = {
-            'seconds_a_run': float(np.median(seconds)) if len(seconds) else None,
-            'seconds': float(seconds.sum()),
-            'compilations': sum(cell['compilations'] for cell in results.of_arm(arm).values()),
+            'seconds_a_run': float(np.median(seconds)) if seconds else None,
+            'seconds': sum(seconds),
+            'compilations': max((cell['compilations'] for cell in cells), default=0),
         }
-    return {
-        'arms': arms,
-        'seconds': sum(arm['seconds'] for arm in arms.values()),
-        'compilations': sum(arm['compilations'] for arm in arms.values()),
-    }
+    return {'arms': arms, 'seconds': sum(arm['seconds'] for arm in arms.values())}
 
 
 def _decision(compared: dict[str, Any], comparisons: int) -> dict[str, Any]:

@@ -115,10 +115,17 @@ def verdict(
         better = compared['mean'] * metric.sign > 0
         kind = 'better' if better else 'worse'
         return {'kind': kind, 'sentence': f'{start}: {kind} than {baseline}.'}
-    detectable = compared['detectable_corrected']
-    if detectable:
-        size = number(detectable * metric.scale, decimals(detectable, metric.scale))
-        limit = f'these seeds would have found a difference of {size} {metric.unit} with 80% power'
-    else:
-        limit = 'the seeds differ by the same amount each, so no detectable effect can be told'
-    return {'kind': 'inconclusive', 'sentence': f'{start}: inconclusive; {limit}.'}
+    return {
+        'kind': 'inconclusive',
+        'sentence': f'{start}: inconclusive; {_limit(compared["detectable_corrected"], metric)}.',
+    }
+
+
+def _limit(detectable: float, metric: Metric) -> str:
+    """What the seeds of an inconclusive comparison could have found."""
+    if detectable == 0:
+        return 'all seeds differ by the same amount, which tells nothing about the next seed'
+    if detectable > metric.most:
+        return 'these seeds are too few and too different to find any possible difference'
+    size = number(detectable * metric.scale, decimals(detectable, metric.scale))
+    return f'these seeds would have found a difference of {size} {metric.unit} with 80% power'

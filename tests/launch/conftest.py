@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,3 +65,19 @@ def tiny_run(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs') / 'tiny'
     done = launch('train', *TINY, f'--workdir={folder}', check=0)
     return folder, done.stdout
+
+
+@pytest.fixture(scope='session')
+def worker_processes():
+    """Finds the Ray processes in which an ablation's workers were started."""
+
+    def find(folder):
+        commands = (p for p in psutil.process_iter(['cmdline']) if p.info['cmdline'])
+        workers = [
+            p
+            for p in commands
+            if f'--workdir={folder}' in p.info['cmdline'] and '--worker=' in p.info['cmdline'][-1]
+        ]
+        return [worker.parent() for worker in workers]
+
+    return find

@@ -1,0 +1,62 @@
+"""The contender that this project is: the very step that `launch.train` runs."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+
+from benchmarks.problem import Problem
+from benchmarks.worker import Contender
+from cnn_jax import __version__, params
+from cnn_jax import config as cfg
+from cnn_jax.train.setup import preparation
+from cnn_jax.train.step import make_steps, values_of
+from cnn_jax.train.task import Task
+
+
+def start(problem: Problem) -> Contender:
+    """The training step of the problem's config."""
+    config = cfg.from_json(json.dumps(problem.config))
+    task = Task(
+        image_shape=problem.images.shape[2:],
+        num_classes=problem.classes,
+        prepare=preparation(problem.preprocessing),
+        steps_per_epoch=1.0,
+        ends=(1,),
+        initial=lambda _: params.unflatten(
+            {path: jax.numpy.array(value) for path, value in problem.weights.items()}
+        ),
+    )
+    steps = make_steps(config, task)
+    step = jax.jit(steps.train, donate_argnums=0)
+    size = problem.images.shape[1]
+    batches = jax.device_put(
+        [
+            {
+                'image': images,
+                'label': labels,
+                'index': np.arange(size, dtype=np.int32),
+                'mask': np.ones(size, bool),
+            }
+            for images, labels in zip(problem.images, problem.labels)
+        ]
+    )
+    values = values_of(config)
+    without_dropout = {**values, 'model.dropout': 0.0, 'model.head_dropout': 0.0}
+    state, endless = steps.init(0), itertools.cycle(batches)
+
+    def losses(count: int) -> list[float]:
+        state, found = steps.init(0), []
+        for batch in itertools.islice(itertools.cycle(batches), count):
+            state, sums = step(state, batch, without_dropout)
+            found.append(float(sums['objective']))
+        return found
+
+    def run(count: int) -> None:
+        nonlocal state
+        for batch in itertools.islice(endless, count):
+            state, _ = step(state, batch, values)
+        jax.block_until_ready(state)
+
+    return Contender(losses, run, f'cnn_jax {__version__}')

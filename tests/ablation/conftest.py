@@ -1,0 +1,129 @@
+"""An ablation's work directory with results drawn at random, and a real browser."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+EXAMPLES = 400
+EFFECTS = {'none': 0.0, 'dropout': 0.05, 'batch norm': 0.06, 'L2': 0.002, 'together': 0.08}
+
+
+@pytest.fixture
+def ablation(tmp_path: Path, write_ablation: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes a work directory of this test's own."""
+    return functools.partial(write_ablation, tmp_path / 'run')
+
+
+@pytest.fixture(scope='session')
+def write_ablation() -> Callable[..., Path]:
+    """Writes a work directory; an arm's gain is the accuracy that it adds."""
+
+    def write(
+        folder: Path,
+        gains: dict[str, float] = EFFECTS,
+        seeds: int = 5,
+        spread: float = 0.01,
+        **changes: Any,
+    ) -> Path:
+        (folder / 'cells').mkdir(parents=True, exist_ok=True)
+        definition = {
+            'name': 'regularization',
+            'question': 'What does each regularizer buy?\n\nOn 500 images.\n\n    a command',
+            'baseline': next(iter(gains)),
+            'arms': {arm: {'changes': {'model.dropout': i / 10}} for i, arm in enumerate(gains)},
+            'factors': None,
+            'seeds': list(range(seeds)),
+            'metric': 'accuracy',
+            'command': 'python -m launch.ablate --config=experiments/regularization.py',
+            'manifest': {'packages': {'jax': '0.10.2'}},
+        }
+        (folder / 'ablation.json').write_text(json.dumps(definition | changes))
+        generator = np.random.default_rng(0)
+        difficulty, luck = generator.random(EXAMPLES), generator.normal(0, spread, seeds)
+        for place, (arm, effect) in enumerate(gains.items()):
+            for seed in range(seeds):
+                wanted = 0.85 + effect + luck[seed] + generator.normal(0, spread / 3)
+                correct = difficulty < np.quantile(difficulty, np.clip(wanted, 0, 1))
+                path = folder / 'cells' / f'{place}-{seed}.json'
+                path.write_text(json.dumps(cell(arm, seed, correct)))
+        return folder
+
+    return write
+
+
+def cell(arm: str, seed: int, correct: np.ndarray) -> dict[str, Any]:
+    """A finished cell whose network has these evaluation examples right."""
+    accuracy = float(correct.mean())
+
+    def metrics(accuracy: float, count: int) -> dict[str, float]:
+        return {
+            'loss': 2 - accuracy,
+            'accuracy': accuracy,
+            'top5': 1.0,
+            'calibration_error': 1 - accuracy,
+            'count': count,
+        }
+
+    return {
+        'arm': arm,
+        'seed': seed,
+        'status': 'done',
+        'metrics': {'train': metrics(0.99, 500), 'eval': metrics(accuracy, len(correct))},
+        'curves': [
+            {'step': 10 * e, 'epoch': float(e), 'split': split, **metrics(accuracy * e / 3, 1)}
+            for e in (1, 2, 3)
+            for split in ('train', 'eval')
+        ],
+        'correct': np.packbits(correct).tobytes().hex(),
+        'seconds': 2.5,
+        'parameters': 1000,
+        'steps': 30,
+        'compilations': 1,
+    }
+
+
+@pytest.fixture(scope='session')
+def change_cell() -> Callable[..., None]:
+    """Overwrites fields of a cell on disk."""
+
+    def change(folder: Path, name: str, **fields: Any) -> None:
+        path = folder / 'cells' / f'{name}.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+@pytest.fixture(scope='session')
+def browser(tmp_path_factory):
+    """Headless Chromium, driven by Selenium."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which('chromium'), shutil.which('chromedriver')
+    if not chromium or not driver:
+        pytest.fail('the report is tested in Chromium: apt-get install chromium chromium-driver')
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    for flag in (
+        'headless=new',
+        'no-sandbox',
+        'disable-gpu',
+        'disable-quic',
+        'disable-dev-shm-usage',
+        'no-first-run',
+        'disable-background-networking',
+        'disable-component-update',
+        'disable-sync',
+        f'user-data-dir={tmp_path_factory.mktemp("chromium")}',
+    ):
+        options.add_argument(f'--{flag}')
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()
