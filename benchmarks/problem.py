@@ -39,15 +39,22 @@ def write(problem: Problem, path: Path) -> None:
         'preprocessing': problem.preprocessing,
         'classes': problem.classes,
     }
-    arrays = {f'weights/{name}': value for name, value in problem.weights.items()}
-    np.savez(path, facts=json.dumps(facts), images=problem.images, labels=problem.labels, **arrays)
+    arrays: dict[str, Any] = {
+        'facts': json.dumps(facts),
+        'images': problem.images,
+        'labels': problem.labels,
+    }
+    weights = {f'weights/{name}': value for name, value in problem.weights.items()}
+    np.savez(path, **arrays, **weights)
 
 
 def read(path: Path) -> Problem:
     """The problem that `write` kept."""
     with np.load(path) as file:
         weights = {
-            name.removeprefix('weights/'): file[name] for name in file if name[:8] == 'weights/'
+            name.removeprefix('weights/'): file[name]
+            for name in file
+            if name.startswith('weights/')
         }
         facts = json.loads(str(file['facts']))
         return Problem(images=file['images'], labels=file['labels'], weights=weights, **facts)
