@@ -31,8 +31,7 @@ def test_this_project_and_stock_flax_train_the_same_network(tiny, losses):
     ('group', 'fields'),
     [
         ('loss', {'l2': 0.0}),
-        ('optimizer', {'learning_rate': 2e-4}),
-        ('optimizer', {'epsilon': 1e-3}),
+        ('optimizer', {'learning_rate': 1.5e-4}),
     ],
 )
 def test_another_loss_or_optimizer_is_refused(tiny, losses, group, fields):
