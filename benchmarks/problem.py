@@ -44,8 +44,8 @@ def write(problem: Problem, path: Path) -> None:
         'images': problem.images,
         'labels': problem.labels,
     }
-    weights = {f'weights/{name}': value for name, value in problem.weights.items()}
-    np.savez(path, **arrays, **weights)
+    arrays |= {f'weights/{name}': value for name, value in problem.weights.items()}
+    np.savez(path, **arrays)
 
 
 def read(path: Path) -> Problem:
