@@ -1,6 +1,12 @@
 """Export a trained network: StableHLO, safetensors and a README, without need of this package.
 
-python -m launch.export --workdir=runs/small --out=exported
+  python -m launch.export --workdir=runs/small --out=exported
+  python -m launch.export --workdir=runs/small --out=exported --checkpoint=best
+
+The folder holds model.stablehlo (the program, for any batch size, on CPU, NVIDIA GPU and TPU),
+weights.safetensors, classes.json and a README.md whose code uses them with JAX, safetensors, NumPy
+and Pillow. Averaged weights are exported where the run has them. A folder that is not empty is
+left alone.
 """
 
 from pathlib import Path
@@ -23,10 +29,12 @@ def main(_) -> int:
 
     cli.start(workdir.load_config(folder).train.threads)
 
-    from cnn_jax.train import export, restore
+    from cnn_jax.train import export, record, restore
 
     run = restore.open_run(folder, CHECKPOINT.value)
-    export.export(run, out)
+    lines = record.read_lines(folder / 'metrics.jsonl')
+    measured = [x for x in lines if (x['step'], x['split']) == (run.step, 'eval')]
+    export.export(run, out, measured[-1] if measured else None)
     print(f'{out}: {", ".join(sorted(path.name for path in out.iterdir()))}; see {out}/README.md')
     return cli.OK
 

@@ -9,7 +9,9 @@ and the others are classified; the exit code is 1 when none could be.
 """
 
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from absl import flags
@@ -35,20 +37,21 @@ def main(arguments: list[str]) -> int:
     from cnn_jax.train import workdir
 
     paths = list(image_paths(arguments[1:]))
+    maps = writable_folder(HEATMAPS.value) if HEATMAPS.value else None
     cli.start(workdir.load_config(folder).train.threads)
 
     from cnn_jax.train import predict, restore
 
     run = restore.open_run(folder, CHECKPOINT.value)
     rows = predict.predict_files(run, paths)
-    if HEATMAPS.value:
-        drawn = predict.draw_heatmaps(run, rows, Path(HEATMAPS.value))
-        print(f'{len(drawn)} heat maps in {HEATMAPS.value}', file=sys.stderr)
     if JSON.value:
         print(json.dumps([row.as_json(TOP.value) for row in rows], indent=2))
     else:
         for row in rows:
             print(row.as_text(TOP.value), file=sys.stderr if row.error else sys.stdout)
+    if maps:
+        drawn = predict.draw_heatmaps(run, rows, maps)
+        print(f'{len(drawn)} heat maps in {maps}', file=sys.stderr)
     return cli.OK if any(not row.error for row in rows) else cli.FAILED
 
 
@@ -72,6 +75,25 @@ def image_paths(arguments: list[str]) -> list[Path]:
             raise UserError(f'the folder {argument} holds no image ({", ".join(SUFFIXES)})')
         paths += inside
     return paths
+
+
+def writable_folder(name: str) -> Path:
+    """The folder for the heat maps, made if it is not there.
+
+    Errors:
+        UserError: It cannot be written.
+    """
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'the heat maps cannot be written into {folder} ({os.strerror(error.errno or 0)}); '
+            'choose another --heatmaps'
+        ) from error
+    return folder
 
 
 if __name__ == '__main__':

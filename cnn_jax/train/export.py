@@ -1,5 +1,6 @@
 """A trained network as files that need neither this package nor Flax: StableHLO and safetensors."""
 
+import importlib.metadata
 import json
 import os
 import tempfile
@@ -18,39 +19,40 @@ from cnn_jax.losses import log_probabilities
 from cnn_jax.train.restore import Run
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
+METRICS = ('loss', 'accuracy', 'top5', 'calibration_error')
 
 
-def export(run: Run, folder: Path) -> None:
+def export(run: Run, folder: Path, metrics: dict[str, Any] | None = None) -> None:
     """Write the network of a run to a new folder, which appears whole.
 
     model.stablehlo       the function (weights, uint8 images [b, H, W, C]) → float32 [b, classes]
                           of class probabilities, for any batch size, on `PLATFORMS`
     weights.safetensors   its first argument, `{path: array}`
-    classes.json          class names, image shape, resizing
-    README.md             how to use them with jax, safetensors and NumPy alone
+    classes.json          class names, image shape, resizing, preprocessing, metrics
+    README.md             how to use them with jax, safetensors, NumPy and Pillow alone
 
     Args:
-        run: An opened run.
+        run: An opened run; averaged weights are taken where there are any.
         folder: Must not exist, or be empty.
+        metrics: Of the evaluation split, if they are known: `count`, and any of `METRICS`.
 
     Errors:
         UserError: The folder has something in it, or cannot be written.
     """
-    from jax import export as jax_export
     from safetensors.numpy import save
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f'{folder} is there already and not empty; choose another --out')
     weights = flat_variables(run.variables)
-    (batch,) = jax_export.symbolic_shape('b')
-    images = jax.ShapeDtypeStruct((batch, *run.task.image_shape), jnp.uint8)
-    shapes = {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in weights.items()}
-    exported = jax_export.export(jax.jit(_function(run)), platforms=PLATFORMS)(shapes, images)
+    facts = _facts(run, metrics)
+    origin = {'config_hash': facts['config_hash']}
+    if licence := facts['preprocessing'].get('licence'):
+        origin['licence'] = licence
     files = {
-        'model.stablehlo': exported.serialize(),
-        'weights.safetensors': save(weights),
-        'classes.json': (json.dumps(_facts(run), indent=2) + '\n').encode(),
-        'README.md': _readme(run).encode(),
+        'model.stablehlo': serialize(run),
+        'weights.safetensors': save(weights, origin),
+        'classes.json': (json.dumps(facts, indent=2) + '\n').encode(),
+        'README.md': readme(facts).encode(),
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,62 +73,105 @@ def flat_variables(variables: dict[str, Any]) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in params.flatten(variables).items()}
 
 
-def _function(run: Run):
+def serialize(run: Run) -> bytearray:
+    """The function (flat variables, uint8 images) → class probabilities, by `jax.export`.
+
+    The batch size is symbolic, and the weights are an argument, not constants of the program.
+    """
+    from jax import export as jax_export
+
     def probabilities(weights, images):
         variables = params.unflatten(weights)
         logits: Any = run.model.apply(variables, run.task.prepare(images), train=False)
         return jnp.exp(log_probabilities(logits))
 
-    return probabilities
+    (batch,) = jax_export.symbolic_shape('b')
+    images = jax.ShapeDtypeStruct((batch, *run.task.image_shape), jnp.uint8)
+    shapes = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in params.flatten(run.variables).items()
+    }
+    exported = jax_export.export(jax.jit(probabilities), platforms=PLATFORMS)(shapes, images)
+    return exported.serialize()
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: Run, metrics: dict[str, Any] | None) -> dict[str, Any]:
     data = run.manifest['data']
+    known = metrics and {name: metrics[name] for name in ('count', *METRICS) if name in metrics}
     return {
         'classes': data['class_names'],
         'image_shape': data['image_shape'],
         'resize': run.config.data.resize,
         'preprocessing': data['preprocessing'],
+        'network': run.config.model.name,
+        'source': data['source'],
+        'training_images': data['train']['count'],
         'step': run.step,
+        'evaluation': known,
         'config_hash': cfg.content_hash(run.config),
+        'jax': importlib.metadata.version('jax'),
         'platforms': PLATFORMS,
     }
 
 
-def _readme(run: Run) -> str:
-    height, width, channels = run.task.image_shape
-    data = run.manifest['data']
-    resizing = {
-        'none': f'must be {width}×{height} pixels',
-        'stretch': f'are stretched to {width}×{height} pixels (bilinear)',
-        'crop': f'are scaled by their short side, then cropped at the centre to {width}×{height}',
-    }[run.config.data.resize]
-    licence = data['preprocessing'].get('licence')
+def readme(facts: dict[str, Any]) -> str:
+    """The README of an export, from what `classes.json` holds.
+
+    Its code reads a file as `cnn_jax.data.decode` and `cnn_jax.data.resize` do.
+    """
+    height, width, channels = facts['image_shape']
+    size = f'({width}, {height})'
+    images, resizing = {
+        'none': (f'must be {width}×{height} pixels', ''),
+        'stretch': (
+            f'are stretched to {width}×{height} pixels',
+            f'    image = image.resize({size}, Image.Resampling.BILINEAR)\n',
+        ),
+        'crop': (
+            f'are scaled and cropped at the centre to {width}×{height} pixels',
+            f'    image = ImageOps.fit(image, {size}, Image.Resampling.BILINEAR)\n',
+        ),
+    }[facts['resize']]
+    measured = facts['evaluation']
+    listed = measured and ', '.join(
+        f'{name} {measured[name]:.4f}' for name in METRICS if name in measured
+    )
+    licence = facts['preprocessing'].get('licence')
     return _README.substitute(
-        classes=', '.join(data['class_names']),
-        source=data['source'],
-        step=run.step,
+        facts,
+        classes=', '.join(facts['classes']),
+        training_images=f'{facts["training_images"]:,}',
+        evaluation=f'{listed} on {measured["count"]:,} images' if measured else 'not known',
+        images=images,
         resizing=resizing,
         mode='L' if channels == 1 else 'RGB',
-        size=f'({width}, {height})',
-        shape=f'{height}, {width}, {channels}',
-        licence=f'\n{licence}\n' if licence else '',
+        channels=channels,
+        licence=f'\n## Licence\n\n{licence}\n' if licence else '',
     )
 
 
 _README = Template("""# An image classifier
 
-Classes: $classes. Trained on `$source`, $step steps. Images $resizing; preprocessing is
-inside the function.
+A $network network of cnn_jax for the classes $classes.
+
+| | |
+|---|---|
+| trained on | `$source`, $training_images images, $step steps |
+| evaluation | $evaluation |
+| images | $images; preprocessing is inside the function |
+| config | SHA-256 `$config_hash` |
+| written with | JAX $jax, for CPU, NVIDIA GPU and TPU |
 
 | file | |
 |---|---|
 | `model.stablehlo` | the function, serialized by `jax.export`: (weights, images) → probabilities |
 | `weights.safetensors` | its first argument |
-| `classes.json` | class names, image shape, preprocessing |
+| `classes.json` | class names, image shape, preprocessing, and the facts above |
 
-It needs `pip install jax safetensors numpy pillow` and runs on CPU, NVIDIA GPU and TPU, for any
-number of images at once:
+## Use
+
+`pip install jax flatbuffers safetensors numpy pillow`, then run this in this folder with image
+files as arguments, any number of them:
 
 ```python
 import json
@@ -134,7 +179,7 @@ import sys
 
 import numpy as np
 from jax import export
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 model = export.deserialize(open('model.stablehlo', 'rb').read())
@@ -143,12 +188,21 @@ classes = json.load(open('classes.json'))['classes']
 
 
 def pixels(path):
-    image = Image.open(path).convert('$mode').resize($size, Image.Resampling.BILINEAR)
-    return np.asarray(image, np.uint8).reshape($shape)
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith('I'):  # 16 bits a pixel: keep the high byte
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba)
+    image = image.convert('RGB').convert('$mode')
+$resizing    return np.asarray(image).reshape(image.height, image.width, $channels)
 
 
 images = np.stack([pixels(path) for path in sys.argv[1:]])
 for path, row in zip(sys.argv[1:], np.asarray(model.call(weights, images))):
     print(path, classes[row.argmax()], row.max())
 ```
+
+jaxlib 0.10 needs `XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce` in the environment on
+CPU: without it some of its sums are wrong (JAX issue 39103).
 $licence""")

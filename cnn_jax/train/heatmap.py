@@ -1,5 +1,6 @@
 """Grad-CAM: where in an image the evidence for a class is."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from cnn_jax.cache import write_atomically
+from cnn_jax.errors import UserError
 
 
 def grad_cam(
@@ -17,7 +19,7 @@ def grad_cam(
     variables: dict,
     images: Float[Array, 'b h w c'],
     classes: Int[Array, ' b'],
-    layer: str,
+    layer: str | None = None,
 ) -> Float[Array, 'b h w']:
     """Heat maps of the evidence for one class of each image.
 
@@ -31,13 +33,24 @@ def grad_cam(
         variables: Its parameters and batch statistics.
         images: Prepared as the network expects them.
         classes: Class numbers.
-        layer: Path of a module whose output is [b, i, j, k], e.g. `backbone`.
+        layer: Path of a module whose output is [b, i, j, k], e.g. `backbone/block4_conv3`; by
+            default `default_layer`.
 
     Returns:
         Heat in [0, 1], of the images' height and width.
 
-    Source: Selvaraju et al. 2017, "Grad-CAM", equations 1 and 2.
+    Errors:
+        UserError: The network has no such layer.
+
+    Source: Selvaraju et al. 2017, "Grad-CAM", arXiv:1610.02391, equations 1 and 2.
     """
+    known = image_layers(model, images)
+    layer = layer or known[-1]
+    if layer not in known:
+        raise UserError(
+            f'the network has no layer {layer!r} whose output is an image; choose one of '
+            f'{", ".join(known)}'
+        )
 
     def logits_and_features(shift):
         seen = {}
@@ -61,42 +74,64 @@ def grad_cam(
     gradient, features = jax.grad(logits_and_features, has_aux=True)(
         jnp.zeros(shape.shape, shape.dtype)
     )
+    gradient, features = gradient.astype(jnp.float32), features.astype(jnp.float32)
     weights = gradient.mean(axis=(1, 2), keepdims=True)
-    heat = nn.relu((weights * features).sum(axis=-1)).astype(jnp.float32)
+    heat = nn.relu((weights * features).sum(axis=-1))
     peak = heat.max(axis=(1, 2), keepdims=True)
     heat = heat / jnp.where(peak > 0, peak, 1.0)
     return jax.image.resize(heat, images.shape[:3], 'bilinear')
 
 
 def default_layer(model: nn.Module, images: Float[Array, 'b h w c']) -> str:
-    """The path of the last module, in the order of the calls, whose output is still an image."""
+    """The last layer whose output is still an image: what the head reads.
+
+    `backbone` of a fine-tuned VGG16, the last block's dropout of a strided net, which in inference
+    returns the last normalization's output.
+    """
+    return image_layers(model, images)[-1]
+
+
+def image_layers(model: nn.Module, images: Float[Array, 'b h w c']) -> list[str]:
+    """The paths of the modules whose output is [b, i, j, k], in the order in which they return."""
     called = []
 
     def intercept(call, args, kwargs, context):
         out: Any = call(*args, **kwargs)
         path = '/'.join(context.module.path)
         if path and context.method_name == '__call__' and out.ndim == 4:
-            called.append((len(called), path))
+            called.append(path)
         return out
 
     with nn.intercept_methods(intercept):
         jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    return called[-1][1]
+    return called
 
 
 def draw_heatmap(
     image: UInt8[np.ndarray, 'h w c'], heat: Float[np.ndarray, 'h w'], title: str, path: Path
 ) -> None:
-    """A PNG with the image beside the same image under its heat map."""
+    """A PNG: the image, and the heat over a grey version of it, so that colour means heat alone.
+
+    Args:
+        image: What the network saw, before its preprocessing; 1 or 3 channels.
+        heat: In [0, 1].
+        title: Shown as it is written.
+        path: The PNG, which appears whole; its folder is created.
+    """
     from matplotlib.figure import Figure
 
-    shown = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
-    figure = Figure(figsize=(6.4, 3.4), layout='constrained')
+    figure = Figure(figsize=(7, 3.4), layout='constrained')
     left, right = figure.subplots(1, 2)
-    left.imshow(shown)
-    right.imshow(shown)
-    right.imshow(heat, cmap='inferno', alpha=0.55, vmin=0, vmax=1)
+    grey = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
+    left.imshow(image[..., 0] if image.shape[-1] == 1 else image, **grey)
+    right.imshow(image.mean(axis=-1), **grey)
+    shown = right.imshow(heat, cmap='inferno', alpha=0.55, vmin=0, vmax=1)
+    scale = figure.colorbar(shown, ax=right, ticks=[0, 1])
+    scale.ax.set_yticklabels(['no\nevidence', 'most'])
     for axes in (left, right):
         axes.set_axis_off()
-    figure.suptitle(title)
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=110))
+    figure.suptitle(title, parse_math=False)  # a file's name may hold dollars
+    with warnings.catch_warnings():
+        # A letter of the title that the font lacks becomes a box, which needs no warning.
+        warnings.filterwarnings('ignore', 'Glyph .* missing from font')
+        write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=110))

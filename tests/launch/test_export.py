@@ -13,9 +13,9 @@ BLOCK = 'import sys\nfor name in ("cnn_jax", "flax", "orbax"): sys.modules[name]
 
 @pytest.fixture(scope='module')
 def exported(launch, tiny_run, tmp_path_factory):
-    """The export of a tiny run, and six images."""
+    """The export of a tiny run, and eight images."""
     folder = tmp_path_factory.mktemp('export')
-    launch('sample', '--source=digits', '--count=6', f'--out={folder}/images', check=0)
+    launch('sample', '--source=digits', '--count=8', f'--out={folder}/images', check=0)
     launch('export', f'--workdir={tiny_run[0]}', f'--out={folder}/out', check=0)
     return folder / 'out', sorted((folder / 'images').iterdir())
 
@@ -34,7 +34,7 @@ def as_the_readme_says(out, paths):
     return {path: (name, float(probability)) for path, name, probability in rows}
 
 
-@pytest.mark.parametrize('count', [1, 3, 6])
+@pytest.mark.parametrize('count', [1, 3, 8])
 def test_it_gives_the_numbers_of_predict_for_any_batch_size(launch, tiny_run, exported, count):
     out, paths = exported
     ours = launch('predict', f'--workdir={tiny_run[0]}', '--json', *paths[:count], check=0)
@@ -45,13 +45,17 @@ def test_it_gives_the_numbers_of_predict_for_any_batch_size(launch, tiny_run, ex
         np.testing.assert_allclose(probability, row['probability'], rtol=1e-5)
 
 
-def test_it_is_complete_and_without_pickle(exported):
+def test_it_is_complete_and_without_pickle(tiny_run, exported):
     out, _ = exported
     names = {path.name for path in out.iterdir()}
     assert names == {'model.stablehlo', 'weights.safetensors', 'classes.json', 'README.md'}
     facts = json.loads((out / 'classes.json').read_text())
     assert facts['classes'] == list('0123456789')
     assert facts['image_shape'] == [8, 8, 1]
+    last = json.loads((tiny_run[0] / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert facts['evaluation']['count'] == 364
+    assert facts['evaluation']['accuracy'] == last['accuracy']
+    assert f'accuracy {last["accuracy"]:.4f}' in (out / 'README.md').read_text()
     for path in out.iterdir():
         assert not path.read_bytes().startswith(b'\x80'), 'a pickle starts so'
 
@@ -69,4 +73,15 @@ def test_predict_draws_heat_maps(launch, tiny_run, exported, tmp_path):
     maps = tmp_path / 'maps'
     done = launch('predict', f'--workdir={tiny_run[0]}', f'--heatmaps={maps}', *paths[:2], check=0)
     assert '2 heat maps' in done.stderr
-    assert all(path.read_bytes().startswith(b'\x89PNG') for path in maps.iterdir())
+    drawn = sorted(maps.iterdir())
+    assert [path.name[:4] for path in drawn] == ['000_', '001_']
+    assert all(path.read_bytes().startswith(b'\x89PNG') for path in drawn)
+
+
+def test_heat_maps_do_not_go_where_a_file_is(launch, tiny_run, exported, tmp_path):
+    _, paths = exported
+    (tmp_path / 'file').write_text('mine')
+    maps = f'--heatmaps={tmp_path}/file'
+    done = launch('predict', f'--workdir={tiny_run[0]}', maps, paths[0], check=2)
+    assert 'choose another --heatmaps' in done.stderr
+    assert (tmp_path / 'file').read_text() == 'mine'

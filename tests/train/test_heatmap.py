@@ -1,12 +1,20 @@
-"""Grad-CAM against networks for which it is known in closed form."""
+"""Grad-CAM against networks for which it is known, and against finite differences."""
+
+import warnings
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from cnn_jax.train.heatmap import default_layer, draw_heatmap, grad_cam
+from cnn_jax.errors import UserError
+from cnn_jax.models.build import build
+from cnn_jax.models.head import Head
+from cnn_jax.train.heatmap import default_layer, draw_heatmap, grad_cam, image_layers
+
+SMALL_VGG = {'model__name': 'vgg16', 'model__cut': 'block2_pool', 'model__head_norm': 'none'}
 
 
 class AverageNet(nn.Module):
@@ -28,21 +36,85 @@ def net(request):
     return model, variables, images
 
 
+def output_of(model, variables, images, layer):
+    """What a module returns, by Flax's own recording."""
+    _, seen = model.apply(
+        variables, images, train=False, capture_intermediates=True, mutable=['intermediates']
+    )
+    return seen['intermediates'][layer]['__call__'][0]
+
+
+def scaled(heat):
+    heat = np.maximum(heat, 0)
+    return heat / heat.max() if heat.max() > 0 else heat
+
+
 def test_with_average_pooling_it_is_the_class_activation_map(net):
     model, variables, images = net
     classes = jnp.array([0, 1, 0, 1, 1, 0])
     heat = grad_cam(model, variables, images, classes, 'features')
     # Zhou et al. 2016: the map is the features weighted by the class's row of the Dense layer.
-    _, seen = model.apply(
-        variables, images, train=False, capture_intermediates=True, mutable=['intermediates']
-    )
-    (features,) = seen['intermediates']['features']['__call__']
+    features = np.asarray(output_of(model, variables, images, 'features'), np.float64)
     kernel = np.asarray(variables['params']['logits']['kernel'], np.float64)
     kernel = np.hstack([-kernel, kernel]) if kernel.shape[1] == 1 else kernel
     for image in range(len(images)):
-        cam = np.maximum(np.asarray(features[image], np.float64) @ kernel[:, classes[image]], 0)
-        expected = cam / cam.max() if cam.max() > 0 else cam
+        expected = scaled(features[image] @ kernel[:, classes[image]])
         np.testing.assert_allclose(heat[image], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'side', 'layer'),
+    [
+        ({}, 24, 'block2_drop'),
+        ({'model__norm': 'none'}, 24, 'block2_drop'),
+        (SMALL_VGG, 32, 'backbone'),
+    ],
+    ids=['strided', 'without norm', 'vgg16'],
+)
+def test_it_is_what_finite_differences_of_the_head_give(small, changes, side, layer):
+    config = small(**changes)
+    model = build(config.model, 3)
+    images = jax.random.normal(jax.random.key(0), (3, side, side, 3))
+    classes = np.array([2, 0, 1])
+    variables = model.init(jax.random.key(1), images, train=False)
+    heat = grad_cam(model, variables, images, classes)
+
+    features = output_of(model, variables, images, layer)
+    of_head = {name: tree['head'] for name, tree in variables.items() if 'head' in tree}
+
+    def scores(features):
+        logits = Head(config.model, 3).apply(of_head, features, train=False)
+        return np.asarray(logits)[range(3), classes].astype(np.float64)
+
+    # Raising a channel everywhere by ε changes the score by ε times the sum of its gradient.
+    epsilon = 1e-2
+    ups = epsilon * jnp.eye(features.shape[-1])
+    slopes = [(scores(features + up) - scores(features - up)) / (2 * epsilon) for up in ups]
+    for number in range(3):
+        weights = np.array([slope[number] for slope in slopes])
+        coarse = scaled(np.asarray(features[number], np.float64) @ weights).astype(np.float32)
+        expected = Image.fromarray(coarse).resize((side, side), Image.Resampling.BILINEAR)
+        assert np.max(coarse) == 1
+        np.testing.assert_allclose(heat[number], expected, atol=0.01)
+
+
+def test_the_map_does_not_depend_on_the_other_images_of_the_batch(net):
+    model, variables, images = net
+    classes = jnp.array([0, 1, 0, 1, 1, 0])
+    together = grad_cam(model, variables, images, classes, 'features')
+    for i in range(len(images)):
+        alone = grad_cam(model, variables, images[i : i + 1], classes[i : i + 1], 'features')
+        np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
+
+
+def test_heat_is_float32_between_0_and_1_also_of_a_bfloat16_net(small):
+    model = build(small(model__dtype='bfloat16').model, 3)
+    images = jax.random.normal(jax.random.key(0), (2, 24, 20, 1))
+    variables = model.init(jax.random.key(1), images, train=False)
+    heat = grad_cam(model, variables, images, jnp.array([0, 1]))
+    assert (heat.dtype, heat.shape) == (jnp.float32, (2, 24, 20))
+    assert heat.min() >= 0
+    assert 0 < heat.max() <= 1
 
 
 def test_without_evidence_the_map_is_zero_and_not_nan(net):
@@ -51,12 +123,29 @@ def test_without_evidence_the_map_is_zero_and_not_nan(net):
     assert not np.any(grad_cam(model, variables, images, jnp.zeros(6, int), 'features'))
 
 
-def test_the_layer_is_the_last_that_is_still_an_image(net, small, run):
+def test_the_layer_is_the_last_that_is_still_an_image(net, small):
     model, _, images = net
     assert default_layer(model, images) == 'features'
+    strided = image_layers(build(small().model, 3), jnp.zeros((1, 8, 8, 1)))
+    assert strided[-3:] == ['block2_conv2', 'block2_norm2', 'block2_drop']
+    vgg = image_layers(build(small(**SMALL_VGG).model, 3), jnp.zeros((1, 32, 32, 3)))
+    assert vgg[-2:] == ['backbone/block2_conv2', 'backbone']
 
 
-def test_the_picture_is_a_png(tmp_path):
+def test_a_layer_that_is_not_there_is_named_with_those_that_are(net):
+    model, variables, images = net
+    with pytest.raises(UserError, match=r"no layer 'logits' .* choose one of features"):
+        grad_cam(model, variables, images, jnp.zeros(6, int), 'logits')
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('title', ['a: 4 99.0%', r'cost $5 \frac$ <b>.jpg: 4', '花.jpg: 4'])
+def test_the_picture_is_a_png_whatever_the_file_is_called(tmp_path, channels, title):
     path = tmp_path / 'new' / 'map.png'
-    draw_heatmap(np.zeros((8, 8, 1), np.uint8), np.eye(8), 'title <b>', path)
-    assert path.read_bytes().startswith(b'\x89PNG')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        draw_heatmap(np.zeros((8, 8, channels), np.uint8), np.eye(8), title, path)
+    with Image.open(path) as picture:
+        assert picture.format == 'PNG'
+        assert len(np.unique(np.asarray(picture.convert('RGB')).reshape(-1, 3), axis=0)) > 50
+    assert [p.name for p in path.parent.iterdir()] == ['map.png']
