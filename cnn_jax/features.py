@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from cnn_jax import config as cfg
 from cnn_jax import params, rng
 from cnn_jax.cache import cache_folder
+from cnn_jax.data.augment import augmented
 from cnn_jax.data.cache import cached_array
 from cnn_jax.data.order import eval_batches, train_indices
 from cnn_jax.data.source import digest
@@ -96,8 +97,6 @@ class Extractor:
 
     def function(self, view: int | None) -> Callable[[dict, Array, Array], Float[Array, 'b i j d']]:
         """The compiled computation: backbone parameters, uint8 images and indices to features."""
-        from cnn_jax.train.step import augmented
-
         model = build(self.config.model, self.num_classes)
 
         @jax.jit

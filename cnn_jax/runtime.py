@@ -13,6 +13,7 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cnn_jax.cache import cache_folder
 from cnn_jax.errors import UserError
@@ -52,15 +53,14 @@ def prepare(threads: int = 0) -> Settings:
     Errors:
         UserError: More threads than cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    if threads > (cores or 1):
+    if threads > cores():
         raise UserError(
-            f'config.train.threads is {threads}, but this process may use only {cores} cores; '
+            f'config.train.threads is {threads}, but this process may use only {cores()} cores; '
             'lower it or set it to 0'
         )
     if threads:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
-    threads = int(os.environ.get('NPROC') or cores or 1)
+    threads = int(os.environ.get('NPROC') or cores())
     version = jaxlib_version()
     on_cpu = runs_on_cpu()
     flags = _set_xla_flags(version) if on_cpu else os.environ.get('XLA_FLAGS', '')
@@ -79,6 +79,13 @@ def prepare(threads: int = 0) -> Settings:
             f'compile cache {cache}',
         ),
     )
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def jaxlib_version() -> str:
@@ -178,6 +185,7 @@ def devices() -> str:
     return ', '.join(f'{kinds.count(kind)} × {kind}' for kind in sorted(set(kinds)))
 
 
-def python_version() -> str:
-    """The interpreter, e.g. `CPython 3.11.7`."""
-    return f'{platform.python_implementation()} {sys.version.split()[0]}'
+def machine(settings: Settings) -> dict[str, Any]:
+    """The machine for a run's record: devices, interpreter and settings. Starts JAX."""
+    python = f'{platform.python_implementation()} {sys.version.split()[0]}'
+    return {'devices': devices(), 'python': python, **vars(settings)}

@@ -44,6 +44,7 @@ WORKER = flags.DEFINE_integer('worker', -1, 'Set by the launcher for its own pro
 
 def main(_) -> int:
     """Run the ablation; returns the exit code."""
+    from cnn_jax import runtime
     from cnn_jax.ablation.plan import plan_of
 
     folder = Path(WORKDIR.value)
@@ -51,7 +52,7 @@ def main(_) -> int:
     # One thread a cell: results then do not depend on the number of workers.
     config.train.threads = config.train.threads or 1
     plan = plan_of(_experiment(), config, SEEDS.value)
-    workers = WORKERS.value or len(os.sched_getaffinity(0)) // config.train.threads or 1
+    workers = WORKERS.value or runtime.cores() // config.train.threads or 1
     if WORKER.value >= 0:
         _end_with_the_launcher()
         if EXECUTOR.value == 'local':
@@ -96,8 +97,9 @@ def _open(folder: Path, plan, settings):
     from cnn_jax.data.batches import DeviceBatches
     from cnn_jax.data.memory import load
     from cnn_jax.data.source import open_split
-    from cnn_jax.train import record, setup
+    from cnn_jax.train import record, setup, workdir
 
+    workdir.make_writable(folder)
     first = plan.configs[plan.baseline]
     for arm, config in plan.configs.items():
         if config.data != first.data:
@@ -112,11 +114,7 @@ def _open(folder: Path, plan, settings):
     )
     description = setup.describe(first, train, evaluation)
     description['preprocessing'] = setup.preprocessing(first, train, setup.load_weights(first))
-    machine = {
-        'devices': runtime.devices(),
-        'python': runtime.python_version(),
-        **vars(settings),
-    }
+    machine = runtime.machine(settings)
     manifest = record.manifest(cfg.content_hash(first), machine, description)
     identity = {
         'code': code_digest(),
@@ -199,6 +197,8 @@ def _end_with_the_launcher() -> None:
 
 def _pin(number: int, workers: int) -> None:
     """Give this worker a core of its own where there is one for each."""
+    if not hasattr(os, 'sched_setaffinity'):  # macOS
+        return
     cores = sorted(os.sched_getaffinity(0))
     if 1 < workers <= len(cores):
         os.sched_setaffinity(0, {cores[number]})

@@ -9,9 +9,7 @@ and the others are classified; the exit code is 1 when none could be.
 """
 
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from absl import flags
@@ -37,7 +35,9 @@ def main(arguments: list[str]) -> int:
     from cnn_jax.train import workdir
 
     paths = list(image_paths(arguments[1:]))
-    maps = writable_folder(HEATMAPS.value) if HEATMAPS.value else None
+    maps = Path(HEATMAPS.value) if HEATMAPS.value else None
+    if maps:
+        workdir.make_writable(maps, 'the folder for heat maps', '--heatmaps')
     cli.start(workdir.load_config(folder).train.threads)
 
     from cnn_jax.train import predict, restore
@@ -75,25 +75,6 @@ def image_paths(arguments: list[str]) -> list[Path]:
             raise UserError(f'the folder {argument} holds no image ({", ".join(SUFFIXES)})')
         paths += inside
     return paths
-
-
-def writable_folder(name: str) -> Path:
-    """The folder for the heat maps, made if it is not there.
-
-    Errors:
-        UserError: It cannot be written.
-    """
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'the heat maps cannot be written into {folder} ({os.strerror(error.errno or 0)}); '
-            'choose another --heatmaps'
-        ) from error
-    return folder
 
 
 if __name__ == '__main__':

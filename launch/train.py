@@ -59,11 +59,7 @@ def train(config: cfg.Config, folder: Path) -> int:
         kind = 'cached features' if phase.steps.cached else 'images'
         print(f'phase {number}, to step {phase.end:,}, on {kind}:')
         print(setup.parameter_table(config, phase.steps))
-    machine = {
-        'devices': runtime.devices(),
-        'python': runtime.python_version(),
-        **vars(settings),
-    }
+    machine = runtime.machine(settings)
     record.write_manifest(folder, record.manifest(cfg.content_hash(config), machine, description))
     outcome = loop.fit(config, task, phases, state, folder)
     if outcome.stopped:

@@ -12,7 +12,7 @@ from cnn_jax import config as cfg
 from cnn_jax.data.batches import DeviceBatches
 from cnn_jax.data.memory import Arrays
 from cnn_jax.train import metrics, setup
-from cnn_jax.train.loop import sum_metrics
+from cnn_jax.train.loop import compilations, sum_metrics
 from cnn_jax.train.step import State, Steps, make_steps, values_of
 from cnn_jax.train.task import Task
 
@@ -29,8 +29,7 @@ class Compiled:
 
     def compilations(self) -> int:
         """How often XLA compiled the training step."""
-        jitted: Any = self.train
-        return jitted._cache_size()
+        return compilations(self.train)
 
 
 def compile_structure(config: cfg.Config, description: dict[str, Any]) -> Compiled:
@@ -79,7 +78,7 @@ def run_cell(
     for step, batch in zip(range(1, task.ends[-1] + 1), batches.train(0)):
         state, sums = compiled.train(state, batch, values)
         losses.append((sums['objective'], sums['loss'], sums['count'], sums['confusion']))
-        if step == task.ends[-1] or _ends_epoch(step, task.steps_per_epoch):
+        if task.due(step):
             if not all(np.isfinite(objective) for objective, *_ in losses):
                 return {'status': 'failed', 'reason': f'the loss is not finite by step {step}'}
             epoch = round(step / task.steps_per_epoch, 6)
@@ -98,10 +97,6 @@ def run_cell(
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         'steps': task.ends[-1],
     }
-
-
-def _ends_epoch(step: int, steps_per_epoch: float) -> bool:
-    return int(step / steps_per_epoch) > int((step - 1) / steps_per_epoch)
 
 
 def _mean(losses: list) -> dict[str, float]:

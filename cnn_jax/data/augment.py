@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32, Key, Num
 
+from cnn_jax.config import Augment
+
 
 def augment(
     key: Key[Array, ''],
@@ -55,6 +57,13 @@ def augment(
         return image
 
     return jax.vmap(one)(images, index)
+
+
+def augmented(
+    config: Augment, key: Key[Array, ''], images: Num[Array, 'b h w c'], index: Int32[Array, ' b']
+) -> Num[Array, 'b h w c']:
+    """Normalized images, changed as a config says; arguments as in `augment`."""
+    return augment(key, images, index, flip=config.flip, crop=config.crop, cutout=config.cutout)
 
 
 def _crop(row_bits: Array, column_bits: Array, image: Array, pad: int, fill: Array) -> Array:

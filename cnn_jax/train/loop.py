@@ -80,13 +80,6 @@ def fit(
     if step:
         progress.say(f'going on from the checkpoint of step {step} of {total}')
 
-    def due(step: int, epochs: float) -> bool:
-        """Whether a multiple of `epochs`, or a phase, ends with this step."""
-        if any(step == phase.end for phase in phases):
-            return True
-        every = epochs * task.steps_per_epoch
-        return bool(every) and int(step / every) > int((step - 1) / every)
-
     def report(step: int, eval_metrics: dict[str, Any], speed: float) -> None:
         """Write down and show the metrics of both splits since the last report."""
         train_metrics = metrics.result(meter.take())
@@ -100,7 +93,7 @@ def fit(
             f'{speed:,.0f} images/s'
         )
 
-    result, compilations, stop = None, [], False
+    result, compiled, stop = None, [], False
     with Interruption() as interruption, progress:
         for number, phase in enumerate(phases[current:], start=current):
             if number > current:
@@ -115,7 +108,7 @@ def fit(
                 if meter.latest:
                     progress.step(step, *meter.latest)
                 stop, scores = interruption.requested, None
-                if due(step, config.train.eval_every):
+                if task.due(step, config.train.eval_every):
                     meter.drain()
                     speed, began = progress.restart_clock(step), time.perf_counter()
                     result = metrics.result(
@@ -126,20 +119,20 @@ def fit(
                     report(step, result, speed)
                     scores = metrics.scalars(result)
                     progress.restart_clock(step)
-                if stop or due(step, config.train.checkpoint_every):
+                if stop or task.due(step, config.train.checkpoint_every):
                     meter.drain()
                     checkpoints.save(state, {'sums': meter.pending_sums()}, scores)
             if result is None and step == total:
                 sums = sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
                 result = metrics.result(sums)
-            compilations.append(
-                {'train': _compilations(train_step), 'evaluate': _compilations(eval_step)}
+            compiled.append(
+                {'train': compilations(train_step), 'evaluate': compilations(eval_step)}
             )
             if stop:
                 break
     record.close()
     checkpoints.close()
-    return Outcome(state, result, stopped=step < total, compilations=compilations)
+    return Outcome(state, result, stopped=step < total, compilations=compiled)
 
 
 def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> metrics.Sums:
@@ -151,7 +144,8 @@ def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> m
     return total
 
 
-def _compilations(jitted: Any) -> int:
+def compilations(jitted: Any) -> int:
+    """How often XLA compiled a jitted function."""
     return jitted._cache_size()
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 from cnn_jax import config as cfg
 from cnn_jax import losses, optim, params, rng
-from cnn_jax.data.augment import augment
+from cnn_jax.data.augment import augmented
 from cnn_jax.models.build import build
 from cnn_jax.train import metrics
 from cnn_jax.train.frozen import frozen_modules
@@ -218,11 +218,6 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
     return Steps(
         init, enter, train, evaluate, outputs, shapes, trainable, penalized, decayed, cached
     )
-
-
-def augmented(config: cfg.Augment, key: Array, images: Array, index: Array) -> Array:
-    """Prepared images, changed at random as the config says."""
-    return augment(key, images, index, flip=config.flip, crop=config.crop, cutout=config.cutout)
 
 
 def _penalized(names, trainable, patterns, strength: float, field: str) -> list[str]:

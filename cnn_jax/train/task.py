@@ -29,6 +29,13 @@ class Task:
     ends: tuple[int, ...]
     initial: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
+    def due(self, step: int, epochs: float = 1.0) -> bool:
+        """Whether a multiple of `epochs` (none for 0), or a phase, ends with this step."""
+        if step in self.ends:
+            return True
+        every = epochs * self.steps_per_epoch
+        return bool(every) and int(step / every) > int((step - 1) / every)
+
 
 def phase_members(config: cfg.Config, names: list[str]) -> list[list[str]]:
     """The parameters that each phase trains for the first time.

@@ -11,11 +11,16 @@ from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
 
 
-def claim(folder: Path, config: cfg.Config) -> None:
-    """Create the work directory, or check that it belongs to a run of the same config.
+def make_writable(folder: Path, what: str = 'the work directory', flag: str = '--workdir') -> None:
+    """Create a folder, or check that files can be made in the one that is there.
+
+    Args:
+        folder: The folder.
+        what: What it is, for the error.
+        flag: The flag that names it, for the error.
 
     Errors:
-        UserError: It cannot be written, or holds a run of another config (the difference is told).
+        UserError: It cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -23,9 +28,18 @@ def claim(folder: Path, config: cfg.Config) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f'the work directory {folder} cannot be written ({os.strerror(error.errno or 0)}); '
-            'choose another --workdir'
+            f'{what} {folder} cannot be written ({os.strerror(error.errno or 0)}); '
+            f'choose another {flag}'
         ) from error
+
+
+def claim(folder: Path, config: cfg.Config) -> None:
+    """Create the work directory, or check that it belongs to a run of the same config.
+
+    Errors:
+        UserError: It cannot be written, or holds a run of another config (the difference is told).
+    """
+    make_writable(folder)
     path = folder / 'config.json'
     if not path.exists():
         write_text(path, cfg.to_json(config))

@@ -79,6 +79,11 @@ def test_a_plain_experiment_is_not_an_ablation(launch, tmp_path):
     assert 'train it with launch.train' in done.stderr
 
 
+def test_a_folder_that_cannot_be_written_is_named(launch):
+    done = launch('ablate', *STUDY, '--workdir=/proc/run', check=2)
+    assert 'the work directory /proc/run cannot be written' in done.stderr
+
+
 def test_the_report_can_be_rendered_again(launch, study):
     folder, _ = study
     before = (folder / 'summary.json').read_bytes()
