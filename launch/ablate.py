@@ -17,18 +17,28 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from absl import flags
 
-from cnn_jax.errors import UserError
 from launch import cli
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir('Folder of the ablation; created if missing.')
 SEEDS = flags.DEFINE_integer('seeds', 0, "How many seeds; 0: the experiment's own.", lower_bound=0)
 WORKERS = flags.DEFINE_integer(
-    'workers', 0, 'Processes, one core each; 0: one for each core.', lower_bound=0
+    'workers',
+    0,
+    'Processes that run cells; 0: one for each core, or one where there is a GPU or TPU.',
+    lower_bound=0,
+)
+TOGETHER = flags.DEFINE_integer(
+    'together',
+    0,
+    'Cells that a process trains at once, as one program on all its devices; 0: 1 on a CPU, up '
+    'to 16 on a GPU or TPU.',
+    lower_bound=0,
 )
 RETRY = flags.DEFINE_bool('retry_failed', False, 'Run failed cells again.')
 EXECUTOR = flags.DEFINE_enum(
@@ -41,39 +51,44 @@ GPUS = flags.DEFINE_float('gpus', 0, 'GPUs that each Ray worker reserves; may be
 TPUS = flags.DEFINE_float('tpus', 0, 'TPU chips that each Ray worker reserves.')
 WORKER = flags.DEFINE_integer('worker', -1, 'Set by the launcher for its own processes.')
 
+TOGETHER_ON_ACCELERATORS = 16
+
 
 def main(_) -> int:
     """Run the ablation; returns the exit code."""
     from cnn_jax import runtime
+    from cnn_jax.ablation.ledger import read_ledger
     from cnn_jax.ablation.plan import plan_of
+    from cnn_jax.train.workdir import make_writable
 
     folder = Path(WORKDIR.value)
     config = cli.read_config(CONFIG)
     # One thread a cell: results then do not depend on the number of workers.
-    config.train.threads = config.train.threads or 1
+    threads = config.train.threads = config.train.threads or 1
     plan = plan_of(_experiment(), config, SEEDS.value)
-    workers = WORKERS.value or runtime.cores() // config.train.threads or 1
+    on_cpu = runtime.runs_on_cpu()
+    workers = WORKERS.value or (max(1, runtime.cores() // threads) if on_cpu else 1)
+    together = TOGETHER.value or (1 if on_cpu else TOGETHER_ON_ACCELERATORS)
     if WORKER.value >= 0:
-        _end_with_the_launcher()
-        if EXECUTOR.value == 'local':
-            _pin(WORKER.value, workers)
-    settings = cli.start(config.train.threads)
-    ledger, data = _open(folder, plan, settings)
-    if WORKER.value >= 0:
-        return _work(ledger, data, WORKER.value)
-    if RETRY.value:
+        return _work(folder, plan, workers, together)
+    make_writable(folder)
+    if RETRY.value and (ledger := read_ledger(folder, plan)):
         ledger.forget_failed()
-    print(settings)
-    _introduce(plan, workers)
-    pool = _workers(ledger, workers, config.train.threads)
+    # JAX is not started here: the devices are the workers'.
+    print(runtime.prepare(threads))
+    _introduce(plan, workers, together)
+    pool = _start_workers(folder, workers, threads)
     try:
-        if not _watch(ledger, pool):
+        ledger = _watch(folder, plan, pool)
+        if ledger is None:
             print('stopped; the same command goes on with the cells that are missing')
             return cli.STOPPED
         outputs = pool.outputs()
     finally:
         pool.stop()
-    return _conclude(ledger, folder, outputs)
+    if len(outputs) < workers:
+        print(f'{workers - len(outputs)} of {workers} workers died; {folder}/logs says why')
+    return _conclude(ledger, outputs)
 
 
 def _experiment():
@@ -88,76 +103,28 @@ def _experiment():
     return module
 
 
-def _open(folder: Path, plan, settings):
-    """The ledger and the decoded data."""
-    from cnn_jax import config as cfg
-    from cnn_jax import runtime
-    from cnn_jax.ablation.ledger import open_ledger
-    from cnn_jax.ablation.plan import code_digest
-    from cnn_jax.data.batches import DeviceBatches
-    from cnn_jax.data.memory import load
-    from cnn_jax.data.source import open_split
-    from cnn_jax.train import record, setup, workdir
-
-    workdir.make_writable(folder)
-    first = plan.configs[plan.baseline]
-    for arm, config in plan.configs.items():
-        if config.data != first.data:
-            raise UserError(f'arm {arm!r} changes config.data; all arms must see the same images')
-    splits = {
-        which: load(open_split(first.data, which), first.data.resize, first.data.size,
-                    first.data.channels)
-        for which in ('train', 'eval')
-    }  # fmt: skip
-    train, evaluation = (
-        DeviceBatches(arrays, batch=first.data.batch) for arrays in splits.values()
-    )
-    description = setup.describe(first, train, evaluation)
-    description['preprocessing'] = setup.preprocessing(first, train, setup.load_weights(first))
-    machine = runtime.machine(settings)
-    manifest = record.manifest(cfg.content_hash(first), machine, description)
-    identity = {
-        'code': code_digest(),
-        'training data': description['train']['fingerprint'],
-        'evaluation data': description['eval']['fingerprint'],
-        'jaxlib': runtime.jaxlib_version(),
-        'devices': runtime.devices(),
-        'XLA_FLAGS': settings.xla_flags,
-    }
-    command = 'python -m launch.ablate ' + ' '.join(
-        a for a in sys.argv[1:] if not a.startswith(('--worker=', '--workers=', '--retry'))
-    )
-    facts = {'command': command, 'manifest': manifest}
-    return open_ledger(folder, plan, identity, facts), (description, *splits.values())
-
-
-def _work(ledger, data, number: int) -> int:
-    """Run cells in this process, on a core of its own."""
-    from cnn_jax.ablation.runner import run_cells
-
-    totals = run_cells(ledger, *data, tell=lambda *_: None, start=number)
-    print(json.dumps(totals))
-    return cli.OK
-
-
-def _introduce(plan, workers: int) -> None:
+def _introduce(plan, workers: int, together: int) -> None:
+    """Say what is compared, where, and what shares a compilation."""
     from cnn_jax.ablation.plan import by_structure
 
-    print(f'{plan.name}: {len(plan.configs)} arms × {len(plan.seeds)} seeds on {workers} workers')
+    print(
+        f'{plan.name}: {len(plan.configs)} arms × {len(plan.seeds)} seeds on {workers} '
+        f'worker{"s" * (workers > 1)}' + f', {together} cells at once in each' * (together > 1)
+    )
+    for arm, changes in plan.changes.items():
+        told = ', '.join(f'{path}={value}' for path, value in changes.items())
+        print(f'  {arm:<24} {told or "as it is"}')
     for arms in by_structure(plan):
         print(f'  one compilation: {", ".join(arms)}')
-    for arm, config in plan.configs.items():
-        changes = ', '.join(f'{k}={v}' for k, v in plan.changes[arm].items()) or 'as it is'
-        print(f'  {arm:<24} {config.train.epochs:g} epochs of {config.data.batch}  {changes}')
 
 
-def _workers(ledger, workers: int, threads: int):
+def _start_workers(folder: Path, workers: int, threads: int):
     """Start the workers by the executor that was chosen."""
     from cnn_jax.ablation.executors import LocalWorkers, RayWorkers
 
     command = [sys.executable, '-m', 'launch.ablate', *sys.argv[1:], f'--workers={workers}']
     if EXECUTOR.value == 'local':
-        return LocalWorkers(command, workers, ledger.folder)
+        return LocalWorkers(command, workers, folder)
     return RayWorkers(
         command,
         workers,
@@ -168,24 +135,56 @@ def _workers(ledger, workers: int, threads: int):
     )
 
 
-def _watch(ledger, pool) -> bool:
-    """Show the cells as they are finished; False when asked to stop."""
+def _watch(folder: Path, plan, pool):
+    """Show the cells as they are finished, here or elsewhere.
+
+    Returns the ledger, or None when asked to stop.
+    """
+    from cnn_jax.ablation.ledger import read_ledger
+    from cnn_jax.ablation.progress import Progress
     from cnn_jax.train.interruption import Interruption
 
-    cells = ledger.cells()
-    waiting = [cell for cell in cells if not cell.path.exists()]
-    began, total = time.perf_counter(), len(waiting)
-    if total < len(cells):
-        print(f'{len(cells) - total} of {len(cells)} cells are done already')
-    with Interruption() as interruption:
+    ledger = progress = None
+    with Interruption() as interruption, ExitStack() as screen:
         going = True
         while going and not interruption.requested:
             time.sleep(0.2)
             going = pool.running()
-            for cell in [cell for cell in waiting if cell.path.exists()]:
-                waiting.remove(cell)
-                _tell(ledger, cell, len(cells) - len(waiting), total - len(waiting), began)
-        return not interruption.requested
+            if not progress and (ledger := read_ledger(folder, plan)):
+                _tell_budgets(ledger.definition()['budgets'])
+                progress = screen.enter_context(Progress(ledger))
+            if progress:
+                progress.update()
+        return None if interruption.requested else ledger
+
+
+def _tell_budgets(budgets: dict[str, str]) -> None:
+    """A comparison is fair only when all arms may spend the same."""
+    if len(set(budgets.values())) == 1:
+        print(f'budget of every arm: {next(iter(budgets.values()))}')
+    else:
+        print('the arms have DIFFERENT budgets:')
+        for arm, budget in budgets.items():
+            print(f'  {arm:<24} {budget}')
+
+
+def _work(folder: Path, plan, workers: int, together: int) -> int:
+    """Run cells in this process."""
+    from cnn_jax.ablation.runner import run_cells
+    from cnn_jax.ablation.setup import open_ablation
+
+    _end_with_the_launcher()
+    if EXECUTOR.value == 'local':
+        _pin(WORKER.value, workers)
+    settings = cli.start(plan.configs[plan.baseline].train.threads)
+    own = ('--worker=', '--workers=', '--retry')
+    command = ' '.join(
+        ['python -m launch.ablate', *(a for a in sys.argv[1:] if not a.startswith(own))]
+    )
+    ledger, data = open_ablation(folder, plan, settings, command)
+    totals = run_cells(ledger, *data, start=WORKER.value, together=together)
+    print(json.dumps(totals))
+    return cli.OK
 
 
 def _end_with_the_launcher() -> None:
@@ -204,32 +203,20 @@ def _pin(number: int, workers: int) -> None:
         os.sched_setaffinity(0, {cores[number]})
 
 
-def _tell(ledger, cell, done: int, here: int, began: float) -> None:
-    result = json.loads(cell.path.read_text())
-    total = len(ledger.plan.configs) * len(ledger.plan.seeds)
-    left = (time.perf_counter() - began) / here * (total - done)
-    if result['status'] == 'done':
-        metric = ledger.plan.metric
-        text = f'{metric} {result["metrics"]["eval"][metric]:.4f}  {result["wall_seconds"]:.1f} s'
-    else:
-        text = f'FAILED: {result["reason"]}'
-    print(f'[{done}/{total}] {cell.arm}, seed {cell.seed}: {text}  ({left:.0f} s left)', flush=True)
-
-
-def _conclude(ledger, folder: Path, outputs: list[str]) -> int:
+def _conclude(ledger, outputs: list[str]) -> int:
+    """Write the report and print what was found."""
     from cnn_jax.ablation.report import write_report
     from cnn_jax.ablation.summary import summarize
 
-    report = write_report(folder)
-    for arm, found in summarize(folder)['arms'].items():
-        if arm != ledger.plan.baseline:
-            print(found['verdict']['sentence'])
-    states = [cell.status() for cell in ledger.cells()]
+    report = write_report(ledger.folder)
+    for arm in summarize(ledger.folder)['arms'].values():
+        if arm['verdict']:
+            print(arm['verdict']['sentence'])
     totals = [json.loads(text.splitlines()[-1]) for text in outputs]
     print(f'compilations of the training step: {sum(t["compilations"] for t in totals)}')
     print(f'report: {report}')
-    if failed := states.count('failed'):
-        print(f'{failed} cells failed; --retry_failed runs them again')
+    if failed := [cell for cell in ledger.cells() if cell.status() == 'failed']:
+        print(f'{len(failed)} cells failed; --retry_failed runs them again')
         return cli.FAILED
     return cli.OK
 

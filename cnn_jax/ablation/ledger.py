@@ -7,9 +7,12 @@ runs on one folder never do the same cell at once.
 """
 
 import fcntl
+import functools
 import hashlib
 import json
+import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from cnn_jax import config as cfg
 from cnn_jax.ablation.plan import Plan
 from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
+
+DEFINITION = 'ablation.json'
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,29 @@ class Ledger:
 
     def cells(self) -> list[Cell]:
         """All cells, seed by seed, so that early results compare all arms."""
+        return self._cells
+
+    @functools.cached_property
+    def _cells(self) -> list[Cell]:
         return [self._cell(arm, seed) for seed in self.plan.seeds for arm in self.plan.configs]
+
+    def definition(self) -> dict[str, Any]:
+        """What `open_ledger` wrote down of the ablation."""
+        return json.loads((self.folder / DEFINITION).read_text())
+
+    def missing(self) -> list[Cell]:
+        """The cells without a result."""
+        return [cell for cell in self.cells() if not cell.path.exists()]
+
+    def running(self) -> list[Cell]:
+        """The cells without a result that a process has claimed, as far as can be seen from here.
+
+        A process of another machine that died counts until its cell is claimed again.
+        """
+        return [cell for cell in self.missing() if _lives(self._lock(cell))]
+
+    def _lock(self, cell: Cell) -> Path:
+        return self.folder / 'locks' / f'{cell.path.stem}.lock'
 
     def _cell(self, arm: str, seed: int) -> Cell:
         facts = {'config': cfg.content_hash(self.plan.cell_config(arm, seed)), **self.identity}
@@ -67,10 +94,10 @@ class Ledger:
         write_atomically(cell.path, lambda file: file.write(text.encode()))
 
     def forget_failed(self) -> None:
-        """Remove the results of failed cells, so that they run again."""
+        """Set the results of failed cells aside, so that they run again."""
         for cell in self.cells():
             if cell.status() == 'failed':
-                cell.path.unlink()
+                cell.path.rename(cell.path.with_suffix('.failed'))
 
     @contextmanager
     def claim(self, cell: Cell) -> Iterator[bool]:
@@ -78,15 +105,38 @@ class Ledger:
 
         The lock lasts as long as the context, or the process.
         """
-        locks = self.folder / 'locks'
-        locks.mkdir(parents=True, exist_ok=True)
-        with (locks / f'{cell.path.stem}.lock').open('w') as file:
+        path = self._lock(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open('a') as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
-            yield not cell.path.exists()
+            file.truncate(0)
+            file.write(json.dumps([socket.gethostname(), os.getpid()]))
+            file.flush()
+            try:
+                yield not cell.path.exists()
+            finally:
+                file.truncate(0)
+
+
+def _lives(lock: Path) -> bool:
+    """Whether the process that wrote its name into a lock file is there, or not to be seen."""
+    try:
+        host, process = json.loads(lock.read_text())
+    except (OSError, ValueError):
+        return False
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def open_ledger(
@@ -98,7 +148,7 @@ def open_ledger(
         folder: The work directory.
         plan: What is compared.
         identity: As in `Ledger`.
-        facts: For the report: `command` and `manifest`.
+        facts: For the report: `command`, `manifest` and `budgets`.
 
     Errors:
         UserError: The folder holds an ablation with other arms, configs, data or code (the
@@ -118,20 +168,30 @@ def open_ledger(
         'configs': {arm: cfg.to_flat(config) for arm, config in plan.configs.items()},
         'identity': identity,
     }
-    path = folder / 'ablation.json'
+    path = folder / DEFINITION
+    now = json.loads(json.dumps(definition))
     if path.exists():
         before = json.loads(path.read_text())
-        now = json.loads(json.dumps(definition))
         if changed := _differences(before, now):
             raise UserError(
                 f'{folder} holds an ablation that differs from this one: {"; ".join(changed)}. '
                 'Choose another --workdir; results are never mixed'
             )
-        return Ledger(folder, plan, identity)
+        if set(now['seeds']) <= set(before['seeds']):
+            return Ledger(folder, plan, identity)
+        now = before | {'seeds': sorted({*before['seeds'], *now['seeds']})}
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(definition | facts, indent=2) + '\n'
+    text = json.dumps(facts | now, indent=2) + '\n'
     write_atomically(path, lambda file: file.write(text.encode()))
     return Ledger(folder, plan, identity)
+
+
+def read_ledger(folder: Path, plan: Plan) -> Ledger | None:
+    """The ledger that a process which runs cells has opened in a work directory, if one has."""
+    path = folder / DEFINITION
+    if not path.exists():
+        return None
+    return Ledger(folder, plan, json.loads(path.read_text())['identity'])
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

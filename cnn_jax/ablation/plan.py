@@ -13,6 +13,8 @@ from cnn_jax.errors import UserError
 
 Changes = dict[str, Any]  # {'model.dropout': 0.25, …}
 
+TRAINING = ('ablation/cell.py', 'ablation/compiled.py')  # what decides a result in this package
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -112,12 +114,23 @@ def by_structure(plan: Plan) -> list[list[str]]:
     return list(groups.values())
 
 
+def budget(config: cfg.Config, examples: int) -> str:
+    """What an arm may spend, in words; no arm's hyper-parameters are tuned apart."""
+    epochs, batch = config.train.epochs + config.unfreeze.epochs, config.data.batch
+    steps = int(epochs * examples / batch + 1e-9)
+    rate = config.optimizer.learning_rate
+    return (
+        f'{epochs:g} epochs of {examples:,} images = {steps:,} steps of {batch}, '
+        f'{config.optimizer.name} at learning rate {rate:g}'
+    )
+
+
 def code_digest() -> str:
     """SHA-256 of the source files that a cell's result depends on: all but the analysis."""
     root = Path(__file__).resolve().parents[1]
     total = hashlib.sha256()
     for path in sorted(root.rglob('*.py')):
         relative = path.relative_to(root).as_posix()
-        if not relative.startswith('ablation/') or relative == 'ablation/cell.py':
+        if not relative.startswith('ablation/') or relative in TRAINING:
             total.update(relative.encode() + b'\0' + path.read_bytes() + b'\0')
     return total.hexdigest()

@@ -5,10 +5,13 @@ Both providers yield the same batches in the same order, which `cnn_jax.data.ord
 `index` is the example's position in the source and `mask` is False for padding.
 """
 
+import copy
+import dataclasses
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -70,6 +73,16 @@ def open_batches(
     if data.stream == 'never' or (data.stream == 'auto' and fits):
         return DeviceBatches(load(source, data.resize, data.size, data.channels), **options)
     return StreamBatches(source, data.resize, data.size, data.channels, **options)
+
+
+def reordered(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: int = 0) -> Any:
+    """The same images in batches of another size and in the order of another seed.
+
+    The images are shared with `batches`, on the device, too.
+    """
+    other = copy.copy(batches)
+    other._order = dataclasses.replace(batches._order, batch=batch, seed=seed)
+    return other
 
 
 class DeviceBatches:
@@ -188,14 +201,26 @@ class StreamBatches:
         return {'image': images, 'label': self.labels[index], 'index': index, 'mask': mask}
 
 
+@dataclass(frozen=True)
 class _Order:
     """The examples that a process takes, step by step: what both providers share."""
 
-    def __init__(self, n: int, batch: int, seed: int, process_index: int, process_count: int):
-        mask = np.ones(local_size(batch, process_count), bool)
-        share = (process_index, process_count)
-        self.train = lambda step: (train_indices(n, batch, seed, step, *share), mask)
-        self.evaluate = lambda: eval_batches(n, batch, *share)
+    n: int
+    batch: int
+    seed: int
+    process_index: int
+    process_count: int
+
+    def __post_init__(self):
+        local_size(self.batch, self.process_count)  # refuses a batch that cannot be shared
+
+    def train(self, step: int) -> Taken:
+        share = (self.process_index, self.process_count)
+        mask = np.ones(local_size(self.batch, self.process_count), bool)
+        return train_indices(self.n, self.batch, self.seed, step, *share), mask
+
+    def evaluate(self) -> Iterator[Taken]:
+        return eval_batches(self.n, self.batch, self.process_index, self.process_count)
 
 
 def _gather(images: Array, labels: Array, index: Array, mask: Array) -> Batch:

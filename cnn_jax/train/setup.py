@@ -131,13 +131,25 @@ def make_task(
     )
 
 
+def make_phases(config: cfg.Config, task: Task) -> list[Steps]:
+    """The functions of each phase of a run.
+
+    A phase with a frozen backbone takes the backbone's features instead of images, where that
+    gives the same training (`features.is_cached`).
+    """
+    phases = []
+    for number in range(len(task.ends)):
+        steps = make_steps(config, task, number)
+        if is_cached(config, steps.trainable):
+            steps = make_steps(config, task, number, cached=True)
+        phases.append(steps)
+    return phases
+
+
 def open_phases(
     config: cfg.Config, description: dict[str, Any], task: Task, train, evaluation
 ) -> tuple[list[Phase], State]:
     """The phases of a run, and its state before the first step.
-
-    A phase with a frozen backbone reads the backbone's features instead of images, where that
-    gives the same training (`features.is_cached`); they are computed here.
 
     Args:
         config: A validated config.
@@ -145,20 +157,28 @@ def open_phases(
         task: Of `make_task`.
         train, evaluation: The opened batches of images.
     """
-    state, phases = None, []
-    for number, end in enumerate(task.ends):
-        steps = make_steps(config, task, number)
-        state = state or steps.init(config.seed)
+    made = make_phases(config, task)
+    state = made[0].init(config.seed)
+    phases = []
+    for steps, end in zip(made, task.ends):
         batches = train, evaluation
-        if is_cached(config, steps.trainable):
-            steps = make_steps(config, task, number, cached=True)
-            batches = _features(config, description, task, state, train, evaluation)
+        if steps.cached:
+            batches = features(config, description, task, state, train, evaluation)
         phases.append(Phase(steps, end, *batches))
-    assert state is not None
     return phases, state
 
 
-def _features(config, description, task, state, train, evaluation):
+def features(
+    config: cfg.Config, description: dict[str, Any], task: Task, state: State, train, *evaluated
+) -> list[FeatureBatches]:
+    """The frozen backbone's features in the place of images, computed where they are not kept.
+
+    Args:
+        config, description, task: As in `open_phases`.
+        state: Any of the run's: the backbone is frozen.
+        train: Batches of images to train on, augmented if the config says so.
+        evaluated: Batches of images as they are.
+    """
     extractor = Extractor(
         config,
         task.num_classes,
@@ -169,10 +189,13 @@ def _features(config, description, task, state, train, evaluation):
     augments = config.augment != cfg.Augment()
     views = range(config.features.views) if augments else [None]
     of_train = [extractor.extract(train, view) for view in views]
-    return (
+    return [
         FeatureBatches(train, of_train, config.data, 'train', config.seed),
-        FeatureBatches(evaluation, [extractor.extract(evaluation)], config.data, 'eval', 0),
-    )
+        *(
+            FeatureBatches(split, [extractor.extract(split)], config.data, 'eval', 0)
+            for split in evaluated
+        ),
+    ]
 
 
 def parameter_table(config: cfg.Config, steps: Steps) -> str:

@@ -42,6 +42,7 @@ def write_ablation() -> Callable[..., Path]:
             'metric': 'accuracy',
             'command': 'python -m launch.ablate --config=experiments/regularization.py',
             'manifest': {'packages': {'jax': '0.10.2'}},
+            'budgets': dict.fromkeys(gains, '3 epochs'),
         }
         (folder / 'ablation.json').write_text(json.dumps(definition | changes))
         generator = np.random.default_rng(0)

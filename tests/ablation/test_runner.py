@@ -8,11 +8,12 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax import params
-from cnn_jax.ablation.cell import compile_structure, run_cell
+from cnn_jax.ablation.cell import train_cells
+from cnn_jax.ablation.compiled import compile_structure
 from cnn_jax.ablation.ledger import open_ledger
 from cnn_jax.ablation.plan import plan_of
 from cnn_jax.ablation.runner import run_cells
-from cnn_jax.data.batches import DeviceBatches
+from cnn_jax.data.batches import DeviceBatches, reordered
 from cnn_jax.data.memory import Arrays
 from cnn_jax.train import setup
 
@@ -48,13 +49,12 @@ def study(tmp_path_factory):
         },
     )
     plan = plan_of(module, config, seeds=2)
-    train, evaluation = made_up(0), made_up(1, 21)
-    batches = [DeviceBatches(arrays, batch=8) for arrays in (train, evaluation)]
+    batches = [DeviceBatches(arrays, batch=8) for arrays in (made_up(0), made_up(1, 21))]
     description = setup.describe(config, *batches)
     description['preprocessing'] = setup.preprocessing(config, batches[0], None)
     ledger = open_ledger(tmp_path_factory.mktemp('study'), plan, {'code': 'x'}, {})
-    totals = run_cells(ledger, description, train, evaluation, tell=lambda *_: None)
-    return ledger, (description, train, evaluation), totals
+    totals = run_cells(ledger, description, *batches)
+    return ledger, (description, *batches), totals
 
 
 def result(cell):
@@ -71,7 +71,7 @@ def test_a_cell_alone_gives_the_bits_it_gave_in_company(study):
     ledger, data, _ = study
     for cell in ledger.cells()[3:]:
         config = ledger.plan.cell_config(cell.arm, cell.seed)
-        alone = run_cell(config, compile_structure(config, data[0]), *data[1:])
+        [alone] = train_cells([config], compile_structure(config, data[0]), *data[1:])
         before = result(cell)
         for name in ('metrics', 'curves', 'correct', 'parameters'):
             assert json.loads(json.dumps(alone[name])) == before[name], (cell.arm, name)
@@ -103,7 +103,7 @@ def test_a_diverging_cell_fails_alone_with_its_reason(study, tmp_path):
     module.ARMS = {'fine': {}, 'wild': {'optimizer.learning_rate': 1e30}}
     config = cfg.replace(ledger.plan.configs['none'], {'optimizer.name': 'sgd'})
     other = open_ledger(tmp_path, plan_of(module, config, seeds=1), {'code': 'x'}, {})
-    run_cells(other, *data, tell=lambda *_: None)
+    run_cells(other, *data)
     fine, wild = other.cells()
     assert fine.status() == 'done'
     assert wild.status() == 'failed'
@@ -116,7 +116,7 @@ def test_a_seed_gives_every_arm_the_same_start_and_order(study):
     for arm in ARMS:
         config = ledger.plan.cell_config(arm, 1)
         compiled = compile_structure(config, data[0])
-        starts[arm] = params.flatten(compiled.steps.init(1).params)
+        starts[arm] = params.flatten(compiled.phases[0].steps.init(1).params)
     for arm in ('dropout', 'batch norm'):
         shared = starts['none'].keys() & starts[arm].keys()
         assert shared == starts['none'].keys()
@@ -124,12 +124,12 @@ def test_a_seed_gives_every_arm_the_same_start_and_order(study):
             np.testing.assert_array_equal(starts['none'][path], starts[arm][path], err_msg=path)
     orders = [
         [np.asarray(batch['index']) for _, batch in zip(range(5), stream.train(0))]
-        for stream in (DeviceBatches(data[1], batch=8, seed=1) for _ in range(2))
+        for stream in (reordered(data[1], batch=8, seed=1) for _ in range(2))
     ]
     np.testing.assert_array_equal(*orders)
     other = [
         np.asarray(b['index'])
-        for _, b in zip(range(5), DeviceBatches(data[1], batch=8, seed=2).train(0))
+        for _, b in zip(range(5), reordered(data[1], batch=8, seed=2).train(0))
     ]
     assert not np.array_equal(orders[0], other)
 

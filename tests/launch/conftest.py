@@ -1,5 +1,6 @@
 """Runs launchers as a user does: in a process of their own, from the checkout's root."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,17 @@ TINY = (
     '--config.model.hidden=(16,)',
     '--config.augment.crop=0',
     '--config.train.epochs=2',
+)
+
+STUDY = (
+    '--config=experiments/regularization.py',
+    '--config.data.source=digits',
+    '--config.data.train=train[:100]',
+    '--config.data.batch=20',
+    '--config.model.widths=(4,)',
+    '--config.model.hidden=(8,)',
+    '--config.train.epochs=2',
+    '--seeds=3',
 )
 
 
@@ -68,16 +80,36 @@ def tiny_run(launch, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def worker_processes():
-    """Finds the Ray processes in which an ablation's workers were started."""
+def study_flags():
+    """The flags of an ablation whose 15 cells take a fraction of a second each."""
+    return STUDY
+
+
+@pytest.fixture(scope='session')
+def study(launch, tmp_path_factory):
+    """The work directory of a finished ablation, and what it printed."""
+    folder = tmp_path_factory.mktemp('study') / 'run'
+    done = launch('ablate', *STUDY, f'--workdir={folder}', check=0)
+    return folder, done.stdout
+
+
+@pytest.fixture(scope='session')
+def summary():
+    """Reads the summary in an ablation's work directory."""
+    return lambda folder: json.loads((folder / 'summary.json').read_text())
+
+
+@pytest.fixture(scope='session')
+def workers_in():
+    """Finds the processes that run an ablation's cells in a work directory."""
 
     def find(folder):
-        commands = (p for p in psutil.process_iter(['cmdline']) if p.info['cmdline'])
-        workers = [
-            p
-            for p in commands
-            if f'--workdir={folder}' in p.info['cmdline'] and '--worker=' in p.info['cmdline'][-1]
+        processes = psutil.process_iter(['cmdline'])
+        commands = [(process, process.info['cmdline'] or ['']) for process in processes]
+        return [
+            process
+            for process, command in commands
+            if f'--workdir={folder}' in command and '--worker=' in command[-1]
         ]
-        return [worker.parent() for worker in workers]
 
     return find

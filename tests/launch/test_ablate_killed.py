@@ -1,0 +1,97 @@
+"""Ablations whose launchers and workers are killed, and several launchers on one ledger."""
+
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = ROOT / 'launch' / 'kubernetes_ablation.yaml'
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_it_ends_with_the_same_summary(
+    start, launch, tmp_path, study_flags, summary
+):
+    many = [*study_flags[:-1], '--seeds=12']
+    launch('ablate', *many, f'--workdir={tmp_path}/whole', check=0)
+    kills, draw = 0, random.Random(0)
+    while kills < 20:
+        folder = tmp_path / f'killed{kills}'
+        while kills < 20 and not (folder / 'summary.json').exists():
+            process = start('ablate', *many, f'--workdir={folder}')
+            time.sleep(draw.uniform(1.0, 7.0))
+            kills += process.poll() is None
+            process.kill()
+            process.communicate()
+        launch('ablate', *many, f'--workdir={folder}', check=0)
+        assert summary(folder) == summary(tmp_path / 'whole')
+
+
+def test_a_killed_workers_cells_go_to_the_others(
+    start, study, tmp_path, workers_in, study_flags, summary
+):
+    process = start('ablate', *study_flags, f'--workdir={tmp_path}', '--workers=2')
+    while not list(tmp_path.glob('cells/*.json')):
+        time.sleep(0.05)
+    workers_in(tmp_path)[0].kill()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert '1 of 2 workers died' in printed
+    assert summary(tmp_path) == summary(study[0])
+
+
+@pytest.mark.slow
+def test_on_ray_a_killed_worker_is_replaced_and_nothing_is_done_twice(
+    start, study, tmp_path, workers_in, study_flags, summary
+):
+    folder = tmp_path / 'ray'
+    process = start('ablate', *study_flags, f'--workdir={folder}', '--executor=ray', '--workers=2')
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob('cells/*.json'))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers_in(folder)[0].parent().kill()  # Ray's process
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    assert summary(folder) == summary(study[0])
+    done = [line for line in printed.splitlines() if line.startswith('[')]
+    assert len(done) == len(set(done)) == 15
+
+
+@pytest.mark.slow
+def test_slurm_tasks_and_pods_share_one_ledger(study_flags, study, tmp_path, summary):
+    pod = yaml.safe_load(JOB.read_text())['spec']['template']['spec']['containers'][0]
+    command = pod['args'][0].strip().splitlines()[-1].removeprefix('exec ')
+    pod_flags = [
+        flag for flag in shlex.split(command) if not flag.startswith(('--workdir', '--config'))
+    ]
+    tasks = [['bash', 'launch/slurm_ablation.sh']] * 2 + [pod_flags]
+    environment = os.environ | {'SLURM_SUBMIT_DIR': str(ROOT), 'CNN_JAX_VENV': sys.prefix}
+    running = [
+        subprocess.Popen(
+            [*task, *study_flags, f'--workdir={tmp_path}'],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for task in tasks
+    ]
+    assert [process.wait(timeout=240) for process in running] == [0, 0, 0]
+    assert summary(tmp_path) == summary(study[0])
+    totals = [json.loads(log.read_text().splitlines()[-1]) for log in tmp_path.glob('logs/*.log')]
+    assert len(totals) == 3
+    assert sum(total['cells'] for total in totals) == 15
+
+
+def test_the_kubernetes_job_follows_the_newest_schema():
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(yaml.safe_load(JOB.read_text()), version, strict=True)
