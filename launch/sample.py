@@ -1,6 +1,7 @@
 """Write a few images of a source as PNG files, named by their class: something to predict.
 
 python -m launch.sample --source=mnist_5k --count=6 --out=runs/images
+python -m launch.sample --source=mnist_5k --classes=4,9 --out=runs/images
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from launch import cli
 SOURCE = flags.DEFINE_string('source', 'mnist_5k', 'A source, as in config.data.source.')
 SPLIT = flags.DEFINE_string('split', 'test', 'A split of the source.')
 COUNT = flags.DEFINE_integer('count', 6, 'How many images.', lower_bound=1)
+CLASSES = flags.DEFINE_list('classes', [], 'Only images of these classes.')
 OUT = flags.DEFINE_string('out', None, 'The folder to write into.', required=True)
 
 
@@ -21,7 +23,7 @@ def main(_) -> int:
 
     from cnn_jax.data.source import open_source
 
-    source = open_source(SOURCE.value, split=SPLIT.value)
+    source = open_source(SOURCE.value, split=SPLIT.value, classes=tuple(CLASSES.value))
     folder = Path(OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = range(0, len(source), max(1, len(source) // COUNT.value))[: COUNT.value]

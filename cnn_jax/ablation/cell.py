@@ -52,7 +52,7 @@ def train_cells(
         for step, batch in of_phase.train(start, end):
             state, sums = phase.train(state, batch, values)
             pending.append(sums)
-            if not task.due(step):
+            if not task.due(step, configs[0].train.eval_every):
                 continue
             place = {'step': step, 'epoch': round(step / task.steps_per_epoch, 6)}
             trained, pending = [compiled.split(sums) for sums in pending], []
