@@ -81,7 +81,8 @@ def render(
         summary=summary,
         cost=spent,
         headline=headline or summary['name'],
-        details=[block.strip('\n') for block in details],
+        # An answer in an experiment's docstring is of an earlier run.
+        details=[block.strip('\n') for block in details if not block.startswith('Answer')],
         examples=max((arm['examples'] or 0 for arm in arms), default=0),
         methods=sorted(methods),
         effects=EFFECTS,
