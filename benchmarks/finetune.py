@@ -10,18 +10,16 @@ time in the same round.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from benchmarks import results
+from benchmarks.process import rotated, timed
 from cnn_jax.cache import cache_folder
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.load import load
@@ -52,8 +50,7 @@ def measure(rounds: int, peers: Path) -> str:
         contenders = contenders_of(folder, peers)
         runs = {name: [] for name in contenders}
         for number in range(rounds):
-            names = list(contenders)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
+            for name in rotated(contenders, number):
                 runs[name].append(contenders[name]())
                 print(f'round {number + 1} of {rounds}: {name}: {runs[name][-1]}', file=sys.stderr)
     reference = [run['seconds'] for run in runs['cnn_jax']]
@@ -152,22 +149,6 @@ def contenders_of(folder: Path, peers: Path):
         'Keras on JAX, features cached by hand': keras('jax', '--cached'),
         'Keras on TensorFlow, features cached by hand': keras('tensorflow', '--cached'),
     }
-
-
-def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
-    """Seconds, peak resident MB and the output of a whole process."""
-    began = time.perf_counter()
-    with tempfile.TemporaryFile('w+') as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        out.seek(0)
-        text = out.read()
-    if os.waitstatus_to_exitcode(status):
-        raise RuntimeError(f'{" ".join(command)} failed:\n{text[-2000:]}')
-    return seconds, usage.ru_maxrss / 1024, text
 
 
 if __name__ == '__main__':
