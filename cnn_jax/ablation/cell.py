@@ -36,57 +36,100 @@ def train_cells(
         correctly, as packed bits in hexadecimal), `seconds` (the cell's share), `parameters`,
         `steps`.
     """
-    began, task = time.perf_counter(), compiled.task
-    # What is missing to a full program is filled with repetitions, whose results are dropped.
-    wanted = len(configs)
-    configs = [*configs, *[configs[-1]] * (compiled.together - wanted)]
-    values = compiled.stack([values_of(config) for config in configs])
-    states = [compiled.phases[0].steps.init(config.seed) for config in configs]
-    parameters = sum(leaf.size for leaf in flatten(states[0].params).values())
-    data = [_Data(configs, compiled, phase, states, train, evaluation) for phase in compiled.phases]
-    state = compiled.stack(states)
-    curves, failures, pending = [[] for _ in configs], {}, []
-
-    for phase, of_phase, start, end in zip(compiled.phases, data, (0, *task.ends), task.ends):
-        state = phase.enter(state) if start else state
-        for step, batch in of_phase.train(start, end):
-            state, sums = phase.train(state, batch, values)
-            pending.append(sums)
-            if not task.due(step, configs[0].train.eval_every):
-                continue
-            place = {'step': step, 'epoch': round(step / task.steps_per_epoch, 6)}
-            trained, pending = [compiled.split(sums) for sums in pending], []
-            evaluated = _evaluate(compiled, phase, state, of_phase.eval(), values)
-            for i, curve in enumerate(curves):
-                steps = [sums[i] for sums in trained]
-                curve.append({**place, 'split': 'train', **_mean(steps)})
-                curve.append({**place, 'split': 'eval', **evaluated[i]})
-                if not np.isfinite([sums['objective'] for sums in steps]).all():
-                    failures.setdefault(i, f'the loss is not finite by step {step}')
-            if len(failures) == len(configs):
-                return [{'status': 'failed', 'reason': failures[i]} for i in range(wanted)]
-
-    phase, of_phase = compiled.phases[-1], data[-1]
-    final = {
-        split: _evaluate(compiled, phase, state, batches(), values)
-        for split, batches in (('train', of_phase.train_in_inference), ('eval', of_phase.eval))
-    }
-    correct = _correct(compiled, phase, state, of_phase.eval(), values)
-    seconds = (time.perf_counter() - began) / wanted
+    began = time.perf_counter()
+    runs = _Runs(configs, compiled, train, evaluation)
+    state = runs.train()
+    if runs.all_failed():
+        return [runs.failure(i) for i in range(len(configs))]
+    final = {split: runs.evaluate(-1, state, split) for split in ('train', 'eval')}
+    correct = runs.correct(state)
+    seconds = (time.perf_counter() - began) / len(configs)
     return [
-        {'status': 'failed', 'reason': failures[i]}
-        if i in failures
+        runs.failure(i)
+        if i in runs.failures
         else {
             'status': 'done',
             'metrics': {split: found[i] for split, found in final.items()},
-            'curves': curves[i],
+            'curves': runs.curves[i],
             'correct': np.packbits(correct[i]).tobytes().hex(),
             'seconds': seconds,
-            'parameters': parameters,
-            'steps': task.ends[-1],
+            'parameters': runs.parameters,
+            'steps': compiled.task.ends[-1],
         }
-        for i in range(wanted)
+        for i in range(len(configs))
     ]
+
+
+class _Runs:
+    """Cells in training: their values and data, and what was measured of each so far."""
+
+    def __init__(self, configs: Sequence[cfg.Config], compiled: Compiled, train, evaluation):
+        # A program that is not full repeats a cell; the repetitions' results are dropped.
+        configs = [*configs, *[configs[-1]] * (compiled.together - len(configs))]
+        self._compiled, self._eval_every = compiled, configs[0].train.eval_every
+        self._values = compiled.stack([values_of(config) for config in configs])
+        states = [compiled.phases[0].steps.init(config.seed) for config in configs]
+        self._data = [
+            _Data(configs, compiled, phase, states, train, evaluation) for phase in compiled.phases
+        ]
+        self._start = compiled.stack(states)
+        self.parameters = sum(leaf.size for leaf in flatten(states[0].params).values())
+        self.curves: list[list[Result]] = [[] for _ in configs]
+        self.failures: dict[int, str] = {}
+
+    def train(self) -> State:
+        """Train all phases, or until every cell has failed; the last state."""
+        task, state, pending = self._compiled.task, self._start, []
+        for number, phase in enumerate(self._compiled.phases):
+            state = phase.enter(state) if number else state
+            start, end = (0, *task.ends)[number], task.ends[number]
+            for step, batch in self._data[number].train(start, end):
+                state, sums = phase.train(state, batch, self._values)
+                pending.append(sums)
+                if task.due(step, self._eval_every):
+                    self._report(step, pending, self.evaluate(number, state, 'eval'))
+                    pending = []
+                    if self.all_failed():
+                        return state
+        return state
+
+    def _report(self, step: int, pending: list, evaluated: list[Result]) -> None:
+        """Add a point to each curve: training since the last one, and evaluation now."""
+        place = {'step': step, 'epoch': round(step / self._compiled.task.steps_per_epoch, 6)}
+        for i, sums in enumerate(zip(*map(self._compiled.split, pending))):
+            self.curves[i].append({**place, 'split': 'train', **_mean(sums)})
+            self.curves[i].append({**place, 'split': 'eval', **evaluated[i]})
+            if not np.isfinite([each['objective'] for each in sums]).all():
+                self.failures.setdefault(i, f'the loss is not finite by step {step}')
+
+    def all_failed(self) -> bool:
+        """Whether no cell is left to train."""
+        return len(self.failures) == len(self.curves)
+
+    def failure(self, i: int) -> Result:
+        """The result of a cell that failed."""
+        return {'status': 'failed', 'reason': self.failures[i]}
+
+    def evaluate(self, number: int, state: State, split: str) -> list[Result]:
+        """Each cell's metrics in inference, by the functions of phase `number`."""
+        batches = self._data[number].evaluate(split)
+        sums = sum_metrics(self._compiled.phases[number].evaluate, state, batches, self._values)
+        results = map(metrics.result, self._compiled.split(sums))
+        return [{**metrics.scalars(result), 'count': result['count']} for result in results]
+
+    def correct(self, state: State) -> list[np.ndarray]:
+        """Whether each evaluation example is classified correctly, for each cell."""
+        predict, split, parts = self._compiled.phases[-1].predict, self._compiled.split, []
+        for batch in self._data[-1].evaluate('eval'):
+            log_probs = split(predict(state, batch['image'], self._values))
+            facts = split({name: batch[name] for name in ('label', 'mask')})
+            parts.append(
+                [
+                    (np.argmax(output, axis=-1) == fact['label'])[fact['mask']]
+                    for output, fact in zip(log_probs, facts)
+                ]
+            )
+        return [np.concatenate(of_cell) for of_cell in zip(*parts)]
 
 
 class _Data:
@@ -104,48 +147,24 @@ class _Data:
                 reordered(evaluation, batch=size),
             )
             if phase.steps.cached:
-                splits = setup.features(config, compiled.description, compiled.task, state, *splits)
-            self._runs.append(splits)
+                task, description = compiled.task, compiled.description
+                splits = setup.features(config, description, task, state, *splits)
+            self._runs.append(dict(zip(('training', 'train', 'eval'), splits)))
 
     def train(self, start: int, end: int) -> Iterator[tuple[int, Any]]:
         """The numbers of the steps after `start` up to `end`, and their batches."""
-        batches = zip(*(train.train(start) for train, _, _ in self._runs))
+        batches = zip(*(run['training'].train(start) for run in self._runs))
         return zip(range(start + 1, end + 1), map(self._stack, batches))
 
-    def train_in_inference(self) -> Iterator[Any]:
-        """The training examples once, not augmented."""
-        return map(self._stack, zip(*(train.evaluate() for _, train, _ in self._runs)))
-
-    def eval(self) -> Iterator[Any]:
-        """The evaluation examples once."""
-        return map(self._stack, zip(*(split.evaluate() for _, _, split in self._runs)))
+    def evaluate(self, split: str) -> Iterator[Any]:
+        """The examples of a split, `train` or `eval`, once and not augmented."""
+        return map(self._stack, zip(*(run[split].evaluate() for run in self._runs)))
 
 
-def _mean(steps: list[metrics.Sums]) -> dict[str, float]:
+def _mean(steps: Sequence[metrics.Sums]) -> dict[str, float]:
     """Training loss and accuracy over some steps, with regularization on."""
     count = sum(int(sums['count']) for sums in steps)
     return {
         'loss': sum(float(sums['loss']) for sums in steps) / count,
         'accuracy': sum(int(np.trace(sums['confusion'])) for sums in steps) / count,
     }
-
-
-def _evaluate(compiled: Compiled, phase: Phase, state: State, batches, values) -> list[Result]:
-    sums = sum_metrics(phase.evaluate, state, batches, values)
-    results = map(metrics.result, compiled.split(sums))
-    return [{**metrics.scalars(result), 'count': result['count']} for result in results]
-
-
-def _correct(compiled: Compiled, phase: Phase, state: State, batches, values) -> list[np.ndarray]:
-    """Whether each example is classified correctly, for each run."""
-    parts = []
-    for batch in batches:
-        log_probs = compiled.split(phase.predict(state, batch['image'], values))
-        facts = compiled.split({name: batch[name] for name in ('label', 'mask')})
-        parts.append(
-            [
-                (np.argmax(output, axis=-1) == fact['label'])[fact['mask']]
-                for output, fact in zip(log_probs, facts)
-            ]
-        )
-    return [np.concatenate(of_run) for of_run in zip(*parts)]
