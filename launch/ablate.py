@@ -22,6 +22,7 @@ from pathlib import Path
 
 from absl import flags
 
+from cnn_jax.errors import UserError
 from launch import cli
 
 CONFIG = cli.define_config()
@@ -72,6 +73,8 @@ def main(_) -> int:
     if WORKER.value >= 0:
         return _work(folder, plan, workers, together)
     make_writable(folder)
+    if (folder / 'config.json').exists():
+        raise UserError(f'{folder} holds a run of launch.train; choose another --workdir')
     if RETRY.value and (ledger := read_ledger(folder, plan)):
         ledger.forget_failed()
     # JAX is not started here: the devices are the workers'.

@@ -27,7 +27,8 @@ def _check(ended: list[tuple[int, str]], still: bool) -> None:
             raise UserError(_last_line(text).removeprefix('error: '))
     if not still and all(code for code, _ in ended):
         code, text = ended[-1]
-        raise WorkerFailed(f'every worker died, the last one with {code}: {_last_line(text)}')
+        reason = _last_line(text).removeprefix('failed: ').removesuffix(' (--debug shows where)')
+        raise WorkerFailed(f'every worker died, the last one with {code}: {reason}')
 
 
 def _last_line(text: str) -> str:

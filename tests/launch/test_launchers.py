@@ -50,6 +50,14 @@ def test_evaluate_repeats_the_last_line_of_the_record(launch, tiny_run):
         assert (folder / name).read_bytes().startswith(b'\x89PNG')
 
 
+def test_sample_writes_images_of_the_classes_asked_for(launch, tmp_path):
+    flags = ('--source=digits', '--classes=4,9', '--count=4', f'--out={tmp_path}')
+    launch('sample', *flags, check=0)
+    names = [path.stem.split('_')[1] for path in tmp_path.glob('*.png')]
+    assert len(names) == 4
+    assert set(names) == {'4', '9'}
+
+
 def test_predict_classifies_what_can_be_read_and_reports_the_rest(launch, tiny_run, tmp_path):
     folder, _ = tiny_run
     launch('sample', '--source=digits', '--count=5', f'--out={tmp_path}', check=0)

@@ -86,3 +86,11 @@ def test_data_changed_between_two_starts_are_noticed(launch, mistake, tiny, tmp_
     next((images / '3').iterdir()).unlink()
     sentence = mistake('train', *flags, f'--workdir={tmp_path}/run')
     assert 'have changed since the run' in sentence
+
+
+def test_runs_and_ablations_do_not_share_a_folder(mistake, tiny, tiny_run, study_flags, tmp_path):
+    folder, _ = tiny_run
+    flags = (*study_flags, f'--workdir={folder}')
+    assert 'holds a run of launch.train' in mistake('ablate', *flags)
+    (tmp_path / 'ablation.json').touch()
+    assert 'holds an ablation' in mistake('train', *tiny, f'--workdir={tmp_path}')
