@@ -5,6 +5,12 @@ with the last block, the last two, or all five, at a tenth of its rate. Ten MNIS
 pixels; every arm takes the same steps.
 
   python -m launch.ablate --config=experiments/finetune_depth.py --workdir=runs/finetune_depth
+
+Answer (n = 3 seeds, 140 steps, 1,000 test images, 2026-11-24, two cores of a Zen 4 server, jaxlib
+0.10.2, 10 minutes beside other work; accuracy against `head alone`, which has 78.0%, in points,
+95% CI, Holm-corrected p): block 5 +8.3 (4.8 to 11.8, p = 0.009), blocks 4-5 +12.9 (11.8 to 13.9,
+p = 0.001), all blocks +13.7 (11.0 to 16.3, p = 0.004). Digits are far from ImageNet: training the
+last two blocks gives nearly all there is to gain.
 """
 
 from cnn_jax.config import Config
