@@ -28,6 +28,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.models.build import build
 
 BATCH = 32  # images computed at once
+ARITHMETIC = 2  # raised when the backbone computes other bits: features are never stale
 SHARD = 256  # examples a file: what a kill can lose, some seconds of work
 
 # In memory, and in a file: .npy knows no bfloat16, so its bits are kept.
@@ -92,6 +93,7 @@ class Extractor:
             'dtype': self.config.features.dtype,
             'augment': augment,
             'jax': jax.__version__,
+            'arithmetic': ARITHMETIC,
         }
         return digest(json.dumps(facts, sort_keys=True), *weights)
 
