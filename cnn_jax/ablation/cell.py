@@ -41,7 +41,7 @@ def train_cells(
     state = runs.train()
     if runs.all_failed():
         return [runs.failure(i) for i in range(len(configs))]
-    final = {split: runs.evaluate(-1, state, split) for split in ('train', 'eval')}
+    final = {'train': runs.evaluate(-1, state, 'train'), 'eval': runs.evaluated}
     correct = runs.correct(state)
     seconds = (time.perf_counter() - began) / len(configs)
     return [
@@ -75,6 +75,7 @@ class _Runs:
         self._start = compiled.stack(states)
         self.parameters = sum(leaf.size for leaf in flatten(states[0].params).values())
         self.curves: list[list[Result]] = [[] for _ in configs]
+        self.evaluated: list[Result] = []  # of the latest report; the last step has one
         self.failures: dict[int, str] = {}
 
     def train(self) -> State:
@@ -87,18 +88,19 @@ class _Runs:
                 state, sums = phase.train(state, batch, self._values)
                 pending.append(sums)
                 if task.due(step, self._eval_every):
-                    self._report(step, pending, self.evaluate(number, state, 'eval'))
+                    self.evaluated = self.evaluate(number, state, 'eval')
+                    self._report(step, pending)
                     pending = []
                     if self.all_failed():
                         return state
         return state
 
-    def _report(self, step: int, pending: list, evaluated: list[Result]) -> None:
+    def _report(self, step: int, pending: list) -> None:
         """Add a point to each curve: training since the last one, and evaluation now."""
         place = {'step': step, 'epoch': round(step / self._compiled.task.steps_per_epoch, 6)}
         for i, sums in enumerate(zip(*map(self._compiled.split, pending))):
             self.curves[i].append({**place, 'split': 'train', **_mean(sums)})
-            self.curves[i].append({**place, 'split': 'eval', **evaluated[i]})
+            self.curves[i].append({**place, 'split': 'eval', **self.evaluated[i]})
             if not np.isfinite([each['objective'] for each in sums]).all():
                 self.failures.setdefault(i, f'the loss is not finite by step {step}')
 
