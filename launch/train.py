@@ -11,7 +11,6 @@ manifest.json, metrics.jsonl, TensorBoard events, curves.png and checkpoints/.
 from pathlib import Path
 
 from cnn_jax import config as cfg
-from cnn_jax.errors import UserError
 from launch import cli
 
 CONFIG = cli.define_config()
@@ -28,8 +27,6 @@ def train(config: cfg.Config, folder: Path) -> int:
     """Run or continue the training in `folder`, printing what a person wants to see."""
     from cnn_jax.train import workdir
 
-    if (folder / 'ablation.json').exists():
-        raise UserError(f'{folder} holds an ablation; choose another --workdir')
     workdir.claim(folder, config)
     settings = cli.start(config.train.threads)
     print(settings)

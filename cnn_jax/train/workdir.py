@@ -37,9 +37,12 @@ def claim(folder: Path, config: cfg.Config) -> None:
     """Create the work directory, or check that it belongs to a run of the same config.
 
     Errors:
-        UserError: It cannot be written, or holds a run of another config (the difference is told).
+        UserError: It cannot be written, or holds an ablation, or a run of another config (the
+            difference is told).
     """
     make_writable(folder)
+    if (folder / 'ablation.json').exists():
+        raise UserError(f'{folder} holds an ablation; choose another --workdir')
     path = folder / 'config.json'
     if not path.exists():
         write_text(path, cfg.to_json(config))
