@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import gate, gemm, problem, results, workloads
+from benchmarks.process import rotated
 from benchmarks.worker import Worker
 
 # Name: its module, and whether it runs with the runtime settings. The last is the reference.
@@ -118,9 +119,8 @@ def interleave(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]
         once = worker.ask(run=WARM_STEPS)['seconds'] / WARM_STEPS
         counts[name] = max(3, round(TURN_SECONDS / once))
     seconds = {name: [] for name in workers}
-    names = list(workers)
     for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in rotated(workers, number):
             workers[name].ask(run=WARM_STEPS)
             taken = workers[name].ask(run=counts[name])['seconds']
             seconds[name].append(taken / counts[name])
