@@ -23,6 +23,11 @@ from cnn_jax.errors import UserError
 YNN_FLAG = 'xla_cpu_experimental_ynn_fusion_type'
 YNN_FLAGS = {(0, 10): f'--{YNN_FLAG}=-reduce,-individual_convolution'}
 
+# XLA's CPU compiler drops optimization barriers before it fuses, by this pass; `nn.stored` needs
+# them.
+PASSES_FLAG = 'xla_disable_hlo_passes'
+BARRIERS_FLAG = f'--{PASSES_FLAG}=cse_barrier_expander'
+
 ACCELERATOR_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin', 'libtpu')
 
 
@@ -104,17 +109,18 @@ def runs_on_cpu() -> bool:
 def _set_xla_flags(version: str) -> str:
     flags = os.environ.get('XLA_FLAGS', '')
     major, minor = version.split('.')[:2]
-    release = int(major), int(minor)
-    if release in YNN_FLAGS and YNN_FLAG not in flags:
-        flags = f'{flags} {YNN_FLAGS[release]}'.strip()
-        os.environ['XLA_FLAGS'] = flags
+    wanted = {YNN_FLAG: YNN_FLAGS.get((int(major), int(minor)), ''), PASSES_FLAG: BARRIERS_FLAG}
+    added = [flag for name, flag in wanted.items() if flag and name not in flags]
+    if added:
+        flags = os.environ['XLA_FLAGS'] = ' '.join([flags, *added]).strip()
     return flags
 
 
 def _keep_freed_memory() -> str:
     """Make glibc keep freed blocks: else every step maps its large temporaries anew.
 
-    Page faults cost a quarter of a step on CPU. Source: mallopt(3).
+    Page faults cost a quarter of a step on CPU. One arena, since another one's 64 MB heaps go back
+    to the system whole, whatever the thresholds. Source: mallopt(3).
     """
     if 'tcmalloc' in os.environ.get('LD_PRELOAD', '') or 'jemalloc' in os.environ.get(
         'LD_PRELOAD', ''
@@ -123,8 +129,9 @@ def _keep_freed_memory() -> str:
     if platform.libc_ver()[0] != 'glibc':
         return 'the system default'
     libc = ctypes.CDLL(None)
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
     done = [
+        libc.mallopt(m_arena_max, 1),
         libc.mallopt(m_mmap_max, 0),
         libc.mallopt(m_trim_threshold, 2**31 - 1),
         libc.mallopt(m_top_pad, 256 << 20),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+import optax
 import pytest
 
 from cnn_jax import losses, optim
@@ -145,3 +146,9 @@ def test_clipping_is_over_all_groups():
     gradient = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
     step, _ = rule.update(gradient, rule.init(weights), weights)
     np.testing.assert_allclose([step['a'][0], step['b'][0]], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_the_global_norm_is_optaxs():
+    rng = np.random.default_rng(0)
+    tree = {'a': rng.normal(size=(4, 5)).astype(np.float32), 'b': np.float32([3.0, -4.0])}
+    np.testing.assert_allclose(optim.global_norm(tree), optax.tree.norm(tree), rtol=1e-6)

@@ -1,9 +1,5 @@
 """Two-dimensional convolution, NHWC images and HWIO kernels."""
 
-import functools
-import itertools
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,9 +9,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.errors import UserError
+from cnn_jax.nn.channels import add_bias
+from cnn_jax.nn.conv_cpu import convolve
 from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
 
-FEW = 27  # numbers in a window: 3×3 taps of a colour image
 _PAD_MODE = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
 
 
@@ -51,72 +48,18 @@ def conv2d(
     if isinstance(padding, str) and padding in _PAD_MODE:
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode=_PAD_MODE[padding])
         pads = ((0, 0), (0, 0))
+    strides, dilations = pair(stride), pair(dilation)
     if groups == 1 and jax.default_backend() == 'cpu':
-        window = (pair(stride), tuple(pads), pair(dilation))
-        # Eigen, behind XLA on a CPU, is 5 to 100 times slower where the kernel outgrows the image,
-        if any(k > n for k, n in zip(kernel.shape, x.shape[1:3])):
-            return _by_matmul(x, kernel, *window)
-        # and 2 to 13 times slower than a fused sum where a window holds few numbers.
-        if math.prod(kernel.shape[:3]) <= FEW and x.dtype == jnp.float32:
-            return _by_sum(x, kernel, *window)
-    return _by_xla(x, kernel, pair(stride), pads, pair(dilation), groups)
-
-
-def _by_xla(x, kernel, stride, pads, dilation, groups=1):
+        return convolve(x, kernel, strides, tuple(pads), dilations)
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=stride,
+        window_strides=strides,
         padding=pads,
-        rhs_dilation=dilation,
+        rhs_dilation=dilations,
         feature_group_count=groups,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
-
-
-def _by_matmul(x, kernel, stride, pads, dilation):
-    """The same convolution as one product: the windows as rows, the kernel as a matrix."""
-    windows = jnp.concatenate(list(_shifted(x, kernel.shape, stride, pads, dilation)), axis=-1)
-    return windows @ kernel.reshape(-1, kernel.shape[-1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _by_sum(x, kernel, stride, pads, dilation):
-    """The same convolution as a sum over the window's numbers, which XLA fuses into one loop."""
-    taps = kernel.reshape(-1, *kernel.shape[2:])
-    terms = [
-        image[..., c : c + 1] * tap[c]
-        for image, tap in zip(_shifted(x, kernel.shape, stride, pads, dilation), taps)
-        for c in range(x.shape[-1])
-    ]
-    return sum(terms[1:], start=terms[0])
-
-
-def _by_sum_forward(x, kernel, *window):
-    return _by_sum(x, kernel, *window), (x, kernel)
-
-
-def _by_sum_backward(stride, pads, dilation, inputs, gradient):
-    # The sum's own gradients are slower than Eigen's convolutions.
-    _, pull_back = jax.vjp(lambda x, k: _by_xla(x, k, stride, pads, dilation), *inputs)
-    return pull_back(gradient)
-
-
-_by_sum.defvjp(_by_sum_forward, _by_sum_backward)
-
-
-def _shifted(x, kernel_shape, stride, pads, dilation):
-    """What each tap of the kernel sees: the padded images, moved and strided."""
-    # lax.pad, since explicit padding may be negative.
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(lo, hi, 0) for lo, hi in ((0, 0), *pads, (0, 0))])
-    taps = kernel_shape[:2]
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, taps)]
-    height, width = ((n - r) // s + 1 for n, r, s in zip(x.shape[1:3], reach, stride))
-    for p, q in itertools.product(*map(range, taps)):
-        top, left = p * dilation[0], q * dilation[1]
-        bottom = top + stride[0] * (height - 1) + 1
-        right = left + stride[1] * (width - 1) + 1
-        yield x[:, top : bottom : stride[0], left : right : stride[1]]
 
 
 class Conv(nn.Module):
@@ -171,4 +114,4 @@ class Conv(nn.Module):
             dilation=self.dilation,
             groups=self.groups,
         )
-        return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+        return y if bias is None else add_bias(y, bias)

@@ -1,9 +1,10 @@
 """Dropout whose rate may be a traced value."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
+
+from cnn_jax.nn.bits import random_bits
 
 _LEVELS = 2**16
 
@@ -15,10 +16,9 @@ def dropout(
 
     y = x · m / (1 − r), m ~ Bernoulli(1 − r); so E[y] = x and Var[y] = x² · r / (1 − r).
 
-    The mask compares 16 random bits with a threshold, half the random numbers of a uniform
-    float: r is rounded to a multiple of 2⁻¹⁶, and the rounded r also divides, so the mean
-    stays exact. Rates 0 (y is x, bit for bit; XLA may flush subnormals) and 1 (y is
-    zero) are exact, with their gradients.
+    The mask compares 16 random bits with a threshold: r is rounded to a multiple of 2⁻¹⁶, and the
+    rounded r also divides, so the mean stays exact. Rates 0 (y is x, bit for bit;
+    XLA may flush subnormals) and 1 (y is zero) are exact, with their gradients.
 
     Args:
         key: Random key; the same key gives the same mask.
@@ -27,14 +27,13 @@ def dropout(
 
     Source: Srivastava et al. 2014, "Dropout"; the division is the "inverted" form in use today.
     """
-    *batch, channels = x.shape
-    pairs = jax.random.bits(key, (*batch, (channels + 1) // 2), jnp.uint32)
-    bits = jnp.concatenate([pairs & (_LEVELS - 1), pairs >> 16], axis=-1)[..., :channels]
     kept = jnp.round((1 - jnp.asarray(rate, jnp.float32)) * _LEVELS).astype(jnp.uint32)
 
     compute = jnp.promote_types(x.dtype, jnp.float32)
     scale = _LEVELS / jnp.maximum(kept, 1).astype(compute)
-    return jnp.where(bits < kept, x.astype(compute) * scale, 0).astype(x.dtype)
+    return jnp.where(random_bits(key, x.shape) >> 16 < kept, x.astype(compute) * scale, 0).astype(
+        x.dtype
+    )
 
 
 class Dropout(nn.Module):

@@ -195,7 +195,7 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
             opt_state=opt_state,
             ema=ema,
         )
-        return new, sums | {'gradient_norm': optax.tree.norm(grads)}
+        return new, sums | {'gradient_norm': optim.global_norm(grads)}
 
     def outputs(state: State, images: Array, values: Values) -> Array:
         """Log class probabilities in inference, from the averaged weights where there are any."""

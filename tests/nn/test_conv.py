@@ -129,7 +129,74 @@ def test_gradients_agree_with_finite_differences(size, options):
     x, kernel = rng.normal(size=(2, *size, 4)), rng.normal(size=(3, 3, 4, 2))
     kernel = kernel[:, :, : 4 // options.get('groups', 1)]
     with jax.enable_x64(True):
-        check_grads(lambda x, k: jnp.sin(conv2d(x, k, **options)), (x, kernel), order=1)
+        check_grads(
+            lambda x, k: jnp.sin(conv2d(x, k, **options)), (x, kernel), order=1, modes=['rev']
+        )
+
+
+def plain(x, kernel, stride, padding, dilation):
+    """What XLA makes of the definition, its gradients included."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        stride,
+        resolve_padding(padding, x.shape[1:3], kernel.shape[:2], stride, dilation),
+        rhs_dilation=dilation,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=axes(1, 9),
+    kernel=axes(1, 4),
+    stride=axes(1, 3),
+    dilation=axes(1, 2),
+    padding=st.sampled_from(['VALID', 'SAME', 'SAME_TORCH', 2]),
+    channels=st.sampled_from([1, 4]),
+)
+def test_every_lowering_has_the_plain_ones_value_and_gradients(
+    size, kernel, stride, dilation, padding, channels
+):
+    window = (stride, padding, dilation)
+    try:
+        output_shape(size, kernel, stride, dilation, padding)
+    except UserError:
+        assume(False)
+    rng = np.random.default_rng(0)
+    x, taps = rng.normal(size=(2, *size, channels)), rng.normal(size=(*kernel, channels, 3))
+
+    def outcome(convolve, dtype):
+        def loss(x, taps):
+            y = convolve(x, taps)
+            return jnp.sum(jnp.sin(y)), y
+
+        grad = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        (_, y), grads = grad(x.astype(dtype), taps.astype(dtype))
+        return y, *grads
+
+    def ours(x, taps):
+        return conv2d(x, taps, stride=stride, padding=padding, dilation=dilation)
+
+    with jax.enable_x64(True):
+        exact = outcome(lambda x, taps: plain(x, taps, *window), np.float64)
+        for dtype, tolerance in ((np.float64, 1e-11), (np.float32, 2e-4)):
+            for a, b in zip(outcome(ours, dtype), exact, strict=True):
+                assert a.dtype == dtype
+                np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_many_models_at_once_and_steps_in_a_loop_agree_with_one_by_one(stride):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
+    kernels = rng.normal(size=(3, 3, 3, 4, 5)).astype(np.float32)
+    gradient = jax.grad(lambda k, x: jnp.sum(jnp.sin(conv2d(x, k, stride=stride))))
+    one_by_one = np.stack([gradient(k, x) for k in kernels])
+    at_once = jax.vmap(gradient, (0, None))(kernels, x)
+    in_a_loop = jax.lax.map(lambda k: gradient(k, x), kernels)
+    for found in (at_once, in_a_loop):
+        np.testing.assert_allclose(found, one_by_one, rtol=1e-4, atol=1e-4)
 
 
 def test_parameters_have_keras_names_shapes_and_are_float32():

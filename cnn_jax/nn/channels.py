@@ -1,0 +1,29 @@
+"""Sums over all that shares a channel: gradients of biases, statistics of batches."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def channel_sums(x: Float[Array, '... c']) -> Float[Array, ' c']:
+    """The sum over every axis but the last.
+
+    On a CPU down whole rows of images first: XLA adds up long contiguous rows 2 to 10 times faster
+    than channels, one by one.
+    """
+    if x.ndim < 3 or jax.default_backend() != 'cpu':
+        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+    *_, width, channels = x.shape
+    rows = x.reshape(-1, width * channels)
+    row = lax.reduce(rows, jnp.zeros((), x.dtype), lax.add, (0,))
+    return jnp.sum(row.reshape(width, channels), axis=0)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, '... c'], bias: Float[Array, ' c']) -> Float[Array, '... c']:
+    """x + bias; reverse-mode differentiable, the gradient of the bias by `channel_sums`."""
+    return x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, dy: (dy, channel_sums(dy)))
