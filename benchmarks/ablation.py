@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import gate, problem, results, workloads
+from benchmarks import cli, gate, problem, results, workloads
 from benchmarks.ablation_contenders import (
     CACHED,
     OURS,
@@ -202,7 +202,4 @@ def gate_problem(config: cfg.Config) -> problem.Problem:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except gate.Disagreement as error:
-        sys.exit(f'failed: {error}')
+    cli.run(main)

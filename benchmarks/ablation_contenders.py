@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.entrants import interpreter
 from benchmarks.process import pooled, timed
 from cnn_jax import config as cfg
 from cnn_jax import runtime
@@ -54,8 +55,7 @@ class Peer:
 
     def command(self, peers: Path) -> list[str]:
         """The command but for its options."""
-        python = peers / self.home / 'bin' / 'python' if self.home else sys.executable
-        return [str(python), '-m', f'benchmarks.{self.module}']
+        return [interpreter(peers, self.home), '-m', f'benchmarks.{self.module}']
 
 
 def xla_flags() -> str:

@@ -2,154 +2,211 @@
 
   bash benchmarks/setup_peers.sh
   python -m benchmarks.finetune --rounds=2 --out=benchmarks/RESULTS.md
+  python -m benchmarks.finetune --contenders='cnn_jax,by hand'
 
 Every contender starts from nothing: the interpreter, the images on disk, the same ImageNet
-weights, no cached features. Contenders take turns in every round. Ratios are to this project's
-time in the same round.
+weights, no cached features. First the losses of a few steps must agree. Contenders take turns in
+every round.
 """
 
-import argparse
 import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks import results
+from benchmarks import cli, gate, interleaved, problem, results, workloads
+from benchmarks.entrants import Entrant, interpreter, keras_on, matching
 from benchmarks.process import rotated, timed
 from cnn_jax.cache import cache_folder
 from cnn_jax.params import flatten
-from cnn_jax.pretrained.load import load
+from cnn_jax.pretrained.load import Pretrained, load
+from experiments import finetune_vgg16
 
-COUNT, SIZE = {'train': 50, 'test': 25}, 224  # of each class
-KERAS = Path(__file__).with_name('keras_finetune.py')
+COUNT = {'train': 50, 'test': 25}  # of each class
+OURS = 'cnn_jax'
+BY_HAND = ', features cached by hand'
+PEERS = {
+    'Keras on JAX': keras_on('jax', 'benchmarks.keras_finetune'),
+    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_finetune'),
+    'PyTorch': Entrant('benchmarks.torch_finetune', 'pytorch'),
+}
+GATE_STEPS = 5
+COMPUTED = ('features', 'images', 'index', 'compiled')  # of the cache; the rest is downloaded
 
 
 def main() -> None:
     """Measure."""
-    parser = argparse.ArgumentParser('benchmarks.finetune', description=__doc__)
-    parser.add_argument('--rounds', type=int, default=2)
-    parser.add_argument('--peers', type=Path, default=Path('.bench'), help='of setup_peers.sh')
-    parser.add_argument('--out', type=Path, help='results file whose section is replaced')
-    arguments = parser.parse_args()
-    body = measure(arguments.rounds, arguments.peers)
-    print(body)
-    if arguments.out:
-        results.write_section(arguments.out, 'Fine-tuning VGG16', body)
+    given = cli.parser('benchmarks.finetune', __doc__, rounds=2).parse_args()
+    body = measure(given.rounds, given.peers, cli.words(given.contenders))
+    cli.publish('Fine-tuning VGG16', body, given.out)
 
 
-def measure(rounds: int, peers: Path) -> str:
-    """The table, as Markdown."""
+def measure(rounds: int, peers: Path, words: list[str]) -> str:
+    """The table, as Markdown.
+
+    Args:
+        rounds: How often each contender has its turn.
+        peers: The folder of the peers' environments.
+        words: Of the contenders' names; none for all. This project takes part in any case.
+
+    Errors:
+        gate.Disagreement: The contenders' losses differ.
+    """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_photographs(folder / 'photos')
-        np.savez(folder / 'vgg16.npz', **flatten(load('auto').params))
+        weights = load('auto')
+        np.savez(folder / 'vgg16.npz', **flatten(weights.params))
         contenders = contenders_of(folder, peers)
-        runs = {name: [] for name in contenders}
+        names = matching(contenders, words)
+        names = names if OURS in names else [OURS, *names]  # the warm one reads what it leaves
+        gated = [name for name in PEERS if any(each.startswith(name) for each in names)]
+        for name in gated:
+            interpreter(peers, PEERS[name].home)
+        versions, difference = pass_gate(folder, peers, weights, gated)
+        runs = {name: [] for name in names}
         for number in range(rounds):
-            for name in rotated(contenders, number):
+            for name in rotated(names, number):
                 runs[name].append(contenders[name]())
                 print(f'round {number + 1} of {rounds}: {name}: {runs[name][-1]}', file=sys.stderr)
-    reference = [run['seconds'] for run in runs['cnn_jax']]
+    seconds = {name: [run['seconds'] for run in taken] for name, taken in runs.items()}
+    reference = interleaved.best(seconds, [n for n in names if not n.startswith(OURS)] or names)
     rows = [
         [
             name,
-            results.quartiles([run['seconds'] for run in taken]),
-            results.quartiles([run['seconds'] / r for run, r in zip(taken, reference)], 2),
+            results.quartiles(seconds[name]),
+            results.quartiles(interleaved.ratios(seconds[name], seconds[reference]), 2),
             f'{np.median([run["epoch"] for run in taken]):.2f}',
             f'{np.median([run["peak"] for run in taken]):,.0f}',
             f'{np.median([run["accuracy"] for run in taken]):.2f}',
         ]
         for name, taken in runs.items()
     ]
-    header = ('contender', 'whole process, s', 'of cnn_jax', 'an epoch, s', 'peak MB', 'accuracy')
-    return '\n'.join(
-        [
-            results.conditions('jax', 'jaxlib', 'flax', 'optax'),
-            '',
-            f'100 photographs of {SIZE}×{SIZE} for training and 50 for validation after each of '
-            f'10 epochs, batch 32, float32. Median [quartiles] of {rounds} interleaved rounds.',
-            'An epoch: the median after the first, validation included.',
-            '',
-            results.table(header, rows),
-        ]
+    columns = (
+        'contender',
+        'whole process, s',
+        results.OF_BEST,
+        'an epoch, s',
+        'peak MB',
+        'accuracy',
     )
+    return f"""{results.conditions('jaxlib', 'flax', 'optax')}, {', '.join(versions)}
+
+100 photographs of 224×224 for training and 50 for validation after each of 10 epochs, batch 32,
+float32. Median [quartiles] of {rounds} interleaved rounds. {results.of_best(reference)}
+An epoch: the median after the first, validation included.
+The losses of the first {GATE_STEPS} steps without dropout agree within {difference:.0e} of their
+mean.
+
+{results.table(columns, rows)}
+"""
+
+
+def pass_gate(
+    folder: Path, peers: Path, weights: Pretrained, names: list[str]
+) -> tuple[list[str], float]:
+    """The versions of all, and how far the losses of the named peers are from this project's.
+
+    Errors:
+        gate.Disagreement: They differ.
+    """
+    config = finetune_vgg16.get_config()
+    config.data.batch = 8
+    # Two batches, both classes in each.
+    paths = sorted((folder / 'photos' / 'train').glob('*/*'))[:: 2 * COUNT['train'] // 16][:16]
+    order = np.arange(16).reshape(8, 2).T
+    made = workloads.problem(
+        config,
+        {'kind': weights.preprocessing.name},
+        np.stack([np.asarray(Image.open(path)) for path in paths])[order],
+        np.array([path.parent.name == 'flower' for path in paths], np.int32)[order],
+        classes=2,
+        known={f'backbone/{path}': value for path, value in flatten(weights.params).items()},
+    )
+    # Small logits: Keras clips the probabilities of large ones.
+    made.weights['head/logits/kernel'] *= 1e-3
+    file = folder / 'gate.npz'
+    problem.write(made, file)
+    entrants = {OURS: Entrant('benchmarks.ours', settings=True)}
+    losses, versions = {}, []
+    for name, entrant in (entrants | {name: PEERS[name] for name in names}).items():
+        worker = entrant.worker(file, peers, folder / 'cache_of_gate')
+        try:
+            losses[name] = worker.ask(losses=GATE_STEPS)['losses']
+            versions.append(worker.version)
+        finally:
+            worker.close()
+    return versions, gate.check(losses)
 
 
 def make_photographs(folder: Path) -> None:
-    """JPEG crops of two photographs, one a class: scikit-learn's china.jpg and flower.jpg."""
-    from sklearn.datasets import load_sample_image
-
+    """JPEG crops of two photographs, one a class."""
     draw = np.random.default_rng(0)
-    for name in ('china', 'flower'):
-        whole = load_sample_image(f'{name}.jpg')
+    for name in workloads.PHOTOGRAPHS:
         for split, count in COUNT.items():
             (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                top = draw.integers(0, whole.shape[0] - SIZE)
-                left = draw.integers(0, whole.shape[1] - SIZE)
-                crop = whole[top : top + SIZE, left : left + SIZE]
+            for i, crop in enumerate(workloads.crops(name, count, draw)):
                 Image.fromarray(crop).save(folder / split / name / f'{i}.jpg', quality=92)
 
 
-def contenders_of(folder: Path, peers: Path):
+def contenders_of(folder: Path, peers: Path) -> dict[str, Callable[[], dict[str, float]]]:
     """What runs, by name: functions that return seconds, an epoch's, peak MB and accuracy."""
 
-    def ours(*flags, warm=False):
-        def run():
+    def ours(*flags: str, warm: bool = False, cache: str = 'cache'):
+        def run() -> dict[str, float]:
             work = folder / 'work'
             shutil.rmtree(work, ignore_errors=True)
             if not warm:
-                for part in ('features', 'images', 'index'):
-                    shutil.rmtree(folder / 'cache' / part, ignore_errors=True)
+                for part in COMPUTED:
+                    shutil.rmtree(folder / cache / part, ignore_errors=True)
             command = [
                 *(sys.executable, '-m', 'launch.train', f'--workdir={work}'),
                 '--config=experiments/finetune_vgg16.py',
                 f'--config.data.source=folder:{folder / "photos"}',
                 *flags,
             ]
-            seconds, peak, _ = timed(command, {'CNN_JAX_CACHE': str(folder / 'cache')})
+            seconds, peak, _ = timed(command, {'CNN_JAX_CACHE': str(folder / cache)})
             lines = (work / 'timing.jsonl').read_text().splitlines()
             epochs = [json.loads(line) for line in lines][1:]
-            epoch = np.median(
-                [100 / e['images_per_second'] + e['evaluation_seconds'] for e in epochs]
-            )
+            each = [100 / e['images_per_second'] + e['evaluation_seconds'] for e in epochs]
             last = json.loads((work / 'metrics.jsonl').read_text().splitlines()[-1])
             return {
                 'seconds': seconds,
-                'epoch': float(epoch),
+                'epoch': float(np.median(each)),
                 'peak': peak,
                 'accuracy': last['accuracy'],
             }
 
         return run
 
-    def keras(backend, *options):
-        def run():
-            python = peers / f'keras_{backend}' / 'bin' / 'python'
-            command = [str(python), str(KERAS), str(folder / 'photos'), str(folder / 'vgg16.npz')]
-            seconds, peak, text = timed([*command, *options], {'KERAS_BACKEND': backend})
+    def of(peer: Entrant, *options: str):
+        def run() -> dict[str, float]:
+            python = interpreter(peers, peer.home)
+            command = [python, '-m', peer.module, str(folder / 'photos'), str(folder / 'vgg16.npz')]
+            seconds, peak, text = timed([*command, *options], peer.environment)
             epoch, accuracy = map(float, text.split()[-2:])
             return {'seconds': seconds, 'epoch': epoch, 'peak': peak, 'accuracy': accuracy}
 
         return run
 
-    shutil.copytree(cache_folder(), folder / 'cache', ignore=shutil.ignore_patterns(
-        'features', 'images', 'index', 'compiled'
-    ))  # fmt: skip
+    # The warm runs read what the cold ones left, so the uncached ones may not empty that.
+    for cache in ('cache', 'cache_of_never'):
+        shutil.copytree(cache_folder(), folder / cache, ignore=shutil.ignore_patterns(*COMPUTED))
     return {
-        'cnn_jax': ours(),
-        'cnn_jax, features in the cache': ours(warm=True),
-        'cnn_jax, features.cache=never': ours('--config.features.cache=never'),
-        'Keras on JAX': keras('jax'),
-        'Keras on TensorFlow': keras('tensorflow'),
-        'Keras on JAX, features cached by hand': keras('jax', '--cached'),
-        'Keras on TensorFlow, features cached by hand': keras('tensorflow', '--cached'),
+        OURS: ours(),
+        f'{OURS}, features in the cache': ours(warm=True),
+        f'{OURS}, features.cache=never': ours(
+            '--config.features.cache=never', cache='cache_of_never'
+        ),
+        **{name: of(peer) for name, peer in PEERS.items()},
+        **{name + BY_HAND: of(peer, '--cached') for name, peer in PEERS.items()},
     }
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(main)

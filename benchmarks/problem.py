@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width and convolutions of each block
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -58,3 +60,35 @@ def read(path: Path) -> Problem:
         }
         facts = json.loads(str(file['facts']))
         return Problem(images=file['images'], labels=file['labels'], weights=weights, **facts)
+
+
+def prepared(problem: Problem) -> np.ndarray:
+    """The images as float32, for those who prepare them once and keep them in memory."""
+    x = problem.images.astype(np.float32)
+    if problem.preprocessing['kind'] == 'caffe':
+        return caffe(x)
+    mean, std = (np.array(problem.preprocessing[name], np.float32) for name in ('mean', 'std'))
+    return (x / 255 - mean) / std
+
+
+def caffe(x: np.ndarray) -> np.ndarray:
+    """Red, green and blue from 0 to 255 as VGG16 takes them: blue first, centred."""
+    return x[..., ::-1] - np.array([103.939, 116.779, 123.68], np.float32)
+
+
+def kernels(problem: Problem) -> dict[str, np.ndarray]:
+    """The initial kernels by their layer's name; every bias starts at 0 and every scale at 1."""
+    return {
+        path.split('/')[-2]: value
+        for path, value in problem.weights.items()
+        if path.endswith('/kernel')
+    }
+
+
+def backbone_weights(problem: Problem) -> dict[str, np.ndarray]:
+    """The initial weights of the frozen convolutions, without that prefix of their paths."""
+    return {
+        path.removeprefix('backbone/'): value
+        for path, value in problem.weights.items()
+        if path.startswith('backbone/')
+    }

@@ -17,6 +17,18 @@ A timing is a ratio within one interleaved run on the same cores, after a check 
 all contenders agree. What loses is printed, too.
 """
 
+OF_BEST = 'of the best peer'  # the column of ratios
+
+
+def of_best(reference: str) -> str:
+    """Which peer that is, in a sentence."""
+    return f'The best peer is {reference}; ratios are taken within a round.'
+
+
+def left_out(names: Sequence[str]) -> str:
+    """A line about contenders that compile where there is no compiler, or nothing."""
+    return f'Left out for want of a C++ compiler: {", ".join(names)}.\n' if names else ''
+
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, the first column to the left and the others to the right."""

@@ -1,135 +1,119 @@
-"""A training step against stock Flax, each with and without the runtime settings.
+"""A training step of this project and of its peers.
 
-  python -m benchmarks.step --workload=strided96 --rounds=20 --out=benchmarks/RESULTS.md
+  bash benchmarks/setup_peers.sh
+  python -m benchmarks.step --workload=strided96 --rounds=10 --out=benchmarks/RESULTS.md
+  python -m benchmarks.step --workload=small28 --contenders=cnn_jax,PyTorch
 
 The same network, weights, optimizer, batches and dtype, dropout and batch normalization on. Each
-contender lives in a process of its own; in every round each runs its steps in turn.
+contender lives in a process of its own, with all cores; in every round each runs its steps in
+turn. First the losses of all must agree.
 """
 
-import argparse
-import sys
+import functools
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import gate, gemm, problem, results, workloads
-from benchmarks.process import rotated
-from benchmarks.worker import Worker
+from benchmarks import cli, gate, gemm, interleaved, problem, results, workloads
+from benchmarks.entrants import Entrant, chosen, keras_on
 
-# Name: its module, and whether it runs with the runtime settings. The last is the reference.
-CONTENDERS = {
-    'cnn_jax, runtime settings': ('benchmarks.ours', True),
-    'cnn_jax without settings': ('benchmarks.ours', False),
-    'stock Flax, runtime settings': ('benchmarks.stock_flax', True),
-    'stock Flax': ('benchmarks.stock_flax', False),
+# Flax with this project's settings shows what these are worth; nobody has it so.
+OURS = {
+    'cnn_jax': Entrant('benchmarks.ours', settings=True),
+    'cnn_jax without runtime settings': Entrant('benchmarks.ours'),
+    'Flax with our runtime settings': Entrant('benchmarks.stock_flax', settings=True),
 }
-REFERENCE = 'stock Flax'
+PEERS = {
+    'Flax': Entrant('benchmarks.stock_flax'),
+    'Keras on JAX': keras_on('jax', 'benchmarks.keras_step'),
+    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_step'),
+    'Keras on PyTorch': keras_on('torch', 'benchmarks.keras_step'),
+    'PyTorch': Entrant('benchmarks.torch_step', 'pytorch'),
+    'PyTorch, channels_last': Entrant('benchmarks.torch_step:channels_last', 'pytorch'),
+    'PyTorch, torch.compile': Entrant('benchmarks.torch_step:compiled', 'pytorch', compiler=True),
+}
 PEAK = 'matrix product'
+YARDSTICK = Entrant('benchmarks.gemm', settings=True)
 GATE_STEPS = 20
-WARM_STEPS = 2  # not timed: another process has had the caches
-TURN_SECONDS = 1.0
+TOLERANCE = 1e-4  # half more of the learning rate is 4e-4 off, a tenth more of L2 6e-3
 
 
 def main() -> None:
     """Measure one workload."""
-    parser = argparse.ArgumentParser('benchmarks.step', description=__doc__)
+    parser = cli.parser('benchmarks.step', __doc__, rounds=10)
     parser.add_argument('--workload', choices=workloads.STEPS, default='strided96')
-    parser.add_argument('--rounds', type=int, default=20)
     parser.add_argument('--batch', type=int, default=0, help="0: the experiment's own")
-    parser.add_argument('--out', type=Path, help='results file whose section is replaced')
-    arguments = parser.parse_args()
-    body = measure(arguments.workload, arguments.rounds, arguments.batch)
-    print(body)
-    if arguments.out:
-        results.write_section(arguments.out, f'Training step: {arguments.workload}', body)
+    given = parser.parse_args()
+    body = measure(
+        given.workload, given.rounds, given.peers, cli.words(given.contenders), given.batch
+    )
+    cli.publish(f'Training step: {given.workload}', body, given.out)
 
 
-def measure(workload: str, rounds: int, batch: int = 0) -> str:
+def measure(workload: str, rounds: int, peers: Path, words: list[str], batch: int = 0) -> str:
     """The table of a workload, as Markdown.
 
     Args:
         workload: In `workloads.STEPS`.
         rounds: How often each contender has its turn.
+        peers: The folder of the peers' environments.
+        words: Of the contenders' names; none for all.
         batch: Examples a step; 0 is the experiment's own number.
 
     Errors:
         gate.Disagreement: The contenders' losses differ.
     """
     made = workloads.step_problem(workload, batch)
+    entrants, left_out = chosen(OURS | PEERS, words, peers)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'problem.npz'
         problem.write(made, path)
-        workers = {}
-        try:
-            for name, (module, settings) in (
-                CONTENDERS | {PEAK: ('benchmarks.gemm', True)}
-            ).items():
-                # Of its own, so that every first step is a cold one.
-                cache = {'CNN_JAX_CACHE': str(Path(folder) / str(len(workers)))}
-                workers[name] = Worker(module, path, settings=settings, environment=cache)
-            losses = {name: workers[name].ask(losses=GATE_STEPS)['losses'] for name in CONTENDERS}
-            difference = gate.check(losses)
-            seconds = interleave(workers, rounds)
-        finally:
-            memory = {name: worker.close() for name, worker in workers.items()}
+        found = interleaved.measure(
+            entrants | {PEAK: YARDSTICK},
+            path,
+            peers,
+            rounds=rounds,
+            numbers=GATE_STEPS,
+            check=functools.partial(gate.check, tolerance=TOLERANCE),
+        )
     flops = workloads.training_flops(made)
-    peak = gemm.FLOPS / min(seconds[PEAK])
+    peak = gemm.FLOPS / min(found.seconds[PEAK])
+    reference = interleaved.best(found.seconds, [n for n in entrants if n in PEERS] or [*entrants])
     rows = [
         [
             name,
-            results.quartiles([1e3 * each for each in seconds[name]]),
-            results.quartiles(ratios(seconds[name], seconds[REFERENCE]), digits=2),
-            f'{flops / np.median(seconds[name]) / peak:.0%}',
-            f'{workers[name].first_step:.1f}',
-            f'{memory[name] / 1e6:,.0f}',
+            results.quartiles([1e3 * each for each in found.seconds[name]]),
+            results.quartiles(
+                interleaved.ratios(found.seconds[name], found.seconds[reference]), digits=2
+            ),
+            f'{flops / np.median(found.seconds[name]) / peak:.0%}',
+            f'{found.first_step[name]:.1f}',
+            f'{found.peak[name]:,.0f}',
         ]
-        for name in CONTENDERS
+        for name in entrants
     ]
     columns = (
         'contender',
         'ms a step',
-        'of stock Flax',
+        results.OF_BEST,
         'of GEMM peak',
         'first step, s',
         'peak MB',
     )
     _, size, *shape = made.images.shape
-    return f"""{results.conditions('jax', 'jaxlib', 'flax', 'optax')}
+    return f"""{results.conditions('jaxlib', 'optax')}, {', '.join(found.versions)}
 
 {'×'.join(map(str, shape))}, batch {size}, float32, Adam; {flops / 1e9:.2f} GFLOP a step.
-Median [quartiles] of {rounds} interleaved rounds; ratios are taken within a round.
+Median [quartiles] of {rounds} interleaved rounds. {results.of_best(reference)}
 GEMM peak: {peak / 1e9:.0f} GFLOP/s, the best of a {gemm.SIZE}² float32 product in the same rounds.
 First step: from the process's start, with nothing compiled before.
-The losses of the first {GATE_STEPS} steps without dropout agree within {difference:.0e}, relative.
-
+The losses of the first {GATE_STEPS} steps without dropout agree within {found.checked:.0e} of their
+mean.
+{results.left_out(left_out)}
 {results.table(columns, rows)}
 """
 
 
-def ratios(seconds: list[float], reference: list[float]) -> list[float]:
-    """Of two contenders, round by round."""
-    return [a / b for a, b in zip(seconds, reference, strict=True)]
-
-
-def interleave(workers: dict[str, Worker], rounds: int) -> dict[str, list[float]]:
-    """Seconds a step of every worker, one figure a round; the order rotates."""
-    counts = {}
-    for name, worker in workers.items():
-        once = worker.ask(run=WARM_STEPS)['seconds'] / WARM_STEPS
-        counts[name] = max(3, round(TURN_SECONDS / once))
-    seconds = {name: [] for name in workers}
-    for number in range(rounds):
-        for name in rotated(workers, number):
-            workers[name].ask(run=WARM_STEPS)
-            taken = workers[name].ask(run=counts[name])['seconds']
-            seconds[name].append(taken / counts[name])
-        print(f'round {number + 1} of {rounds}', file=sys.stderr)
-    return seconds
-
-
 if __name__ == '__main__':
-    try:
-        main()
-    except gate.Disagreement as error:
-        sys.exit(f'failed: {error}')
+    cli.run(main)

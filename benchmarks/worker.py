@@ -1,13 +1,14 @@
 """A contender in a process of its own, so that each has its own XLA flags and allocator.
 
-A contender is a module with `start(problem) -> Contender`. The process reads one JSON request a
-line: `{"losses": n}` returns the losses of the first n steps without dropout, `{"run": n}` the
-seconds that n more steps take, with dropout.
+A contender is a module with `start(problem) -> Contender`, or `module:function`. The process reads
+one JSON request a line: `{"losses": n}` returns the losses of the first n steps without dropout,
+`{"run": n}` the seconds that n more steps take, with dropout.
 
-  python -m benchmarks.worker MODULE PROBLEM.npz [--settings]
+  python -m benchmarks.worker MODULE[:FUNCTION] PROBLEM.npz [--settings]
 """
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -29,7 +30,8 @@ class Contender:
     """What a contender does.
 
     Attributes:
-        losses: The losses of the first steps from the problem's weights, without dropout.
+        losses: The numbers that must be the others': the losses of the first steps from the
+            problem's weights, without dropout; where nothing is trained, the first outputs.
         run: Some more training steps with dropout; returns when they are done.
         version: Of what it is made of.
     """
@@ -39,11 +41,28 @@ class Contender:
     version: str
 
 
+def forward(compute: Callable[[Any], Any], batches: list, version: str) -> Contender:
+    """A contender that computes outputs of batches in turn.
+
+    Args:
+        compute: A batch to its outputs as an array, computed when it returns.
+        batches: In the contender's own type.
+        version: Of what it is made of.
+    """
+    endless = itertools.cycle(batches)
+
+    def run(count: int) -> None:
+        for batch in itertools.islice(endless, count):
+            compute(batch)
+
+    return Contender(lambda count: compute(batches[0]).ravel()[:count].tolist(), run, version)
+
+
 class Worker:
     """The process, seen from the one that measures.
 
     Args:
-        module: The contender's.
+        module: The contender's, `module` or `module:function`.
         problem: A file of `benchmarks.problem`.
         settings: Whether `cnn_jax.runtime.prepare` is called first.
         python: The interpreter of the contender's environment.
@@ -120,7 +139,7 @@ def serve(contender: Contender, answers) -> None:
 
 
 def main(module: str, problem: str, *options: str) -> None:
-    """Run the contender `module`."""
+    """Run the contender `module` or `module:function`."""
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what libraries print must not stand between the answers
     if '--settings' in options:
@@ -129,7 +148,9 @@ def main(module: str, problem: str, *options: str) -> None:
         runtime.prepare()
     from benchmarks.problem import read
 
-    serve(importlib.import_module(module).start(read(Path(problem))), answers)
+    name, _, function = module.partition(':')
+    start = getattr(importlib.import_module(name), function or 'start')
+    serve(start(read(Path(problem))), answers)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -12,12 +13,15 @@ from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.models.build import build
 from cnn_jax.models.summary import layers
-from experiments import small, strided
+from cnn_jax.pretrained.load import Pretrained
+from experiments import finetune_vgg16, small, strided
 
 BATCHES = 20
-# Adam's first steps are of this size in every direction, rounding errors' too: a larger one would
-# make the losses of equal networks part within a few steps.
-LEARNING_RATE = 1e-4
+# Adam's first steps are of this size in every direction, rounding errors' too: at 1e-4 the losses
+# of equal networks part by 5e-4 within 20 steps, at this rate by 2e-5.
+LEARNING_RATE = 1e-5
+
+PHOTOGRAPHS, SIZE = ('china', 'flower'), 224
 
 # Name: the experiment whose network and optimizer it has, height and width, channels, classes.
 STEPS = {
@@ -51,6 +55,35 @@ def step_problem(name: str, batch: int = 0) -> Problem:
         'channels': channels,
     }
     return problem(config, standardize, images, labels, classes)
+
+
+def features_problem(batch: int, weights: Pretrained) -> Problem:
+    """Two batches of crops of photographs for the frozen convolutions of VGG16.
+
+    Args:
+        batch: Images each.
+        weights: The convolutions'.
+    """
+    draw = np.random.default_rng(0)
+    images = np.stack([each for name in PHOTOGRAPHS for each in crops(name, batch, draw)])
+    return Problem(
+        dataclasses.asdict(finetune_vgg16.get_config()),
+        {'kind': weights.preprocessing.name},
+        images.reshape(batch, 2, *images.shape[1:]).swapaxes(0, 1),  # both in each batch
+        np.zeros((2, batch), np.int32),
+        2,
+        {f'backbone/{path}': value for path, value in params.flatten(weights.params).items()},
+    )
+
+
+def crops(name: str, count: int, draw: np.random.Generator) -> Iterator[np.ndarray]:
+    """Random parts, uint8 [224, 224, 3], of one of scikit-learn's photographs."""
+    from sklearn.datasets import load_sample_image
+
+    whole = load_sample_image(f'{name}.jpg')
+    for _ in range(count):
+        top, left = (draw.integers(0, n - SIZE) for n in whole.shape[:2])
+        yield whole[top : top + SIZE, left : left + SIZE]
 
 
 def problem(

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import gate, ours, stock_flax
+from benchmarks import gate, keras_step, ours, stock_flax
 
 STEPS = 5
 
@@ -25,6 +25,13 @@ def test_this_project_and_stock_flax_train_the_same_network(tiny, losses):
     assert gate.check({'ours': losses, 'stock': stock.losses(STEPS)}) < 1e-4
     stock.run(1)
     assert stock.losses(STEPS) == pytest.approx(losses, rel=1e-4)  # from the start again
+
+
+def test_keras_trains_the_same_network(tiny, losses):
+    peer = keras_step.start(tiny)
+    assert gate.check({'ours': losses, 'keras': peer.losses(STEPS)}) < 1e-4
+    peer.run(1)
+    assert peer.losses(STEPS) == pytest.approx(losses, rel=1e-4)  # from the start again
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 
 from benchmarks import problem
-from benchmarks.worker import Worker
+from benchmarks.worker import Worker, forward
 
 
 def test_a_worker_answers_and_tells_its_memory(tiny, tmp_path):
@@ -19,3 +20,18 @@ def test_a_worker_answers_and_tells_its_memory(tiny, tmp_path):
 def test_a_worker_that_dies_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match='died'):
         Worker('benchmarks.gemm', tmp_path / 'missing.npz')
+
+
+def test_a_contender_may_be_a_function_of_a_module(tiny, tmp_path):
+    problem.write(tiny, tmp_path / 'problem.npz')
+    worker = Worker('benchmarks.gemm:start', tmp_path / 'problem.npz')
+    worker.close()
+    assert worker.version.startswith('jax ')
+
+
+def test_forward_computes_the_batches_in_turn():
+    seen = []
+    contender = forward(lambda batch: seen.append(batch) or np.array([[batch, 2]]), [7, 8], 'v')
+    contender.run(3)
+    assert seen == [7, 8, 7]
+    assert contender.losses(2) == [7, 2]

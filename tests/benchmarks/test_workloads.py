@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from benchmarks import problem, workloads
+from cnn_jax.train.setup import preparation
 
 
 def test_a_problem_survives_its_file(tiny, tmp_path):
@@ -14,6 +15,33 @@ def test_a_problem_survives_its_file(tiny, tmp_path):
     for name, value in tiny.weights.items():
         np.testing.assert_array_equal(back.weights[name], value)
     np.testing.assert_array_equal(back.images, tiny.images)
+
+
+@pytest.mark.parametrize(
+    'spec',
+    [
+        {'kind': 'caffe'},
+        {'kind': 'standardize', 'mean': [0.1, 0.5, 0.6], 'std': [0.3, 0.2, 0.1], 'channels': 3},
+    ],
+)
+def test_prepared_images_are_those_of_this_project(spec):
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
+    made = problem.Problem({}, spec, images, images, 2, {})
+    expected = [preparation(spec)(batch) for batch in images]
+    np.testing.assert_allclose(problem.prepared(made), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_by_their_layer(tiny):
+    found = problem.kernels(tiny)
+    assert {*found} == {'stem_conv', 'block1_conv1', 'block1_conv2', 'dense1', 'logits'}
+    assert found['dense1'] is tiny.weights['head/dense1/kernel']
+
+
+def test_crops_are_parts_of_the_photograph():
+    first, second = workloads.crops('china', 2, np.random.default_rng(0))
+    assert first.shape == second.shape == (224, 224, 3)
+    assert first.dtype == np.uint8
+    assert not np.array_equal(first, second)
 
 
 def test_training_flops_by_hand(tiny):

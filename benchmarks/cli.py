@@ -1,0 +1,58 @@
+"""What the commands of this folder have in common."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import gate, results
+from cnn_jax.errors import UserError
+
+
+def parser(module: str, doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options of every workload with contenders.
+
+    Args:
+        module: The command's name.
+        doc: Its docstring, which is the help.
+        rounds: The default.
+    """
+    made = argparse.ArgumentParser(
+        f'python -m {module}',
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument('--rounds', type=int, default=rounds, help=f'turns of each ({rounds})')
+    made.add_argument(
+        '--peers', type=Path, default=Path('.bench'), help='folder of setup_peers.sh (.bench)'
+    )
+    made.add_argument(
+        '--contenders',
+        default='',
+        help='those whose names contain one of these, e.g. cnn_jax,PyTorch (all)',
+    )
+    made.add_argument('--out', type=Path, help='results file whose section is replaced')
+    return made
+
+
+def words(given: str) -> list[str]:
+    """The parts of a list with commas."""
+    return [word.strip() for word in given.split(',') if word.strip()]
+
+
+def publish(title: str, body: str, out: Path | None) -> None:
+    """Print a section, and keep it if there is a file for it."""
+    print(body)
+    if out:
+        results.write_section(out, title, body)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; what its user can mend is one sentence."""
+    try:
+        main()
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except gate.Disagreement as error:
+        sys.exit(f'failed: {error}')

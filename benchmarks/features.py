@@ -1,0 +1,139 @@
+"""The frozen convolutions of VGG16 on photographs of 224 px, ImageNet's weights, float32.
+
+  bash benchmarks/setup_peers.sh
+  python -m benchmarks.features --rounds=5 --out=benchmarks/RESULTS.md
+
+This project's contender is what `cnn_jax.features` runs, from uint8 pixels; the others get prepared
+floats. Each lives in a process of its own, with all cores; in every round each computes a batch in
+turn. First the features of all must agree.
+"""
+
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import cli, gate, interleaved, problem, results, workloads
+from benchmarks.entrants import Entrant, chosen, keras_on
+from cnn_jax.pretrained.load import load
+
+# Flax with this project's settings shows what these are worth; nobody has it so.
+OURS = {
+    'cnn_jax': Entrant('benchmarks.ours_features', settings=True),
+    'Flax with our runtime settings': Entrant('benchmarks.flax_features', settings=True),
+}
+FREEZING = {'TORCHINDUCTOR_FREEZING': '1'}  # what torch.compile needs to lay out kernels once
+PEERS = {
+    'Flax': Entrant('benchmarks.flax_features'),
+    'Keras on JAX': keras_on('jax', 'benchmarks.keras_features'),
+    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_features'),
+    'Keras on PyTorch': keras_on('torch', 'benchmarks.keras_features'),
+    'PyTorch': Entrant('benchmarks.torch_features', 'pytorch'),
+    'PyTorch, channels_last': Entrant('benchmarks.torch_features:channels_last', 'pytorch'),
+    'PyTorch, torch.compile': Entrant(
+        'benchmarks.torch_features:compiled', 'pytorch', environment=FREEZING, compiler=True
+    ),
+}
+if importlib.util.find_spec('onnxruntime'):
+    PEERS['ONNX Runtime'] = Entrant('benchmarks.onnx_features')
+TOLERANCE = 1e-4  # float32 sums in another order; half precision is a hundred times further off
+
+
+def main() -> None:
+    """Measure."""
+    parser = cli.parser('benchmarks.features', __doc__, rounds=5)
+    parser.add_argument('--batch', type=int, default=8)
+    given = parser.parse_args()
+    body = measure(given.rounds, given.peers, cli.words(given.contenders), given.batch)
+    cli.publish('Features of VGG16', body, given.out)
+
+
+def measure(rounds: int, peers: Path, words: list[str], batch: int) -> str:
+    """The table, as Markdown.
+
+    Args:
+        rounds: How often each contender has its turn.
+        peers: The folder of the peers' environments.
+        words: Of the contenders' names; none for all.
+        batch: Images computed at once.
+
+    Errors:
+        gate.Disagreement: The contenders' features differ.
+    """
+    made = workloads.features_problem(batch, load('auto'))
+    entrants, left_out = chosen(OURS | PEERS, words, peers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'problem.npz'
+        problem.write(made, path)
+        found = interleaved.measure(
+            entrants,
+            path,
+            peers,
+            rounds=rounds,
+            numbers=batch * 7 * 7 * 512,
+            check=relative_errors,
+            least=1,
+            warm=1,
+        )
+    reference = interleaved.best(found.seconds, [n for n in entrants if n in PEERS] or [*entrants])
+    rows = [
+        [
+            name,
+            results.quartiles([batch / each for each in found.seconds[name]], digits=2),
+            results.quartiles(
+                interleaved.ratios(found.seconds[name], found.seconds[reference]), digits=2
+            ),
+            f'{found.checked[name]:.0e}',
+            f'{found.first_step[name]:.1f}',
+            f'{found.peak[name]:,.0f}',
+        ]
+        for name in entrants
+    ]
+    columns = (
+        'contender',
+        'images/s',
+        f'time {results.OF_BEST}',
+        'relative error',
+        'first batch, s',
+        'peak MB',
+    )
+    return f"""{results.conditions('jaxlib')}, {', '.join(found.versions)}
+
+224×224×3, batch {batch}, float32, 13 convolutions with ImageNet's weights.
+Median [quartiles] of {rounds} interleaved rounds. {results.of_best(reference)}
+First batch: from the process's start, with nothing compiled before.
+Relative error: ‖f − f₁‖ / ‖f₁‖ of the features, f₁ those of {judge(entrants)}.
+{results.left_out(left_out)}
+{results.table(columns, rows)}
+"""
+
+
+def judge(names) -> str:
+    """Whose features the others' are compared with: a peer's, if one takes part."""
+    return next((name for name in names if name in PEERS), next(iter(names)))
+
+
+def relative_errors(features: dict[str, list[float]]) -> dict[str, float]:
+    """‖f − f₁‖ / ‖f₁‖ by name.
+
+    Errors:
+        gate.Disagreement: One is larger than `TOLERANCE`, or not finite.
+    """
+    first = judge(features)
+    expected = np.array(features[first])
+    found = {
+        name: float(np.linalg.norm(each - expected) / np.linalg.norm(expected))
+        for name, each in features.items()
+    }
+    for name, error in found.items():
+        if not error <= TOLERANCE:
+            raise gate.Disagreement(
+                f'the features of {name} are {error:.1e} off those of {first}: they are not the '
+                'same network on the same images'
+            )
+    return found
+
+
+if __name__ == '__main__':
+    cli.run(main)
