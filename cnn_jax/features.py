@@ -5,12 +5,14 @@ or not at all, so that a killed computation goes on where it was, and their name
 all that the features depend on: nothing stale can be read.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -26,9 +28,10 @@ from cnn_jax.data.order import eval_batches, train_indices
 from cnn_jax.data.source import digest
 from cnn_jax.errors import UserError
 from cnn_jax.models.build import build
+from cnn_jax.nn.winograd import by_winograd, transformed
 
 BATCH = 32  # images computed at once
-ARITHMETIC = 2  # raised when the backbone computes other bits: features are never stale
+ARITHMETIC = 3  # raised when the backbone computes other bits: features are never stale
 SHARD = 256  # examples a file: what a kill can lose, some seconds of work
 
 # In memory, and in a file: .npy knows no bfloat16, so its bits are kept.
@@ -97,18 +100,29 @@ class Extractor:
         }
         return digest(json.dumps(facts, sort_keys=True), *weights)
 
+    @functools.cached_property
+    def weights(self) -> dict[str, Any]:
+        """The backbone's parameters as `function` takes them."""
+        return jax.jit(self._weights)(self.backbone)
+
+    def _weights(self, backbone: dict[str, Any]) -> dict[str, Any]:
+        if self.config.model.dtype != 'float32':
+            return backbone
+        return params.unflatten(transformed(params.flatten(backbone)))
+
     def function(self, view: int | None) -> Callable[[dict, Array, Array], Float[Array, 'b i j d']]:
-        """The compiled computation: backbone parameters, uint8 images and indices to features."""
+        """The compiled computation: `weights`, uint8 images and their indices to features."""
         model = build(self.config.model, self.num_classes)
 
         @jax.jit
-        def compute(backbone, images, index):
+        def compute(weights, images, index):
             x = self.prepare(images)
             if view is not None:
                 key = rng.key(self.config.seed, 'augment', view)
                 x = augmented(self.config.augment, key, x, index)
-            variables = {'params': {'backbone': backbone}}
-            out: Any = model.apply(variables, x, train=False, method='features')
+            variables = {'params': {'backbone': weights}}
+            with nn.intercept_methods(by_winograd):
+                out: Any = model.apply(variables, x, train=False, method='features')
             return out.astype(self.config.features.dtype)
 
         return compute
@@ -123,7 +137,7 @@ class Extractor:
         key, compute = self.key(batches, view), self.function(view)
         shape = jax.eval_shape(
             compute,
-            self.backbone,
+            jax.eval_shape(self._weights, self.backbone),
             jax.ShapeDtypeStruct((BATCH, *batches.image_shape), jnp.uint8),
             jax.ShapeDtypeStruct((BATCH,), jnp.int32),
         ).shape[1:]
@@ -148,7 +162,7 @@ class Extractor:
     def rows(self, compute: Callable, batches: Any, index: np.ndarray) -> np.ndarray:
         """The features of some examples; positions past the end repeat the last one."""
         images = batches.read(np.minimum(index, batches.n - 1))
-        return np.asarray(compute(self.backbone, images, index))
+        return np.asarray(compute(self.weights, images, index))
 
 
 def _track(starts: range, label: str) -> Iterable[int]:
