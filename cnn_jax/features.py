@@ -30,7 +30,8 @@ from cnn_jax.errors import UserError
 from cnn_jax.models.build import build
 from cnn_jax.nn.winograd import by_winograd, transformed
 
-BATCH = 32  # images computed at once
+PIXELS = 400_000  # computed at once on a CPU: eight images of 224×224 stay in its caches
+PIXELS_ON_ACCELERATORS = 20 * PIXELS
 ARITHMETIC = 3  # raised when the backbone computes other bits: features are never stale
 SHARD = 256  # examples a file: what a kill can lose, some seconds of work
 
@@ -135,11 +136,12 @@ class Extractor:
             view: Number of the augmented view; None for the images as they are.
         """
         key, compute = self.key(batches, view), self.function(view)
+        batch = min(_batch(batches.image_shape), batches.n)
         shape = jax.eval_shape(
             compute,
             jax.eval_shape(self._weights, self.backbone),
-            jax.ShapeDtypeStruct((BATCH, *batches.image_shape), jnp.uint8),
-            jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+            jax.ShapeDtypeStruct((1, *batches.image_shape), jnp.uint8),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
         ).shape[1:]
         dtype, stored = DTYPES[self.config.features.dtype]
         folder = cache_folder() / 'features' / key[:32]
@@ -149,8 +151,8 @@ class Extractor:
             stop = min(start + SHARD, batches.n)
 
             def fill(out, start=start, stop=stop):
-                for first in range(start, stop, BATCH):
-                    index = np.arange(first, first + BATCH, dtype=np.int32)
+                for first in range(start, stop, batch):
+                    index = np.arange(first, first + batch, dtype=np.int32)
                     rows = self.rows(compute, batches, index)[: stop - first]
                     out[first - start : first - start + len(rows)] = rows.view(stored)
 
@@ -163,6 +165,12 @@ class Extractor:
         """The features of some examples; positions past the end repeat the last one."""
         images = batches.read(np.minimum(index, batches.n - 1))
         return np.asarray(compute(self.weights, images, index))
+
+
+def _batch(image_shape: tuple[int, ...]) -> int:
+    """Images computed at once."""
+    pixels = PIXELS if jax.default_backend() == 'cpu' else PIXELS_ON_ACCELERATORS
+    return int(np.clip(pixels // np.prod(image_shape[:2]), 8, SHARD))
 
 
 def _track(starts: range, label: str) -> Iterable[int]:
