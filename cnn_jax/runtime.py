@@ -19,14 +19,16 @@ from cnn_jax.cache import cache_folder
 from cnn_jax.errors import UserError
 
 # jaxlib 0.10's YNNPACK reductions give wrong results on CPU (jax issue 39103), and its single
-# convolutions are about half as fast as Eigen's. Later versions compute right.
+# convolutions are about half as fast as Eigen's. Its compiler drops optimization barriers before
+# it fuses, by a pass that can be left out; `nn.stored` needs them. Later versions do as they are.
 YNN_FLAG = 'xla_cpu_experimental_ynn_fusion_type'
-YNN_FLAGS = {(0, 10): f'--{YNN_FLAG}=-reduce,-individual_convolution'}
-
-# XLA's CPU compiler drops optimization barriers before it fuses, by this pass; `nn.stored` needs
-# them.
 PASSES_FLAG = 'xla_disable_hlo_passes'
-BARRIERS_FLAG = f'--{PASSES_FLAG}=cse_barrier_expander'
+FLAGS = {
+    (0, 10): {
+        YNN_FLAG: f'--{YNN_FLAG}=-reduce,-individual_convolution',
+        PASSES_FLAG: f'--{PASSES_FLAG}=cse_barrier_expander',
+    }
+}
 
 ACCELERATOR_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin', 'libtpu')
 
@@ -109,8 +111,8 @@ def runs_on_cpu() -> bool:
 def _set_xla_flags(version: str) -> str:
     flags = os.environ.get('XLA_FLAGS', '')
     major, minor = version.split('.')[:2]
-    wanted = {YNN_FLAG: YNN_FLAGS.get((int(major), int(minor)), ''), PASSES_FLAG: BARRIERS_FLAG}
-    added = [flag for name, flag in wanted.items() if flag and name not in flags]
+    wanted = FLAGS.get((int(major), int(minor)), {})
+    added = [flag for name, flag in wanted.items() if name not in flags]
     if added:
         flags = os.environ['XLA_FLAGS'] = ' '.join([flags, *added]).strip()
     return flags

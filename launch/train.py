@@ -3,27 +3,40 @@
   python -m launch.train --config=experiments/small.py --workdir=runs/small
   python -m launch.train --config=experiments/strided.py --workdir=runs/mine \\
       --config.data.source=folder:photos --config.train.epochs=30
+  python -m launch.train --config=experiments/small.py --workdir=runs/timed --profile
 
 The same command again goes on where the run stopped. The work directory holds config.json,
-manifest.json, metrics.jsonl, TensorBoard events, curves.png and checkpoints/.
+manifest.json, metrics.jsonl, TensorBoard events, curves.png, speed.json and checkpoints/.
+
+The last line says how fast the run was: images and FLOP a second, the latter as a share of what a
+plain matrix product reaches here, the time spent compiling, and the most memory held. --profile
+adds which layers the time went to, and a trace to look at, in profile/.
 """
 
 from pathlib import Path
+
+from absl import flags
 
 from cnn_jax import config as cfg
 from launch import cli
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir('Folder of the run; created if missing.')
+PROFILE = flags.DEFINE_bool(
+    'profile',
+    False,
+    'Trace five steps soon after the start, for Perfetto and TensorBoard, and print where their '
+    'time went.',
+)
 
 
 def main(_) -> int:
     """Train; returns the exit code."""
     config = cli.read_config(CONFIG)
-    return train(config, Path(WORKDIR.value))
+    return train(config, Path(WORKDIR.value), PROFILE.value)
 
 
-def train(config: cfg.Config, folder: Path) -> int:
+def train(config: cfg.Config, folder: Path, profiled: bool = False) -> int:
     """Run or continue the training in `folder`, printing what a person wants to see."""
     from cnn_jax.train import workdir
 
@@ -34,9 +47,11 @@ def train(config: cfg.Config, folder: Path) -> int:
     from cnn_jax import runtime
     from cnn_jax.data.batches import open_batches
     from cnn_jax.models.build import build
-    from cnn_jax.models.summary import summary
-    from cnn_jax.train import loop, metrics, record, setup
+    from cnn_jax.models.summary import layers, summary
+    from cnn_jax.train import loop, metrics, record, setup, speed
+    from cnn_jax.train.profile import Profile
 
+    clock = speed.CompileClock()
     batches = {
         'train': open_batches(config.data, 'train', seed=config.seed),
         'evaluation': open_batches(config.data, 'eval'),
@@ -53,7 +68,8 @@ def train(config: cfg.Config, folder: Path) -> int:
         f'evaluation images, {setup.shape_text(task.image_shape)}, {task.num_classes} classes; '
         f'{task.ends[-1]:,} steps of {config.data.batch} on {runtime.devices()}'
     )
-    print(summary(build(config.model, task.num_classes), setup.prepared_shape(task)))
+    net, shape = build(config.model, task.num_classes), setup.prepared_shape(task)
+    print(summary(net, shape))
     phases, state = setup.open_phases(config, description, task, **batches)
     for number, phase in enumerate(phases, start=1):
         kind = 'cached features' if phase.steps.cached else 'images'
@@ -61,16 +77,24 @@ def train(config: cfg.Config, folder: Path) -> int:
         print(setup.parameter_table(config, phase.steps))
     machine = runtime.machine(settings)
     record.write_manifest(folder, record.manifest(cfg.content_hash(config), machine, description))
-    outcome = loop.fit(config, task, phases, state, folder)
+    rows = layers(net, shape)
+    profile = Profile(folder / 'profile', [row.path for row in rows]) if profiled else None
+    outcome = loop.fit(config, task, phases, state, folder, profile=profile)
     if outcome.stopped:
         print(f'stopped and saved; the same command goes on from here ({folder})')
-        return cli.STOPPED
-    assert outcome.metrics is not None
-    times = max(count for counts in outcome.compilations for count in counts.values())
-    print(f'compilations of each step in each phase: {times}')
-    final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())
-    print(f'done: {final}\nresults in {folder}')
-    return cli.OK
+    else:
+        assert outcome.metrics is not None
+        times = max(count for counts in outcome.compilations for count in counts.values())
+        print(f'compilations of each step in each phase: {times}')
+        final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())
+        print(f'done: {final}\nresults in {folder}')
+    if profile and not profile.taken:
+        print('no profile: it needs three steps, the first two of which are not traced')
+    flops = [speed.training_flops(rows, phase.steps) for phase in phases]
+    facts = speed.measure(outcome.speeds, flops, config.model.dtype, clock)
+    speed.write(folder, facts)
+    print(speed.line(facts))
+    return cli.STOPPED if outcome.stopped else cli.OK
 
 
 if __name__ == '__main__':

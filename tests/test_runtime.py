@@ -39,9 +39,8 @@ def settings(tmp_path):
 
 
 def test_flags_are_set_for_the_versions_that_need_them(monkeypatch):
-    everywhere = runtime.BARRIERS_FLAG
-    old = f'{runtime.YNN_FLAGS[0, 10]} {everywhere}'
-    for version, expected in (('0.10.2', old), ('0.11.0', everywhere), ('1.0', everywhere)):
+    old = ' '.join(runtime.FLAGS[0, 10].values())
+    for version, expected in (('0.10.2', old), ('0.11.0', ''), ('1.0', '')):
         monkeypatch.delenv('XLA_FLAGS', raising=False)
         assert runtime._set_xla_flags(version) == expected
 

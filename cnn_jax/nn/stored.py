@@ -3,6 +3,10 @@
 import jax
 from jax import lax
 
+# XLA compiles loops over little data in a way of their own, which knows no barriers; and there is
+# nothing to win.
+LEAST = 2**16  # bytes
+
 
 def stored(x):
     """x, computed once and kept in memory, on a CPU.
@@ -11,4 +15,6 @@ def stored(x):
     in a transposition or a sum, where it is not cheap. `runtime.prepare` makes it respect
     barriers; without that this does nothing.
     """
-    return lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
+    if jax.default_backend() != 'cpu' or x.size * x.dtype.itemsize < LEAST:
+        return x
+    return lax.optimization_barrier(x)

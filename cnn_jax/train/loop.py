@@ -13,8 +13,10 @@ from cnn_jax.train import metrics
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.interruption import Interruption
 from cnn_jax.train.meter import Meter
+from cnn_jax.train.profile import Profile
 from cnn_jax.train.progress import Progress
 from cnn_jax.train.record import Record
+from cnn_jax.train.speed import Stopwatch
 from cnn_jax.train.step import State, Steps, Values, values_of
 from cnn_jax.train.task import Task
 
@@ -44,6 +46,7 @@ class Outcome:
     metrics: dict[str, Any] | None
     stopped: bool
     compilations: list[dict[str, int]]  # of each phase
+    speeds: list[list[float]]  # images/s of the training steps of each phase, between evaluations
 
 
 def fit(
@@ -54,6 +57,7 @@ def fit(
     folder: Path,
     *,
     live: bool | None = None,
+    profile: Profile | None = None,
 ) -> Outcome:
     """Train from the latest checkpoint in `folder`, or from the start, to the last step.
 
@@ -64,6 +68,7 @@ def fit(
         state: The state before the first step.
         folder: The work directory.
         live: Whether to draw a progress bar; by default on a terminal.
+        profile: Traces some of the steps.
 
     Errors:
         RunFailed: The loss is no longer finite.
@@ -94,6 +99,7 @@ def fit(
         )
 
     result, compiled, stop = None, [], False
+    watches = [Stopwatch(config.data.batch) for _ in phases]
     with Interruption() as interruption, progress:
         for number, phase in enumerate(phases[current:], start=current):
             if number > current:
@@ -101,16 +107,31 @@ def fit(
             train_step = jax.jit(phase.steps.train, donate_argnums=0)
             eval_step = jax.jit(phase.steps.evaluate)
             batches = phase.train.train(step)
+            watch = watches[number]
             while step < phase.end and not stop:
-                state, sums = train_step(state, next(batches), values)
+                batch = next(batches)
+                if profile:
+                    profile.before(state)
+                state, sums = train_step(state, batch, values)
                 step += 1
                 meter.add(step, sums)
                 if meter.latest:
                     progress.step(step, *meter.latest)
                 stop, scores = interruption.requested, None
-                if task.due(step, config.train.eval_every):
+                if profile:
+                    last = stop or step == phase.end
+                    text = profile.after(step, train_step, (state, batch, values), last)
+                    if text:
+                        progress.say(text)
+                        watch.drop()
+                evaluating = task.due(step, config.train.eval_every)
+                saving = stop or task.due(step, config.train.checkpoint_every)
+                if evaluating or saving:
                     meter.drain()
-                    speed, began = progress.restart_clock(step), time.perf_counter()
+                    watch.stop(step)
+                if evaluating:
+                    whole = progress.restart_clock(step)
+                    speed, began = watch.lap() or whole, time.perf_counter()
                     result = metrics.result(
                         sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
                     )
@@ -119,9 +140,12 @@ def fit(
                     report(step, result, speed)
                     scores = metrics.scalars(result)
                     progress.restart_clock(step)
-                if stop or task.due(step, config.train.checkpoint_every):
-                    meter.drain()
+                if saving:
                     checkpoints.save(state, {'sums': meter.pending_sums()}, scores)
+                if not watch.running:  # it has not seen the first step, which was compiled
+                    jax.block_until_ready(sums)
+                    watch.start(step)
+            watch.lap()
             if result is None and step == total:
                 sums = sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
                 result = metrics.result(sums)
@@ -132,7 +156,7 @@ def fit(
                 break
     record.close()
     checkpoints.close()
-    return Outcome(state, result, stopped=step < total, compilations=compiled)
+    return Outcome(state, result, step < total, compiled, [watch.laps for watch in watches])
 
 
 def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> metrics.Sums:

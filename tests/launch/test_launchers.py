@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import resource
 import signal
 import time
@@ -35,6 +36,20 @@ def test_it_says_what_is_trained_on_what(tiny_run):
     for words in ('1,433 training', 'jaxlib', 'block1_conv1/kernel', 'trained', 'l2', 'done:'):
         assert words in printed, words
     assert 'compilations of each step in each phase: 1' in printed
+
+
+def test_profiled_it_leaves_a_trace_and_ends_with_its_speed(launch, tiny, tiny_run, tmp_path):
+    done = launch('train', *tiny, '--profile', f'--workdir={tmp_path}', check=0)
+    assert list(tmp_path.glob('profile/plugins/profile/*/*.xplane.pb'))
+    assert 'profile of steps 3 to 7' in done.stdout
+    assert re.search(r'^  block1_conv2 +backward +[\d.]+ +[\d.]+%$', done.stdout, re.MULTILINE)
+    assert metrics_hash(tmp_path) == metrics_hash(tiny_run[0])
+    last = done.stdout.splitlines()[-1]
+    facts = json.loads((tmp_path / 'speed.json').read_text())
+    assert f'speed: {facts["images_per_second"]:,.0f} images/s' in last
+    assert 0 < facts['fraction_of_peak'] < 1
+    for words in ('GFLOP/s', '% of the', 'compiling', 'peak memory'):
+        assert words in last, words
 
 
 def test_evaluate_repeats_the_last_line_of_the_record(launch, tiny_run):
