@@ -47,10 +47,10 @@ def conv2d(
     pads = resolve_padding(padding, x.shape[1:3], kernel.shape[:2], stride, dilation)
     if isinstance(padding, str) and padding in _PAD_MODE:
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode=_PAD_MODE[padding])
-        pads = ((0, 0), (0, 0))
+        pads = (0, 0), (0, 0)
     strides, dilations = pair(stride), pair(dilation)
     if groups == 1 and jax.default_backend() == 'cpu':
-        return convolve(x, kernel, strides, tuple(pads), dilations)
+        return convolve(x, kernel, strides, pads, dilations)
     return lax.conv_general_dilated(
         x,
         kernel,

@@ -56,7 +56,8 @@ def by_winograd(call, args, kwargs, context):
     kernel = layer.get_variable('params', 'kernel')
     if kernel.ndim != 3:
         return call(*args, **kwargs)
-    return winograd_conv2d(*args, kernel) + layer.get_variable('params', 'bias')
+    (x,) = args
+    return winograd_conv2d(x, kernel) + layer.get_variable('params', 'bias')
 
 
 def transform_kernel(kernel: Float[Array, '3 3 c f']) -> Float[Array, '36 c f']:
