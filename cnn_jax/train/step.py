@@ -23,7 +23,6 @@ from cnn_jax import config as cfg
 from cnn_jax import losses, optim, params, rng
 from cnn_jax.data.augment import augmented
 from cnn_jax.models.build import build
-from cnn_jax.nn.winograd import by_winograd, transformed
 from cnn_jax.train import metrics
 from cnn_jax.train.frozen import frozen_modules
 from cnn_jax.train.task import Task, phase_members, update_groups
@@ -104,10 +103,6 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
     )
     in_inference = frozen_modules(names, trainable, frozen)
     method = 'classify' if cached else None
-    winograd = config.model.name == 'vgg16' and config.model.dtype == 'float32'
-
-    def merged(learned, fixed) -> dict:
-        return params.merge(learned, transformed(fixed) if winograd else fixed)
 
     def chain(current: cfg.Config) -> optax.GradientTransformation:
         groups = update_groups(current, task, members)
@@ -153,8 +148,8 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
 
         def loss(learned):
             net = build(current.model, task.num_classes)
-            variables = {'params': merged(learned, fixed), 'batch_stats': batch_stats}
-            with nn.intercept_methods(in_inference), nn.intercept_methods(by_winograd):
+            variables = {'params': params.merge(learned, fixed), 'batch_stats': batch_stats}
+            with nn.intercept_methods(in_inference):
                 applied: Any = net.apply(
                     variables,
                     batch['image'],
@@ -207,13 +202,12 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
         current = cfg.replace(config, values)
         learned, fixed = params.partition(state.params, trainable)
         variables = {
-            'params': merged(state.ema or learned, fixed),
+            'params': params.merge(state.ema or learned, fixed),
             'batch_stats': state.batch_stats,
         }
         net = build(current.model, task.num_classes)
         x = images if cached else task.prepare(images)
-        with nn.intercept_methods(by_winograd):
-            logits: Any = net.apply(variables, x, train=False, method=method)
+        logits: Any = net.apply(variables, x, train=False, method=method)
         return losses.log_probabilities(logits)
 
     def evaluate(state: State, batch: Batch, values: Values) -> metrics.Sums:
