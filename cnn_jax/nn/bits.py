@@ -1,4 +1,4 @@
-"""Random bits for masks, as part of the loop that uses them."""
+"""Random bits for masks, by arithmetic that XLA fuses."""
 
 import math
 
@@ -16,9 +16,9 @@ _PARITY = 0x1BD11BDA
 def random_bits(key: Key[Array, ''], shape: tuple[int, ...]) -> UInt32[Array, '...']:
     """32 random bits for each element: the first word of Threefry-2x32(key, (0, position)).
 
-    `jax.random.bits` computes its bits in a loop, apart from what uses them; these are
-    arithmetic that XLA fuses. A network with dropout compiles in half the time, and a mask is
-    never stored.
+    `jax.random.bits` draws its bits in compiled loops; here they are plain arithmetic, and a
+    network with dropout compiles in about half the time. A CPU draws them once and stores them, an
+    accelerator where they are used.
 
     Args:
         key: A threefry key.

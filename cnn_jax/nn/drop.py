@@ -31,9 +31,8 @@ def dropout(
 
     compute = jnp.promote_types(x.dtype, jnp.float32)
     scale = _LEVELS / jnp.maximum(kept, 1).astype(compute)
-    return jnp.where(random_bits(key, x.shape) >> 16 < kept, x.astype(compute) * scale, 0).astype(
-        x.dtype
-    )
+    is_kept = random_bits(key, x.shape) >> 16 < kept
+    return jnp.where(is_kept, x.astype(compute) * scale, 0).astype(x.dtype)
 
 
 class Dropout(nn.Module):
