@@ -14,11 +14,13 @@ from benchmarks.worker import Contender, forward
 class Backbone(nn.Module):
     """The thirteen convolutions and five poolings."""
 
+    dtype: str
+
     @nn.compact
     def __call__(self, x):
         for i, (width, count) in enumerate(VGG16, start=1):
             for j in range(1, count + 1):
-                x = nn.relu(nn.Conv(width, (3, 3), name=f'block{i}_conv{j}')(x))
+                x = nn.relu(nn.Conv(width, (3, 3), dtype=self.dtype, name=f'block{i}_conv{j}')(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
         return x
 
@@ -26,7 +28,7 @@ class Backbone(nn.Module):
 def start(problem: Problem) -> Contender:
     """Prepared images in, features out."""
     weights = jax.device_put(unflatten_dict(backbone_weights(problem), sep='/'))
-    compute = jax.jit(Backbone().apply)
+    compute = jax.jit(Backbone(problem.config['model']['dtype']).apply)
     version = f'flax {importlib.metadata.version("flax")}'
     return forward(
         lambda x: np.asarray(compute({'params': weights}, x)), list(prepared(problem)), version

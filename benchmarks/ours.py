@@ -17,7 +17,7 @@ from cnn_jax.train.task import Task
 
 def start(problem: Problem) -> Contender:
     """The training step of the problem's config."""
-    config = cfg.from_json(json.dumps(problem.config))
+    config = config_of(problem)
     task = Task(
         image_shape=problem.images.shape[2:],
         num_classes=problem.classes,
@@ -30,18 +30,7 @@ def start(problem: Problem) -> Contender:
     )
     steps = make_steps(config, task)
     step = jax.jit(steps.train, donate_argnums=0)
-    size = problem.images.shape[1]
-    batches = jax.device_put(
-        [
-            {
-                'image': images,
-                'label': labels,
-                'index': np.arange(size, dtype=np.int32),
-                'mask': np.ones(size, bool),
-            }
-            for images, labels in zip(problem.images, problem.labels)
-        ]
-    )
+    batches = batches_of(problem)
     values = values_of(config)
     without_dropout = {**values, 'model.dropout': 0.0, 'model.head_dropout': 0.0}
     state, endless = steps.init(0), itertools.cycle(batches)
@@ -60,3 +49,24 @@ def start(problem: Problem) -> Contender:
         jax.block_until_ready(state)
 
     return Contender(losses, run, f'cnn_jax {__version__}')
+
+
+def config_of(problem: Problem) -> cfg.Config:
+    """The problem's config."""
+    return cfg.from_json(json.dumps(problem.config))
+
+
+def batches_of(problem: Problem) -> list[dict[str, jax.Array]]:
+    """The problem's batches on the device, as a step takes them."""
+    size = problem.images.shape[1]
+    return jax.device_put(
+        [
+            {
+                'image': images,
+                'label': labels,
+                'index': np.arange(size, dtype=np.int32),
+                'mask': np.ones(size, bool),
+            }
+            for images, labels in zip(problem.images, problem.labels)
+        ]
+    )

@@ -24,23 +24,26 @@ class StockNet(nn.Module):
     outputs: int
     rate: float
     head_rate: float
+    dtype: str = 'float32'
 
     @nn.compact
     def __call__(self, x, train):
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.99, epsilon=1e-3
+        conv, dense, norm = (
+            functools.partial(layer, dtype=self.dtype)
+            for layer in (nn.Conv, nn.Dense, nn.BatchNorm)
         )
+        norm = functools.partial(norm, use_running_average=not train, momentum=0.99, epsilon=1e-3)
         if self.stem:
-            x = nn.Conv(self.stem, (7, 7), strides=2, padding='VALID', name='stem_conv')(x)
+            x = conv(self.stem, (7, 7), strides=2, padding='VALID', name='stem_conv')(x)
         for i, width in enumerate(self.widths, start=1):
             for j in (1, 2):
-                x = nn.relu(nn.Conv(width, (3, 3), strides=j, name=f'block{i}_conv{j}')(x))
+                x = nn.relu(conv(width, (3, 3), strides=j, name=f'block{i}_conv{j}')(x))
                 x = norm(name=f'block{i}_norm{j}')(x)
             x = nn.Dropout(self.rate, deterministic=not train)(x)
         x = x.reshape(x.shape[0], -1)
-        x = norm(name='norm1')(nn.relu(nn.Dense(self.hidden, name='dense1')(x)))
+        x = norm(name='norm1')(nn.relu(dense(self.hidden, name='dense1')(x)))
         x = nn.Dropout(self.head_rate, deterministic=not train)(x)
-        return nn.Dense(self.outputs, name='logits')(x)
+        return dense(self.outputs, name='logits')(x).astype(jnp.float32)
 
 
 class TrainState(FlaxState):
@@ -83,7 +86,13 @@ def start(problem: Problem) -> Contender:
     def initial(rate: float, head_rate: float) -> TrainState:
         (hidden,) = net['hidden']
         model = StockNet(
-            net['stem_width'], tuple(net['widths']), hidden, problem.classes, rate, head_rate
+            net['stem_width'],
+            tuple(net['widths']),
+            hidden,
+            problem.classes,
+            rate,
+            head_rate,
+            net['dtype'],
         )
         paths = {tuple(p.removeprefix('head/').split('/')): w for p, w in problem.weights.items()}
         weights = jax.tree.map(jnp.array, unflatten_dict(paths))
