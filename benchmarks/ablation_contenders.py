@@ -61,7 +61,7 @@ class Peer:
 def xla_flags() -> str:
     """What `runtime.prepare` sets for this jaxlib."""
     major, minor = runtime.jaxlib_version().split('.')[:2]
-    return ' '.join(runtime.FLAGS.get((int(major), int(minor)), {}).values())
+    return ' '.join(runtime.CPU_FLAGS.get((int(major), int(minor)), {}).values())
 
 
 FLAX = Peer('ablation_flax')

@@ -23,14 +23,19 @@ from cnn_jax.errors import UserError
 # it fuses, by a pass that can be left out; `nn.stored` needs them. Later versions do as they are.
 YNN_FLAG = 'xla_cpu_experimental_ynn_fusion_type'
 PASSES_FLAG = 'xla_disable_hlo_passes'
-FLAGS = {
+CPU_FLAGS = {
     (0, 10): {
         YNN_FLAG: f'--{YNN_FLAG}=-reduce,-individual_convolution',
         PASSES_FLAG: f'--{PASSES_FLAG}=cse_barrier_expander',
     }
 }
 
-ACCELERATOR_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin', 'libtpu')
+# Without it cuDNN's backward convolutions add in any order, and each start may choose others:
+# neither a restart nor next year's run would give the same bits. Its cost was not measured.
+GPU_FLAGS = {'xla_gpu_deterministic_ops': '--xla_gpu_deterministic_ops=true'}
+
+CUDA_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
+ACCELERATOR_PLUGINS = (*CUDA_PLUGINS, 'jax_rocm7_plugin', 'libtpu')
 
 
 @dataclass(frozen=True)
@@ -51,26 +56,19 @@ def prepare(threads: int = 0) -> Settings:
     """Set up the process for JAX; call once, before JAX is first used.
 
     Args:
-        threads: CPU threads of one computation; 0 uses every core this process may run on. The
-            results of XLA on CPU depend on it, so it belongs to a run's record.
+        threads: CPU threads of one computation; 0 takes as many as cores this process may run
+            on. XLA's results on a CPU depend on it and not on the cores, so it belongs to a run's
+            record; more threads than cores are slow, and right.
 
     Returns:
         The settings in force.
-
-    Errors:
-        UserError: More threads than cores.
     """
-    if threads > cores():
-        raise UserError(
-            f'config.train.threads is {threads}, but this process may use only {cores()} cores; '
-            'lower it or set it to 0'
-        )
     if threads:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
     threads = int(os.environ.get('NPROC') or cores())
     version = jaxlib_version()
     on_cpu = runs_on_cpu()
-    flags = _set_xla_flags(version) if on_cpu else os.environ.get('XLA_FLAGS', '')
+    flags = _set_xla_flags(_wanted(version, on_cpu))
     allocator = _keep_freed_memory() if on_cpu else 'the system default'
     cache = _set_compile_cache(version)
     return Settings(
@@ -80,7 +78,8 @@ def prepare(threads: int = 0) -> Settings:
         cache,
         notes=(
             f'jaxlib {version}',
-            f'{threads} thread{"s" * (threads > 1)}',
+            f'{threads} thread{"s" * (threads > 1)}'
+            + f' on {cores()} core{"s" * (cores() > 1)}' * (threads > cores()),
             f'XLA_FLAGS {flags or "unset"}',
             f'allocator {allocator}',
             f'compile cache {cache}',
@@ -108,10 +107,16 @@ def runs_on_cpu() -> bool:
     return not any(importlib.util.find_spec(name) for name in ACCELERATOR_PLUGINS)
 
 
-def _set_xla_flags(version: str) -> str:
+def _wanted(version: str, on_cpu: bool) -> dict[str, str]:
+    """The flags for a jaxlib version, by their names."""
+    if on_cpu:
+        major, minor = version.split('.')[:2]
+        return CPU_FLAGS.get((int(major), int(minor)), {})
+    return GPU_FLAGS if any(map(importlib.util.find_spec, CUDA_PLUGINS)) else {}
+
+
+def _set_xla_flags(wanted: dict[str, str]) -> str:
     flags = os.environ.get('XLA_FLAGS', '')
-    major, minor = version.split('.')[:2]
-    wanted = FLAGS.get((int(major), int(minor)), {})
     added = [flag for name, flag in wanted.items() if name not in flags]
     if added:
         flags = os.environ['XLA_FLAGS'] = ' '.join([flags, *added]).strip()

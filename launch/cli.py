@@ -1,6 +1,7 @@
 """What every launcher shares: flags, plain errors, exit codes, the process's set-up.
 
-Exit codes: 0 success, 1 a failed run, 2 a user's mistake, 75 stopped on request after saving.
+Exit codes: 0 success, 1 a failed run, 2 a user's mistake, 75 stopped on request after saving, 130
+stopped by Ctrl-C before there was anything to save.
 """
 
 import os
@@ -12,9 +13,9 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from cnn_jax import config as cfg
-from cnn_jax.errors import UserError
+from cnn_jax.errors import RunFailed, UserError
 
-OK, FAILED, MISTAKE, STOPPED = 0, 1, 2, os.EX_TEMPFAIL
+OK, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 
 # The flags defined here belong to the launcher that asks for them: its --help shows them.
 flags.disclaim_key_flags()
@@ -73,11 +74,22 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except BrokenPipeError:  # the reader of the output, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(OK)
+    except KeyboardInterrupt:  # before there was anything to save
+        print('stopped', file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        print(f'failed: {type(error).__name__}: {error} (--debug shows where)', file=sys.stderr)
+        print(f'failed: {_sentence(error)}', file=sys.stderr)
         sys.exit(FAILED)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, RunFailed):
+        return str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f'{error.filename}: {error.strerror}; mend that, and the same command goes on'
+    return f'{type(error).__name__}: {error} (--debug shows where)'
 
 
 def _parse(arguments: list[str]) -> list[str]:

@@ -30,53 +30,56 @@ PROFILE = flags.DEFINE_bool(
 )
 
 
+WAIT = flags.DEFINE_bool(
+    'wait', False, 'If another process trains in --workdir, go on after it instead of giving up.'
+)
+
+
 def main(_) -> int:
     """Train; returns the exit code."""
-    config = cli.read_config(CONFIG)
-    return train(config, Path(WORKDIR.value), PROFILE.value)
+    from cnn_jax.train import workdir
+
+    config, folder = cli.read_config(CONFIG), Path(WORKDIR.value)
+    with workdir.held(folder, WAIT.value):
+        return train(config, folder, PROFILE.value)
 
 
 def train(config: cfg.Config, folder: Path, profiled: bool = False) -> int:
     """Run or continue the training in `folder`, printing what a person wants to see."""
-    from cnn_jax.train import workdir
+    from cnn_jax.train import manifest, workdir
 
     workdir.claim(folder, config)
-    settings = cli.start(config.train.threads)
+    settings = cli.start(manifest.threads(folder, config))
     print(settings)
 
     from cnn_jax import runtime
-    from cnn_jax.data.batches import open_batches
     from cnn_jax.models.build import build
     from cnn_jax.models.summary import layers, summary
-    from cnn_jax.train import loop, metrics, record, setup, speed
+    from cnn_jax.train import loop, metrics, setup, speed
+    from cnn_jax.train.checkpoint import digest
     from cnn_jax.train.profile import Profile
 
     clock = speed.CompileClock()
-    batches = {
-        'train': open_batches(config.data, 'train', seed=config.seed),
-        'evaluation': open_batches(config.data, 'eval'),
-    }
-    description = setup.describe(config, **batches)
-    workdir.check_data(folder, description)
-    weights = setup.load_weights(config)
+    *batches, description, weights = setup.open_data(config)
+    manifest.check_data(folder, description)
     if weights:
         print(f'weights: {weights.source}, digest {weights.digest[:12]}…, {weights.licence}')
-    description['preprocessing'] = setup.preprocessing(config, batches['train'], weights)
     task = setup.make_task(config, description, weights)
     print(
-        f'{config.data.source}: {batches["train"].n:,} training and {batches["evaluation"].n:,} '
-        f'evaluation images, {setup.shape_text(task.image_shape)}, {task.num_classes} classes; '
+        f'{config.data.source}: {batches[0].n:,} training and {batches[1].n:,} evaluation images, '
+        f' {setup.shape_text(task.image_shape)}, {task.num_classes} classes; '
         f'{task.ends[-1]:,} steps of {config.data.batch} on {runtime.devices()}'
     )
     net, shape = build(config.model, task.num_classes), setup.prepared_shape(task)
     print(summary(net, shape))
-    phases, state = setup.open_phases(config, description, task, **batches)
+    phases, state = setup.open_phases(config, description, task, *batches)
     for number, phase in enumerate(phases, start=1):
         kind = 'cached features' if phase.steps.cached else 'images'
         print(f'phase {number}, to step {phase.end:,}, on {kind}:')
         print(setup.parameter_table(config, phase.steps))
-    machine = runtime.machine(settings)
-    record.write_manifest(folder, record.manifest(cfg.content_hash(config), machine, description))
+    now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), description)
+    for note in manifest.begin(folder, now | {'initial_state': digest(state)}):
+        print(f'note: {note}')
     rows = layers(net, shape)
     profile = Profile(folder / 'profile', [row.path for row in rows]) if profiled else None
     outcome = loop.fit(config, task, phases, state, folder, profile=profile)

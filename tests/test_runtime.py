@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from cnn_jax import runtime
-from cnn_jax.errors import UserError
 
 CLEAN = ('XLA_FLAGS', 'NPROC', 'JAX_COMPILATION_CACHE_DIR', 'CNN_JAX_CACHE', 'JAX_PLATFORMS')
 
@@ -39,18 +38,26 @@ def settings(tmp_path):
 
 
 def test_flags_are_set_for_the_versions_that_need_them(monkeypatch):
-    old = ' '.join(runtime.FLAGS[0, 10].values())
+    old = ' '.join(runtime.CPU_FLAGS[0, 10].values())
     for version, expected in (('0.10.2', old), ('0.11.0', ''), ('1.0', '')):
         monkeypatch.delenv('XLA_FLAGS', raising=False)
-        assert runtime._set_xla_flags(version) == expected
+        assert runtime._set_xla_flags(runtime._wanted(version, on_cpu=True)) == expected
 
 
 def test_the_users_flags_are_kept_and_their_choice_wins(monkeypatch):
+    wanted = runtime._wanted('0.10.2', on_cpu=True)
     monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_enable_fast_math=false')
-    assert runtime._set_xla_flags('0.10.2').startswith('--xla_cpu_enable_fast_math=false --xla_cpu')
+    assert runtime._set_xla_flags(wanted).startswith('--xla_cpu_enable_fast_math=false --xla_cpu')
     own = f'--{runtime.YNN_FLAG}=-dot --{runtime.PASSES_FLAG}=algsimp'
     monkeypatch.setenv('XLA_FLAGS', own)
-    assert runtime._set_xla_flags('0.10.2') == own
+    assert runtime._set_xla_flags(wanted) == own
+
+
+def test_an_nvidia_gpu_adds_in_a_fixed_order(monkeypatch):
+    monkeypatch.setattr(runtime, 'CUDA_PLUGINS', ('json',))  # a module that is there
+    monkeypatch.delenv('XLA_FLAGS', raising=False)
+    flags = runtime._set_xla_flags(runtime._wanted('0.10.2', on_cpu=False))
+    assert flags == '--xla_gpu_deterministic_ops=true'
 
 
 def test_freed_memory_stays_whichever_thread_freed_it(settings):
@@ -88,9 +95,26 @@ def test_threads_are_what_was_asked_for(settings):
     assert environment['NPROC'] == '1'
 
 
-def test_more_threads_than_cores_is_a_mistake():
-    with pytest.raises(UserError, match='may use only'):
-        runtime.prepare(threads=100_000)
+def test_bits_depend_on_the_threads_and_not_on_the_cores(settings):
+    """So that a run can be gone on with on a machine with fewer cores."""
+    code = (
+        'import hashlib, jax, jax.numpy as jnp, numpy as np\n'
+        'cores = sorted(os.sched_getaffinity(0))\n'
+        'os.sched_setaffinity(0, cores[: int(os.environ["CORES"])])\n'
+        'x = jax.random.normal(jax.random.key(0), (32, 28, 28, 16))\n'
+        'k = jax.random.normal(jax.random.key(1), (3, 3, 16, 32))\n'
+        'f = jax.grad(lambda k: (jax.lax.conv(x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1),'
+        ' (1, 1), "SAME") ** 2).mean())\n'
+        'bits = np.asarray(jax.jit(f)(k)).tobytes()\n'
+        'os.environ["BITS"] = hashlib.sha256(bits).hexdigest()'
+    )
+    bits = {
+        (threads, cores): settings(threads, code, CORES=cores)[1]['BITS']
+        for threads in (1, 2)
+        for cores in '12'
+    }
+    assert bits[1, '1'] == bits[1, '2']
+    assert bits[2, '1'] == bits[2, '2']
 
 
 def test_the_compile_cache_is_used_and_can_be_chosen(settings, tmp_path):

@@ -6,13 +6,10 @@ ends, however it ends; so a killed run repeats exactly the cells that were not f
 runs on one folder never do the same cell at once.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
-import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from cnn_jax import config as cfg
 from cnn_jax.ablation.plan import Plan
 from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
+from cnn_jax.locks import holder, locked
 
 DEFINITION = 'ablation.json'
 
@@ -73,11 +71,8 @@ class Ledger:
         return [cell for cell in self.cells() if not cell.path.exists()]
 
     def running(self) -> list[Cell]:
-        """The cells without a result that a process has claimed, as far as can be seen from here.
-
-        A process of another machine that died counts until its cell is claimed again.
-        """
-        return [cell for cell in self.missing() if _lives(self._lock(cell))]
+        """The cells without a result that a process has claimed, as far as `locks.holder` sees."""
+        return [cell for cell in self.missing() if holder(self._lock(cell))]
 
     def _lock(self, cell: Cell) -> Path:
         return self.folder / 'locks' / f'{cell.path.stem}.lock'
@@ -105,38 +100,8 @@ class Ledger:
 
         The lock lasts as long as the context, or the process.
         """
-        path = self._lock(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open('a') as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            file.truncate(0)
-            file.write(json.dumps([socket.gethostname(), os.getpid()]))
-            file.flush()
-            try:
-                yield not cell.path.exists()
-            finally:
-                file.truncate(0)
-
-
-def _lives(lock: Path) -> bool:
-    """Whether the process that wrote its name into a lock file is there, or not to be seen."""
-    try:
-        host, process = json.loads(lock.read_text())
-    except (OSError, ValueError):
-        return False
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+        with locked(self._lock(cell)) as held:
+            yield held and not cell.path.exists()
 
 
 def open_ledger(

@@ -7,9 +7,8 @@ from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation.ledger import Ledger, open_ledger
 from cnn_jax.ablation.plan import Plan, budget, code_digest
-from cnn_jax.data.batches import open_batches
 from cnn_jax.errors import UserError
-from cnn_jax.train import record, setup
+from cnn_jax.train import manifest, setup
 
 
 def open_ablation(
@@ -34,9 +33,7 @@ def open_ablation(
     for arm, config in plan.configs.items():
         if config.data != first.data:
             raise UserError(f'arm {arm!r} changes config.data; all arms must see the same images')
-    train, evaluation = (open_batches(first.data, which) for which in ('train', 'eval'))
-    description = setup.describe(first, train, evaluation)
-    description['preprocessing'] = setup.preprocessing(first, train, setup.load_weights(first))
+    train, evaluation, description, _ = setup.open_data(first)
     identity = {
         'code': code_digest(),
         'training data': description['train']['fingerprint'],
@@ -48,7 +45,7 @@ def open_ablation(
     machine = runtime.machine(settings)
     facts = {
         'command': command,
-        'manifest': record.manifest(cfg.content_hash(first), machine, description),
+        'manifest': manifest.manifest(cfg.content_hash(first), machine, description),
         'budgets': {arm: budget(config, train.n) for arm, config in plan.configs.items()},
     }
     return open_ledger(folder, plan, identity, facts), (description, train, evaluation)

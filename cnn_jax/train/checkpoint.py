@@ -1,42 +1,61 @@
-"""Checkpoints by Orbax: the latest k and the best one, each whole or absent."""
+"""Checkpoints by Orbax: the latest k and the best one, each whole or not used."""
 
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from cnn_jax.errors import UserError
+from cnn_jax import config as cfg
+from cnn_jax.errors import RunFailed, UserError
+from cnn_jax.train import seal
 from cnn_jax.train.step import State
+
+DELETED = 'deleted'
+FORMAT = 1  # raised when a checkpoint's content is arranged otherwise
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, in `step_N` folders; each is sealed once it is written.
 
     Args:
         folder: Where they are kept; created when the first one is saved.
-        keep: Number of latest checkpoints kept.
-        best: `accuracy` (largest is best) or `loss` (smallest); one more checkpoint is kept for it.
+        config: The run's.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, best: str = 'accuracy'):
+    def __init__(self, folder: Path, config: cfg.Config):
+        self._folder = Path(folder).absolute()
+        self._config = config
+        self._facts = {'format': FORMAT, 'config': cfg.content_hash(config)}
+
+    @functools.cached_property
+    def _manager(self):
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+        best = self._config.train.best
 
         def score(metrics: dict[str, float]) -> float:
             return -metrics['loss'] if best == 'loss' else metrics['accuracy']
 
-        self._args = ocp.args
-        self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(),
+        return ocp.CheckpointManager(
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 step_prefix='step',
                 best_fn=score,  # makes Orbax write the metrics beside the state
                 preservation_policy=AnyPreservationPolicy(
                     [
-                        LatestN(keep),
+                        LatestN(self._config.train.keep),
                         BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
                     ]
                 ),
+                # Renamed, then removed here: a kill leaves no half of one under its name.
+                todelete_subdir=DELETED,
                 # A step is tens of milliseconds and a save not much more: a save that has
                 # returned is on the disk, and an error in it stops the run.
                 enable_async_checkpointing=False,
@@ -50,53 +69,153 @@ class Checkpoints:
             state: The training state.
             progress: What the loop needs to go on in the middle of an epoch; JSON.
             metrics: Of the evaluation at this step, if there was one.
+
+        Errors:
+            RunFailed: The disk is full, or cannot be written for another reason.
         """
+        import orbax.checkpoint as ocp
+
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        parts = self._args.Composite(
-            state=self._args.StandardSave(state), progress=self._args.JsonSave(progress)
-        )
-        self._manager.save(step, args=parts, metrics=metrics)
+        try:
+            parts = ocp.args.Composite(state=ocp.args.StandardSave(state))
+            self._manager.save(step, args=parts, metrics=metrics)
+            seal.seal(self._place(step), self._facts | {'progress': progress})
+            self._sweep()
+        except (OSError, ValueError) as error:  # ValueError: TensorStore's
+            raise RunFailed(
+                f'the checkpoint of step {step} cannot be written in {self._folder} '
+                f'({_reason(error)}); make room, and the same command goes on from the one before'
+            ) from error
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, whole or not, the newest first."""
+        names = [path.name for path in self._folder.glob('step_*')]
+        numbers = [name.removeprefix('step_') for name in names]
+        return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, if there is one."""
-        return self._manager.latest_step()
+        return next(iter(self.steps()), None)
 
     def best(self) -> int | None:
         """The step of the best checkpoint, if any was saved with metrics."""
         scored = [step for step in self._manager.all_steps() if self._manager.metrics(step)]
         return self._manager.best_step() if scored else None
 
+    def resumable(
+        self, fault: Callable[[dict[str, Any]], str], say: Callable[[str], object]
+    ) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint from which the run can go on, and its progress; None without any.
+
+        Newer ones that are damaged are moved to the folder `damaged` beside this one. For the
+        process alone that holds the work directory.
+
+        Args:
+            fault: What else is wrong with a progress, in words; '' for nothing.
+            say: Called with a sentence about each one that is set aside.
+
+        Errors:
+            UserError: There are checkpoints, but none that can be used.
+        """
+        self._sweep()
+        wrong = {}
+        for step in self.steps():
+            try:
+                progress = self._opened(step)
+                reason = fault(progress)
+            except seal.Broken as error:
+                reason = str(error)
+            if not reason:
+                for bad, why in wrong.items():
+                    say(f'the checkpoint of step {bad} cannot be used ({why}); {self._aside(bad)}')
+                return step, progress
+            wrong[step] = reason
+        if wrong:
+            told = '; '.join(f'step {step}: {reason}' for step, reason in wrong.items())
+            raise UserError(
+                f'no checkpoint in {self._folder} can be used ({told}); restore one, or start anew '
+                'in another --workdir'
+            )
+        return None
+
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """The state and progress saved at a step.
 
         Args:
-            step: One that `latest` or `best` named.
+            step: One that `latest`, `best` or `resumable` named.
             like: A state (or its shapes) of the same structure.
 
         Errors:
-            UserError: The checkpoint cannot be read or belongs to another network.
+            UserError: The checkpoint is damaged or belongs to another run.
         """
+        import orbax.checkpoint as ocp
+
         try:
+            progress = self._opened(step)
             parts: Any = self._manager.restore(
-                step,
-                args=self._args.Composite(
-                    state=self._args.StandardRestore(_shapes(like)),
-                    progress=self._args.JsonRestore(),
-                ),
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_shapes(like)))
             )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0]
+        except (ValueError, KeyError, OSError) as error:
             raise UserError(
-                f'the checkpoint of step {step} in {self._manager.directory} cannot be read '
-                f'({reason}); delete its folder to go on from the one before'
+                f'the checkpoint of step {step} in {self._folder} cannot be used '
+                f'({_reason(error)}); launch.train with the same command goes back to the one '
+                'before'
             ) from error
-        return parts.state, parts.progress
+        return parts.state, progress
 
     def close(self) -> None:
         """Release Orbax's resources."""
-        self._manager.close()
+        if '_manager' in vars(self):
+            self._manager.close()
+
+    def _place(self, step: int) -> Path:
+        return self._folder / f'step_{step}'
+
+    def _opened(self, step: int) -> dict[str, Any]:
+        """The progress of a checkpoint that is whole and this run's."""
+        content = seal.opened(self._place(step))
+        if content['format'] != FORMAT:
+            raise seal.Broken('another version of cnn_jax wrote it')
+        if content['config'] != self._facts['config']:
+            raise seal.Broken('it belongs to a run of another config')
+        return content['progress']
+
+    def _sweep(self) -> None:
+        """Remove what Orbax has given up, and what killed saves left behind."""
+        for place in (self._folder / DELETED, *self._folder.glob('step_*.orbax-checkpoint-tmp*')):
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _aside(self, step: int) -> str:
+        """Move a checkpoint out of the way; where to, in words."""
+        place = self._folder.with_name('damaged')
+        place.mkdir(exist_ok=True)
+        taken = len(list(place.glob(f'step_{step}*')))
+        new = place / (f'step_{step}' + f'-{taken}' * bool(taken))
+        os.rename(self._place(step), new)
+        return f'it is kept in {new}'
+
+
+def digest(state: Any) -> str:
+    """SHA-256 of the values, types, shapes and paths of all leaves of a state."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(leaf)
+        found.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n'.encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """What an error of the file system or of TensorStore says, in short."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    for number in (28, 122, 30):  # ENOSPC, EDQUOT, EROFS: TensorStore buries them in its report
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _shapes(state: State) -> State:

@@ -1,7 +1,7 @@
 """The training loop: steps, metrics, evaluation, checkpoints, stopping and going on."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,18 @@ def fit(
         profile: Traces some of the steps.
 
     Errors:
-        RunFailed: The loss is no longer finite.
+        RunFailed: The loss is no longer finite, or the disk is full.
+        UserError: There are checkpoints, but none that can be used.
     """
     total = phases[-1].end
     values = values_of(config)
-    checkpoints = Checkpoints(
-        folder / 'checkpoints', keep=config.train.keep, best=config.train.best
-    )
-    meter = Meter(checkpoints)
-    state, step, current = _start(state, phases, checkpoints, meter)
-    record = Record(folder, step)
+    checkpoints, record = Checkpoints(folder / 'checkpoints', config), Record(folder)
+    meter = Meter(checkpoints, record)
+    notes: list[str] = []
+    state, step, current = _start(state, phases, checkpoints, record, meter, notes.append)
     progress = Progress(total, step, config.data.batch, task.steps_per_epoch, live)
-    if step:
-        progress.say(f'going on from the checkpoint of step {step} of {total}')
+    for note in notes:
+        progress.say(note)
 
     def report(step: int, eval_metrics: dict[str, Any], speed: float) -> None:
         """Write down and show the metrics of both splits since the last report."""
@@ -141,7 +140,8 @@ def fit(
                     scores = metrics.scalars(result)
                     progress.restart_clock(step)
                 if saving:
-                    checkpoints.save(state, {'sums': meter.pending_sums()}, scores)
+                    position = {'sums': meter.pending_sums(), 'record': record.position()}
+                    checkpoints.save(state, position, scores)
                 if not watch.running:  # it has not seen the first step, which was compiled
                     jax.block_until_ready(sums)
                     watch.start(step)
@@ -173,15 +173,34 @@ def compilations(jitted: Any) -> int:
     return jitted._cache_size()
 
 
-def _start(state: State, phases: list[Phase], checkpoints: Checkpoints, meter: Meter):
-    """The newest saved state, or the given one; the steps done; the phase they are in."""
-    step = checkpoints.latest()
-    if step is None:
-        return state, 0, 0
+def entered(phases: list[Phase], state: State, step: int) -> tuple[State, int]:
+    """A state of the structure that a checkpoint of `step` has, and the number of its phase."""
     # A checkpoint at a phase's last step was saved before the next one was entered.
     current = next((k for k, phase in enumerate(phases) if step <= phase.end), len(phases) - 1)
     for phase in phases[1 : current + 1]:
         state = phase.steps.enter(state)
-    state, progress = checkpoints.restore(step, state)
+    return state, current
+
+
+def _start(
+    state: State,
+    phases: list[Phase],
+    checkpoints: Checkpoints,
+    record: Record,
+    meter: Meter,
+    say: Callable[[str], object],
+) -> tuple[State, int, int]:
+    """The newest saved state, or the given one; the steps done; the phase they are in."""
+    found = checkpoints.resumable(lambda progress: record.fault(progress['record']), say)
+    if found is None:
+        if record.begun():
+            say('no checkpoint had been saved: starting again from step 0')
+        record.resume(0, None)
+        return state, 0, 0
+    step, progress = found
+    state, current = entered(phases, state, step)
+    state, _ = checkpoints.restore(step, state)
+    record.resume(step, progress['record'])
     meter.resume(progress['sums'])
+    say(f'going on from the checkpoint of step {step} of {phases[-1].end}')
     return state, step, current

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from cnn_jax.errors import RunFailed
 from cnn_jax.train import metrics
 from cnn_jax.train.checkpoint import Checkpoints
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the message says why and what to try."""
+from cnn_jax.train.record import Record
 
 
 class Meter:
@@ -19,10 +17,10 @@ class Meter:
     Every step's loss is looked at, so a loss that is not finite stops the run at its step.
     """
 
-    def __init__(self, checkpoints: Checkpoints):
+    def __init__(self, checkpoints: Checkpoints, record: Record):
         self._waiting: collections.deque = collections.deque()
         self._sums: metrics.Sums | None = None
-        self._checkpoints = checkpoints
+        self._checkpoints, self._record = checkpoints, record
         self.latest: tuple[float, float] | None = None  # loss and accuracy so far
 
     def add(self, step: int, sums: metrics.Sums) -> None:
@@ -39,6 +37,7 @@ class Meter:
     def _absorb(self) -> None:
         step, sums = self._waiting.popleft()
         self._sums = metrics.add(self._sums, sums)
+        self._record.step(sums['objective'], sums['gradient_norm'])
         if not np.isfinite(sums['objective']) or not np.isfinite(sums['gradient_norm']):
             saved = self._checkpoints.latest()
             where = (

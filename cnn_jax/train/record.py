@@ -1,66 +1,22 @@
-"""The record of a run: manifest, metrics, TensorBoard events, learning curves.
+"""The record of a run: metrics, TensorBoard events, learning curves.
 
 `metrics.jsonl` holds what the run computed and nothing that depends on the machine's speed, so
-that the same run writes the same file; times are in `timing.jsonl`.
+that the same run writes the same file; so does `steps.f32`, two little-endian float32 a step: the
+objective and the norm of its gradient. Times are in `timing.jsonl`.
 """
 
-import importlib.metadata
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
+
 from cnn_jax.cache import write_atomically
 from cnn_jax.train.figures import draw_curves
-from cnn_jax.train.workdir import write_text
+from cnn_jax.train.journal import Journal
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'pillow')
-
-
-def manifest(config_hash: str, machine: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the run.
-
-    Args:
-        config_hash: SHA-256 of the config.
-        machine: Devices and runtime settings.
-        data: Names, sizes, classes and fingerprints of the splits.
-    """
-    import jax
-
-    options: Any = jax.config
-    return {
-        'config_hash': config_hash,
-        'code': code_version(),
-        'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
-        'machine': machine,
-        'prng': {
-            'implementation': 'threefry2x32',
-            'partitionable': bool(options.jax_threefry_partitionable),
-        },
-        'data': data,
-    }
-
-
-def code_version() -> dict[str, Any]:
-    """The version of this package; in a git checkout also its commit and the changed files."""
-    version: dict[str, Any] = {'cnn_jax': importlib.import_module('cnn_jax').__version__}
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str | None:
-        command = ['git', '-C', str(root), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    if git('rev-parse', '--show-toplevel') == str(root):
-        changed = git('status', '--porcelain', '--untracked-files=no')
-        version |= {
-            'commit': git('rev-parse', 'HEAD'),
-            'changed_files': (changed or '').splitlines(),
-        }
-    return version
+STEPS = 'steps.f32'
 
 
 class Record:
@@ -68,41 +24,75 @@ class Record:
 
     Args:
         folder: The work directory.
-        step: The step the run starts from; lines of later steps, left by a run that was killed
-            before its next checkpoint, are removed and will be written again.
     """
 
-    def __init__(self, folder: Path, step: int = 0):
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._metrics = Journal(folder / 'metrics.jsonl')
+        self._steps = Journal(folder / STEPS)
+        self._waiting: list[tuple[float, float]] = []
+        self._events: Any = None
+
+    def fault(self, position: dict[str, Any]) -> str:
+        """What is wrong with the files if the run shall go on from a `position`; '' for nothing."""
+        for journal in (self._metrics, self._steps):
+            if not journal.holds(position[journal.path.name]):
+                return f'{journal.path.name} no longer holds what it held then'
+        return ''
+
+    def begun(self) -> bool:
+        """Whether a run has written metrics here."""
+        return bool(read_lines(self._metrics.path))
+
+    def resume(self, step: int, position: dict[str, Any] | None) -> None:
+        """Go on after a step, where `position` was taken; with None, start anew.
+
+        What a killed run wrote after that is removed, and will be written again.
+        """
         from tensorboardX import SummaryWriter
 
-        self._folder = folder
-        for name in ('metrics.jsonl', 'timing.jsonl'):
-            path = folder / name
-            kept = [line for line in read_lines(path) if line['step'] <= step]
-            write_atomically(path, lambda file, kept=kept: file.write(_encode(kept)))
-        self._events = SummaryWriter(str(folder), purge_step=step + 1)
+        for journal in (self._metrics, self._steps):
+            journal.resume(position and position[journal.path.name])
+        path = self._folder / 'timing.jsonl'
+        kept = [line for line in read_lines(path) if line['step'] <= step]
+        write_atomically(path, lambda file: file.write(_encode(kept)))
+        self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
+
+    def step(self, objective: float, gradient_norm: float) -> None:
+        """Keep what one step computed, for `launch.verify`; written at the next `position`."""
+        self._waiting.append((objective, gradient_norm))
 
     def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Append the metrics of one split at one step, to the file and to TensorBoard."""
-        self._append('metrics.jsonl', {'step': step, 'split': split, **values})
+        self._metrics.append(_encode([{'step': step, 'split': split, **values}]))
         for name, number in values.items():
             if isinstance(number, float):
                 self._events.add_scalar(f'{name}/{split}', number, step)
 
     def timing(self, step: int, values: dict[str, float]) -> None:
         """Append speeds and times, which are not part of the result."""
-        self._append('timing.jsonl', {'step': step, **values})
+        with (self._folder / 'timing.jsonl').open('ab') as file:
+            file.write(_encode([{'step': step, **values}]))
         for name, number in values.items():
             self._events.add_scalar(f'speed/{name}', number, step)
 
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self._folder / name).open('ab') as file:
-            file.write(_encode([line]))
+    def position(self) -> dict[str, Any]:
+        """Where the files end, once they are on the disk; JSON, for a checkpoint."""
+        self._steps.append(np.array(self._waiting, '<f4').tobytes())
+        self._waiting = []
+        return {each.path.name: each.position() for each in (self._metrics, self._steps)}
 
     def close(self) -> None:
         """Flush TensorBoard's events and draw the learning curves."""
         self._events.close()
         draw_curves(read_lines(self._folder / 'metrics.jsonl'), self._folder / 'curves.png')
+
+
+def read_steps(folder: Path) -> Float32[np.ndarray, 'n 2']:
+    """Objective and gradient norm of every step that was recorded."""
+    path = folder / STEPS
+    whole = path.read_bytes() if path.exists() else b''
+    return np.frombuffer(whole[: len(whole) // 8 * 8], '<f4').reshape(-1, 2)
 
 
 def _encode(lines: list[dict[str, Any]]) -> bytes:
@@ -120,8 +110,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `manifest.json`."""
-    write_text(folder / 'manifest.json', json.dumps(content, indent=2) + '\n')

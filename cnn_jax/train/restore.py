@@ -1,6 +1,5 @@
 """A finished or stopped run, opened again from its work directory."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.errors import UserError
 from cnn_jax.models.build import build
-from cnn_jax.train import setup, workdir
+from cnn_jax.train import manifest, setup, workdir
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.step import State, Steps, make_steps
 from cnn_jax.train.task import Task
@@ -40,19 +39,6 @@ class Run:
         return {'params': params.unflatten(weights), 'batch_stats': self.state.batch_stats}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a work directory.
-
-    Errors:
-        UserError: The folder holds no run, or one that never started to train.
-    """
-    workdir.load_config(folder)
-    path = folder / 'manifest.json'
-    if not path.exists():
-        raise UserError(f'{folder} has no manifest.json: its run never started; run launch.train')
-    return json.loads(path.read_text())
-
-
 def open_run(folder: Path, which: str = 'latest') -> Run:
     """Open the run in a work directory at one of its checkpoints.
 
@@ -63,12 +49,10 @@ def open_run(folder: Path, which: str = 'latest') -> Run:
     Errors:
         UserError: The folder holds no run or no such checkpoint.
     """
-    manifest = read_manifest(folder)
+    run_manifest = manifest.read(folder)
     config = workdir.load_config(folder)
-    task = setup.make_task(config, manifest['data'])
-    checkpoints = Checkpoints(
-        folder / 'checkpoints', keep=config.train.keep, best=config.train.best
-    )
+    task = setup.make_task(config, run_manifest['data'])
+    checkpoints = Checkpoints(folder / 'checkpoints', config)
     step = {'latest': checkpoints.latest, 'best': checkpoints.best}[which]()
     if step is None:
         raise UserError(f'{folder} has no {which} checkpoint yet; let launch.train reach one')
@@ -79,4 +63,4 @@ def open_run(folder: Path, which: str = 'latest') -> Run:
         state = steps.enter(state)
     state, _ = checkpoints.restore(step, state)
     checkpoints.close()
-    return Run(config, manifest, task, steps, state, step)
+    return Run(config, run_manifest, task, steps, state, step)

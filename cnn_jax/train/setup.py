@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from cnn_jax import config as cfg
 from cnn_jax import params
+from cnn_jax.data.batches import open_batches
 from cnn_jax.data.normalize import normalize, statistics
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
@@ -21,6 +22,23 @@ from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
 from cnn_jax.train.loop import Phase
 from cnn_jax.train.step import State, Steps, make_steps
 from cnn_jax.train.task import Task
+
+
+def open_data(config: cfg.Config) -> tuple[Any, Any, dict[str, Any], Pretrained | None]:
+    """The batches of both splits, their description, and the weights that the config names.
+
+    Returns:
+        Training batches; evaluation batches; what `describe` and, under that name,
+        `preprocessing` give; the weights, if any.
+
+    Errors:
+        UserError: Data or weights cannot be had, or the splits do not fit each other.
+    """
+    train = open_batches(config.data, 'train', seed=config.seed)
+    evaluation = open_batches(config.data, 'eval')
+    description, weights = describe(config, train, evaluation), load_weights(config)
+    description['preprocessing'] = preprocessing(config, train, weights)
+    return train, evaluation, description, weights
 
 
 def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The work directory of a run: what lies where, and whose it is."""
 
-import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from cnn_jax import config as cfg
+from cnn_jax import locks
 from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
 
@@ -33,14 +34,37 @@ def make_writable(folder: Path, what: str = 'the work directory', flag: str = '-
         ) from error
 
 
-def claim(folder: Path, config: cfg.Config) -> None:
-    """Create the work directory, or check that it belongs to a run of the same config.
+@contextmanager
+def held(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Have the work directory to oneself, for as long as the context lasts.
+
+    Args:
+        folder: The work directory; created if missing.
+        wait: For another process that has it, instead of giving up.
 
     Errors:
-        UserError: It cannot be written, or holds an ablation, or a run of another config (the
-            difference is told).
+        UserError: It cannot be written, or another process has it.
     """
     make_writable(folder)
+    path = folder / 'lock'
+    if wait and (other := locks.holder(path)):
+        print(f'waiting for process {other[1]} on {other[0]}, which trains in {folder}', flush=True)
+    with locks.locked(path, wait) as mine:
+        if not mine:
+            host, process = locks.holder(path) or ('another machine', '?')
+            raise UserError(
+                f'process {process} on {host} is training in {folder}; give --wait to go on after '
+                'it, or choose another --workdir'
+            )
+        yield
+
+
+def claim(folder: Path, config: cfg.Config) -> None:
+    """Make the work directory that of a run, or check that it belongs to one of the same config.
+
+    Errors:
+        UserError: It holds an ablation, or a run of another config (the difference is told).
+    """
     if (folder / 'ablation.json').exists():
         raise UserError(f'{folder} holds an ablation; choose another --workdir')
     path = folder / 'config.json'
@@ -56,29 +80,6 @@ def claim(folder: Path, config: cfg.Config) -> None:
             f'the work directory {folder} belongs to a run of another config ({listed}); '
             'choose another --workdir or restore these fields'
         )
-
-
-def check_data(folder: Path, description: dict[str, Any]) -> None:
-    """Check that a run that is continued still has the data it began with.
-
-    Args:
-        folder: The work directory.
-        description: Of the data as they are now, as `setup.describe` gives it.
-
-    Errors:
-        UserError: The images, the labels or their order have changed.
-    """
-    path = folder / 'manifest.json'
-    if not path.exists():
-        return
-    before = json.loads(path.read_text())['data']
-    for split in ('train', 'eval'):
-        if before[split] != description[split]:
-            raise UserError(
-                f'the {split} images of {description["source"]} have changed since the run in '
-                f'{folder} began ({before[split]["count"]} images then, '
-                f'{description[split]["count"]} now); restore them or choose another --workdir'
-            )
 
 
 def load_config(folder: Path) -> cfg.Config:

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from cnn_jax.errors import RunFailed
 from cnn_jax.train.checkpoint import Checkpoints
-from cnn_jax.train.meter import Meter, RunFailed
+from cnn_jax.train.meter import Meter
 
 SHORT = {'train__epochs': 2.0, 'train__eval_every': 0.5, 'train__checkpoint_every': 0.25}
 
@@ -100,18 +101,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(small, fit):
 
 def test_the_latest_and_the_best_checkpoints_are_kept(small, run, tmp_path):
     _, state, _ = run(small())
-    kept = Checkpoints(tmp_path / 'c', keep=2, best='accuracy')
+    config = small(train__keep=2, train__best='accuracy')
+    kept = Checkpoints(tmp_path / 'c', config)
     for step, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.2], start=1):
         scores = {'accuracy': accuracy, 'loss': 1.0}
         kept.save(state.replace(step=np.int32(step)), {'sums': None}, scores)
     kept.close()
-    again = Checkpoints(tmp_path / 'c', keep=2, best='accuracy')
+    again = Checkpoints(tmp_path / 'c', config)
     assert again.latest() == 5
     assert again.best() == 2
     restored, _ = again.restore(2, state)
     assert same(restored, state.replace(step=np.int32(2)))
 
 
-def test_without_a_checkpoint_there_is_no_latest(tmp_path):
-    assert Checkpoints(tmp_path / 'none').latest() is None
-    assert Checkpoints(tmp_path / 'none').best() is None
+def test_without_a_checkpoint_there_is_no_latest(small, tmp_path):
+    assert Checkpoints(tmp_path / 'none', small()).latest() is None
+    assert Checkpoints(tmp_path / 'none', small()).best() is None

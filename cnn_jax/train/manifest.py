@@ -1,0 +1,163 @@
+"""Where a run came from: its code, packages, machine and data; and what has changed since."""
+
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import config as cfg
+from cnn_jax.errors import UserError
+from cnn_jax.train.workdir import load_config, write_text
+
+NAME = 'manifest.json'
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'pillow')
+# Of the machine's facts, those that the numbers depend on.
+DECISIVE = ('devices', 'threads', 'xla_flags', 'python')
+
+
+def manifest(config_hash: str, machine: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the run.
+
+    Args:
+        config_hash: SHA-256 of the config.
+        machine: Devices and runtime settings.
+        data: Names, sizes, classes and fingerprints of the splits.
+    """
+    import jax
+
+    options: Any = jax.config
+    return {
+        'config_hash': config_hash,
+        'code': code_version(),
+        'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
+        'machine': machine,
+        'prng': {
+            'implementation': 'threefry2x32',
+            'partitionable': bool(options.jax_threefry_partitionable),
+        },
+        'data': data,
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """The version of this package; in a git checkout also its commit and the changed files."""
+    version: dict[str, Any] = {'cnn_jax': importlib.import_module('cnn_jax').__version__}
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        command = ['git', '-C', str(root), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git('rev-parse', '--show-toplevel') == str(root):
+        changed = git('status', '--porcelain', '--untracked-files=no')
+        version |= {
+            'commit': git('rev-parse', 'HEAD'),
+            'changed_files': (changed or '').splitlines(),
+        }
+    return version
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest in a work directory.
+
+    Errors:
+        UserError: The folder holds no run, one that never started to train, or a damaged file.
+    """
+    load_config(folder)
+    found = stored(folder)
+    if found is None:
+        raise UserError(f'{folder} has no {NAME}: its run never started; run launch.train')
+    return found
+
+
+def stored(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a work directory, if there is one.
+
+    Errors:
+        UserError: It is damaged.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        # What every reader relies on.
+        _ = found['config_hash'], found['machine']['threads'], found['data']['train']['fingerprint']
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is damaged ({error}); restore it') from error
+    return found
+
+
+def threads(folder: Path, config: cfg.Config) -> int:
+    """The threads to compute with: the config's, else those that the run in a folder began with.
+
+    XLA on a CPU computes the same bits with the same number of threads, on any number of cores.
+    """
+    before = stored(folder)
+    return config.train.threads or (before['machine']['threads'] if before else 0)
+
+
+def check_data(folder: Path, description: dict[str, Any]) -> None:
+    """Check that a run that is continued still has the data it began with.
+
+    Args:
+        folder: The work directory.
+        description: Of the data as they are now, as `setup.describe` gives it.
+
+    Errors:
+        UserError: The images, the labels or their order have changed.
+    """
+    found = stored(folder)
+    if found is None:
+        return
+    before = found['data']
+    for split in ('train', 'eval'):
+        if before[split] != description[split]:
+            raise UserError(
+                f'the {split} images of {description["source"]} have changed since the run in '
+                f'{folder} began ({before[split]["count"]} images then, '
+                f'{description[split]["count"]} now); restore them or choose another --workdir'
+            )
+
+
+def begin(folder: Path, now: dict[str, Any]) -> list[str]:
+    """Write the manifest of a run that starts; of one that goes on, keep what has changed.
+
+    Returns:
+        A sentence about the changes, if they may change the numbers from here on.
+    """
+    before = stored(folder)
+    if before is None:
+        write_text(folder / NAME, json.dumps(now, indent=2) + '\n')
+        return []
+    changed = differences(before, now)
+    if not changed:
+        return []
+    told = [f'{name}: {old} → {new}' for name, (old, new) in changed.items()]
+    before.setdefault('resumed', []).append(told)
+    write_text(folder / NAME, json.dumps(before, indent=2) + '\n')
+    return [
+        f'this run began under other conditions ({"; ".join(told)}): from here on its numbers may '
+        'differ in the last digits from those of an undisturbed run'
+    ]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two manifests and can change the numbers: by name, old and new."""
+    a, b = map(_decisive, (before, now))
+    return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
+
+
+def _decisive(manifest: dict[str, Any]) -> dict[str, Any]:
+    code, data = manifest['code'], manifest['data']
+    return {
+        **{name: manifest['machine'].get(name) for name in DECISIVE},
+        **manifest['packages'],
+        **{f'code ({name})': value for name, value in code.items()},
+        **{f'{split} data': data[split]['fingerprint'][:12] for split in ('train', 'eval')},
+    }

@@ -1,0 +1,61 @@
+"""Check that a run can be had again: train parts of it once more and compare every bit.
+
+  python -m launch.verify --workdir=runs/small
+  python -m launch.verify --workdir=runs/small --steps=100
+
+The first steps are trained again, and those after the newest checkpoint that has some after it.
+What has changed since the run began (device, threads, versions, flags, data, code) is told. Nothing
+in the work directory is changed. Exit code 0: bit for bit the same; 1: something differs.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from launch import cli
+
+WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
+STEPS = flags.DEFINE_integer(
+    'steps', 10, 'How many steps to train again, in each of the two places.', lower_bound=1
+)
+
+
+def main(_) -> int:
+    """Verify; returns the exit code."""
+    from cnn_jax.train import manifest, workdir
+
+    folder = Path(WORKDIR.value)
+    config, before = workdir.load_config(folder), manifest.read(folder)
+    settings = cli.start(manifest.threads(folder, config))
+    print(settings)
+
+    from cnn_jax import config as cfg
+    from cnn_jax import runtime
+    from cnn_jax.train import setup
+    from cnn_jax.train.verify import verify
+
+    *batches, description, weights = setup.open_data(config)
+    now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), description)
+    changed = manifest.differences(before, now)
+    for name, (old, new) in changed.items():
+        print(f'changed since the run began: {name}: {old} → {new}')
+    task = setup.make_task(config, description, weights)
+    phases, state = setup.open_phases(config, description, task, *batches)
+
+    def tell(what: str, difference: str) -> None:
+        print(f'  differs  {what}: {difference}' if difference else f'  same     {what}')
+
+    if verify(config, phases, state, folder, STEPS.value, tell):
+        print(f'verified: what was trained again of {folder} is the same, bit for bit')
+        return cli.OK
+    print(
+        f'not the same: {", ".join(changed)} changed since the run began'
+        if changed
+        else 'not the same, though nothing that is known to matter has changed: a file of the run '
+        'was altered, or this machine does not compute the same twice'
+    )
+    return cli.FAILED
+
+
+if __name__ == '__main__':
+    cli.run(main)
