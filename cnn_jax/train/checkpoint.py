@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: the latest k and the best one, each whole or not used."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -38,20 +39,17 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-        best = self._config.train.best
-
-        def score(metrics: dict[str, float]) -> float:
-            return -metrics['loss'] if best == 'loss' else metrics['accuracy']
-
         return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 step_prefix='step',
-                best_fn=score,  # makes Orbax write the metrics beside the state
+                best_fn=self._score,  # makes Orbax write the metrics beside the state
                 preservation_policy=AnyPreservationPolicy(
                     [
                         LatestN(self._config.train.keep),
-                        BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
+                        BestN(
+                            get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
+                        ),
                     ]
                 ),
                 # Renamed, then removed here: a kill leaves no half of one under its name.
@@ -61,6 +59,9 @@ class Checkpoints:
                 enable_async_checkpointing=False,
             ),
         )
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        return -metrics['loss'] if self._config.train.best == 'loss' else metrics['accuracy']
 
     def save(self, state: State, progress: dict[str, Any], metrics: dict[str, float] | None = None):
         """Write a checkpoint of `state`; a second one of the same step is not written again.
@@ -81,7 +82,8 @@ class Checkpoints:
         try:
             parts = ocp.args.Composite(state=ocp.args.StandardSave(state))
             self._manager.save(step, args=parts, metrics=metrics)
-            seal.seal(self._place(step), self._facts | {'progress': progress})
+            content = self._facts | {'progress': progress, 'metrics': metrics}
+            seal.seal(self._place(step), content)
             self._sweep()
         except (OSError, ValueError) as error:  # ValueError: TensorStore's
             raise RunFailed(
@@ -100,16 +102,20 @@ class Checkpoints:
         return next(iter(self.steps()), None)
 
     def best(self) -> int | None:
-        """The step of the best checkpoint, if any was saved with metrics."""
-        scored = [step for step in self._manager.all_steps() if self._manager.metrics(step)]
-        return self._manager.best_step() if scored else None
+        """The step of the best whole checkpoint, if any was saved with metrics; a tie: the last."""
+        scores = {}
+        for step in self.steps():
+            with contextlib.suppress(seal.Broken):
+                if metrics := self._opened(step)['metrics']:
+                    scores[step] = self._score(metrics)
+        return max(scores, key=lambda step: (scores[step], step)) if scores else None
 
     def resumable(
         self, fault: Callable[[dict[str, Any]], str], say: Callable[[str], object]
     ) -> tuple[int, dict[str, Any]] | None:
         """The newest checkpoint from which the run can go on, and its progress; None without any.
 
-        Newer ones that are damaged are moved to the folder `damaged` beside this one. For the
+        Damaged ones, newer or older, are moved to the folder `damaged` beside this one. For the
         process alone that holds the work directory.
 
         Args:
@@ -120,25 +126,26 @@ class Checkpoints:
             UserError: There are checkpoints, but none that can be used.
         """
         self._sweep()
-        wrong = {}
+        found, wrong = None, {}
         for step in self.steps():
             try:
-                progress = self._opened(step)
-                reason = fault(progress)
+                progress = self._opened(step)['progress']
+                reason = '' if found else fault(progress)
             except seal.Broken as error:
                 reason = str(error)
-            if not reason:
-                for bad, why in wrong.items():
-                    say(f'the checkpoint of step {bad} cannot be used ({why}); {self._aside(bad)}')
-                return step, progress
-            wrong[step] = reason
-        if wrong:
+            if reason:
+                wrong[step] = reason
+            elif not found:
+                found = step, progress
+        if wrong and not found:
             told = '; '.join(f'step {step}: {reason}' for step, reason in wrong.items())
             raise UserError(
                 f'no checkpoint in {self._folder} can be used ({told}); restore one, or start anew '
                 'in another --workdir'
             )
-        return None
+        for step, reason in wrong.items():
+            say(f'the checkpoint of step {step} cannot be used ({reason}); {self._aside(step)}')
+        return found
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """The state and progress saved at a step.
@@ -153,17 +160,16 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         try:
-            progress = self._opened(step)
-            parts: Any = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_shapes(like)))
-            )
+            progress = self._opened(step)['progress']
+            with ocp.StandardCheckpointer() as checkpointer:
+                state: Any = checkpointer.restore(self._place(step) / 'state', _shapes(like))
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
                 f'the checkpoint of step {step} in {self._folder} cannot be used '
                 f'({_reason(error)}); launch.train with the same command goes back to the one '
                 'before'
             ) from error
-        return parts.state, progress
+        return state, progress
 
     def close(self) -> None:
         """Release Orbax's resources."""
@@ -174,13 +180,13 @@ class Checkpoints:
         return self._folder / f'step_{step}'
 
     def _opened(self, step: int) -> dict[str, Any]:
-        """The progress of a checkpoint that is whole and this run's."""
+        """What was sealed into a checkpoint that is whole and this run's."""
         content = seal.opened(self._place(step))
         if content['format'] != FORMAT:
             raise seal.Broken('another version of cnn_jax wrote it')
         if content['config'] != self._facts['config']:
             raise seal.Broken('it belongs to a run of another config')
-        return content['progress']
+        return content
 
     def _sweep(self) -> None:
         """Remove what Orbax has given up, and what killed saves left behind."""
