@@ -6,8 +6,9 @@ stopped by Ctrl-C before there was anything to save.
 
 import os
 import sys
+import threading
 from collections.abc import Callable
-from logging import Formatter
+from logging import CRITICAL, getLogger
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -63,8 +64,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(OK)
     try:
         _check_config_argument(arguments)
-        logging.set_verbosity(logging.WARNING)  # else Orbax tells of every file it writes
-        logging.get_absl_handler().setFormatter(Formatter('%(levelname)s: %(message)s'))
+        if not debug:
+            _quieten()
         app.run(lambda argv: sys.exit(main(argv) or OK), flags_parser=_parse)
     except UserError as error:
         if debug:
@@ -92,6 +93,18 @@ def _sentence(error: Exception) -> str:
     return f'{type(error).__name__}: {error} (--debug shows where)'
 
 
+def _quieten() -> None:
+    """Let libraries say nothing of their own accord: their errors are raised, and told once."""
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of all threads that fail
+    getLogger('asyncio').setLevel(CRITICAL)
+
+    def tell(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's writer is a thread
+        name = failed.thread.name if failed.thread else 'a thread'
+        print(f'warning: {name} stopped: {failed.exc_value}', file=sys.stderr)
+
+    threading.excepthook = tell
+
+
 def _parse(arguments: list[str]) -> list[str]:
     """Parse the flags; a mistake in one is a `UserError`."""
     try:
@@ -116,5 +129,7 @@ def start(threads: int = 0):
     from cnn_jax import runtime
 
     settings = runtime.prepare(threads)
-    runtime.self_check()
+    from cnn_jax.selfcheck import self_check  # which imports JAX: not before it is prepared
+
+    self_check()
     return settings

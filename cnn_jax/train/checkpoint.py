@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: the latest k and the best one, each whole or not used."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -18,6 +19,7 @@ from cnn_jax.train import seal
 from cnn_jax.train.step import State
 
 DELETED = 'deleted'
+OVERHEAD = 1 << 18  # bytes of a checkpoint besides the state's, generously
 FORMAT = 1  # raised when a checkpoint's content is arranged otherwise
 
 
@@ -80,6 +82,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         try:
+            self._check_room(state)
             parts = ocp.args.Composite(state=ocp.args.StandardSave(state))
             self._manager.save(step, args=parts, metrics=metrics)
             content = self._facts | {'progress': progress, 'metrics': metrics}
@@ -176,6 +179,13 @@ class Checkpoints:
         if '_manager' in vars(self):
             self._manager.close()
 
+    def _check_room(self, state: State) -> None:
+        """Find a full disk before Orbax does, whose threads then all tell of it."""
+        needed = OVERHEAD + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self._folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _place(self, step: int) -> Path:
         return self._folder / f'step_{step}'
 
@@ -218,7 +228,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
-    for number in (28, 122, 30):  # ENOSPC, EDQUOT, EROFS: TensorStore buries them in its report
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):  # buried in a report
         if os.strerror(number) in text:
             return os.strerror(number)
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,202 @@
+"""Tiny runs in processes that are killed: while they touch a file, or at any moment.
+
+The processes are forked from one that has imported everything and used nothing, so that a start
+takes half a second.
+"""
+
+import collections
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import config as cfg
+from experiments import small
+
+PRELOADED = (
+    'launch.train',
+    'cnn_jax.data.batches',
+    'cnn_jax.train.loop',
+    'cnn_jax.train.setup',
+    'cnn_jax.train.speed',
+    'cnn_jax.train.restore',
+    'orbax.checkpoint',
+    'sklearn.datasets',
+    'tensorboardX',
+)
+processes: Any = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(list(PRELOADED))
+
+# What changes files. Each event comes before its operation; `open` does for reading, too.
+OPERATIONS = ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'os.chmod')
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a process is killed: before its n-th operation on its run's or its cache's files, or
+    after a time."""
+
+    operation: int = 0
+    seconds: float = 0.0
+
+
+def images(folder: Path) -> Path:
+    """A folder of PNG files, 20 for training and 8 for testing of each of three digits."""
+    from PIL import Image
+
+    from cnn_jax.data.bundled import digits
+
+    source, taken = digits(), collections.Counter()
+    for pixels, label in source:
+        taken[label] += 1
+        if label < 3 and taken[label] <= 28:
+            part = 'train' if taken[label] <= 20 else 'test'
+            place = folder / part / source.class_names[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[..., 0]).save(place / f'{taken[label]}.png')
+    return folder
+
+
+def tiny(source: Path, **changes: Any) -> cfg.Config:
+    """Two epochs in two phases: averaged weights, dropout, batch norm, augmentation."""
+    base = {
+        'data.source': f'folder:{source}',
+        'data.batch': 8,
+        'model.widths': (4,),
+        'model.hidden': (8,),
+        'augment.crop': 1,
+        'train.epochs': 1.0,
+        'train.ema': 0.9,
+        'train.frozen': ('block1_conv1/*',),
+        'train.eval_every': 0.25,
+        'train.checkpoint_every': 0.14,
+        'unfreeze.epochs': 1.0,
+    }
+    return cfg.validate(cfg.replace(small.get_config(), base | changes))
+
+
+def start(config: cfg.Config, folder: Path, kill: Kill = Kill()):
+    """Start or continue a run in a process of its own; what it prints goes to `FOLDER.log`."""
+    process = processes.Process(target=_train, args=(cfg.to_json(config), folder, kill))
+    process.start()
+    return process
+
+
+def train(config: cfg.Config, folder: Path, kill: Kill = Kill()) -> int:
+    """Start or continue a run and wait for its end; its exit code, −9 for one that was killed."""
+    process = start(config, folder, kill)
+    if kill.seconds:
+        process.join(kill.seconds)
+        process.kill()
+    process.join()
+    return process.exitcode
+
+
+def survive(config: cfg.Config, folder: Path, draw: random.Random, kills: int, whole: 'Ended'):
+    """Kill a run again and again, let it end, and say how often it was killed.
+
+    Half of the kills come at a file operation and half at a moment, both drawn from what an
+    undisturbed run has of them.
+    """
+    done = 0
+    while done < kills:
+        kill = (
+            Kill(operation=draw.randint(1, whole.operations))
+            if draw.random() < 0.5
+            else Kill(seconds=draw.uniform(0.3, 1.0) * whole.seconds)
+        )
+        code = train(config, folder, kill)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, log(folder)
+        done += 1
+    else:
+        assert train(config, folder) == 0, log(folder)
+    return done
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a run that came to its end, and what it took.
+
+    Attributes:
+        state: SHA-256 of its last state.
+        files: The bytes of what it recorded, by name.
+        operations: On files in its folder.
+        seconds: From start to end.
+    """
+
+    state: str
+    files: dict[str, bytes]
+    operations: int
+    seconds: float
+
+    def result(self) -> tuple:
+        """What must not depend on any disturbance."""
+        return self.state, self.files
+
+
+def whole(config: cfg.Config, folder: Path) -> Ended:
+    """The end of a run that nobody disturbs, begun or gone on with here."""
+    began = time.perf_counter()
+    assert train(config, folder) == 0, log(folder)
+    return ended(folder, time.perf_counter() - began)
+
+
+def ended(folder: Path, seconds: float = 0.0) -> Ended:
+    """The end of a run that has come to it."""
+    facts = json.loads(folder.with_suffix('.ended').read_text())
+    files = {name: (folder / name).read_bytes() for name in ('metrics.jsonl', 'steps.f32')}
+    return Ended(facts['state'], files, facts['operations'], seconds)
+
+
+def log(folder: Path) -> str:
+    """What the runs in a folder have printed so far."""
+    return folder.with_suffix('.log').read_text()
+
+
+def _train(config: str, folder: Path, kill: Kill) -> None:
+    with folder.with_suffix('.log').open('a') as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    os.environ['CNN_JAX_CACHE'] = str(folder / 'cache')
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+    operations = _count_operations(folder, kill.operation)
+    from cnn_jax.train import restore, workdir
+    from cnn_jax.train.checkpoint import digest
+    from launch.train import train
+
+    with workdir.held(folder):
+        code = train(cfg.from_json(config), folder)
+    if code:
+        sys.exit(code)
+    count = operations[0]
+    state = digest(restore.open_run(folder).state)
+    facts = json.dumps({'state': state, 'operations': count})
+    folder.with_suffix('.ended').write_text(facts)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _count_operations(folder: Path, last: int) -> list[int]:
+    """Count this process's operations on files below a folder, and die before the last one."""
+    count, below = [0], str(folder) + os.sep
+
+    def notice(event: str, arguments: tuple) -> None:
+        if event not in OPERATIONS or not arguments:
+            return
+        with contextlib.suppress(TypeError):  # a file descriptor has no path
+            if os.fsdecode(arguments[0]).startswith(below):
+                count[0] += 1
+                if count[0] == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(notice)
+    return count
