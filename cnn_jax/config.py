@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
@@ -81,6 +82,7 @@ class Data:
     channels: int = 0  # 1 | 3; 0 keeps the source's
     batch: int = 32  # examples a step, over all devices
     eval_batch: int = 0  # 0: same as batch
+    max_corrupt: float = 0.01  # share of unreadable images, which are skipped; more stop the run
     stream: str = 'auto'  # auto | never | always: read batches from the source at each step
     memory_gb: float = 4.0  # auto streams sets whose decoded images are larger than this
 
@@ -136,7 +138,7 @@ class Train:
     checkpoint_every: float = 1.0  # epochs
     keep: int = 2  # latest checkpoints kept, besides the best
     best: str = 'accuracy'  # accuracy | loss, on the evaluation split
-    threads: int = 0  # CPU threads of a computation; 0: all cores
+    threads: int = 0  # CPU threads of a computation; 0: as many as cores when the run began
 
 
 @dataclass
@@ -214,6 +216,7 @@ RANGES = {
     'data.size': (0, None),
     'data.batch': (1, None),
     'data.eval_batch': (0, None),
+    'data.max_corrupt': (0, 1),
     'data.memory_gb': (0, None),
     'augment.crop': (0, None),
     'augment.cutout': (0, None),
@@ -235,7 +238,7 @@ RANGES = {
     'train.eval_every': (0, None),
     'train.checkpoint_every': (0, None),
     'train.keep': (1, None),
-    'train.threads': (0, None),
+    'train.threads': (0, 1024),
     'unfreeze.epochs': (0, None),
     'unfreeze.learning_rate': (0, None),
     'unfreeze.depth_decay': (0, None),
@@ -293,11 +296,12 @@ def get_unchecked(config: Any, path: str) -> Any:
 
 
 def from_flat(flat: dict[str, Any]) -> Config:
-    """The config with the given leaves; a missing, unknown or mistyped one is a `UserError`."""
+    """The config with the given leaves; an unknown or mistyped one is a `UserError`.
+
+    A field that is not given has its default: an older version did not know it.
+    """
     config = Config()
     known = fields_by_path(config)
-    if missing := sorted(known.keys() - flat.keys()):
-        raise UserError(f'the configuration lacks config.{missing[0]}; add it or use the default')
     for path, given in flat.items():
         if path not in known:
             raise UserError(unknown_key(path, known))
@@ -401,25 +405,30 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote; anything else is a `UserError`."""
+    """The config that `to_json` wrote, of this version or an older one; else a `UserError`."""
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
+        if not isinstance(tree, dict):
+            raise ValueError('it is not an object')
+        flat = dict(_leaves(tree))
+    except (ValueError, RecursionError) as error:
         raise UserError(f'the configuration is not JSON: {error}') from error
+    return from_flat(flat)
 
-    def flatten(node: dict, prefix: str = '') -> dict:
-        flat = {}
-        for name, inner in node.items():
-            flat |= (
-                flatten(inner, f'{prefix}{name}.')
-                if isinstance(inner, dict)
-                else {prefix + name: inner}
-            )
-        return flat
 
-    return from_flat(flatten(tree))
+def _leaves(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    for name, inner in tree.items():
+        if isinstance(inner, dict):
+            yield from _leaves(inner, f'{prefix}{name}.')
+        else:
+            yield prefix + name, inner
 
 
 def content_hash(config: Config) -> str:
-    """SHA-256 of the canonical JSON: equal configs, equal hash, on every machine."""
-    return hashlib.sha256(to_json(config).encode()).hexdigest()
+    """SHA-256 of the fields that differ from their defaults: equal configs, equal hash.
+
+    A field that a later version adds leaves the hashes of earlier runs as they are.
+    """
+    defaults = to_flat(Config())
+    chosen = {path: given for path, given in to_flat(config).items() if given != defaults[path]}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a failed run, 2 a user's mistake, 75 stopped on request
 stopped by Ctrl-C before there was anything to save.
 """
 
+import io
 import os
 import sys
 import threading
@@ -57,6 +58,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     failed run, exit code 1, with one sentence, too. `--debug` shows the traceback.
     """
     arguments = sys.argv
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     debug = any(a in ('--debug', '--debug=true') for a in arguments)
     if {'--help', '-h', '-help'} & set(arguments[1:]):
         print((sys.modules['__main__'].__doc__ or '') + flags.FLAGS.main_module_help())

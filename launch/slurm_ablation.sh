@@ -9,6 +9,7 @@
 # Every task takes cells from the ledger in the work directory until none is left. Tasks may start
 # at any time and be of any number; one that is killed or preempted loses only the cells it was
 # in, which others take over. A task without work waits for the last cells: it may be needed.
+# Grace: a cell takes seconds to minutes and is not saved half done, so SIGTERM ends a task at once.
 # The work directory must be where file locks work across nodes (NFS 4, Lustre, GPFS).
 #SBATCH --job-name=ablation
 #SBATCH --array=0-7

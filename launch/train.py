@@ -6,7 +6,8 @@
   python -m launch.train --config=experiments/small.py --workdir=runs/timed --profile
 
 The same command again goes on where the run stopped. The work directory holds config.json,
-manifest.json, metrics.jsonl, TensorBoard events, curves.png, speed.json and checkpoints/.
+manifest.json, metrics.jsonl, steps.f32 (objective and gradient norm of every step), TensorBoard
+events, curves.png, speed.json, checkpoints/ and, if images were left out, skipped.csv.
 
 The last line says how fast the run was: images and FLOP a second, the latter as a share of what a
 plain matrix product reaches here, the time spent compiling, and the most memory held. --profile
@@ -58,10 +59,13 @@ def train(config: cfg.Config, folder: Path, profiled: bool = False) -> int:
     from cnn_jax.train import loop, metrics, setup, speed
     from cnn_jax.train.checkpoint import digest
     from cnn_jax.train.profile import Profile
+    from cnn_jax.train.skipped import write_skipped
 
     clock = speed.CompileClock()
     *batches, description, weights = setup.open_data(config)
     manifest.check_data(folder, description)
+    if count := write_skipped(folder, dict(zip(('train', 'eval'), batches))):
+        print(f'{count:,} images cannot be read and are left out: {folder}/skipped.csv')
     if weights:
         print(f'weights: {weights.source}, digest {weights.digest[:12]}…, {weights.licence}')
     task = setup.make_task(config, description, weights)

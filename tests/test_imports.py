@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up: a module may import its own group and those below.
 LAYERS = [
-    {'errors', 'cache', 'rng', 'config', 'params', 'runtime'},
+    {'errors', 'cache', 'locks', 'sealed', 'rng', 'config', 'params', 'runtime'},
     {'nn', 'losses', 'data', 'pretrained'},
-    {'models', 'optim'},
+    {'models', 'optim', 'selfcheck'},
     {'features', 'train'},
     {'ablation'},
     {'launch'},
 ]
-RUNTIME_USERS = {'train', 'ablation', 'launch'}
+RUNTIME_USERS = {'train', 'ablation', 'launch', 'selfcheck'}
+SELFCHECK_USERS = {'train', 'ablation', 'launch'}
 
 
 def sources(folder):
@@ -66,6 +67,8 @@ def test_imports_run_downward(path):
         assert level(other) <= level(own), f'{own} imports {name}'
         if other == 'runtime':
             assert own in RUNTIME_USERS
+        if other == 'selfcheck':
+            assert own in SELFCHECK_USERS
 
 
 @pytest.mark.parametrize('path', sources('experiments'), ids=lambda path: path.stem)

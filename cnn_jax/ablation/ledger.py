@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
+from cnn_jax import sealed
 from cnn_jax.ablation.plan import Plan
 from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
@@ -35,9 +36,11 @@ class Cell:
 
     def status(self) -> str:
         """`done`, `failed` or `missing`."""
-        if not self.path.exists():
-            return 'missing'
-        return json.loads(self.path.read_text())['status']
+        return self.result()['status'] if self.path.exists() else 'missing'
+
+    def result(self) -> dict[str, Any]:
+        """What was found, as `read` reads it."""
+        return read(self.path)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Ledger:
 
     def definition(self) -> dict[str, Any]:
         """What `open_ledger` wrote down of the ablation."""
-        return json.loads((self.folder / DEFINITION).read_text())
+        return read(self.folder / DEFINITION)
 
     def missing(self) -> list[Cell]:
         """The cells without a result."""
@@ -85,7 +88,7 @@ class Ledger:
 
     def write(self, cell: Cell, result: dict[str, Any]) -> None:
         """Record the result of a cell."""
-        text = json.dumps({'arm': cell.arm, 'seed': cell.seed, **result}) + '\n'
+        text = sealed.dumps({'arm': cell.arm, 'seed': cell.seed, **result})
         write_atomically(cell.path, lambda file: file.write(text.encode()))
 
     def forget_failed(self) -> None:
@@ -136,7 +139,7 @@ def open_ledger(
     path = folder / DEFINITION
     now = json.loads(json.dumps(definition))
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read(path)
         if changed := _differences(before, now):
             raise UserError(
                 f'{folder} holds an ablation that differs from this one: {"; ".join(changed)}. '
@@ -156,7 +159,21 @@ def read_ledger(folder: Path, plan: Plan) -> Ledger | None:
     path = folder / DEFINITION
     if not path.exists():
         return None
-    return Ledger(folder, plan, json.loads(path.read_text())['identity'])
+    return Ledger(folder, plan, read(path)['identity'])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The definition of an ablation, or the result of a cell.
+
+    Errors:
+        UserError: The file is damaged.
+    """
+    try:
+        return sealed.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f'{path} is damaged ({error}); remove it and run launch.ablate again'
+        ) from error
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

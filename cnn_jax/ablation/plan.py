@@ -73,6 +73,11 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) ->
         )
     configs = {}
     for arm, changes in arms.items():
+        if not arm.isprintable():
+            raise UserError(
+                f'arm {arm!r} of experiments/{name}.py has characters that cannot be shown; '
+                'rename it'
+            )
         try:
             configs[arm] = cfg.validate(cfg.replace(config, changes))
         except UserError as error:

@@ -1,6 +1,5 @@
 """What a person sees of an ablation that runs: a live table on a terminal, lines elsewhere."""
 
-import json
 import sys
 import time
 from typing import Any
@@ -82,7 +81,7 @@ class Progress:
     def _look(self) -> list[Cell]:
         """Read the results that have appeared."""
         new = [c for c in self._ledger.cells() if c not in self._results and c.path.exists()]
-        self._results |= {cell: json.loads(cell.path.read_text()) for cell in new}
+        self._results |= {cell: cell.result() for cell in new}
         return new
 
     def _values(self, arm: str) -> dict[int, float]:

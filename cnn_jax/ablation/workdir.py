@@ -1,11 +1,11 @@
 """What an ablation has left on disk: its definition and the results of its cells."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cnn_jax.ablation.ledger import read
 from cnn_jax.errors import UserError
 
 Cell = dict[str, Any]
@@ -46,8 +46,8 @@ def read_results(folder: Path) -> Results:
             f'{folder} is not the work directory of an ablation (it has no ablation.json); '
             'give the --workdir that launch.ablate was given'
         )
-    ablation = _read(path)
-    found = [_read(path) for path in sorted((folder / 'cells').glob('*.json'))]
+    ablation = read(path)
+    found = [read(path) for path in sorted((folder / 'cells').glob('*.json'))]
     by_place = {(cell['arm'], cell['seed']): cell for cell in found}
     plan = [(arm, seed) for arm in ablation['arms'] for seed in ablation['seeds']]
     cells, failed, missing = {}, [], []
@@ -71,12 +71,3 @@ def _why_unusable(cell: Cell, metric: str) -> str:
     if number is None or not math.isfinite(number):
         return f'the evaluation {metric} is {number}, not a finite number'
     return ''
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f'{path} is damaged ({error}); remove it and run launch.ablate again'
-        ) from error

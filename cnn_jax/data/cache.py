@@ -29,16 +29,17 @@ def cached_array(
     Where the cache cannot be written, the array is built in memory, with a warning.
     """
     if is_whole(path):
-        found = np.load(path, mmap_mode='r')
-        if found.shape == shape and found.dtype == dtype:
-            return found
+        with contextlib.suppress(ValueError, OSError):  # whole, but no array: made again, too
+            found = np.load(path, mmap_mode='r', allow_pickle=False)
+            if found.shape == shape and found.dtype == dtype:
+                return found
     try:
         with _replacing(path) as temporary:
             images = np.lib.format.open_memmap(temporary, 'w+', dtype, shape)
             _reserve(temporary)
             fill(images)
             images.flush()
-        return np.load(path, mmap_mode='r')
+        return np.load(path, mmap_mode='r', allow_pickle=False)
     except OSError as error:
         warnings.warn(f'what was computed is kept in memory only: {error}', stacklevel=2)
         images = np.empty(shape, dtype)

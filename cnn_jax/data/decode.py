@@ -10,6 +10,9 @@ The rule, which `RULE` numbers (a change of it makes cached pixels stale):
 """
 
 import io
+import os
+import stat
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,12 +22,29 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif')
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF')
 # Pillow's own limit (256 MB as RGB), fixed here so that no global setting changes the data.
 MAX_PIXELS = 89_478_485
+MAX_BYTES = 1 << 30  # more than any image of MAX_PIXELS takes
 GREY = ('1', 'L', 'LA', 'I', 'I;16', 'I;16L', 'I;16B')
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 class CorruptImage(ValueError):
     """The bytes are not a readable image; the message says why."""
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file; a link is followed to whatever file it names.
+
+    Errors:
+        CorruptImage: It is a pipe, a device or a folder, which might never end, or is larger
+            than `MAX_BYTES`; nothing is read then.
+        OSError: It cannot be read.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptImage('not a regular file')
+    if status.st_size > MAX_BYTES:
+        raise CorruptImage(f'{status.st_size:,} bytes are more than {MAX_BYTES:,}')
+    return path.read_bytes()
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, 'h w c']:
@@ -38,7 +58,11 @@ def decode(data: bytes) -> UInt8[np.ndarray, 'h w c']:
 
 
 def examine(data: bytes) -> tuple[int, int, int]:
-    """`decode(data).shape`, or its error; of JPEG all bytes are read but few pixels made."""
+    """`decode(data).shape`, or its error; of JPEG all bytes are read but few pixels made.
+
+    Whatever `decode` refuses is refused here too, so that a set leaves out the same images
+    whether it is streamed or decoded at once.
+    """
     return _read(data, _shape)
 
 
@@ -69,7 +93,7 @@ def _read(data: bytes, then):
     except Image.UnidentifiedImageError:
         raise CorruptImage(f'not an image in {", ".join(FORMATS)} format') from None
     except Exception as error:  # damaged bytes make decoders raise anything
-        raise CorruptImage(f'{error or type(error).__name__}') from error
+        raise CorruptImage(str(error) or type(error).__name__) from error
 
 
 def _pixels(image) -> np.ndarray:
@@ -97,9 +121,7 @@ def _shape(image) -> tuple[int, int, int]:
     from PIL import ExifTags
 
     width, height = image.size
-    channels = 1 if image.mode in GREY else 3
-    image.draft(image.mode, (1, 1))  # JPEG decodes at an eighth of the size; others ignore it
-    image.load()
     if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
         width, height = height, width
-    return height, width, channels
+    image.draft(image.mode, (1, 1))  # JPEG decodes at an eighth of the size; others ignore it
+    return height, width, _pixels(image).shape[-1]

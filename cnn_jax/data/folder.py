@@ -1,7 +1,9 @@
 """Folders of image files: one sub-folder a class, or the same under train/ and test/."""
 
 import functools
+import hashlib
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,29 +15,43 @@ from cnn_jax.data.scan import skipped
 from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
 
+UNSHOWABLE = ('Cc', 'Cs')  # control characters, and bytes that are not UTF-8
 PARTS = {'train': 'train', 'test': 'test', 'val': 'validation', 'validation': 'validation'}
 Listing = list[tuple[str, int]]  # path below the root, with slashes, and label
 
 
-def parts(folder: str) -> dict[str, Callable[[], Source]]:
+def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
     """The parts of a folder: `all`, or those of train/, test/ and val/ (validation/).
 
     Class names are the sub-folders' names, sorted; images are sought below them at any depth.
     Hidden files and files whose names do not end as images' do are left out.
 
+    A part, a class or an image may be a link, also to elsewhere. Below a class, links to folders
+    are not followed, so that none leads round in a circle.
+
+    Args:
+        folder: The path; ~ is the home folder.
+        max_corrupt: The largest share of images, over all parts, that may be unreadable.
+
     Errors:
-        UserError: The folder is missing or has no sub-folders; a class has no images, or train/
-            lacks it; more than 1% of the images cannot be read.
+        UserError: The folder is missing, has no sub-folders or cannot be listed; a class has no
+            images or no name that can be shown, train/ lacks it, or it is a link to a folder
+            above itself; more than `max_corrupt` of the images cannot be read.
     """
-    root, name = Path(folder).expanduser(), f'folder:{folder}'
-    if not root.is_dir():
+    root, name = Path(os.path.expanduser(folder)), f'folder:{folder}'
+    if not os.path.isdir(root):
         raise UserError(f'{root} is not a folder; give one that holds a sub-folder for each class')
-    layout = _layout(root)
-    class_names = _class_names(layout)
-    listings = {part: _listing(root, below, class_names) for part, below in layout.items()}
+    try:
+        layout = _layout(root)
+        class_names = _class_names(layout)
+        listings = {part: _listing(root, below, class_names) for part, below in layout.items()}
+    except OSError as error:  # else its images would be missing without a word
+        raise UserError(
+            f'{error.filename} cannot be listed: {error.strerror}; make it readable or remove it'
+        ) from error
     # All parts are read for any of them: that the images are grey or RGB is decided by all.
     files = examined(root, [path for listing in listings.values() for path, _ in listing])
-    skipped(name, list(files), [file.finding for file in files.values()])
+    skipped(name, list(files), [file.finding for file in files.values()], max_corrupt)
     channels = max(file.finding.channels for file in files.values())
 
     def open_part(part: str) -> Source:
@@ -65,6 +81,12 @@ def _layout(root: Path) -> dict[str, Path]:
 def _class_names(layout: dict[str, Path]) -> tuple[str, ...]:
     base = layout.get('train') or layout['all']
     class_names = tuple(_sub_folders(base))
+    for name in class_names:
+        if any(unicodedata.category(c) in UNSHOWABLE for c in name):
+            raise UserError(
+                f'the folder {str(base / name)!r} gives a class its name, which cannot be shown: '
+                'rename it without control characters, in UTF-8'
+            )
     for below in layout.values():
         for other in _sub_folders(below):
             if other not in class_names:
@@ -75,10 +97,15 @@ def _class_names(layout: dict[str, Path]) -> tuple[str, ...]:
 def _listing(root: Path, below: Path, class_names: tuple[str, ...]) -> Listing:
     listing = []
     for label, class_name in enumerate(class_names):
-        images = _image_files(below / class_name)
-        if not images and (below / class_name).is_dir():
+        folder = below / class_name
+        if not os.path.isdir(folder):  # a class that this part has no images of
+            continue
+        if below.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f'{folder} is a link to a folder above itself; remove the link')
+        images = _image_files(folder)
+        if not images:
             raise UserError(
-                f'{below / class_name} holds no images ({", ".join(decode.SUFFIXES)}); '
+                f'{folder} holds no images ({", ".join(decode.SUFFIXES)}); '
                 'add some or remove the folder'
             )
         listing += [(path.relative_to(root).as_posix(), label) for path in images]
@@ -88,7 +115,7 @@ def _listing(root: Path, below: Path, class_names: tuple[str, ...]) -> Listing:
 def _image_files(folder: Path) -> list[Path]:
     found = [
         Path(below, file)
-        for below, _, files in os.walk(folder)
+        for below, _, files in os.walk(folder, onerror=_fail)
         for file in files
         if file.lower().endswith(decode.SUFFIXES)
     ]
@@ -97,12 +124,13 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(visible, key=lambda path: path.as_posix())
 
 
+def _fail(error: OSError) -> None:
+    raise error
+
+
 def _sub_folders(folder: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith('.')
-    )
+    names = [name for name in os.listdir(folder) if not name.startswith('.')]
+    return sorted(name for name in names if os.path.isdir(folder / name))
 
 
 def _source(
@@ -120,9 +148,16 @@ def _source(
     def read(i: int) -> np.ndarray:
         path = root / files[i].path
         try:
-            return decode.with_channels(decode.decode(path.read_bytes()), channels)
+            data = decode.read_file(path)
+            if hashlib.sha256(data).hexdigest() != files[i].finding.sha256:
+                raise decode.CorruptImage('it holds other bytes')
+            return decode.with_channels(decode.decode(data), channels)
         except (OSError, decode.CorruptImage) as error:
-            raise UserError(f'{path} could be read before, but not now: {error}') from error
+            reason = getattr(error, 'strerror', None) or error
+            raise UserError(
+                f'{path} has changed since the run began ({reason}); leave the images alone while '
+                'a run uses them, and start it again'
+            ) from error
 
     return Source(
         name=name,

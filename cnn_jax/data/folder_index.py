@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cnn_jax.data.decode import CorruptImage, read_file
 from cnn_jax.data.parallel import parallel_map
 from cnn_jax.data.scan import Finding, remember, remembered, scan
 from cnn_jax.data.source import digest
@@ -21,7 +22,8 @@ class File(NamedTuple):
 def examined(root: Path, paths: Sequence[str]) -> dict[str, File]:
     """The given files, each with its `Finding`; `{path: File}` in the same order.
 
-    A file is read when its stamp differs from the one in the index, as in git.
+    A file is read when its stamp differs from the one in the index, as in git. One that could not
+    be read at all is not indexed: what stood in the way may be gone the next time.
     """
     key = digest(os.fsencode(root.resolve()))
     rows = (File(path, tuple(stamp), Finding(*found)) for path, stamp, found in remembered(key))
@@ -35,15 +37,16 @@ def examined(root: Path, paths: Sequence[str]) -> dict[str, File]:
     read = parallel_map(lambda i: _examine(root, *stale[i]), len(stale), 'Examining images')
     known |= {file.path: file for file in read}
     if stale:
-        remember(key, [known[path] for path in paths])
+        remember(key, [known[path] for path in paths if known[path].finding.sha256])
     return {path: known[path] for path in paths}
 
 
 def _examine(root: Path, path: str, stamp: tuple[int, int, int]) -> File:
     try:
-        return File(path, stamp, scan((root / path).read_bytes()))
-    except OSError as error:
-        return File(path, stamp, Finding(0, 0, 0, error.strerror or str(error), ''))
+        return File(path, stamp, scan(read_file(root / path)))
+    except (OSError, CorruptImage) as error:
+        reason = getattr(error, 'strerror', None) or str(error)
+        return File(path, stamp, Finding(0, 0, 0, reason, ''))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -15,8 +15,6 @@ from cnn_jax.data import cache
 from cnn_jax.data.decode import RULE, CorruptImage, examine
 from cnn_jax.errors import UserError
 
-CORRUPT_PERCENT = 1  # of a set; more is an error
-
 
 class Finding(NamedTuple):
     """What `scan` learnt of one image; `reason` is '' for a readable one."""
@@ -38,15 +36,18 @@ def scan(data: bytes) -> Finding:
 
 
 def skipped(
-    name: str, paths: Sequence[str], findings: Sequence[Finding]
+    name: str, paths: Sequence[str], findings: Sequence[Finding], max_corrupt: float
 ) -> tuple[tuple[str, str], ...]:
-    """The `(path, reason)` of each unreadable image; too many are a `UserError` with the first."""
+    """The `(path, reason)` of each unreadable image.
+
+    Raises `UserError`, with the first of them, where they are more than the share `max_corrupt`.
+    """
     wrong = [(path, found.reason) for path, found in zip(paths, findings) if found.reason]
-    if len(wrong) * 100 > len(paths) * CORRUPT_PERCENT:
+    if wrong and len(wrong) / len(paths) > max_corrupt:
         first = '; '.join(f'{path}: {reason}' for path, reason in wrong[:3])
         raise UserError(
             f'{len(wrong)} of the {len(paths)} images of {name} cannot be read ({first}); '
-            f'replace or remove them (up to {CORRUPT_PERCENT}% are skipped)'
+            f'replace or remove them, or raise --config.data.max_corrupt from {max_corrupt:g}'
         )
     return tuple(wrong)
 

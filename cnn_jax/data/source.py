@@ -60,11 +60,22 @@ class Source:
 def open_split(data: config.Data, which: str) -> Source:
     """The training (`which` is `train`) or evaluation (`eval`) examples that a config names."""
     split = {'train': data.train, 'eval': data.eval}[which]
-    return open_source(data.source, split=split, data_dir=data.data_dir, classes=data.classes)
+    return open_source(
+        data.source,
+        split=split,
+        data_dir=data.data_dir,
+        classes=data.classes,
+        max_corrupt=data.max_corrupt,
+    )
 
 
 def open_source(
-    name: str, *, split: str, data_dir: str = '', classes: tuple[str, ...] = ()
+    name: str,
+    *,
+    split: str,
+    data_dir: str = '',
+    classes: tuple[str, ...] = (),
+    max_corrupt: float = config.Data.max_corrupt,
 ) -> Source:
     """The examples of one split of a named source.
 
@@ -72,6 +83,8 @@ def open_source(
         name: One of `KINDS`.
         split: A part or a slice of one, see `cnn_jax.data.splits.select`.
         data_dir: Where TFDS keeps prepared sets; '' is its default.
+        classes: Only these, renumbered in this order; () is all.
+        max_corrupt: The share of unreadable images, from 0 to 1, above which it is an error.
 
     Errors:
         UserError: The name is unknown, or what the source's own module finds wrong.
@@ -82,11 +95,11 @@ def open_source(
     if name in ('mnist_5k', 'digits'):
         parts = {'all': {'mnist_5k': bundled.mnist_5k, 'digits': bundled.digits}[name]}
     elif kind == 'folder' and argument:
-        parts = folder.parts(argument)
+        parts = folder.parts(argument, max_corrupt)
     elif kind == 'idx' and argument:
         parts = idx.parts(argument)
     elif kind == 'tfds' and argument:
-        parts = tfds.parts(argument, data_dir)
+        parts = tfds.parts(argument, data_dir, max_corrupt)
     else:
         near = difflib.get_close_matches(name, KINDS, 1, cutoff=0)[0]
         raise UserError(

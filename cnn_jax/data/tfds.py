@@ -5,11 +5,12 @@ yet is downloaded and prepared first, which needs TensorFlow where its builder h
 rather than encoded images (mnist and cifar10 do).
 """
 
+import contextlib
 import difflib
 import functools
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -20,18 +21,24 @@ from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
 
 
-def parts(name: str, data_dir: str = '') -> dict[str, Callable[[], Source]]:
+def parts(name: str, data_dir: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
     """The splits of a TFDS image classification set (`NAME`, `NAME/CONFIG`, `NAME:VERSION`).
+
+    Args:
+        name: The set's.
+        data_dir: Where prepared sets are kept; '' is TFDS's default.
+        max_corrupt: The largest share of a split's images that may be unreadable.
 
     Errors:
         UserError: The set is unknown, lacks an image or a class label, cannot be prepared here,
-            or is prepared in another format than ArrayRecord.
+            is prepared in another format than ArrayRecord, or its files are damaged; more than
+            `max_corrupt` of the images cannot be read.
     """
     builder = _builder(name, data_dir)
     image, label = _feature_keys(name, builder)
     _prepare(name, builder)
     return {
-        part: functools.partial(_source, name, builder, part, image, label)
+        part: functools.partial(_source, name, builder, part, image, label, max_corrupt)
         for part, info in builder.info.splits.items()
         if info.num_examples
     }
@@ -41,7 +48,8 @@ def _builder(name: str, data_dir: str):
     import tensorflow_datasets as tfds
 
     try:
-        return tfds.builder(name, data_dir=data_dir or None)
+        with _whole(f'tfds:{name}', data_dir or 'its default folder'):
+            return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
@@ -49,6 +57,23 @@ def _builder(name: str, data_dir: str):
             f'TFDS has no set {name!r}, and none is prepared in '
             f'{data_dir or "its default folder"}; did you mean tfds:{near}?'
         ) from None
+
+
+@contextlib.contextmanager
+def _whole(what: str, folder) -> Iterator[None]:
+    """Whatever TFDS and ArrayRecord raise at damaged files becomes a `UserError`."""
+    import tensorflow_datasets as tfds
+
+    try:
+        yield
+    except (UserError, tfds.core.DatasetNotFoundError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise UserError(
+            f'{what} in {folder} is damaged ({reason}); delete it there, so that it is prepared '
+            'again'
+        ) from error
 
 
 def _prepare(name: str, builder) -> None:
@@ -95,24 +120,30 @@ def _feature_keys(name: str, builder) -> tuple[str, str]:
     return image, label
 
 
-def _source(name: str, builder, part: str, image: str, label: str) -> Source:
+def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: float) -> Source:
     import tensorflow_datasets as tfds
 
-    records = builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
+    with _whole(f'tfds:{name} {part}', builder.data_path):
+        records = builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
+        rows = _examined(records, builder, part, image, label)
     class_names = tuple(builder.info.features[label].names)
     channels = 1 if builder.info.features[image].shape[-1] in (1, 2) else 3
-    rows = _examined(records, builder, part, image, label)
     where = [f'tfds:{name} {part} record {i}' for i in range(len(records))]
-    wrong = skipped(f'tfds:{name} {part}', where, [found for _, found in rows])
+    wrong = skipped(f'tfds:{name} {part}', where, [found for _, found in rows], max_corrupt)
     kept = [i for i, (_, found) in enumerate(rows) if not found.reason]
     content = [value for i in kept for value in (str(rows[i][0]), rows[i][1].sha256)]
+
+    def read(i: int) -> np.ndarray:
+        with _whole(where[kept[i]], builder.data_path):
+            return decode.with_channels(decode.decode(records[kept[i]][image]), channels)
+
     return Source(
         name=f'tfds:{name} {part}',
         class_names=class_names,
         labels=np.array([rows[i][0] for i in kept], np.int32),
         sizes=np.array([rows[i][1][:2] for i in kept], np.int32).reshape(-1, 2),
         channels=channels,
-        read=lambda i: decode.with_channels(decode.decode(records[kept[i]][image]), channels),
+        read=read,
         describe=lambda i: where[kept[i]],
         fingerprint=digest(builder.info.full_name, *class_names, *content),
         encoded=True,

@@ -1,5 +1,7 @@
 """One door for every kind of weights file."""
 
+import os
+import stat
 from pathlib import Path
 
 from cnn_jax.errors import UserError
@@ -45,6 +47,8 @@ def read(path: Path, include_top: bool = False) -> tuple[Params, Contents, tuple
 def _kind(path: Path) -> str:
     """The file's kind, from its first bytes: names lie."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f'{path} is a folder, a pipe or a device; give a file')
         with open(path, 'rb') as file:
             head = file.read(9)
     except OSError as error:

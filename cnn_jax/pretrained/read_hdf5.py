@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnn_jax.errors import UserError
 from cnn_jax.pretrained.layout import CONVOLUTIONS, TOP
-from cnn_jax.pretrained.stored import BACKBONE, Contents, Stored
+from cnn_jax.pretrained.stored import BACKBONE, Contents, Stored, add
 
 _TENSORS = {4: 'kernel', 2: 'kernel', 1: 'bias'}  # by rank
 _NUMBERED = re.compile(r'\bconv2d(?:_(\d{1,9}))?/vars$')
@@ -32,11 +32,9 @@ def open_hdf5(path: Path) -> Iterator[Contents]:
                 return
             layer = _layer(name.split('/')[:-1])
             ours = f'{layer}/{_TENSORS.get(len(item.shape), name)}' if layer else name
-            if ours in tensors:
-                raise UserError(f'{path} holds {ours} twice; save VGG16 alone')
             if item.is_virtual or item.external:
                 raise UserError(f'{path} keeps {name} in another file; save it in one')
-            tensors[ours] = Stored(item.shape, item.dtype.name, lambda: item[()])
+            add(tensors, ours, Stored(item.shape, item.dtype.name, lambda: item[()]), path)
 
         root: h5py.Group = file
         # A whole model keeps its optimizer's state, under the same names, beside the weights.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnn_jax.errors import UserError
 from cnn_jax.pretrained.layout import CONVOLUTIONS
-from cnn_jax.pretrained.stored import Contents, Stored
+from cnn_jax.pretrained.stored import Contents, Stored, add
 from cnn_jax.pretrained.torch_layout import canonical, canonical_name
 
 _KERAS = re.compile(r'block\d+_conv\d+')
@@ -25,20 +25,24 @@ def open_onnx(path: Path) -> Iterator[Contents]:
     # Tensors in files beside the model are refused below, not loaded.
     graph = onnx.load(path, load_external_data=False).graph
     values = {tensor.name: tensor for tensor in graph.initializer}
+    if len(values) != len(graph.initializer):
+        raise UserError(f'{path} names two tensors alike; export the model again')
     convolutions = [node for node in graph.node if node.op_type == 'Conv']
     if len(convolutions) != len(CONVOLUTIONS):
         raise UserError(
             f'{path} has {len(convolutions)} convolutions where VGG16 has {len(CONVOLUTIONS)}; '
             'give a file of this network'
         )
-    tensors, layouts = {}, set()
+    tensors: dict[str, Stored] = {}
+    layouts = set()
     for layer, node in zip(CONVOLUTIONS, convolutions):
         layouts.add(_layout(layer, list(node.input), path))
         for tensor, name in zip(('kernel', 'bias'), node.input[1:]):
             if name in values:
                 ours = f'{layer}/{tensor}'
-                tensors[ours] = canonical(ours, _stored(values.pop(name), path))
-    tensors |= {name: _stored(tensor, path) for name, tensor in values.items()}
+                add(tensors, ours, canonical(ours, _stored(values.pop(name), path)), path)
+    for name, tensor in values.items():
+        add(tensors, name, _stored(tensor, path), path)
     yield Contents(tensors, layouts.pop() if len(layouts) == 1 else '')
 
 

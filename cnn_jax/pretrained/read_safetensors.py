@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cnn_jax.pretrained.layout import shapes
-from cnn_jax.pretrained.stored import Contents, Stored
+from cnn_jax.pretrained.stored import Contents, Stored, add
 from cnn_jax.pretrained.torch_layout import canonical, canonical_name
 
 _DTYPES = {'F32': 'float32', 'F16': 'float16'}
@@ -23,7 +23,7 @@ def open_safetensors(path: Path) -> Iterator[Contents]:
         names = list(file.keys())
         metadata = file.metadata() or {}
         torch = any(name.startswith('features.') for name in names)
-        tensors = {}
+        tensors: dict[str, Stored] = {}
         for name in names:
             view = file.get_slice(name)
             stored = Stored(
@@ -33,9 +33,9 @@ def open_safetensors(path: Path) -> Iterator[Contents]:
             )
             if torch:
                 ours = canonical_name(name)
-                tensors[ours] = canonical(ours, stored)
+                add(tensors, ours, canonical(ours, stored), path)
             else:
-                tensors[_without_module(name)] = stored
+                add(tensors, _without_module(name), stored, path)
         yield Contents(tensors, 'torch' if torch else 'cnn_jax', metadata)
 
 

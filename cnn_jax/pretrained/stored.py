@@ -39,6 +39,13 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+def add(tensors: dict[str, Stored], name: str, stored: Stored, path: Path) -> None:
+    """Put a tensor among those of the file `path`; a second of its name is a `UserError`."""
+    if name in tensors:
+        raise UserError(f'{path} holds {name} twice; save VGG16 alone')
+    tensors[name] = stored
+
+
 def collect(contents: Contents, path: Path, include_top: bool) -> tuple[Params, tuple[str, ...]]:
     """The parameters of VGG16, every one checked, and the names of tensors outside of it.
 

@@ -32,6 +32,7 @@ class Journal:
     def resume(self, position: dict[str, Any] | None) -> None:
         """Go on from a position, or from an empty file; what comes after it is cut off."""
         length = position['bytes'] if position else 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open('ab') as file:
             file.truncate(length)
         self._hash, self._length = _digest(self.path, length)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from cnn_jax import config as cfg
-from cnn_jax.train import metrics
+from cnn_jax.train import metrics, nonfinite
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.interruption import Interruption
 from cnn_jax.train.meter import Meter
@@ -77,7 +77,18 @@ def fit(
     total = phases[-1].end
     values = values_of(config)
     checkpoints, record = Checkpoints(folder / 'checkpoints', config), Record(folder)
-    meter = Meter(checkpoints, record)
+
+    def explain(failing: int) -> str:
+        """Where a step stopped being finite, from the run repeated up to it."""
+        saved = checkpoints.latest() or 0
+        before, number = entered(phases, phases[0].steps.init(config.seed), saved)
+        if saved:
+            before, _ = checkpoints.restore(saved, before)
+        progress.say(f'step {failing} is not finite: repeating it from step {saved} to see why')
+        number, before, batch = nonfinite.replay(phases, number, before, saved, failing, values)
+        return nonfinite.locate(config, task, number, phases[number].steps.cached, before, batch)
+
+    meter = Meter(checkpoints, record, explain)
     notes: list[str] = []
     state, step, current = _start(state, phases, checkpoints, record, meter, notes.append)
     progress = Progress(total, step, config.data.batch, task.steps_per_epoch, live)

@@ -88,7 +88,7 @@ def stored(folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
         # What every reader relies on.
         _ = found['config_hash'], found['machine']['threads'], found['data']['train']['fingerprint']
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{path} is damaged ({error}); restore it') from error
     return found
 

@@ -1,6 +1,7 @@
 """The training metrics of the steps since the last report."""
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ class Meter:
     Every step's loss is looked at, so a loss that is not finite stops the run at its step.
     """
 
-    def __init__(self, checkpoints: Checkpoints, record: Record):
+    def __init__(self, checkpoints: Checkpoints, record: Record, explain: Callable[[int], str]):
         self._waiting: collections.deque = collections.deque()
         self._sums: metrics.Sums | None = None
-        self._checkpoints, self._record = checkpoints, record
+        self._checkpoints, self._record, self._explain = checkpoints, record, explain
         self.latest: tuple[float, float] | None = None  # loss and accuracy so far
 
     def add(self, step: int, sums: metrics.Sums) -> None:
@@ -44,7 +45,8 @@ class Meter:
                 f'the last good checkpoint is step {saved}' if saved else 'nothing was saved yet'
             )
             raise RunFailed(
-                f'the loss or its gradient is not finite at step {step}; {where}. Try a lower '
+                f'the loss or its gradient is not finite at step {step}: {self._explain(step)}; '
+                f'{where}. Try a lower '
                 'config.optimizer.learning_rate, config.optimizer.clip_norm=1 or a warm-up '
                 '(config.optimizer.warmup_epochs) in a new --workdir'
             )

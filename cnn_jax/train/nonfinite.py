@@ -99,7 +99,7 @@ def _repeated(
     config: cfg.Config, task: Task, phase: int, cached: bool, state: State, batch: Batch
 ) -> tuple[list[Output], Sums, params.Flat]:
     """The outputs of the layers in the order of their calls, the sums, and the gradients."""
-    unclipped = cfg.replace(config, {'optimizer.clip_norm': 0.0})
+    unclipped = cfg.replace(config, {'optimizer.clip_norm': 0.0})  # else NaN is in all gradients
     steps = make_steps(unclipped, task, phase, cached)
     seen: list[Any] = []
 
@@ -123,11 +123,10 @@ def _repeated(
 
     # An optimizer that remembers nothing yet remembers this step's gradient afterwards.
     empty = jax.tree.map(jnp.zeros_like, state.opt_state)
+    state = dataclasses.replace(state, opt_state=empty)
     with nn.intercept_methods(intercept):
-        blank = dataclasses.replace(state, opt_state=empty)
-        new, sums = jax.jit(steps.train)(blank, batch, values_of(config))
-    jax.block_until_ready(new)
-    jax.effects_barrier()
+        new, sums = jax.jit(steps.train)(state, batch, values_of(config))
+    jax.effects_barrier()  # all that was looked at is in `seen`
 
     calls = len(seen) // config.optimizer.accumulate  # of one micro-batch; the next follow it
     outputs = []

@@ -104,7 +104,7 @@ def read_image(run: Run, path: Path) -> np.ndarray | str:
     """The pixels of a file, brought to the network's size as in training, or why not."""
     data, wanted = run.config.data, run.task.image_shape
     try:
-        pixels = decode.decode(path.read_bytes())
+        pixels = decode.decode(decode.read_file(path))
     except OSError as error:
         return error.strerror or str(error)
     except decode.CorruptImage as error:

@@ -1,10 +1,10 @@
 """A folder with a digest of every file in it: whole, or found not to be."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from cnn_jax import sealed
 from cnn_jax.train.workdir import write_text
 
 NAME = 'seal.json'
@@ -16,8 +16,7 @@ class Broken(ValueError):
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
     """Write the digests of a folder's files, and `content` (JSON), into it."""
-    body = {'content': content, 'files': _digests(folder)}
-    write_text(folder / NAME, json.dumps(body | {'sha256': _digest(body)}) + '\n')
+    write_text(folder / NAME, sealed.dumps({'content': content, 'files': _digests(folder)}))
 
 
 def opened(folder: Path) -> dict[str, Any]:
@@ -27,21 +26,19 @@ def opened(folder: Path) -> dict[str, Any]:
         Broken: The folder was not sealed, or a file is missing or has other bytes.
     """
     try:
-        body = json.loads((folder / NAME).read_text())
-        expected = body.pop('sha256')
+        body = sealed.loads((folder / NAME).read_text())
+        content, files = body['content'], body['files']
     except FileNotFoundError:
         raise Broken('it was not finished, or an older version wrote it') from None
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError, KeyError):
         raise Broken(f'{NAME} is damaged') from None
-    if _digest(body) != expected:
-        raise Broken(f'{NAME} is damaged')
     found = _digests(folder)
-    for name, sha256 in body['files'].items():
+    for name, sha256 in files.items():
         if name not in found:
             raise Broken(f'{name} is missing')
         if found[name] != sha256:
             raise Broken(f'{name} is damaged')
-    return body['content']
+    return content
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -52,7 +49,3 @@ def _digests(folder: Path) -> dict[str, str]:
                 digest = hashlib.file_digest(file, 'sha256')
             found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

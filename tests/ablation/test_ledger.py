@@ -1,6 +1,5 @@
 """The ledger: results appear whole, cells are claimed once, nothing incomparable is mixed."""
 
-import json
 import subprocess
 import sys
 import time
@@ -47,7 +46,7 @@ def test_a_result_is_found_again_and_failed_is_not_done(ledger):
     book.write(second, {'status': 'failed', 'reason': 'why'})
     again = ledger()
     assert [c.status() for c in again.cells()] == ['done', 'failed', 'missing', 'missing']
-    assert json.loads(first.path.read_text())['seed'] == 0
+    assert first.result()['seed'] == 0
     again.forget_failed()
     assert [c.status() for c in again.cells()] == ['done', 'missing', 'missing', 'missing']
 
@@ -117,3 +116,12 @@ def test_another_config_data_or_code_is_refused_with_the_difference(ledger, chan
     ledger()
     with pytest.raises(UserError, match=sentence):
         ledger(**change)
+
+
+def test_a_result_with_one_digit_changed_is_found_out(ledger):
+    book = ledger()
+    cell = book.cells()[0]
+    book.write(cell, {'status': 'done', 'metrics': {'accuracy': 0.81}})
+    cell.path.write_text(cell.path.read_text().replace('0.81', '0.91'))
+    with pytest.raises(UserError, match='is damaged'):
+        cell.result()

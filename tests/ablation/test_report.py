@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
 
 import pytest
 
@@ -116,6 +117,57 @@ def test_names_are_text_and_nothing_runs(browser, ablation):
     assert browser.find_elements('css selector', 'script') == []
     assert browser.find_element('css selector', 'h1').text == HOSTILE
     assert HOSTILE in browser.find_element('css selector', '.verdicts').text
+
+
+BREAKERS = (
+    '<script>alert(1)</script>',
+    '"><img src=x onerror=alert(1)>',
+    "'; onload='alert(1)",
+    '</title></style></svg></pre>',
+    '&lt;b&gt; &#60;b> <!-- ]]> {{ 7 * 7 }} {% raw %}',
+)
+
+
+class Skeleton(HTMLParser):
+    """The tags of a page and their attributes, without any text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags = []
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, [name for name, _ in attributes]))
+
+    def handle_endtag(self, tag):
+        self.tags.append(tag)
+
+    def handle_comment(self, data):
+        self.tags.append('comment')
+
+
+def test_no_name_changes_the_pages_structure(ablation, change_cell):
+    """The page has the same tags as with the letters of all names alone."""
+
+    def page(names):
+        arms = {
+            name: {'changes': {'data.source': name}, 'levels': {name: i % 2, 'b': [name, i // 2]}}
+            for i, name in enumerate(names)
+        }
+        text = ' '.join(names)
+        folder = ablation(
+            {name: 0.02 * i for i, name in enumerate(names)},
+            arms=arms,
+            name=text,
+            question=f'{text}\n\n{text}\n\n    {text}',
+            command=text,
+            manifest={'source': text, 'class_names': names, text: text},
+            budgets=dict.fromkeys(names, text),
+        )
+        change_cell(folder, '3-1', status='failed', reason=text)
+        return Skeleton(write_report(folder))
+
+    assert page(BREAKERS).tags == page([re.sub('[^a-z0-9 ]', 'x', name) for name in BREAKERS]).tags
 
 
 def test_report_needs_no_network(ablation):

@@ -58,7 +58,7 @@ def study(tmp_path_factory):
 
 
 def result(cell):
-    return {k: v for k, v in json.loads(cell.path.read_text()).items() if 'seconds' not in k}
+    return {k: v for k, v in cell.result().items() if 'seconds' not in k}
 
 
 def test_every_cell_is_done_and_each_structure_compiled_once(study):
@@ -107,7 +107,7 @@ def test_a_diverging_cell_fails_alone_with_its_reason(study, tmp_path):
     fine, wild = other.cells()
     assert fine.status() == 'done'
     assert wild.status() == 'failed'
-    assert 'not finite' in json.loads(wild.path.read_text())['reason']
+    assert 'not finite' in wild.result()['reason']
 
 
 def test_a_seed_gives_every_arm_the_same_start_and_order(study):

@@ -142,11 +142,27 @@ def test_a_training_batch_larger_than_the_data(folder):
     assert batch['mask'].sum() == 4
 
 
+def test_both_providers_skip_the_same_images(folder, tmp_path):
+    whole = (tmp_path / 'b/1.png').read_bytes()
+    (tmp_path / 'b/1.png').write_bytes(whole[:-30])
+    (tmp_path / 'a/3.png').write_bytes(b'')
+    with pytest.raises(UserError, match=r'2 of the 17 images .* --config.data.max_corrupt from'):
+        open_batches(folder, 'train')
+    folder.max_corrupt = 2 / 17
+    device, stream = (
+        open_batches(config.replace(config.Config(data=folder), {'data.stream': kind}).data, 'eval')
+        for kind in PROVIDERS
+    )
+    assert [path for path, _ in device.skipped] == ['a/3.png', 'b/1.png']
+    assert (device.skipped, device.fingerprint) == (stream.skipped, stream.fingerprint)
+    assert_same(list(device.evaluate()), list(stream.evaluate()))
+
+
 def test_an_error_while_streaming_reaches_the_consumer(folder, tmp_path):
     folder.stream = 'always'
     batches = open_batches(folder, 'train')
     (tmp_path / 'a/0.png').unlink()
-    with pytest.raises(UserError, match='could be read before, but not now'):
+    with pytest.raises(UserError, match=r'a/0\.png has changed since the run began'):
         first(batches.train(), 4)
 
 

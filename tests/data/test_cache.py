@@ -1,4 +1,6 @@
+import io
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -64,6 +66,30 @@ def test_a_damaged_file_is_built_again(tmp_path, damage):
     assert (build(path, 8, calls) == 8).all()
     assert (build(path, 9, calls) == 8).all()
     assert calls == [8]
+
+
+class Runs:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('form', [pickle.dumps, lambda runs: array_bytes(np.array([runs]))])
+def test_a_pickle_in_the_cache_runs_nothing(tmp_path, form):
+    path, ran = tmp_path / 'a.npy', tmp_path / 'ran'
+    cache.write_bytes(path, form(Runs(ran)))  # with a seal that fits
+    assert (build(path, 7) == 7).all()
+    assert not ran.exists()
+
+
+def array_bytes(array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
 
 
 def test_bytes_are_whole_or_absent(tmp_path):

@@ -1,10 +1,11 @@
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -14,8 +15,10 @@ from cnn_jax.data.decode import (
     CorruptImage,
     decode,
     examine,
+    read_file,
     with_channels,
 )
+from tests.damage import damaged
 
 grey_images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(1)))
 rgb_images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3)))
@@ -162,6 +165,13 @@ def test_other_bytes_are_corrupt(data):
         decode(data)
 
 
+def test_a_palette_image_without_a_palette_is_corrupt():
+    data = png(2, 1, 8, 3, b'\0\0\1')
+    for read in (decode, examine):
+        with pytest.raises(CorruptImage, match='AssertionError'):  # Pillow's, without a message
+            read(data)
+
+
 def test_other_formats_are_refused():
     with pytest.raises(CorruptImage, match='not an image in PNG, JPEG, WEBP, BMP, GIF format'):
         decode(encoded(Image.new('L', (2, 2)), 'TIFF'))
@@ -176,23 +186,30 @@ def test_a_truncated_image_is_corrupt(kind, share, random_image):
             read(data[: int(len(data) * share)])
 
 
-@given(
-    st.sampled_from(['PNG', 'JPEG', 'WEBP', 'BMP', 'GIF']),
-    st.sampled_from(['L', 'RGB']),
-    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3),
-)
-def test_examine_agrees_with_decode_on_damaged_bytes(kind, mode, damage):
+def whole_images() -> list[bytes]:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 17, 3), np.uint8)
-    data = bytearray(encoded(Image.fromarray(pixels).convert(mode), kind))
-    for place, value in damage:
-        data[int(place * len(data))] = value
+    image = Image.fromarray(pixels)
+    palette = image.convert('P')
+    return [
+        *(encoded(image.convert(m), k) for m in ('L', 'RGB') for k in ('PNG', 'JPEG', 'WEBP')),
+        *(encoded(palette, kind, transparency=3) for kind in ('PNG', 'GIF', 'WEBP')),
+        encoded(image, 'BMP'),
+        encoded(image, 'JPEG', progressive=True),
+        encoded(palette, 'GIF', save_all=True, append_images=[palette.rotate(90)]),
+    ]
+
+
+@pytest.mark.filterwarnings('ignore')  # Pillow's, of damage that it repairs
+@settings(derandomize=True, max_examples=400)
+@given(st.sampled_from(whole_images()).flatmap(damaged))
+def test_examine_agrees_with_decode_on_damaged_bytes(data):
     try:
-        expected = decode(bytes(data)).shape
+        expected = decode(data).shape
     except CorruptImage:
         with pytest.raises(CorruptImage):
-            examine(bytes(data))
+            examine(data)
     else:
-        assert examine(bytes(data)) == expected
+        assert examine(data) == expected
 
 
 def test_a_pixel_bomb_is_refused_without_decoding():
@@ -205,6 +222,30 @@ def test_the_limit_is_ours_and_not_pillows():
     side = int(MAX_PIXELS**0.5) + 1
     with pytest.raises(CorruptImage, match=f'{side}×{side} pixels are more than 89,478,485'):
         decode(png(side, side, 8, 0, b''))
+
+
+# Files.
+
+
+def test_a_file_is_its_bytes(tmp_path):
+    (tmp_path / 'image').write_bytes(b'content')
+    (tmp_path / 'link').symlink_to('image')
+    assert read_file(tmp_path / 'image') == read_file(tmp_path / 'link') == b'content'
+
+
+def test_what_might_never_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'device').symlink_to('/dev/zero')
+    for path in (tmp_path / 'pipe', tmp_path / 'device', tmp_path):
+        with pytest.raises(CorruptImage, match='not a regular file'):
+            read_file(path)
+
+
+def test_what_no_image_is_as_large_as_is_not_read(tmp_path):
+    (tmp_path / 'huge').touch()
+    os.truncate(tmp_path / 'huge', 1 << 40)
+    with pytest.raises(CorruptImage, match='1,099,511,627,776 bytes are more than 1,073,741,824'):
+        read_file(tmp_path / 'huge')
 
 
 # Channels.

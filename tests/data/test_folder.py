@@ -1,16 +1,19 @@
+import io
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cnn_jax.data import folder, parallel
 from cnn_jax.data.source import open_source
 from cnn_jax.errors import UserError
 
 
-def open_folder(root, split='all'):
-    return open_source(f'folder:{root}', split=split)
+def open_folder(root, split='all', **options):
+    return open_source(f'folder:{root}', split=split, **options)
 
 
 def pixels(source):
@@ -138,7 +141,8 @@ def test_more_damage_is_an_error(root):
     path = root / 'a/0.png'
     path.write_bytes(path.read_bytes()[:30])
     with pytest.raises(UserError, match=r'1 of the 4 images of folder:.* \(a/0.png: '):
-        open_folder(root)
+        open_folder(root, max_corrupt=0.24)
+    assert [path for path, _ in open_folder(root, max_corrupt=0.25).skipped] == ['a/0.png']
 
 
 def test_a_class_without_a_readable_image(tmp_path, write_images):
@@ -148,12 +152,171 @@ def test_a_class_without_a_readable_image(tmp_path, write_images):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize('change', [os.unlink, lambda path: path.write_bytes(b'damaged')])
+CHANGES = {
+    'removed': (os.unlink, 'No such file or directory'),
+    'damaged': (lambda path: path.write_bytes(b'damaged'), 'it holds other bytes'),
+    'exchanged': (lambda path: shutil.copy(path.parent / '1.png', path), 'it holds other bytes'),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
 def test_a_file_that_changes_while_it_is_used(root, change):
     source = open_folder(root)
-    change(root / 'a/0.png')
-    with pytest.raises(UserError, match=r'a/0.png could be read before, but not now'):
+    make, reason = CHANGES[change]
+    make(root / 'a/0.png')
+    with pytest.raises(UserError, match=rf'a/0.png has changed since the run began \({reason}\)'):
         source[0]
+
+
+def test_a_file_that_vanishes_while_the_set_is_examined(root, monkeypatch):
+    examine = folder.examined
+
+    def vanish(*arguments):
+        (root / 'b/1.png').unlink()
+        return examine(*arguments)
+
+    monkeypatch.setattr(folder, 'examined', vanish)
+    source = open_folder(root, max_corrupt=0.5)
+    assert source.skipped == (('b/1.png', 'No such file or directory'),)
+    assert pixels(source).shape == (3, 8, 6, 3)
+
+
+# Hostile names, links and contents.
+
+NAMES = {
+    'newline': 'two\nlines\r.png',
+    'emoji': '🦊🏳️‍🌈.png',
+    'not UTF-8': os.fsdecode(b'\xff\xfe.png'),
+    '255 bytes': 'n' * 251 + '.png',
+    'markup': '<script>"&\'.png',
+    'a formula': '=1+1.png',
+}
+
+
+def test_every_name_is_only_a_name(root, random_image):
+    for seed, name in enumerate(NAMES.values()):
+        Image.fromarray(random_image((8, 6, 3), seed)).save(root / 'a' / name, 'PNG')
+    source = open_folder(root)
+    found = {source.describe(i): source[i][0] for i in range(len(source))}
+    for seed, name in enumerate(NAMES.values()):
+        np.testing.assert_array_equal(found[f'{root}/a/{name}'], random_image((8, 6, 3), seed))
+    assert open_folder(root).fingerprint == source.fingerprint  # from the index
+
+
+@pytest.mark.parametrize('name', ['emoji', '255 bytes', 'markup', 'a formula'])
+def test_a_class_may_have_any_name_that_can_be_shown(root, name):
+    (root / 'b').rename(root / NAMES[name])
+    assert set(open_folder(root).class_names) == {'a', NAMES[name]}
+
+
+@pytest.mark.parametrize('name', ['newline', 'not UTF-8'])
+def test_a_class_name_that_cannot_be_shown(root, name):
+    (root / 'b').rename(root / NAMES[name])
+    with pytest.raises(UserError, match=r"^the folder '[ -~]+' gives a class its name, which"):
+        open_folder(root)
+
+
+def encode(kind, *images, **options):
+    file = io.BytesIO()
+    images[0].save(file, kind, append_images=images[1:], **options)
+    return file.getvalue()
+
+
+RED, BLUE = (Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue'))
+BMP = encode('BMP', RED)  # its width and height are at byte 18
+READABLE = {
+    'animated.gif': encode('GIF', RED, BLUE, save_all=True),
+    'one pixel.png': encode('PNG', RED.crop((0, 0, 1, 1))),
+    'PNG inside.jpg': encode('PNG', RED),
+}
+CORRUPT = {
+    'empty.png': b'',
+    'text.png': b'not an image',
+    'cut off.jpg': encode('JPEG', RED)[:-20],
+    'bomb.bmp': BMP[:18] + struct.pack('<II', 60_000, 60_000) + BMP[26:],
+}
+LINKS = {'circle.png': 'circle.png', 'nowhere.png': 'none', 'device.png': '/dev/zero'}
+UNREADABLE = [*CORRUPT, *LINKS, 'pipe.png']
+
+
+@pytest.fixture
+def hostile(root):
+    """Images that can be read and files that cannot, in class b."""
+    for name, content in (READABLE | CORRUPT).items():
+        (root / 'b' / name).write_bytes(content)
+    for name, target in LINKS.items():
+        (root / 'b' / name).symlink_to(target)
+    os.mkfifo(root / 'b/pipe.png')
+    return root
+
+
+def test_what_cannot_be_read_is_skipped_and_listed(hostile):
+    source = open_folder(hostile, max_corrupt=0.7)
+    read = {os.path.basename(source.describe(i)): source[i][0] for i in range(len(source))}
+    assert read.keys() == {'0.png', '1.png', *READABLE}
+    for name in READABLE:
+        assert np.unique(read[name].reshape(-1, 3), axis=0).tolist() == [[255, 0, 0]]
+    reasons = dict(source.skipped)
+    assert '3600000000 pixels' in reasons.pop('b/bomb.bmp')
+    assert reasons.pop('b/circle.png') == 'Too many levels of symbolic links'
+    assert reasons.pop('b/nowhere.png') == 'No such file or directory'
+    assert reasons.pop('b/device.png') == reasons.pop('b/pipe.png') == 'not a regular file'
+    assert set(reasons) == {'b/empty.png', 'b/text.png', 'b/cut off.jpg'}
+    assert all(reasons.values())
+
+
+@pytest.mark.parametrize('workers', [1, 3, 16])
+def test_the_same_are_skipped_by_any_number_of_workers(hostile, monkeypatch, workers):
+    monkeypatch.setattr(parallel, 'cores', lambda: workers)
+    monkeypatch.setattr(parallel, 'CHUNK', 1)
+    source = open_folder(hostile, max_corrupt=0.7)
+    again = open_folder(hostile, max_corrupt=0.7)
+    assert [path for path, _ in source.skipped] == sorted(f'b/{name}' for name in UNREADABLE)
+    assert (source.skipped, source.fingerprint) == (again.skipped, again.fingerprint)
+
+
+def test_links_to_images_and_classes_are_followed(root, tmp_path):
+    (tmp_path / 'outside').mkdir()
+    shutil.copy(root / 'a/0.png', tmp_path / 'outside/image')
+    (root / 'a/link.png').symlink_to(tmp_path / 'outside/image')
+    (root / 'c').symlink_to(root / 'b')
+    source = open_folder(root)
+    assert source.class_names == ('a', 'b', 'c')
+    assert np.bincount(source.labels).tolist() == [3, 2, 2]
+    np.testing.assert_array_equal(source[2][0], source[0][0])
+
+
+def test_links_to_folders_inside_a_class_are_not_followed(root):
+    (root / 'a/up').symlink_to(root)
+    (root / 'a/self').symlink_to('self')
+    (root / 'self').symlink_to('self')  # no class either
+    assert np.bincount(open_folder(root).labels).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize('target', ['.', '..', '../..'])
+def test_a_class_that_is_a_link_to_a_folder_above_it(root, target):
+    (root / 'c').symlink_to(target)
+    with pytest.raises(UserError, match='set/c is a link to a folder above itself; remove'):
+        open_folder(root)
+
+
+@pytest.mark.parametrize('denied', ['set', 'set/a', 'set/a/deep'])
+def test_a_folder_that_cannot_be_listed(root, monkeypatch, denied):
+    """Permissions, as root does not feel them."""
+    (root / 'a/deep').mkdir()
+
+    def deny(call):
+        def listed(path):
+            if os.fspath(path) == str(root.parent / denied):
+                raise PermissionError(13, 'Permission denied', str(path))
+            return call(path)
+
+        return listed
+
+    monkeypatch.setattr(os, 'listdir', deny(os.listdir))
+    monkeypatch.setattr(os, 'scandir', deny(os.scandir))
+    with pytest.raises(UserError, match=f'{denied} cannot be listed: Permission denied; make'):
+        open_folder(root)
 
 
 # Mistakes.

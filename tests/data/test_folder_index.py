@@ -48,6 +48,18 @@ def test_a_link_to_nowhere_is_a_finding(root):
     assert examined(root, ['a/2.png'])['a/2.png'].finding.reason == 'No such file or directory'
 
 
+def test_what_could_not_be_read_is_tried_again(root, read, monkeypatch):
+    def fail(path):
+        raise PermissionError(13, 'Permission denied')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_index, 'read_file', fail)
+        reasons = [file.finding.reason for file in examined(root, PATHS).values()]
+        assert (reasons, read()) == (['Permission denied'] * 3, 0)
+    reasons = [file.finding.reason for file in examined(root, PATHS).values()]
+    assert (reasons, read()) == ([''] * 3, 3)
+
+
 def test_a_damaged_index_is_made_again(root, read, cache_dir):
     first = examined(root, PATHS)
     (index,) = cache_dir.rglob('*.json')

@@ -1,11 +1,17 @@
 import gzip
+import math
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cnn_jax.data.source import open_source
 from cnn_jax.errors import UserError
+from tests.damage import damaged
 
 NAMES = {
     'train images': 'train-images-idx3-ubyte',
@@ -114,8 +120,9 @@ def test_one_class(tmp_path, values):
         (lambda data: b'\0\0\x0d\x03' + data[4:], 'starts with 00 00 0d 03, not 00 00 08 03'),
         (lambda data: b'', 'is not an IDX file of images: it starts with'),
         (lambda data: data[:-1], 'is not whole: it says 12×5×4 values and has 239'),
-        (lambda data: data + b'\0', 'is not whole: it says 12×5×4 values and has 241'),
+        (lambda data: data + b'\0', 'is not whole: it says 12×5×4 values and has more'),
         (lambda data: data[:7], 'is not whole'),
+        (lambda data: data[:8] + bytes(4) + data[12:], 'no images of a usable size: it says 12×0'),
         (lambda data: gzip.compress(data)[:-9], 'is not whole'),
         (lambda data: gzip.compress(data)[:20] + b'damage', 'is not whole'),
     ],
@@ -127,3 +134,65 @@ def test_a_damaged_file(tmp_path, values, damage, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         open_source(name, split='train')
     assert str(path) in str(caught.value)
+
+
+ONES = b'\xff' * 4
+HEAD = b'\0\0\x08\x03'
+
+
+@pytest.mark.parametrize(
+    'lie',
+    [
+        lambda data: HEAD + 3 * ONES + data[16:],
+        lambda data: HEAD + bytes(4) + 2 * ONES + data[16:],
+        lambda data: HEAD + struct.pack('>3I', 1, 30_000, 30_000) + data[16:],
+        lambda data: gzip.compress(HEAD + 3 * ONES + data[16:]),
+        lambda data: gzip.compress(HEAD + struct.pack('>3I', 1_000, 1_000, 1_000) + data[16:]),
+        lambda data: gzip.compress(data + bytes(50_000_000)),
+    ],
+)
+def test_sizes_that_lie_take_no_memory(tmp_path, values, lie):
+    name = write(tmp_path, values)
+    path = tmp_path / NAMES['train images']
+    path.write_bytes(lie(path.read_bytes()))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r'is not read|is not whole|no images of a usable size'):
+        open_source(name, split='train')
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path, values, monkeypatch):
+    """A header that agrees with what is packed, 1,000 times larger than the file."""
+    monkeypatch.setattr('cnn_jax.data.idx.LARGE', 1 << 20)
+    name = write(tmp_path, values)
+    zeros = HEAD + struct.pack('>3I', 2_000, 100, 100) + bytes(20_000_000)
+    (tmp_path / NAMES['train images']).write_bytes(gzip.compress(zeros))
+    with pytest.raises(UserError, match='is not read: it says 2000×100×100 values'):
+        open_source(name, split='train')
+
+
+@settings(
+    derandomize=True,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data(), zipped=st.booleans())
+def test_damage_is_found_or_does_not_matter(tmp_path, values, data, zipped):
+    """gzip has a checksum; without one, what is read is what the header says of the rest."""
+    name = write(tmp_path, values)
+    path = tmp_path / NAMES['train images']
+    whole = path.read_bytes()
+    pack = gzip.compress if zipped else bytes
+    content = data.draw(damaged(pack(whole)))
+    path.write_bytes(content)
+    try:
+        source = open_source(name, split='train')
+    except UserError:
+        return
+    plain = gzip.decompress(content) if zipped else content
+    assert plain == whole if zipped else len(plain) == len(whole)
+    magic, *shape = struct.unpack('>4I', plain[:16])
+    assert (magic, math.prod(shape)) == (0x0803, len(plain) - 16)
+    read = np.stack([source[i][0] for i in range(len(source))])
+    assert read.tobytes() == plain[16:]

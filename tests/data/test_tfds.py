@@ -163,6 +163,36 @@ def test_a_damaged_record_is_skipped(data_dir):
     assert load(source, 'crop', 4).images.shape == (149, 4, 4, 3)
 
 
+def test_the_limit_of_damage_is_the_configs(data_dir):
+    with pytest.raises(UserError, match=r'1 of the 150 images of tfds:tiny_damaged train cannot'):
+        open_source('tfds:tiny_damaged', split='all', data_dir=data_dir, max_corrupt=0.006)
+
+
+DAMAGE = {
+    'cut off': lambda data: data[: len(data) // 2],
+    'empty': lambda data: b'',
+    'zeros': lambda data: bytes(len(data)),
+    'changed': lambda data: data[:40] + b'\xff' * 40 + data[80:],
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('file', ['tiny_shapes-train.array_record-*', 'dataset_info.json'])
+def test_damaged_files_of_a_set(data_dir, damage, file):
+    open_source('tfds:tiny_shapes', split='test', data_dir=data_dir)
+    (path,) = Path(data_dir).rglob(file)
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(UserError, match=r'tfds:tiny_shapes.* is damaged \(.+\); delete it there'):
+        open_source('tfds:tiny_shapes', split='train', data_dir=data_dir)
+
+
+def test_a_record_that_is_damaged_while_it_is_used(data_dir, monkeypatch):
+    source = open_source('tfds:tiny_shapes', split='train', data_dir=data_dir)
+    monkeypatch.setattr('cnn_jax.data.decode.decode', lambda data: [][0])
+    with pytest.raises(UserError, match=r'tfds:tiny_shapes train record 3 in .* is damaged'):
+        source[3]
+
+
 # Without TensorFlow. Another process, in which it cannot be found even where it is installed.
 
 WITHOUT_TENSORFLOW = """

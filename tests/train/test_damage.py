@@ -1,4 +1,4 @@
-"""Damaged checkpoints and records: found out, set aside, and the run ends as if nothing happened."""
+"""Damaged checkpoints and records are found out, and the run ends as if nothing had happened."""
 
 import shutil
 
@@ -127,7 +127,7 @@ def test_a_record_that_was_altered_is_found_out(stopped, fit):
     record = folder / 'metrics.jsonl'
     altered = record.read_text().replace('"accuracy": 0.', '"accuracy": 1.')
     record.write_text(altered)
-    with pytest.raises(UserError, match='metrics.jsonl no longer holds what it held then'):
+    with pytest.raises(UserError, match=r'metrics\.jsonl no longer holds what it held then'):
         fit(config, folder)
     assert record.read_text() == altered
 

@@ -1,0 +1,83 @@
+"""Compiled as one program, a net gives what it gives operation by operation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from cnn_jax.config import CHOICES, Model
+from cnn_jax.losses import cross_entropy, log_probabilities
+from cnn_jax.models.strided_net import StridedNet, minimum_size
+
+BATCH, SIZE, CHANNELS, CLASSES = 4, 8, 4, 4
+
+
+def choice(field):
+    return st.sampled_from(CHOICES[f'model.{field}'])
+
+
+# Each operation is compiled for each shape that it meets: few shapes, so that it takes seconds.
+models = st.builds(
+    Model,
+    stem_width=st.sampled_from([0, 4]),
+    stem_kernel=st.integers(1, 3),
+    stem_stride=st.integers(1, 2),
+    stem_padding=choice('stem_padding'),
+    widths=st.sampled_from([(4,), (4, 4)]),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=choice('padding'),
+    downsample=choice('downsample'),
+    activation=choice('activation'),
+    norm=choice('norm'),
+    norm_position=choice('norm_position'),
+    norm_momentum=st.floats(0, 1),
+    dropout=st.floats(0, 0.9),
+    pool=choice('pool'),
+    hidden=st.sampled_from([(), (4,)]),
+    head_norm=choice('head_norm'),
+    head_dropout=st.floats(0, 0.9),
+)
+
+
+def outcome(net, variables, x, labels):
+    """Logits in inference and in training, the new batch statistics, and the gradient."""
+
+    def loss(params):
+        logits, updated = net.apply(
+            variables | {'params': params},
+            x,
+            train=True,
+            rngs={'dropout': jax.random.key(1)},
+            mutable='batch_stats',
+        )
+        return cross_entropy(log_probabilities(logits), labels).mean(), (logits, updated)
+
+    gradient, trained = jax.grad(loss, has_aux=True)(variables['params'])
+    return net.apply(variables, x, train=False), trained, gradient
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(model=models)
+def test_jit_and_eager_agree(model):
+    assume(minimum_size(model) <= SIZE)
+    net, draw = StridedNet(model, CLASSES), np.random.default_rng(0)
+    x = draw.normal(size=(BATCH, SIZE, SIZE, CHANNELS)).astype(np.float32)
+    labels = draw.integers(0, CLASSES, BATCH).astype(np.int32)
+    shapes = jax.eval_shape(functools.partial(net.init, train=False), jax.random.key(0), x)
+    variables = jax.tree.map(lambda s: draw.uniform(-0.5, 0.5, s.shape).astype(s.dtype), shapes)
+    statistics = variables.get('batch_stats', {})
+    variables['batch_stats'] = jax.tree.map(abs, statistics)  # no variance is negative
+
+    compiled = jax.jit(functools.partial(outcome, net))(variables, x, labels)
+    with jax.disable_jit():
+        eager = outcome(net, variables, x, labels)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
+
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(eager))
+    jax.tree.map(close, compiled, eager)

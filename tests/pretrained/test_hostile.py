@@ -1,0 +1,221 @@
+"""Weights files made to mislead, and damaged ones: one plain sentence, and nothing runs."""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import h5py
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from cnn_jax.errors import UserError
+from cnn_jax.params import flatten
+from cnn_jax.pretrained import layout, read_hdf5, read_onnx
+from cnn_jax.pretrained.load import load
+from cnn_jax.pretrained.read import read
+from tests.damage import damaged
+
+SHAPES = {'block1_conv1': (3, 3, 3, 2), 'block1_conv2': (3, 3, 2, 2)}
+TENSORS = {
+    f'{layer}/{name}': np.random.default_rng(0).standard_normal(shape, np.float32)
+    for layer, kernel in SHAPES.items()
+    for name, shape in [('kernel', kernel), ('bias', kernel[-1:])]
+}
+
+
+@pytest.fixture(autouse=True)
+def two_layers(monkeypatch):
+    """A network so small that most damage hits what parsers read."""
+    for module in (layout, read_hdf5, read_onnx):
+        monkeypatch.setattr(module, 'CONVOLUTIONS', SHAPES)
+    monkeypatch.setattr(layout, 'TOP', {})
+
+
+def onnx_tensors() -> list[onnx.TensorProto]:
+    arrays = {n: a.transpose(3, 2, 0, 1) if a.ndim == 4 else a for n, a in TENSORS.items()}
+    return [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+
+
+def write_onnx(path, tensors=None):
+    nodes = [
+        onnx.helper.make_node('Conv', ['x', f'{layer}/kernel', f'{layer}/bias'], ['y'])
+        for layer in SHAPES
+    ]
+    graph = onnx.helper.make_graph(nodes, 'g', [], [], tensors or onnx_tensors())
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    return path
+
+
+def write_hdf5(path, **options):
+    with h5py.File(path, 'w') as file:
+        for name, array in TENSORS.items():
+            file.create_dataset(name, data=array, **options)
+    return path
+
+
+def write_safetensors(path):
+    save_file(TENSORS, path, metadata={'preprocessing': 'plain'})
+    return path
+
+
+WRITERS = {
+    'hdf5': write_hdf5,
+    'hdf5, packed': lambda path: write_hdf5(path, compression='gzip', fletcher32=True),
+    'onnx': write_onnx,
+    'safetensors': write_safetensors,
+}
+
+
+@pytest.mark.parametrize('kind', WRITERS)
+@settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_damaged_file_is_a_user_error_or_still_holds_the_network(tmp_path, kind, data):
+    path = WRITERS[kind](tmp_path / 'whole')
+    (tmp_path / 'damaged').write_bytes(data.draw(damaged(path.read_bytes(), start=9)))
+    try:
+        found = flatten(read(tmp_path / 'damaged')[0])
+    except UserError:
+        return
+    assert found.keys() == TENSORS.keys()  # the formats have no checksum of the values
+    for name, array in found.items():
+        assert (array.shape, array.dtype) == (TENSORS[name].shape, np.float32)
+        assert np.isfinite(array).all()
+
+
+@pytest.mark.parametrize('kind', WRITERS)
+def test_a_whole_file_holds_the_network(tmp_path, kind):
+    for name, array in flatten(read(WRITERS[kind](tmp_path / 'whole'))[0]).items():
+        np.testing.assert_array_equal(array, TENSORS[name])
+
+
+# Headers that lie.
+
+
+def safetensors(header: object) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, 'little') + text + bytes(64)
+
+
+def entry(shape, start, end):
+    return {'dtype': 'F32', 'shape': shape, 'data_offsets': [start, end]}
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        (1 << 60).to_bytes(8, 'little') + b'{}',
+        (1 << 31).to_bytes(8, 'little') + b'{}',
+        safetensors({'block1_conv1/bias': entry([1 << 40, 1 << 40], 0, 8)}),
+        safetensors({'block1_conv1/bias': entry([1 << 62], 0, 1 << 62)}),
+        safetensors({'block1_conv1/bias': entry([2], 8, 0)}),
+        safetensors({'block1_conv1/bias': entry([2], 0, 8), 'b': entry([2], 4, 12)}),
+        safetensors({'block1_conv1/bias': entry([-2], 0, 8)}),
+        safetensors({'__metadata__': {'a': 1}}),
+        safetensors(b'{"a":' * 100_000),
+    ],
+)
+def test_a_safetensors_header_that_lies(tmp_path, content):
+    (tmp_path / 'weights.safetensors').write_bytes(content)
+    with pytest.raises(UserError, match=r'not a complete safetensors file|neither Keras HDF5'):
+        read(tmp_path / 'weights.safetensors')
+
+
+@pytest.mark.parametrize('dims', [[1 << 62, 1 << 62], [-2], [2, 1 << 40], [0]])
+def test_an_onnx_tensor_whose_sizes_lie(tmp_path, dims):
+    kernel, bias, *others = onnx_tensors()
+    bias.dims[:] = dims
+    with pytest.raises(UserError, match=r'block1_conv1/bias is \['):
+        read(write_onnx(tmp_path / 'weights.onnx', [kernel, bias, *others]))
+    bias.dims[:], bias.raw_data = [2], b''
+    with pytest.raises(UserError, match='not a complete ONNX file'):
+        read(write_onnx(tmp_path / 'weights.onnx', [kernel, bias, *others]))
+
+
+@pytest.mark.parametrize('location', ['secret', '../secret', '/etc/passwd', '/dev/zero', ''])
+def test_an_onnx_tensor_in_another_file_is_refused(tmp_path, location):
+    (tmp_path / 'secret').write_bytes(bytes(8))
+    kernel, bias, *others = onnx_tensors()
+    bias.ClearField('raw_data')
+    bias.data_location = onnx.TensorProto.EXTERNAL
+    bias.external_data.add(key='location', value=location)
+    with pytest.raises(UserError, match='keeps block1_conv1/bias in another file'):
+        read(write_onnx(tmp_path / 'weights.onnx', [kernel, bias, *others]))
+
+
+def test_an_hdf5_set_that_is_larger_than_any_memory(tmp_path):
+    path = write_hdf5(tmp_path / 'weights.h5')
+    with h5py.File(path, 'a') as file:
+        del file['block1_conv1/bias']
+        file.create_dataset('block1_conv1/bias', (1 << 40,), 'f4', chunks=(1 << 10,))
+    with pytest.raises(UserError, match=r'block1_conv1/bias is \[1099511627776\] instead of \[2\]'):
+        read(path)
+
+
+# Code.
+
+
+class Runs:
+    """Whoever unpickles it makes the folder `ran`."""
+
+    def __init__(self, ran):
+        self.ran = str(ran)
+
+    def __reduce__(self):
+        return os.mkdir, (self.ran,)
+
+
+def archive(content: bytes) -> bytes:
+    """As torch.save and .npz and .keras files are."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as members:
+        members.writestr('archive/data.pkl', content)
+    return file.getvalue()
+
+
+def object_array(runs) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([runs], object), allow_pickle=True)
+    return file.getvalue()
+
+
+FORMS = {
+    **{f'pickle {n}': (lambda runs, n=n: pickle.dumps(runs, protocol=n)) for n in range(6)},
+    'archive': lambda runs: archive(pickle.dumps(runs)),
+    'object array': object_array,
+    'archive of object arrays': lambda runs: archive(object_array(runs)),
+}
+
+
+@pytest.mark.parametrize('name', ['vgg16.pt', 'vgg16.pth', 'vgg16.h5', 'vgg16.npy', 'vgg16.onnx'])
+@pytest.mark.parametrize('form', FORMS)
+def test_a_pickle_is_refused_unread(tmp_path, form, name):
+    ran = tmp_path / 'ran'
+    (tmp_path / name).write_bytes(FORMS[form](Runs(ran)))
+    with pytest.raises(UserError, match=r'can run code; save|neither Keras HDF5, ONNX nor'):
+        load(tmp_path / name)
+    assert not ran.exists()
+
+
+def test_a_pickle_would_run(tmp_path):
+    pickle.loads(pickle.dumps(Runs(tmp_path / 'ran')))
+    assert (tmp_path / 'ran').exists()
+
+
+def test_what_a_keras_file_says_of_code_is_not_read(tmp_path):
+    path, ran = write_hdf5(tmp_path / 'weights.h5'), tmp_path / 'ran'
+    with h5py.File(path, 'a') as file:
+        file.attrs['model_config'] = np.void(pickle.dumps(Runs(ran)))
+        file['lambda/function'] = np.frombuffer(pickle.dumps(Runs(ran)), np.uint8)
+    assert flatten(read(path)[0]).keys() == TENSORS.keys()
+    assert not ran.exists()
