@@ -21,10 +21,13 @@ def undisturbed(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize('kills', [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_ends_with_the_same_bits(config, undisturbed, tmp_path, kills):
+def test_killed_at_any_moment_it_ends_with_the_same_bits(
+    config, undisturbed, tmp_path, kills, record_property
+):
     draw, done, count = random.Random(kills), 0, 0
     while done < kills:
         folder = tmp_path / f'run{count}'
         done += runs.survive(config, folder, draw, min(kills - done, 8), undisturbed)
         assert runs.ended(folder).result() == undisturbed.result(), runs.log(folder)
         count += 1
+    record_property('tried', done)

@@ -19,7 +19,7 @@ JOB = ROOT / 'launch' / 'kubernetes_ablation.yaml'
 
 @pytest.mark.slow
 def test_killed_at_20_random_moments_it_ends_with_the_same_summary(
-    start, launch, tmp_path, study_flags, summary
+    start, launch, tmp_path, study_flags, summary, record_property
 ):
     many = [*study_flags[:-1], '--seeds=12']
     launch('ablate', *many, f'--workdir={tmp_path}/whole', check=0)
@@ -34,6 +34,7 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_summary(
             process.communicate()
         launch('ablate', *many, f'--workdir={folder}', check=0)
         assert summary(folder) == summary(tmp_path / 'whole')
+    record_property('tried', kills)
 
 
 def test_a_killed_workers_cells_go_to_the_others(
