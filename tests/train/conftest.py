@@ -1,5 +1,7 @@
 """Small runs on made-up images, for the tests of the step and the loop."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,24 +67,51 @@ def batch():
     return make
 
 
+def opened(config, shape, count):
+    """The task and the phases of a config, on made-up images that carry their class."""
+    train, evaluation = (
+        DeviceBatches(made_up(seed, count, shape), batch=config.data.batch, seed=config.seed)
+        for seed in (0, 1)
+    )
+    description = setup.describe(config, train, evaluation)
+    description['preprocessing'] = setup.preprocessing(config, train, None)
+    task = setup.make_task(config, description)
+    phases, _ = setup.open_phases(config, description, task, train, evaluation)
+    return task, phases
+
+
 @pytest.fixture
 def fit(tmp_path):
     """Trains as launch.train does, on made-up images that carry their class, in a new folder."""
 
-    def make(config, folder=None, shape=SHAPE, count=50):
-        train, evaluation = (
-            DeviceBatches(made_up(seed, count, shape), batch=config.data.batch, seed=config.seed)
-            for seed in (0, 1)
-        )
-        description = setup.describe(config, train, evaluation)
-        description['preprocessing'] = setup.preprocessing(config, train, None)
-        task = setup.make_task(config, description)
-        phases, state = setup.open_phases(config, description, task, train, evaluation)
+    def make(config, folder=None, shape=SHAPE, count=50, open=opened):
+        task, phases = open(config, shape, count)
         folder = folder or tmp_path / 'run'
         workdir.claim(folder, config)
+        state = phases[0].steps.init(config.seed)
         return loop.fit(config, task, phases, state, folder, live=False)
 
     return make
+
+
+@pytest.fixture(scope='module')
+def kept():
+    """`opened`, which keeps what it has opened: its functions are traced once."""
+    made = {}
+
+    def open(config, *rest):
+        key = cfg.to_json(config), rest
+        if key not in made:
+            made[key] = opened(config, *rest)
+        return made[key]
+
+    return open
+
+
+@pytest.fixture
+def fit_again(fit, kept):
+    """`fit`, quicker for a config that it has trained before."""
+    return functools.partial(fit, open=kept)
 
 
 def made_up(seed, count, shape):

@@ -24,11 +24,11 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def stopped(small, fit, tmp_path, monkeypatch, whole):
+def stopped(small, fit_again, tmp_path, monkeypatch, whole):
     """A run killed after step 5 of 6, with checkpoints of steps 2 and 4 (or so); its config."""
     config, folder = small(**SHORT), tmp_path / 'stopped'
     if not whole:
-        whole['state'] = digest(fit(config, tmp_path / 'whole').state)
+        whole['state'] = digest(fit_again(config, tmp_path / 'whole').state)
         whole['record'] = (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
     add = Meter.add
 
@@ -39,7 +39,7 @@ def stopped(small, fit, tmp_path, monkeypatch, whole):
 
     monkeypatch.setattr(Meter, 'add', add_then_die)
     with pytest.raises(Killed):
-        fit(config, folder)
+        fit_again(config, folder)
     monkeypatch.setattr(Meter, 'add', add)
     return config, folder
 
@@ -60,7 +60,7 @@ def files(place):
 
 @pytest.mark.parametrize('damage', [cut, flip, lambda path: path.unlink()])
 def test_any_damaged_file_sends_the_run_back_to_the_checkpoint_before(
-    stopped, fit, capsys, whole, damage
+    stopped, fit_again, capsys, whole, damage
 ):
     config, folder = stopped
     newest, before = Checkpoints(folder / 'checkpoints', config).steps()
@@ -72,7 +72,7 @@ def test_any_damaged_file_sends_the_run_back_to_the_checkpoint_before(
             seal.opened(place)
         path.write_bytes(kept)
     damage(max(files(place), key=lambda path: path.stat().st_size))
-    outcome = fit(config, folder)
+    outcome = fit_again(config, folder)
     printed = capsys.readouterr().out
     assert f'the checkpoint of step {newest} cannot be used' in printed
     assert f'going on from the checkpoint of step {before}' in printed
@@ -96,65 +96,65 @@ def of_another_config(place):
 
 
 @pytest.mark.parametrize('damage', [empty, of_an_older_version, of_another_config])
-def test_a_checkpoint_that_is_not_this_runs_is_not_used(stopped, fit, capsys, whole, damage):
+def test_a_checkpoint_that_is_not_this_runs_is_not_used(stopped, fit_again, capsys, whole, damage):
     config, folder = stopped
     newest, before = Checkpoints(folder / 'checkpoints', config).steps()
     damage(folder / 'checkpoints' / f'step_{newest}')
-    outcome = fit(config, folder)
+    outcome = fit_again(config, folder)
     assert f'going on from the checkpoint of step {before}' in capsys.readouterr().out
     assert digest(outcome.state) == whole['state']
 
 
-def test_without_any_good_checkpoint_it_does_not_start_from_zero(stopped, fit):
+def test_without_any_good_checkpoint_it_does_not_start_from_zero(stopped, fit_again):
     config, folder = stopped
     for place in (folder / 'checkpoints').glob('step_*'):
         cut(max(files(place), key=lambda path: path.stat().st_size))
     for _ in range(2):  # nothing was moved by the first attempt
         with pytest.raises(UserError, match=r'no checkpoint .* can be used \(step \d: .* damaged'):
-            fit(config, folder)
+            fit_again(config, folder)
 
 
-def test_a_start_from_zero_is_said_when_every_checkpoint_is_gone(stopped, fit, capsys, whole):
+def test_a_start_from_zero_is_said_when_every_checkpoint_is_gone(stopped, fit_again, capsys, whole):
     config, folder = stopped
     empty(folder / 'checkpoints')
-    outcome = fit(config, folder)
+    outcome = fit_again(config, folder)
     assert 'no checkpoint had been saved: starting again from step 0' in capsys.readouterr().out
     assert digest(outcome.state) == whole['state']
 
 
-def test_a_record_that_was_altered_is_found_out(stopped, fit):
+def test_a_record_that_was_altered_is_found_out(stopped, fit_again):
     config, folder = stopped
     record = folder / 'metrics.jsonl'
     altered = record.read_text().replace('"accuracy": 0.', '"accuracy": 1.')
     record.write_text(altered)
     with pytest.raises(UserError, match=r'metrics\.jsonl no longer holds what it held then'):
-        fit(config, folder)
+        fit_again(config, folder)
     assert record.read_text() == altered
 
 
-def test_what_was_written_after_the_checkpoint_is_written_again_once(stopped, fit, whole):
+def test_what_was_written_after_the_checkpoint_is_written_again_once(stopped, fit_again, whole):
     config, folder = stopped
     with (folder / 'metrics.jsonl').open('a') as file:
         file.write('{"step": 6, "split": "train", "lo')
-    fit(config, folder)
+    fit_again(config, folder)
     assert (folder / 'metrics.jsonl').read_bytes() == whole['record']
 
 
 @pytest.mark.parametrize('damage', [cut, flip, lambda path: path.unlink()])
-def test_a_damaged_older_checkpoint_does_not_stop_the_run(stopped, fit, whole, damage):
+def test_a_damaged_older_checkpoint_does_not_stop_the_run(stopped, fit_again, whole, damage):
     config, folder = stopped
     oldest = (
         folder / 'checkpoints' / f'step_{Checkpoints(folder / "checkpoints", config).steps()[-1]}'
     )
     for path in files(oldest):
         damage(path)
-    assert digest(fit(config, folder).state) == whole['state']
+    assert digest(fit_again(config, folder).state) == whole['state']
 
 
-def test_steps_are_recorded_bit_for_bit(stopped, fit, tmp_path):
+def test_steps_are_recorded_bit_for_bit(stopped, fit_again, tmp_path):
     config, folder = stopped
-    fit(config, folder)
-    fit(config, tmp_path / 'again')
+    fit_again(config, folder)
+    fit_again(config, tmp_path / 'again')
     recorded = np.fromfile(folder / 'steps.f32', '<f4')
     assert recorded.shape == (12,)  # two numbers for each of six steps
     assert recorded.tobytes() == (tmp_path / 'again' / 'steps.f32').read_bytes()

@@ -43,7 +43,7 @@ def test_it_learns(small, fit):
 
 
 @pytest.fixture
-def killed_run(fit, tmp_path, monkeypatch):
+def killed_run(fit_again, tmp_path, monkeypatch):
     """Kills a run after a step, starts it again, and returns its end and its record."""
 
     def make(config, step):
@@ -56,30 +56,30 @@ def killed_run(fit, tmp_path, monkeypatch):
 
         monkeypatch.setattr(Meter, 'add', add_then_die)
         with pytest.raises(Killed):
-            fit(config, folder)
+            fit_again(config, folder)
         monkeypatch.setattr(Meter, 'add', add)
-        return fit(config, folder), lines(folder)
+        return fit_again(config, folder), lines(folder)
 
     return make
 
 
-def test_killed_after_any_step_it_goes_on_to_the_same_bits(small, fit, killed_run, tmp_path):
+def test_killed_after_any_step_it_goes_on_to_the_same_bits(small, fit_again, killed_run, tmp_path):
     config = small(**SHORT, train__ema=0.9)
-    whole = fit(config)
+    whole = fit_again(config)
     for step in range(1, 13):
         again, record = killed_run(config, step)
         assert same(whole.state, again.state), step
         assert record == lines(tmp_path / 'run'), step
 
 
-def test_killed_in_either_phase_it_goes_on_to_the_same_bits(small, fit, killed_run, tmp_path):
+def test_killed_in_either_phase_it_goes_on_to_the_same_bits(small, fit_again, killed_run, tmp_path):
     config = small(
         **SHORT | {'train__epochs': 1.0},
         train__frozen=('block*',),
         unfreeze__epochs=1.0,
         unfreeze__learning_rate=0.001,
     )
-    whole = fit(config)
+    whole = fit_again(config)
     for step in (4, 6, 7, 12):  # the phases end at steps 6 and 12
         again, record = killed_run(config, step)
         assert same(whole.state, again.state), step
