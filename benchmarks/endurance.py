@@ -8,6 +8,7 @@ every few hundred steps, and is watched from outside, through /proc (Linux).
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,13 +59,13 @@ def main() -> None:
 every 449 steps. After the first tenth, memory grows by {slope:.1f} MB in 100,000 steps (a line
 through {len(late)} samples), and open files are between {least:.0f} and {most:.0f}.
 
-{results.table(('step', 'resident MB', 'open files'), rows)}
+{results.table(('step', 'memory, MB', 'open files'), rows)}
 """
     cli.publish('Endurance', body, given.out)
 
 
 def watch(folder: Path, steps: int) -> list[tuple[float, float, float]]:
-    """Step, resident memory in MB and open files of a run, once a second."""
+    """Step, anonymous memory in MB and open files of a run, once a second."""
     command = [sys.executable, '-m', 'launch.train', *FLAGS, f'--workdir={folder}']
     epochs = f'--config.train.epochs={steps / STEPS_PER_EPOCH}'
     with folder.with_suffix('.log').open('w') as log:
@@ -74,10 +75,11 @@ def watch(folder: Path, steps: int) -> list[tuple[float, float, float]]:
             time.sleep(1)
             lines = read_lines(folder / 'timing.jsonl')
             if lines and run.poll() is None:
-                status = (process / 'status').read_text()
-                kilobytes = status.split('VmRSS:')[1].split()[0]
+                status = dict(re.findall(r'(\w+):\s*(\d+)', (process / 'status').read_text()))
+                # Its own memory: the kernel drops and fetches that of files as it likes.
+                kilobytes = int(status['RssAnon']) + int(status['VmSwap'])
                 files = len(os.listdir(process / 'fd'))
-                seen.append((lines[-1]['step'], int(kilobytes) / 1e3, files))
+                seen.append((lines[-1]['step'], kilobytes / 1e3, files))
     if run.returncode:
         sys.exit(f'failed: the run ended with {run.returncode}')
     return [each for each in seen if each[0] < seen[-1][0]]  # training has ended with the last

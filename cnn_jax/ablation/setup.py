@@ -1,5 +1,6 @@
 """Opening an ablation in a process that runs cells: its data and its ledger."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ def open_ablation(
     """
     first = plan.configs[plan.baseline]
     for arm, config in plan.configs.items():
-        if config.data != first.data:
-            raise UserError(f'arm {arm!r} changes config.data; all arms must see the same images')
+        if dataclasses.replace(config.data, batch=first.data.batch) != first.data:
+            raise UserError(
+                f'arm {arm!r} changes config.data; all arms must see the same images, and only '
+                'config.data.batch may differ'
+            )
     train, evaluation, description, _ = setup.open_data(first)
     identity = {
         'code': code_digest(),
