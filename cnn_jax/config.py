@@ -19,9 +19,12 @@ from typing import Any, get_args, get_origin
 from cnn_jax.errors import UserError
 
 
-def value(default: float) -> Any:
-    """A number that a compiled step takes as an argument instead of baking it in."""
-    return field(default=default, metadata={'value': True})
+def value(default: float, *, switch: bool = False) -> Any:
+    """A number that a compiled step takes as an argument instead of baking it in.
+
+    With `switch`, whether it is 0 is structure all the same: what is off costs nothing.
+    """
+    return field(default=default, metadata={'value': True, 'switch': switch})
 
 
 @dataclass
@@ -51,11 +54,22 @@ class Model:
     padding: str = 'SAME'  # SAME | SAME_TORCH | VALID | CIRCULAR | REFLECT
     downsample: str = 'stride'  # stride | max_pool | avg_pool: how a pair shrinks its input
     activation: str = 'relu'  # relu | leaky_relu | elu | gelu | silu | tanh
-    norm: str = 'batch'  # batch | none
+    weight_standardization: bool = False  # of the convolutions' kernels, filter by filter
+    residual: bool = False  # a shortcut around each pair
+    norm: str = 'batch'  # batch | ghost | renorm | group | layer | instance | none
     norm_position: str = 'after'  # after | before the activation
     norm_momentum: float = value(0.99)  # share of the old moving average that is kept
     norm_epsilon: float = 1e-3
+    norm_groups: int = 8  # group: parts of the channels, each with its own statistics
+    ghost_batch: int = 16  # ghost: examples that share their statistics
+    renorm_r: float = value(3.0)  # renorm: the correction of the scale is within [1/r, r]
+    renorm_d: float = value(5.0)  # renorm: the correction of the mean is within [-d, d]
     dropout: float = value(0.25)  # after each pair
+    drop_kind: str = 'element'  # element | channel | block | gaussian
+    drop_block: int = 7  # block: side of the squares dropped, in pixels of the feature map
+    drop_ramp: float = value(0.0, switch=True)  # share of training over which dropout grows from 0
+    stochastic_depth: float = value(0.0)  # rate at which the last pair is skipped; needs residual
+    input_noise: float = value(0.0)  # deviation of noise added to the normalized images
 
     # vgg16
     weights: str = 'random'  # random | imagenet | a file (.h5, .onnx, .safetensors)
@@ -64,7 +78,7 @@ class Model:
 
     # head
     hidden: tuple[int, ...] = (512,)
-    head_norm: str = 'batch'  # batch | none
+    head_norm: str = 'batch'  # batch | ghost | renorm | group | layer | none
     head_dropout: float = value(0.5)
 
 
@@ -94,6 +108,19 @@ class Augment:
     flip: bool = False  # left-right, with probability 1/2
     crop: int = 0  # pad by this many pixels on each side, then crop back at random
     cutout: int = 0  # side of a square set to the mean, in pixels
+    rotation: float = value(0.0, switch=True)  # largest angle either way, in degrees
+    erasing: float = value(0.0, switch=True)  # probability that a rectangle is set to the mean
+    erase_least: float = value(0.02)  # its area, as a share of the image's
+    erase_most: float = value(0.4)
+    erase_aspect: float = value(0.3)  # its least height : width; the largest is the inverse
+    brightness: float = value(0.0, switch=True)  # the factor is uniform in 1 ± this, at least 0
+    contrast: float = value(0.0, switch=True)
+    saturation: float = value(0.0, switch=True)  # of images with three channels
+    randaugment: float = value(0.0, switch=True)  # magnitude of its operations, 0 to 30
+    randaugment_operations: int = 2  # an image
+    trivialaugment: float = value(0.0, switch=True)  # probability of its one operation
+    mixup: float = value(0.0, switch=True)  # α of λ ~ Beta(α, α), the share of the own image
+    cutmix: float = value(0.0, switch=True)  # α; with both on, each has half of the examples
 
 
 @dataclass
@@ -101,8 +128,15 @@ class Loss:
     """Task loss and penalties (equations in `cnn_jax.losses`)."""
 
     label_smoothing: float = value(0.0)
+    confidence_penalty: float = value(0.0, switch=True)  # β of −β·H(p), H the prediction's entropy
     l2: float = value(0.0)  # λ of λ·Σw² added to the loss (Keras's definition, no 1/2)
     l2_on: tuple[str, ...] = ('*conv*/kernel',)  # parameter path patterns
+    l1: float = value(0.0, switch=True)  # λ of λ·Σ|w|
+    l1_on: tuple[str, ...] = ('*conv*/kernel',)
+    orthogonality: float = value(0.0, switch=True)  # λ of λ·Σ‖WᵀW − I‖², a filter a column of W
+    orthogonality_on: tuple[str, ...] = ('*conv*/kernel',)
+    l2_sp: float = value(0.0, switch=True)  # λ of λ·Σ(w − w⁰)², w⁰ the weights at the start
+    l2_sp_on: tuple[str, ...] = ('*conv*/*',)  # not the new head, which `l2_on` may name
 
 
 @dataclass
@@ -124,6 +158,10 @@ class Optimizer:
     weight_decay: float = value(0.0)  # decoupled: w ← w − lr·weight_decay·w
     decay_on: tuple[str, ...] = ('*/kernel',)
     clip_norm: float = 0.0  # 0: no clipping of the global gradient norm
+    gradient_noise: float = value(0.0, switch=True)  # η of the noise's variance η/(1 + t)^0.55
+    max_norm: float = value(0.0, switch=True)  # largest norm of an output unit's weights; 0: any
+    max_norm_on: tuple[str, ...] = ('*/kernel',)
+    sam: float = value(0.0, switch=True)  # ρ: the gradient is taken this far uphill; two passes
     accumulate: int = 1  # micro-batches a step
 
 
@@ -133,11 +171,14 @@ class Train:
 
     epochs: float = 10.0
     frozen: tuple[str, ...] = ()  # parameter path patterns that are not trained
-    ema: float = 0.0  # decay of the moving average of the weights; 0: none
+    ema: float = value(0.0, switch=True)  # decay of the moving average of the weights; 0: none
+    swa_from: float = value(0.0, switch=True)  # epochs after which weights are averaged equally
+    precise_norm: int = 0  # batches over which the evaluated weights' batch statistics are taken
     eval_every: float = 1.0  # epochs
     checkpoint_every: float = 1.0  # epochs
     keep: int = 2  # latest checkpoints kept, besides the best
     best: str = 'accuracy'  # accuracy | loss, on the evaluation split
+    patience: float = 0.0  # epochs without a better `best` that end a run, at its best; 0: no end
     threads: int = 0  # CPU threads of a computation; 0: as many as cores when the run began
 
 
@@ -186,9 +227,10 @@ CHOICES = {
     'model.padding': ('SAME', 'SAME_TORCH', 'VALID', 'CIRCULAR', 'REFLECT'),
     'model.downsample': ('stride', 'max_pool', 'avg_pool'),
     'model.activation': ('relu', 'leaky_relu', 'elu', 'gelu', 'silu', 'tanh'),
-    'model.norm': ('batch', 'none'),
+    'model.norm': ('batch', 'ghost', 'renorm', 'group', 'layer', 'instance', 'none'),
     'model.norm_position': ('after', 'before'),
-    'model.head_norm': ('batch', 'none'),
+    'model.head_norm': ('batch', 'ghost', 'renorm', 'group', 'layer', 'none'),
+    'model.drop_kind': ('element', 'channel', 'block', 'gaussian'),
     'model.pool': ('flatten', 'average'),
     'data.resize': ('none', 'stretch', 'crop'),
     'data.channels': (0, 1, 3),
@@ -211,7 +253,15 @@ RANGES = {
     'model.stride': (1, None),
     'model.norm_momentum': (0, 1),
     'model.norm_epsilon': (0, None),
+    'model.norm_groups': (1, None),
+    'model.ghost_batch': (1, None),
+    'model.renorm_r': (1, 1e6),
+    'model.renorm_d': (0, 1e6),
     'model.dropout': (0, 1),
+    'model.drop_block': (1, None),
+    'model.drop_ramp': (0, 1),
+    'model.stochastic_depth': (0, 1),
+    'model.input_noise': (0, None),
     'model.head_dropout': (0, 1),
     'data.size': (0, None),
     'data.batch': (1, None),
@@ -220,8 +270,25 @@ RANGES = {
     'data.memory_gb': (0, None),
     'augment.crop': (0, None),
     'augment.cutout': (0, None),
+    'augment.rotation': (0, 180),
+    'augment.erasing': (0, 1),
+    'augment.erase_least': (0, 1),
+    'augment.erase_most': (0, 1),
+    'augment.erase_aspect': (0.01, 1),
+    'augment.brightness': (0, None),
+    'augment.contrast': (0, None),
+    'augment.saturation': (0, None),
+    'augment.randaugment': (0, 30),
+    'augment.randaugment_operations': (0, None),
+    'augment.trivialaugment': (0, 1),
+    'augment.mixup': (0, None),
+    'augment.cutmix': (0, None),
     'loss.label_smoothing': (0, 1),
+    'loss.confidence_penalty': (0, None),
     'loss.l2': (0, None),
+    'loss.l1': (0, None),
+    'loss.orthogonality': (0, None),
+    'loss.l2_sp': (0, None),
     'optimizer.learning_rate': (0, None),
     'optimizer.warmup_epochs': (0, None),
     'optimizer.decay_rate': (0, None),
@@ -232,9 +299,15 @@ RANGES = {
     'optimizer.epsilon': (0, None),
     'optimizer.weight_decay': (0, None),
     'optimizer.clip_norm': (0, None),
+    'optimizer.gradient_noise': (0, None),
+    'optimizer.max_norm': (0, None),
+    'optimizer.sam': (0, None),
     'optimizer.accumulate': (1, None),
     'train.epochs': (0, None),
     'train.ema': (0, 1),
+    'train.swa_from': (0, None),
+    'train.precise_norm': (0, None),
+    'train.patience': (0, None),
     'train.eval_every': (0, None),
     'train.checkpoint_every': (0, None),
     'train.keep': (1, None),
@@ -356,6 +429,7 @@ def validate(config: Config) -> Config:
 
 
 def _validate_combinations(config: Config) -> None:
+    _validate_model(config)
     if config.data.resize == 'none' and config.data.size:
         raise UserError(
             f'config.data.size is {config.data.size} but config.data.resize is none; '
@@ -376,6 +450,63 @@ def _validate_combinations(config: Config) -> None:
             'config.optimizer.schedule is step but config.optimizer.boundaries is empty; '
             'say the epochs at which the learning rate drops'
         )
+    if config.train.ema and config.train.swa_from:
+        raise UserError(
+            'config.train.ema and config.train.swa_from both average the weights; set one to 0'
+        )
+    epochs = config.train.epochs + config.unfreeze.epochs
+    if config.train.swa_from >= epochs > 0:
+        raise UserError(
+            f'config.train.swa_from is {config.train.swa_from:g}, but the run has {epochs:g} '
+            'epochs, so nothing would be averaged; lower it'
+        )
+    if config.train.patience and config.unfreeze.epochs:
+        raise UserError(
+            'config.train.patience ends a run of one phase, but config.unfreeze.epochs asks for a '
+            'second; set one of them to 0'
+        )
+    if config.train.patience and not config.train.eval_every:
+        raise UserError(
+            'config.train.patience needs evaluations, but config.train.eval_every is 0; set it to '
+            'the epochs between them'
+        )
+
+
+def _validate_model(config: Config) -> None:
+    model = config.model
+    if model.residual and model.padding == 'VALID':
+        raise UserError(
+            'config.model.residual needs convolutions that keep the size of their input, and '
+            'config.model.padding is VALID; set it to SAME'
+        )
+    if model.stochastic_depth and not model.residual:
+        raise UserError(
+            f'config.model.stochastic_depth is {model.stochastic_depth}, but there is no branch '
+            'to skip; set config.model.residual to True'
+        )
+    if model.drop_kind == 'gaussian' and model.dropout == 1:
+        raise UserError(
+            'config.model.dropout is 1, at which gaussian noise has an infinite variance; '
+            'set it below 1'
+        )
+    if model.input_noise and model.name != 'strided_net':
+        raise UserError(
+            f'config.model.input_noise is {model.input_noise}, but only strided_net has it; '
+            'set it to 0'
+        )
+    for kind, widths in (('norm', model.widths), ('head_norm', model.hidden)):
+        uneven = [width for width in widths if width % model.norm_groups]
+        if getattr(model, kind) == 'group' and uneven:
+            raise UserError(
+                f'config.model.{kind} is group, but config.model.norm_groups '
+                f'({model.norm_groups}) does not divide the width {uneven[0]}'
+            )
+    batch = config.data.batch // config.optimizer.accumulate
+    if 'ghost' in (model.norm, model.head_norm) and batch % model.ghost_batch:
+        raise UserError(
+            f'config.model.ghost_batch ({model.ghost_batch}) must divide the {batch} examples '
+            'that the network sees at once (config.data.batch / config.optimizer.accumulate)'
+        )
 
 
 def values(config: Config) -> dict[str, float]:
@@ -388,9 +519,14 @@ def values(config: Config) -> dict[str, float]:
 
 
 def structure(config: Config) -> dict[str, Any]:
-    """What a compilation depends on: every field but the values and the seed."""
-    flat = to_flat(config)
-    return {path: v for path, v in flat.items() if path not in values(config) and path != 'seed'}
+    """What a compilation depends on: every field but the values and the seed; switches that are on.
+
+    Of a switch only that it is on: `{dotted path: True}`.
+    """
+    flat, fields = to_flat(config), fields_by_path(config)
+    switched = {path: True for path, f in fields.items() if f.metadata.get('switch') and flat[path]}
+    fixed = {path: v for path, v in flat.items() if path not in values(config) and path != 'seed'}
+    return fixed | switched
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from cnn_jax import config as cfg
 from cnn_jax import params, rng
 from cnn_jax.cache import cache_folder
-from cnn_jax.data.augment import augmented
+from cnn_jax.data.augment import shown
 from cnn_jax.data.cache import cached_array
 from cnn_jax.data.order import eval_batches, train_indices
 from cnn_jax.data.source import digest
@@ -53,6 +53,8 @@ def is_cached(config: cfg.Config, trainable: Iterable[str]) -> bool:
         reason = f'config.model.name is {config.model.name}, which has no backbone'
     elif any(name.startswith('backbone/') for name in trainable):
         reason = 'the backbone is trained (config.train.frozen lacks backbone/*)'
+    elif config.augment.mixup or config.augment.cutmix:
+        reason = 'config.augment.mixup or cutmix mixes the images of each batch'
     elif augments and not config.features.views:
         reason = (
             'config.augment changes the images at each step; set config.features.views to the '
@@ -114,13 +116,15 @@ class Extractor:
     def function(self, view: int | None) -> Callable[[dict, Array, Array], Float[Array, 'b i j d']]:
         """The compiled computation: `weights`, uint8 images and their indices to features."""
         model = build(self.config.model, self.num_classes)
+        augment = self.config.augment
 
         @jax.jit
         def compute(weights, images, index):
-            x = self.prepare(images)
-            if view is not None:
+            if view is None:
+                x = self.prepare(images)
+            else:
                 key = rng.key(self.config.seed, 'augment', view)
-                x = augmented(self.config.augment, key, x, index)
+                x = shown(augment, augment, key, images, index, self.prepare)
             variables = {'params': {'backbone': weights}}
             with nn.intercept_methods(by_winograd):
                 out: Any = model.apply(variables, x, train=False, method='features')

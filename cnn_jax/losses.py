@@ -1,12 +1,8 @@
-"""Task losses and penalties."""
-
-from collections.abc import Iterable
+"""Task losses: what the prediction of an example costs."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-from cnn_jax.params import Flat
 
 
 def log_probabilities(logits: Float[Array, 'b o']) -> Float[Array, 'b k']:
@@ -49,18 +45,23 @@ def cross_entropy(
     return -(1.0 - smoothing) * true - smoothing * log_probs.mean(axis=-1)
 
 
-def l2_penalty(params: Flat, names: Iterable[str], strength: float | Array) -> Float[Array, '']:
-    """Keras's L2 penalty, part of the loss.
+def confidence_penalty(
+    log_probs: Float[Array, 'b k'], strength: float | Array
+) -> Float[Array, ' b']:
+    """What a confident prediction of each example costs, whatever its label.
 
-    λ · Σ_{named} Σ w²
+    −β·H(p) = β·Σ_k p[k]·log p[k]
 
-    Its gradient is 2λw. Under plain SGD it equals decoupled decay with `weight_decay` = 2λ; under
-    Adam it does not, since the gradient is rescaled (Loshchilov & Hutter 2019).
+    It lies between −β·log K, for the uniform distribution, and 0.
 
     Args:
-        params: Flat parameters.
-        names: The penalized paths.
-        strength: λ ≥ 0; may be traced.
+        log_probs: Log class probabilities.
+        strength: β ≥ 0; may be traced.
+
+    Returns:
+        To be added to the loss of each example, in nats.
+
+    Source: Pereyra et al. 2017, "Regularizing Neural Networks by Penalizing Confident Output
+        Distributions", equation 2.
     """
-    squares = [jnp.sum(jnp.square(params[name].astype(jnp.float32))) for name in names]
-    return strength * sum(squares, start=jnp.zeros((), jnp.float32))
+    return strength * jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

@@ -6,6 +6,7 @@ zero still allocates optimizer memory for them. Numbers may be traced, so nothin
 on one.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Key
 
 from cnn_jax.config import Optimizer
 from cnn_jax.params import Flat
@@ -61,6 +62,64 @@ def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Cal
 def global_norm(tree: Any) -> Array:
     """√Σ‖leaf‖² over all leaves; as inner products, which take XLA on a CPU a third of the time."""
     return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def uphill(params: Flat, gradients: Flat, radius: float | Array) -> Flat:
+    """The point at which sharpness-aware minimization (SAM) takes the gradient.
+
+    w + ρ·g/‖g‖, ‖g‖ over all parameters: the worst point within ρ of w, to first order
+
+    Args:
+        params: w.
+        gradients: g, of the whole objective at w; w itself is returned where it is 0.
+        radius: ρ ≥ 0; may be traced.
+
+    Source: Foret et al. 2021, "Sharpness-Aware Minimization", equation 2 with p = 2.
+    """
+    scale = radius / jnp.maximum(global_norm(gradients), 1e-12)
+    return jax.tree.map(lambda w, g: w + scale * g, params, gradients)
+
+
+def with_noise(
+    key: Key[Array, ''], gradients: Flat, strength: float | Array, step: int | Array
+) -> Flat:
+    """The gradients plus Gaussian noise that fades as training goes on.
+
+    g + N(0, σ²), σ² = η/(1 + t)^0.55
+
+    Args:
+        key: Of the step; each parameter's noise depends on it and on the path alone.
+        gradients: g.
+        strength: η ≥ 0; may be traced.
+        step: t, from 0.
+
+    Source: Neelakantan et al. 2015, "Adding Gradient Noise Improves Learning for Very Deep
+        Networks", equations 1 and 2 with γ = 0.55.
+    """
+    deviation = jnp.sqrt(strength / (1.0 + step) ** 0.55)
+
+    def noise(path: str, leaf: Array) -> Array:
+        of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return deviation * jax.random.normal(of_path, leaf.shape, leaf.dtype)
+
+    return {path: leaf + noise(path, leaf) for path, leaf in gradients.items()}
+
+
+def bounded(kernel: Float[Array, '... o'], bound: float | Array) -> Float[Array, '... o']:
+    """Max-norm constraint: the weights into an output unit, scaled down to a norm they may have.
+
+    w_j ← w_j · min(1, c/‖w_j‖₂), over all axes but the last
+
+    Units within the bound keep their bits.
+
+    Args:
+        kernel: Convolution or Dense; a unit is a filter.
+        bound: c > 0; may be traced.
+
+    Source: Srivastava et al. 2014, "Dropout", section 5.1 (c of 3 to 4 with dropout).
+    """
+    norms = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(kernel.ndim - 1))))
+    return jnp.where(norms > bound, kernel * (bound / jnp.maximum(norms, bound)), kernel)
 
 
 @dataclass(frozen=True)

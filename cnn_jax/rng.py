@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array, Key
 
 # A stream's number is part of every result ever reported: never reuse or renumber one.
-STREAMS = {'params': 0, 'augment': 1, 'dropout': 2}
+STREAMS = {'params': 0, 'augment': 1, 'dropout': 2, 'gradient_noise': 3}
 
 
 def key(seed: int | Array, stream: str, step: int | Array = 0) -> Key[Array, '']:

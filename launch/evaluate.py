@@ -17,7 +17,11 @@ from launch import cli
 WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
 SPLIT = flags.DEFINE_string('split', None, "The split; by default the run's config.data.eval.")
 CHECKPOINT = flags.DEFINE_enum(
-    'checkpoint', 'latest', ['latest', 'best'], 'Which checkpoint; best is by config.train.best.'
+    'checkpoint',
+    None,
+    ['latest', 'best'],
+    'Which checkpoint; best is by config.train.best. By default the latest, or the best if the run '
+    'has config.train.patience.',
 )
 
 

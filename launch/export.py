@@ -18,7 +18,11 @@ from launch import cli
 WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
 OUT = flags.DEFINE_string('out', None, 'The folder to make.', required=True)
 CHECKPOINT = flags.DEFINE_enum(
-    'checkpoint', 'latest', ['latest', 'best'], 'Which checkpoint; best is by config.train.best.'
+    'checkpoint',
+    None,
+    ['latest', 'best'],
+    'Which checkpoint; best is by config.train.best. By default the latest, or the best if the run '
+    'has config.train.patience.',
 )
 
 

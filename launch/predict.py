@@ -3,6 +3,10 @@
   python -m launch.predict --workdir=runs/small digit.png more/digits
   python -m launch.predict --workdir=runs/small --json digit.png
   python -m launch.predict --workdir=runs/mine --heatmaps=maps photo.jpg
+  python -m launch.predict --workdir=runs/small --mc=30 digit.png
+
+With --mc the network answers that often with its dropout on, and the mean is shown with its
+entropy and with what the answers disagree on (their mutual information with the dropout).
 
 Images are brought to the network's size as in training. A file that cannot be read is reported
 and the others are classified; the exit code is 1 when none could be.
@@ -20,8 +24,15 @@ from launch import cli
 WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
 JSON = flags.DEFINE_bool('json', False, 'Print JSON instead of a table.')
 TOP = flags.DEFINE_integer('top', 3, 'How many classes to show for each image.', lower_bound=1)
+MC = flags.DEFINE_integer(
+    'mc', 0, 'Draws of Monte-Carlo dropout; 0 predicts once, without dropout.', lower_bound=0
+)
 CHECKPOINT = flags.DEFINE_enum(
-    'checkpoint', 'latest', ['latest', 'best'], 'Which checkpoint; best is by config.train.best.'
+    'checkpoint',
+    None,
+    ['latest', 'best'],
+    'Which checkpoint; best is by config.train.best. By default the latest, or the best if the run '
+    'has config.train.patience.',
 )
 
 HEATMAPS = flags.DEFINE_string(
@@ -43,7 +54,7 @@ def main(arguments: list[str]) -> int:
     from cnn_jax.train import predict, restore
 
     run = restore.open_run(folder, CHECKPOINT.value)
-    rows = predict.predict_files(run, paths)
+    rows = predict.predict_files(run, paths, draws=MC.value)
     if JSON.value:
         print(json.dumps([row.as_json(TOP.value) for row in rows], indent=2))
     else:

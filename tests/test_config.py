@@ -75,6 +75,15 @@ def test_values_and_structure_divide_the_config():
     assert not set(cfg.values(config)) & set(cfg.structure(config))
 
 
+def test_of_a_switch_only_that_it_is_on_is_structure():
+    off, low, high = (
+        cfg.structure(cfg.replace(cfg.Config(), {'loss.l1': strength}))
+        for strength in (0.0, 1e-5, 1e-3)
+    )
+    assert low == high == off | {'loss.l1': True}
+    assert cfg.values(cfg.replace(cfg.Config(), {'loss.l1': 1e-5}))['loss.l1'] == 1e-5
+
+
 def test_differences_tell_old_and_new():
     old = cfg.Config()
     new = cfg.replace(old, {'loss.l2': 0.5})

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax import losses
@@ -48,20 +48,32 @@ def test_uniform_prediction_costs_log_of_the_number_of_classes():
     assert losses.cross_entropy(log_probs, jnp.array([3]))[0] == pytest.approx(np.log(10))
 
 
-@given(st.floats(1e-6, 1), st.integers(0, 2**31))
-def test_l2_is_lambda_times_the_sum_of_squares_of_the_named(strength, seed):
-    draw = np.random.default_rng(seed)
-    weights = {name: draw.normal(size=(3, 4)) for name in 'abc'}
-    expected = strength * sum((weights[name] ** 2).sum() for name in 'ac')
-    got = losses.l2_penalty(jax.tree.map(jnp.float32, weights), 'ac', strength)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
+def entropy(logits):
+    p = np.exp(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
+    return -(p * np.log(p)).sum(axis=-1)
 
 
-def test_gradient_of_l2_is_two_lambda_w():
-    w = {'k': jnp.array([1.0, -2.0])}
-    gradient = jax.grad(lambda w: losses.l2_penalty(w, ['k'], 0.25))(w)
-    np.testing.assert_array_equal(gradient['k'], [0.5, -1.0])
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0, 2), st.integers(2, 9), st.integers(0, 2**31))
+def test_confidence_costs_minus_the_entropy(strength, classes, seed):
+    logits = np.random.default_rng(seed).normal(size=(5, classes), scale=3)
+    got = losses.confidence_penalty(losses.log_probabilities(jnp.float32(logits)), strength)
+    np.testing.assert_allclose(got, -strength * entropy(logits), rtol=1e-4, atol=1e-5)
 
 
-def test_no_named_parameter_gives_zero():
-    assert losses.l2_penalty({'k': jnp.ones(3)}, [], 1.0) == 0
+def test_confidence_costs_most_where_it_is_complete_and_least_where_there_is_none():
+    log_probs = losses.log_probabilities(jnp.array([[1e4, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+    got = losses.confidence_penalty(log_probs, 0.5)
+    np.testing.assert_allclose(got, [0.0, -0.5 * np.log(3)], atol=1e-6)
+
+
+def test_gradient_of_the_confidence_penalty_is_that_of_the_entropy():
+    z, small = np.array([[0.3, -1.0, 2.0]]), 1e-5
+
+    def cost(logits):
+        return losses.confidence_penalty(losses.log_probabilities(logits), 1.0)[0]
+
+    for k in range(3):
+        step = small * np.eye(3)[[k]]
+        expected = -(entropy(z + step) - entropy(z - step))[0] / (2 * small)
+        assert jax.grad(cost)(jnp.float32(z))[0, k] == pytest.approx(expected, rel=1e-4)

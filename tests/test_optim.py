@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cnn_jax import losses, optim
+from cnn_jax import optim, penalties, rng
 from cnn_jax.config import Optimizer
 
 STEPS = range(0, 40)
@@ -95,7 +97,7 @@ def test_decay_moves_only_the_decayed():
 def test_under_plain_sgd_l2_equals_decoupled_decay_of_twice_the_strength():
     start, gradient = {'w': jnp.array([1.0, -3.0])}, {'w': jnp.array([0.2, 0.4])}
     plain = Optimizer(name='sgd', learning_rate=0.1, momentum=0.0)
-    penalty = jax.grad(lambda w: losses.l2_penalty(w, ['w'], 0.03))(start)
+    penalty = jax.grad(lambda w: penalties.l2(w, ['w'], 0.03))(start)
     by_loss, _ = updates(plain, [{'w': gradient['w'] + penalty['w']}], start)
     decay = Optimizer(name='sgd', learning_rate=0.1, momentum=0.0, weight_decay=0.06)
     by_decay, _ = updates(decay, [gradient], start, decayed=['w'])
@@ -152,3 +154,54 @@ def test_the_global_norm_is_optaxs():
     rng = np.random.default_rng(0)
     tree = {'a': rng.normal(size=(4, 5)).astype(np.float32), 'b': np.float32([3.0, -4.0])}
     np.testing.assert_allclose(optim.global_norm(tree), optax.tree.norm(tree), rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.floats(0.01, 10))
+def test_no_unit_has_more_than_the_largest_norm(seed, bound):
+    kernel = np.random.default_rng(seed).normal(size=(3, 2, 5)).astype(np.float32)
+    norms = np.sqrt((np.float64(kernel) ** 2).sum(axis=(0, 1)))
+    got = np.asarray(optim.bounded(jnp.asarray(kernel), bound))
+    np.testing.assert_allclose(got, kernel * np.minimum(1, bound / norms), rtol=1e-5)
+    small = norms < bound * (1 - 1e-6)
+    np.testing.assert_array_equal(got[..., small], kernel[..., small])
+    np.testing.assert_allclose(optim.bounded(jnp.asarray(got), bound), got, rtol=1e-6)
+
+
+def test_a_kernel_of_zeros_has_no_norm_to_bound():
+    np.testing.assert_array_equal(optim.bounded(jnp.zeros((2, 3)), 1.0), 0)
+
+
+@pytest.mark.parametrize('step', [0, 99])
+def test_the_variance_of_the_noise_falls_as_in_the_paper(step):
+    gradients = {'a': jnp.ones(20_000), 'b': jnp.zeros((100, 200))}
+    noisy = optim.with_noise(rng.key(0, 'gradient_noise', step), gradients, 0.3, step)
+    noise = {path: np.asarray(noisy[path] - gradients[path], np.float64) for path in noisy}
+    for drawn in noise.values():
+        assert drawn.mean() == pytest.approx(0, abs=5 * drawn.std() / 20_000**0.5)
+        assert drawn.var() == pytest.approx(0.3 / (1 + step) ** 0.55, rel=0.05)
+    assert abs(np.corrcoef(noise['a'], noise['b'].ravel())[0, 1]) < 0.05
+
+
+def test_noise_depends_on_the_path_and_not_on_the_other_parameters():
+    key, zeros = rng.key(3, 'gradient_noise'), {'a': jnp.zeros(4), 'b': jnp.zeros(4)}
+    both, one = (optim.with_noise(key, tree, 1.0, 0) for tree in (zeros, {'b': zeros['b']}))
+    np.testing.assert_array_equal(both['b'], one['b'])
+
+
+def test_sam_on_a_quadratic():
+    """f = ½(w₁² + 4w₂²) at (3, 1): g = (3, 4), of norm 5."""
+    weights, curvature = {'a': jnp.array([3.0]), 'b': jnp.array([1.0])}, {'a': 1.0, 'b': 4.0}
+
+    def f(w):
+        return sum(0.5 * curvature[name] * jnp.sum(w[name] ** 2) for name in w)
+
+    worse = optim.uphill(weights, jax.grad(f)(weights), 0.5)
+    np.testing.assert_allclose([worse['a'][0], worse['b'][0]], [3.3, 1.4], rtol=1e-6)
+    gradient = jax.grad(f)(worse)
+    np.testing.assert_allclose([gradient['a'][0], gradient['b'][0]], [3.3, 5.6], rtol=1e-6)
+
+
+def test_uphill_of_a_flat_place_is_the_place():
+    weights = {'a': jnp.array([3.0])}
+    np.testing.assert_array_equal(optim.uphill(weights, {'a': jnp.zeros(1)}, 0.5)['a'], [3.0])

@@ -4,15 +4,19 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax.ablation.compiled import Compiled, Phase
 from cnn_jax.data.batches import reordered
 from cnn_jax.params import flatten
-from cnn_jax.train import metrics, setup
+from cnn_jax.train import early_stopping, metrics, precise_norm, setup
+from cnn_jax.train.early_stopping import Best
 from cnn_jax.train.loop import sum_metrics
-from cnn_jax.train.step import State, values_of
+from cnn_jax.train.state import State
+from cnn_jax.train.step import values_of
 
 Result = dict[str, Any]
 
@@ -34,14 +38,16 @@ def train_cells(
         The cells' results as JSON: `status` (`done`, or `failed` with `reason`), `metrics` of both
         splits in inference, `curves`, `correct` (which evaluation examples were classified
         correctly, as packed bits in hexadecimal), `seconds` (the cell's share), `parameters`,
-        `steps`.
+        `steps` (done, also those after the best where there is `train.patience`).
     """
     began = time.perf_counter()
     runs = _Runs(configs, compiled, train, evaluation)
     state = runs.train()
     if runs.all_failed():
         return [runs.failure(i) for i in range(len(configs))]
-    final = {'train': runs.evaluate(-1, state, 'train'), 'eval': runs.evaluated}
+    best = configs[0].train.patience  # not that of the last report
+    evaluated = runs.evaluate(-1, state, 'eval') if best else runs.evaluated
+    final = {'train': runs.evaluate(-1, state, 'train'), 'eval': evaluated}
     correct = runs.correct(state)
     seconds = (time.perf_counter() - began) / len(configs)
     return [
@@ -54,7 +60,7 @@ def train_cells(
             'correct': np.packbits(correct[i]).tobytes().hex(),
             'seconds': seconds,
             'parameters': runs.parameters,
-            'steps': compiled.task.ends[-1],
+            'steps': runs.steps(i),
         }
         for i in range(len(configs))
     ]
@@ -66,7 +72,7 @@ class _Runs:
     def __init__(self, configs: Sequence[cfg.Config], compiled: Compiled, train, evaluation):
         # A program that is not full repeats a cell; the repetitions' results are dropped.
         configs = [*configs, *[configs[-1]] * (compiled.together - len(configs))]
-        self._compiled, self._eval_every = compiled, configs[0].train.eval_every
+        self._compiled, self._config = compiled, configs[0]
         self._values = compiled.stack([values_of(config) for config in configs])
         states = [compiled.phases[0].steps.init(config.seed) for config in configs]
         self._data = [
@@ -77,28 +83,66 @@ class _Runs:
         self.curves: list[list[Result]] = [[] for _ in configs]
         self.evaluated: list[Result] = []  # of the latest report; the last step has one
         self.failures: dict[int, str] = {}
+        self._best = [Best() for _ in configs]
+        self._over: dict[int, int] = {}  # the step at which a cell ran out of patience
 
     def train(self) -> State:
-        """Train all phases, or until every cell has failed; the last state."""
-        task, state, pending = self._compiled.task, self._start, []
+        """Train all phases, or until no cell goes on; the last state, or with patience the best."""
+        task, state, pending, config = self._compiled.task, self._start, [], self._config.train
+        best = jax.tree.map(jnp.copy, state) if config.patience else None
         for number, phase in enumerate(self._compiled.phases):
             state = phase.enter(state) if number else state
             start, end = (0, *task.ends)[number], task.ends[number]
             for step, batch in self._data[number].train(start, end):
                 state, sums = phase.train(state, batch, self._values)
                 pending.append(sums)
-                if task.due(step, self._eval_every):
+                if task.due(step, config.eval_every):
+                    if config.precise_norm:
+                        state = self._with_precise_norm(number, state)
                     self.evaluated = self.evaluate(number, state, 'eval')
                     self._report(step, pending)
                     pending = []
-                    if self.all_failed():
-                        return state
-        return state
+                    if best:
+                        best = self._better(step, state, best)
+                    if self._none_goes_on():
+                        return best or state
+        return best or state
+
+    def _with_precise_norm(self, number: int, state: State) -> State:
+        """The state with batch statistics of the evaluated weights, as `loop.fit` takes them."""
+        estimate, stack = self._compiled.phases[number].estimate, self._compiled.stack
+
+        def of_all(state: State, batch, n: int, values):
+            return estimate(state, batch, stack([np.int32(n)] * self._compiled.together), values)
+
+        taken = self._data[number].train(0, self._config.train.precise_norm)
+        return precise_norm.renewed(of_all, state, (batch for _, batch in taken), self._values)
+
+    def _better(self, step: int, state: State, best: State) -> State:
+        """Each cell's best state so far, after an evaluation; notes which cells are over."""
+        flags = []
+        for i, found in enumerate(self.evaluated):
+            score = early_stopping.score_of(self._config, found)
+            self._best[i] = self._best[i].after(step, score)
+            flags.append(np.bool_(i not in self._over and score >= self._best[i].score))
+            per_epoch = self._compiled.task.steps_per_epoch
+            if early_stopping.is_over(self._config, self._best[i], step, per_epoch):
+                self._over.setdefault(i, step)
+        return self._compiled.choose(self._compiled.stack(flags), state, best)
+
+    def _none_goes_on(self) -> bool:
+        return len(self.failures | self._over) == len(self.curves)
+
+    def steps(self, i: int) -> int:
+        """How many steps a cell trained."""
+        return self._over.get(i, self._compiled.task.ends[-1])
 
     def _report(self, step: int, pending: list) -> None:
         """Add a point to each curve: training since the last one, and evaluation now."""
         place = {'step': step, 'epoch': round(step / self._compiled.task.steps_per_epoch, 6)}
         for i, sums in enumerate(zip(*map(self._compiled.split, pending))):
+            if i in self._over:
+                continue
             self.curves[i].append({**place, 'split': 'train', **_mean(sums)})
             self.curves[i].append({**place, 'split': 'eval', **self.evaluated[i]})
             if not np.isfinite([each['objective'] for each in sums]).all():

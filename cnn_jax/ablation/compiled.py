@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
 
 from cnn_jax import config as cfg
 from cnn_jax.train import setup
 from cnn_jax.train.loop import compilations
+from cnn_jax.train.state import State
 from cnn_jax.train.step import Steps
 from cnn_jax.train.task import Task
 
@@ -27,6 +29,7 @@ class Phase:
     enter: Callable
     train: Callable
     evaluate: Callable
+    estimate: Callable
     predict: Callable
 
 
@@ -40,6 +43,7 @@ class Compiled:
             have a leading axis of that length.
         phases: The functions of each.
         stack: From one tree a run to what the functions take.
+        choose: `(flags, new, old)`, one flag a run: the new state of a run, or the old one.
     """
 
     task: Task
@@ -47,6 +51,7 @@ class Compiled:
     together: int
     phases: list[Phase]
     stack: Callable[[Sequence[Any]], Any]
+    choose: Callable[[Any, State, State], State]
 
     def split(self, results: Any) -> list[Any]:
         """From what the functions return to one tree of arrays on the host a run."""
@@ -93,9 +98,14 @@ def compile_structure(
             enter=jitted(steps.enter),
             train=jitted(steps.train, donate_argnums=0),
             evaluate=jitted(steps.evaluate),
+            estimate=jitted(steps.estimate),
             predict=jitted(steps.predict),
         )
         for steps in setup.make_phases(config, task)
     ]
     stacked = jax.jit(stack) if together > 1 else lambda trees: trees[0]
-    return Compiled(task, description, together, phases, stacked)
+    return Compiled(task, description, together, phases, stacked, jitted(_chosen))
+
+
+def _chosen(flag: Array, new: State, old: State) -> State:
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)

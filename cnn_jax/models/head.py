@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnn_jax.config import Model
+from cnn_jax.models.normalization import normalization
 from cnn_jax.nn.activation import ACTIVATIONS
 from cnn_jax.nn.drop import Dropout
-from cnn_jax.nn.norm import BatchNorm
 from cnn_jax.nn.pool import global_average
 
 
@@ -18,8 +18,8 @@ class Head(nn.Module):
     width, then the output Dense.
 
     Attributes:
-        config: Reads activation, norm_position, norm_momentum, norm_epsilon, pool, hidden,
-            head_norm, head_dropout and dtype. Dropout rate and momentum may be traced.
+        config: Reads pool, hidden, head_norm, head_dropout, dtype and what `activate` does.
+            Dropout rate and momentum may be traced.
         num_outputs: K.
 
     Layers: `dense1`, `norm1`, `drop1`, `dense2`, …, `logits`. Hidden kernels start He-normal,
@@ -52,16 +52,15 @@ def activate(
 
     Args:
         x: What a convolution or Dense layer returned.
-        config: Reads activation, norm_position, norm_momentum and norm_epsilon.
-        norm: Batch | none.
+        config: Reads activation, norm_position and what `normalization` does.
+        norm: None, or a kind that `normalization` knows.
         name: Of the normalization layer.
         train: Whether the batch's own statistics are used.
     """
     activation = ACTIVATIONS[config.activation]
     if norm == 'none':
         return activation(x)
-    layer = BatchNorm(momentum=config.norm_momentum, epsilon=config.norm_epsilon, name=name)
-    normalize = functools.partial(layer, train=train)
+    normalize = functools.partial(normalization(config, norm, name), train=train)
     if config.norm_position == 'before':
         return activation(normalize(x))
     return normalize(activation(x))

@@ -20,6 +20,22 @@ def channel_sums(x: Float[Array, '... c']) -> Float[Array, ' c']:
     return jnp.sum(row.reshape(width, channels), axis=0)
 
 
+def paired_sums(
+    u: Float[Array, '...'], v: Float[Array, '...'], axes: tuple[int, ...]
+) -> tuple[Float[Array, '...'], Float[Array, '...']]:
+    """Sums of two arrays of one shape over the same axes, ascending, read together."""
+    zero = jnp.zeros((), u.dtype)
+
+    def reduce(u, v, axes):
+        return lax.reduce((u, v), (zero, zero), lambda s, t: (s[0] + t[0], s[1] + t[1]), axes)
+
+    if len(axes) > 1:  # First down the columns of an image, so that the inner loop is contiguous.
+        column = axes[-2]
+        u, v = reduce(u, v, (column,))
+        axes = tuple(a - (a > column) for a in axes if a != column)
+    return reduce(u, v, axes)
+
+
 @jax.custom_vjp
 def add_bias(x: Float[Array, '... c'], bias: Float[Array, ' c']) -> Float[Array, '... c']:
     """x + bias; reverse-mode differentiable, the gradient of the bias by `channel_sums`."""

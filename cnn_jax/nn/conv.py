@@ -12,6 +12,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.nn.channels import add_bias
 from cnn_jax.nn.conv_cpu import convolve
 from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
+from cnn_jax.nn.weight_standardization import standardized
 
 _PAD_MODE = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
 
@@ -69,6 +70,8 @@ class Conv(nn.Module):
         features: Channels of the output, f.
         kernel_size, strides, padding, dilation, groups: As in `conv2d`.
         use_bias: Whether to add a bias.
+        standardize: Whether the kernel is standardized filter by filter before it is used; see
+            `cnn_jax.nn.weight_standardization`.
         dtype: Type of the computation and the result; None infers it from x and the parameters.
         kernel_init: He-normal as Keras has it: a normal truncated at two deviations, variance
             2 / (kh·kw·c/g).
@@ -85,6 +88,7 @@ class Conv(nn.Module):
     dilation: Size = 1
     groups: int = 1
     use_bias: bool = True
+    standardize: bool = False
     dtype: Dtype | None = None
     kernel_init: Initializer = nn.initializers.he_normal()
 
@@ -102,6 +106,8 @@ class Conv(nn.Module):
         )
         shape = (*pair(self.kernel_size), x.shape[-1] // self.groups, self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
+        if self.standardize:
+            kernel = standardized(kernel)
         bias = None
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)

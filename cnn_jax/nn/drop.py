@@ -1,5 +1,7 @@
 """Dropout whose rate may be a traced value."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -8,9 +10,14 @@ from cnn_jax.nn.bits import random_bits
 
 _LEVELS = 2**16
 
+Noise = Callable[[Key[Array, ''], Float[Array, '...'], float | Float[Array, '']], Array]
+
 
 def dropout(
-    key: Key[Array, ''], x: Float[Array, '... c'], rate: float | Float[Array, '']
+    key: Key[Array, ''],
+    x: Float[Array, '... c'],
+    rate: float | Float[Array, ''],
+    shape: tuple[int, ...] | None = None,
 ) -> Float[Array, '... c']:
     """Sets each element to zero with probability r and divides the others by 1 − r.
 
@@ -24,6 +31,7 @@ def dropout(
         key: Random key; the same key gives the same mask.
         x: input.
         rate: r, 0 to 1; traced or not, the computation is the same.
+        shape: Of the mask, if elements share theirs; broadcasts to the shape of x.
 
     Source: Srivastava et al. 2014, "Dropout"; the division is the "inverted" form in use today.
     """
@@ -31,23 +39,25 @@ def dropout(
 
     compute = jnp.promote_types(x.dtype, jnp.float32)
     scale = _LEVELS / jnp.maximum(kept, 1).astype(compute)
-    is_kept = random_bits(key, x.shape) >> 16 < kept
+    is_kept = random_bits(key, shape or x.shape) >> 16 < kept
     return jnp.where(is_kept, x.astype(compute) * scale, 0).astype(x.dtype)
 
 
 class Dropout(nn.Module):
-    """`dropout` in training, the identity at inference.
+    """A noise in training, the identity at inference.
 
     Attributes:
-        rate: Probability that an element is dropped, 0 to 1; a float or a traced scalar, so that
-            one compiled step serves every rate.
+        rate: How much of it: for `dropout` the probability that an element is dropped, 0 to 1; a
+            float or a traced scalar, so that one compiled step serves every rate.
+        noise: Called as `noise(key, x, rate)`.
 
     Draws from the random stream 'dropout', whatever the rate, so no rate shifts another
     layer's mask.
     """
 
     rate: float | Float[Array, '']
+    noise: Noise = dropout
 
     @nn.compact
     def __call__(self, x: Float[Array, '... c'], *, train: bool) -> Float[Array, '... c']:
-        return dropout(self.make_rng('dropout'), x, self.rate) if train else x
+        return self.noise(self.make_rng('dropout'), x, self.rate) if train else x

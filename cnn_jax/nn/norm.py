@@ -7,6 +7,8 @@ from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
 
+from cnn_jax.nn.channels import paired_sums
+
 
 class BatchNorm(nn.Module):
     """Normalizes each feature by the batch's mean and variance, then scales and shifts it.
@@ -57,7 +59,8 @@ class BatchNorm(nn.Module):
             bias = self.param('bias', nn.initializers.zeros, shape, jnp.float32)
 
         if train and not self.frozen:
-            y, mu, sigma2 = batch_normalize(x, scale, bias, axes, self.epsilon)
+            running = mean.value, var.value
+            y, mu, sigma2 = self.normalize(x, scale, bias, axes, running)
             if not self.is_initializing():
                 for average, new in ((mean, mu), (var, sigma2)):
                     moved = self.momentum * average.value + (1 - self.momentum) * new
@@ -65,6 +68,11 @@ class BatchNorm(nn.Module):
         else:
             y = _normalize(x, mean.value, var.value, scale, bias, axes, self.epsilon)
         return y.astype(self.dtype or x.dtype)
+
+    def normalize(self, x, scale, bias, axes, running):
+        """y and the statistics that the averages follow, in training; what variants change."""
+        del running
+        return batch_normalize(x, scale, bias, axes, self.epsilon)
 
 
 def batch_normalize(
@@ -93,12 +101,18 @@ def batch_normalize(
     return _batch_normalize(x, scale, bias, axes, epsilon)
 
 
+def moments(
+    total: Float[Array, '...'], total_of_squares: Float[Array, '...'], count: int
+) -> tuple[Float[Array, '...'], Float[Array, '...']]:
+    """Mean and biased variance from the sums of `count` numbers and of their squares."""
+    mu = total / count
+    return mu, jnp.maximum(total_of_squares / count - mu * mu, 0)
+
+
 def _forward(x, scale, bias, axes, epsilon):
     count = x.size // scale.size
-    wide = x.astype(_compute_type(x))
-    total, total_of_squares = _sums(wide, wide * wide, axes)
-    mu = total / count
-    sigma2 = jnp.maximum(total_of_squares / count - mu * mu, 0)
+    wide = x.astype(compute_type(x))
+    mu, sigma2 = moments(*paired_sums(wide, wide * wide, axes), count)
     y = _normalize(x, mu, sigma2, scale, bias, axes, epsilon)
     return (y, mu, sigma2), (x, scale, bias, mu, sigma2)
 
@@ -107,9 +121,9 @@ def _backward(axes, epsilon, residuals, cotangents):
     x, scale, bias, mu, sigma2 = residuals
     dy, dmu, dsigma2 = cotangents
     count = x.size // scale.size
-    x_dtype, x = x.dtype, x.astype(_compute_type(x))
+    x_dtype, x = x.dtype, x.astype(compute_type(x))
     rstd = lax.rsqrt(sigma2 + epsilon)
-    dbias, dy_x = _sums(dy, dy * x, axes)
+    dbias, dy_x = paired_sums(dy, dy * x, axes)
     dscale = (dy_x - mu * dbias) * rstd
     # dx = a·dy + b·x + c: the paths through y, through μ and through σ², by powers of x.
     a = scale * rstd
@@ -129,22 +143,9 @@ _batch_normalize.defvjp(_forward, _backward)
 def _normalize(x, mu, sigma2, scale, bias, axes, epsilon):
     a = scale * lax.rsqrt(sigma2 + epsilon)
     b = bias - mu * a
-    return x.astype(_compute_type(x)) * jnp.expand_dims(a, axes) + jnp.expand_dims(b, axes)
+    return x.astype(compute_type(x)) * jnp.expand_dims(a, axes) + jnp.expand_dims(b, axes)
 
 
-def _compute_type(x):
+def compute_type(x: Array) -> jnp.dtype:
+    """The type in which statistics of x are computed: float32, or x's if that is wider."""
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _sums(u, v, axes):
-    """Sums of two arrays over the same axes, read together."""
-    zero = jnp.zeros((), u.dtype)
-
-    def reduce(u, v, axes):
-        return lax.reduce((u, v), (zero, zero), lambda s, t: (s[0] + t[0], s[1] + t[1]), axes)
-
-    if len(axes) > 1:  # First down the columns of an image, so that the inner loop is contiguous.
-        column = axes[-2]
-        u, v = reduce(u, v, (column,))
-        axes = tuple(a - (a > column) for a in axes if a != column)
-    return reduce(u, v, axes)

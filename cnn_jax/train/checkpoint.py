@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: the latest k and the best one, each whole or not used."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -16,10 +17,13 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.train import seal
-from cnn_jax.train.step import State
+from cnn_jax.train.early_stopping import score_of
+from cnn_jax.train.state import State
+from cnn_jax.train.workdir import write_text
 
 DELETED = 'deleted'
 OVERHEAD = 1 << 18  # bytes of a checkpoint besides the state's, generously
+OPTIONAL = ('start', 'precise')  # of the state
 FORMAT = 1  # raised when a checkpoint's content is arranged otherwise
 
 
@@ -34,6 +38,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: cfg.Config):
         self._folder = Path(folder).absolute()
         self._config = config
+        self._unfinished = self._folder / 'unfinished'  # names the step of a save that goes on
         self._facts = {'format': FORMAT, 'config': cfg.content_hash(config)}
 
     @functools.cached_property
@@ -63,7 +68,7 @@ class Checkpoints:
         )
 
     def _score(self, metrics: dict[str, float]) -> float:
-        return -metrics['loss'] if self._config.train.best == 'loss' else metrics['accuracy']
+        return score_of(self._config, metrics)
 
     def save(self, state: State, progress: dict[str, Any], metrics: dict[str, float] | None = None):
         """Write a checkpoint of `state`; a second one of the same step is not written again.
@@ -83,10 +88,13 @@ class Checkpoints:
             return
         try:
             self._check_room(state)
-            parts = ocp.args.Composite(state=ocp.args.StandardSave(state))
+            # Orbax gives the folder its name before it can be sealed.
+            write_text(self._unfinished, str(step))
+            parts = ocp.args.Composite(state=ocp.args.StandardSave(_parts(state)))
             self._manager.save(step, args=parts, metrics=metrics)
             content = self._facts | {'progress': progress, 'metrics': metrics}
             seal.seal(self._place(step), content)
+            self._unfinished.unlink()
             self._sweep()
         except (OSError, ValueError) as error:  # ValueError: TensorStore's
             raise RunFailed(
@@ -101,8 +109,9 @@ class Checkpoints:
         return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint, if there is one."""
-        return next(iter(self.steps()), None)
+        """The step of the newest checkpoint that was finished, if there is one."""
+        finished = (step for step in self.steps() if (self._place(step) / seal.NAME).exists())
+        return next(finished, None)
 
     def best(self) -> int | None:
         """The step of the best whole checkpoint, if any was saved with metrics; a tie: the last."""
@@ -165,14 +174,15 @@ class Checkpoints:
         try:
             progress = self._opened(step)['progress']
             with ocp.StandardCheckpointer() as checkpointer:
-                state: Any = checkpointer.restore(self._place(step) / 'state', _shapes(like))
+                path = self._place(step) / 'state'
+                parts: Any = checkpointer.restore(path, _shapes(_parts(like)))
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
                 f'the checkpoint of step {step} in {self._folder} cannot be used '
                 f'({_reason(error)}); launch.train with the same command goes back to the one '
                 'before'
             ) from error
-        return state, progress
+        return dataclasses.replace(like, **parts), progress
 
     def close(self) -> None:
         """Release Orbax's resources."""
@@ -200,6 +210,11 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what Orbax has given up, and what killed saves left behind."""
+        with contextlib.suppress(OSError, ValueError):
+            place = self._place(int(self._unfinished.read_text()))
+            if not (place / seal.NAME).exists():
+                shutil.rmtree(place, ignore_errors=True)
+            self._unfinished.unlink()
         for place in (self._folder / DELETED, *self._folder.glob('step_*.orbax-checkpoint-tmp*')):
             shutil.rmtree(place, ignore_errors=True)
 
@@ -234,6 +249,12 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _shapes(state: State) -> State:
+def _parts(state: State) -> dict[str, Any]:
+    """The state as it is on the disk: without what the run does not use, as before there was it."""
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if part or name not in OPTIONAL}
+
+
+def _shapes(parts: dict[str, Any]) -> dict[str, Any]:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parts)

@@ -1,5 +1,7 @@
 """The training loop: steps, metrics, evaluation, checkpoints, stopping and going on."""
 
+import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,15 +11,17 @@ from typing import Any
 import jax
 
 from cnn_jax import config as cfg
-from cnn_jax.train import metrics, nonfinite
+from cnn_jax.train import early_stopping, metrics, nonfinite, precise_norm
 from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.early_stopping import Best
 from cnn_jax.train.interruption import Interruption
 from cnn_jax.train.meter import Meter
 from cnn_jax.train.profile import Profile
 from cnn_jax.train.progress import Progress
 from cnn_jax.train.record import Record
 from cnn_jax.train.speed import Stopwatch
-from cnn_jax.train.step import State, Steps, Values, values_of
+from cnn_jax.train.state import State, Values
+from cnn_jax.train.step import Steps, values_of
 from cnn_jax.train.task import Task
 
 
@@ -40,7 +44,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `fit` ended: the final evaluation, or stopped before it on request."""
+    """How a call of `fit` ended: the final evaluation, or stopped before it on request.
+
+    With `train.patience`, the state and its evaluation are the best of the run.
+    """
 
     state: State
     metrics: dict[str, Any] | None
@@ -90,7 +97,7 @@ def fit(
 
     meter = Meter(checkpoints, record, explain)
     notes: list[str] = []
-    state, step, current = _start(state, phases, checkpoints, record, meter, notes.append)
+    state, step, current, best = _start(state, phases, checkpoints, record, meter, notes.append)
     progress = Progress(total, step, config.data.batch, task.steps_per_epoch, live)
     for note in notes:
         progress.say(note)
@@ -108,7 +115,12 @@ def fit(
             f'{speed:,.0f} images/s'
         )
 
-    result, compiled, stop = None, [], False
+    def out_of_patience(step: int) -> bool:
+        evaluated = task.due(step, config.train.eval_every)
+        return evaluated and early_stopping.is_over(config, best, step, task.steps_per_epoch)
+
+    result, best_result, compiled = None, None, []
+    stop, over = False, out_of_patience(step)
     watches = [Stopwatch(config.data.batch) for _ in phases]
     with Interruption() as interruption, progress:
         for number, phase in enumerate(phases[current:], start=current):
@@ -116,9 +128,10 @@ def fit(
                 state = phase.steps.enter(state)
             train_step = jax.jit(phase.steps.train, donate_argnums=0)
             eval_step = jax.jit(phase.steps.evaluate)
+            estimate = jax.jit(phase.steps.estimate)
             batches = phase.train.train(step)
             watch = watches[number]
-            while step < phase.end and not stop:
+            while step < phase.end and not stop and not over:
                 batch = next(batches)
                 if profile:
                     profile.before(state)
@@ -139,6 +152,9 @@ def fit(
                 if evaluating or saving:
                     meter.drain()
                     watch.stop(step)
+                    if config.train.precise_norm:
+                        taken = itertools.islice(phase.train.train(0), config.train.precise_norm)
+                        state = precise_norm.renewed(estimate, state, taken, values)
                 if evaluating:
                     whole = progress.restart_clock(step)
                     speed, began = watch.lap() or whole, time.perf_counter()
@@ -149,15 +165,30 @@ def fit(
                     record.timing(step, {'images_per_second': speed, 'evaluation_seconds': seconds})
                     report(step, result, speed)
                     scores = metrics.scalars(result)
+                    if config.train.patience:
+                        score = early_stopping.score_of(config, scores)
+                        best = best.after(step, score)
+                        over = out_of_patience(step)
+                        if score >= best.score:
+                            saving, best_result = True, result
+                        saving |= over
                     progress.restart_clock(step)
                 if saving:
                     position = {'sums': meter.pending_sums(), 'record': record.position()}
+                    if config.train.patience:
+                        position['best'] = dataclasses.asdict(best) if best.step else None
                     checkpoints.save(state, position, scores)
                 if not watch.running:  # it has not seen the first step, which was compiled
                     jax.block_until_ready(sums)
                     watch.start(step)
             watch.lap()
-            if result is None and step == total:
+            finished = step == total or over
+            if finished and config.train.patience:
+                chosen = checkpoints.best()
+                assert chosen is not None, 'each better evaluation is followed by a checkpoint'
+                (state, _), result = checkpoints.restore(chosen, state), best_result
+                progress.say(f'the weights are those of step {chosen}, the best of {step}')
+            if finished and result is None:
                 sums = sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
                 result = metrics.result(sums)
             compiled.append(
@@ -167,7 +198,8 @@ def fit(
                 break
     record.close()
     checkpoints.close()
-    return Outcome(state, result, step < total, compiled, [watch.laps for watch in watches])
+    stopped = step < total and not over
+    return Outcome(state, result, stopped, compiled, [watch.laps for watch in watches])
 
 
 def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> metrics.Sums:
@@ -200,18 +232,19 @@ def _start(
     record: Record,
     meter: Meter,
     say: Callable[[str], object],
-) -> tuple[State, int, int]:
-    """The newest saved state, or the given one; the steps done; the phase they are in."""
+) -> tuple[State, int, int, Best]:
+    """The newest saved state, or the given one; the steps done; their phase; the best of them."""
     found = checkpoints.resumable(lambda progress: record.fault(progress['record']), say)
     if found is None:
         if record.begun():
             say('no checkpoint had been saved: starting again from step 0')
         record.resume(0, None)
-        return state, 0, 0
+        return state, 0, 0, Best()
     step, progress = found
     state, current = entered(phases, state, step)
     state, _ = checkpoints.restore(step, state)
     record.resume(step, progress['record'])
     meter.resume(progress['sums'])
     say(f'going on from the checkpoint of step {step} of {phases[-1].end}')
-    return state, step, current
+    best = progress.get('best')
+    return state, step, current, Best(**best) if best else Best()

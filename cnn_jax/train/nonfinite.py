@@ -18,11 +18,14 @@ import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax import params
+from cnn_jax.data.batches import Batch
 from cnn_jax.train.metrics import Sums
-from cnn_jax.train.step import Batch, State, Values, make_steps, values_of
+from cnn_jax.train.state import State, Values
+from cnn_jax.train.step import make_steps, values_of
 from cnn_jax.train.task import Task
 
 SHOWN = 8  # examples that a sentence names
+PENALTIES = ('loss.l2', 'loss.l1', 'loss.orthogonality', 'loss.l2_sp')
 
 Output = tuple[str, Any, Any]  # layer, whether each example is finite, whether there is an infinity
 
@@ -85,7 +88,9 @@ def locate(
     if kind := _kind(sums['loss']):
         return f'the loss was {kind} (the outputs of all layers were finite)'
     if kind := _kind(sums['objective']):
-        return f'the penalty config.loss.l2 was {kind} (the loss without it was finite)'
+        used = [name for name in PENALTIES if cfg.get(config, name)] or PENALTIES[:1]
+        named = ' or '.join(f'config.{name}' for name in used)
+        return f'the penalty {named} was {kind} (the loss without it was finite)'
     for path, gradient in gradients.items():
         if kind := _kind(gradient):
             return f'the gradient of {path} was {kind} (the loss was finite)'
@@ -99,8 +104,10 @@ def _repeated(
     config: cfg.Config, task: Task, phase: int, cached: bool, state: State, batch: Batch
 ) -> tuple[list[Output], Sums, params.Flat]:
     """The outputs of the layers in the order of their calls, the sums, and the gradients."""
-    unclipped = cfg.replace(config, {'optimizer.clip_norm': 0.0})  # else NaN is in all gradients
-    steps = make_steps(unclipped, task, phase, cached)
+    # Clipped, NaN would be in all gradients; SAM would call the layers a second time.
+    changes = {'clip_norm': 0.0, 'gradient_noise': 0.0, 'sam': 0.0}
+    plain = cfg.replace(config, {f'optimizer.{name}': off for name, off in changes.items()})
+    steps = make_steps(plain, task, phase, cached)
     seen: list[Any] = []
 
     def look(layer: str, x: Any) -> None:

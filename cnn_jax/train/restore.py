@@ -7,12 +7,12 @@ from typing import Any
 import flax.linen as nn
 
 from cnn_jax import config as cfg
-from cnn_jax import params
 from cnn_jax.errors import UserError
 from cnn_jax.models.build import build
 from cnn_jax.train import manifest, setup, workdir
 from cnn_jax.train.checkpoint import Checkpoints
-from cnn_jax.train.step import State, Steps, make_steps
+from cnn_jax.train.state import State
+from cnn_jax.train.step import Steps, make_steps
 from cnn_jax.train.task import Task
 
 
@@ -35,16 +35,16 @@ class Run:
     @property
     def variables(self) -> dict[str, Any]:
         """What the network is applied with: averaged weights where there are any."""
-        weights = params.flatten(self.state.params) | self.state.ema
-        return {'params': params.unflatten(weights), 'batch_stats': self.state.batch_stats}
+        return self.state.evaluated
 
 
-def open_run(folder: Path, which: str = 'latest') -> Run:
+def open_run(folder: Path, which: str | None = None) -> Run:
     """Open the run in a work directory at one of its checkpoints.
 
     Args:
         folder: The work directory.
-        which: `latest`, or `best` by the metric config.train.best on the evaluation split.
+        which: `latest`, or `best` by the metric config.train.best on the evaluation split; None
+            for what the run leaves: the best with config.train.patience, else the latest.
 
     Errors:
         UserError: The folder holds no run or no such checkpoint.
@@ -53,6 +53,7 @@ def open_run(folder: Path, which: str = 'latest') -> Run:
     config = workdir.load_config(folder)
     task = setup.make_task(config, run_manifest['data'])
     checkpoints = Checkpoints(folder / 'checkpoints', config)
+    which = which or ('best' if config.train.patience else 'latest')
     step = {'latest': checkpoints.latest, 'best': checkpoints.best}[which]()
     if step is None:
         raise UserError(f'{folder} has no {which} checkpoint yet; let launch.train reach one')

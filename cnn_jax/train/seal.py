@@ -29,7 +29,7 @@ def opened(folder: Path) -> dict[str, Any]:
         body = sealed.loads((folder / NAME).read_text())
         content, files = body['content'], body['files']
     except FileNotFoundError:
-        raise Broken('it was not finished, or an older version wrote it') from None
+        raise Broken('it has no seal: an older version wrote it') from None
     except (OSError, ValueError, KeyError):
         raise Broken(f'{NAME} is damaged') from None
     found = _digests(folder)

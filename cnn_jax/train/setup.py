@@ -20,7 +20,8 @@ from cnn_jax.pretrained.insert import insert
 from cnn_jax.pretrained.load import Pretrained, load
 from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
 from cnn_jax.train.loop import Phase
-from cnn_jax.train.step import State, Steps, make_steps
+from cnn_jax.train.state import State
+from cnn_jax.train.step import Steps, make_steps
 from cnn_jax.train.task import Task
 
 
@@ -221,6 +222,6 @@ def parameter_table(config: cfg.Config, steps: Steps) -> str:
     return params.overview(
         steps.shapes,
         train=steps.trainable,
-        l2=steps.penalized if config.loss.l2 else (),
+        l2=steps.penalized['l2'] if config.loss.l2 else (),
         decay=steps.decayed if config.optimizer.weight_decay else (),
     )

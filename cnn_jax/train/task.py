@@ -72,3 +72,30 @@ def update_groups(config: cfg.Config, task: Task, members: list[list[str]]) -> l
         scales = {name: decay ** max(depths[name] - 1, 0) for name in members[1]}
         groups.append(optim.Group(members[1], rate, scales))
     return groups
+
+
+def acted_on(names, trainable, patterns, strength: float, field: str) -> list[str]:
+    """The trainable paths that something acts on; a pattern in use must match something.
+
+    They do not depend on the strength: a compiled step serves every one, 0 included.
+    """
+    if strength:
+        params.select(names, patterns, field=field)
+    return [name for name in trainable if params.matches(name, patterns)]
+
+
+def penalized_by(loss: cfg.Loss, names: list[str], trainable: list[str]) -> dict[str, list[str]]:
+    """The trainable paths of each penalty, by its field in `config.loss`.
+
+    Errors:
+        UserError: A pattern of a penalty in use matches nothing.
+    """
+    return {
+        kind: acted_on(names, trainable, getattr(loss, f'{kind}_on'), strength, f'loss.{kind}_on')
+        for kind, strength in (
+            ('l2', loss.l2),
+            ('l1', loss.l1),
+            ('orthogonality', loss.orthogonality),
+            ('l2_sp', loss.l2_sp),
+        )
+    }

@@ -20,8 +20,17 @@ FINE_TUNED = {
     'unfreeze.frozen': ('backbone/block1*',),
     'unfreeze.learning_rate': 1e-3,
 }
+IMPATIENT = {
+    'train.epochs': 9.0,
+    'train.patience': 2.0,
+    'train.best': 'loss',
+    'train.precise_norm': 2,
+    'train.swa_from': 1.0,
+    'optimizer.learning_rate': 0.1,
+}
 CASES = {
     'strided': STRIDED,
+    'averaged, and over before its end': STRIDED | IMPATIENT,
     'fine-tuned': FINE_TUNED,
     'head on features': FINE_TUNED | {'unfreeze.epochs': 0.0, 'features.cache': 'always'},
     'head on kept views': FINE_TUNED
@@ -64,7 +73,8 @@ def test_it_trains_as_launch_train_does(case, tmp_path):
     assert run.metrics is not None
     for name in ('loss', 'accuracy', 'calibration_error'):
         assert cell['metrics']['eval'][name] == run.metrics[name], name
-    assert cell['steps'] == task.ends[-1]
+    assert cell['steps'] == cell['curves'][-1]['step']
+    assert (cell['steps'] < task.ends[-1]) == bool(config.train.patience)
     assert cell['metrics']['train']['count'] == 24
     points = [point['epoch'] for point in cell['curves'] if point['split'] == 'eval']
     assert points == [float(epoch) for epoch in range(1, len(points) + 1)]

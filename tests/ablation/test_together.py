@@ -63,6 +63,17 @@ def test_together_they_agree_with_alone_to_rounding(together):
     assert_agree(together)
 
 
+def test_each_has_patience_and_statistics_of_its_own():
+    changes = {
+        'train.epochs': 5.0,
+        'train.patience': 1.0,
+        'train.best': 'loss',
+        'train.precise_norm': 2,
+        'optimizer.learning_rate': 0.1,
+    }
+    assert_agree(3, [cfg.replace(config, changes) for config in CONFIGS[:3]])
+
+
 def test_devices_share_the_cells():
     flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
     environment = os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': os.pathsep.join(sys.path)}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.data.augment import augment
+from cnn_jax.config import Augment
+from cnn_jax.data.augment import augment, shown
 
 KEY = jax.random.key(0)
 ALL = {'flip': True, 'crop': 2, 'cutout': 3}
@@ -130,3 +131,69 @@ def test_fill_is_one_value_a_channel(dtype):
     assert result.dtype == dtype
     colours = np.unique(np.asarray(result, np.float32).reshape(-1, 3), axis=0)
     assert colours.tolist() == [[0, 0, 0], [10, 20, 30]]
+
+
+STRENGTHS = ('rotation', 'erasing', 'brightness', 'contrast', 'saturation', 'trivialaugment')
+EVERYTHING = Augment(flip=True, crop=1, cutout=2, **dict.fromkeys(STRENGTHS, 1.0))
+OFF = dict.fromkeys(STRENGTHS, 0.0)
+
+
+@functools.partial(jax.jit, static_argnames='on')
+def shown_by(key, images, index, numbers, on=STRENGTHS):
+    switches = Augment(**{name: getattr(EVERYTHING, name) for name in on})
+    return shown(switches, Augment(**numbers), key, images, index, prepared)
+
+
+def prepared(images):
+    return images.astype(jnp.float32) / 64 - 2
+
+
+def photographs(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 7, 6, 3), np.uint8)
+
+
+def test_all_strengths_at_0_show_what_is_prepared():
+    images, index = photographs(8), np.arange(8)
+    result = shown_by(KEY, images, index, OFF)
+    np.testing.assert_array_equal(result, jax.jit(prepared)(images))
+
+
+def test_one_compilation_serves_all_strengths():
+    images, index = photographs(8), np.arange(8)
+    shown_by(KEY, images, index, OFF)
+    compiled = shown_by._cache_size()
+    for strength in (0.2, 1.0):
+        shown_by(KEY, images, index, dict.fromkeys(STRENGTHS, strength))
+    assert shown_by._cache_size() == compiled
+
+
+def test_what_is_shown_follows_from_step_and_index_alone():
+    images, index = photographs(8), np.arange(100, 108)
+    numbers = {'rotation': 15.0, 'erasing': 0.5, 'brightness': 0.4, 'trivialaugment': 1.0}
+    arguments = numbers, (*STRENGTHS, 'flip', 'crop', 'cutout')
+    whole = np.asarray(shown_by(KEY, images, index, *arguments))
+    chosen = np.array([7, 2, 2, 5, 0, 0, 1, 6])
+    part = shown_by(KEY, images[chosen], index[chosen], *arguments)
+    np.testing.assert_array_equal(part, whole[chosen])
+    other = shown_by(jax.random.fold_in(KEY, 1), images, index, *arguments)
+    assert (np.asarray(other) != whole).any((1, 2, 3)).all()
+
+
+def test_a_change_is_the_same_whether_others_are_on_or_off():
+    images, index = photographs(8), np.arange(8)
+    alone = shown_by(KEY, images, index, {'rotation': 15.0}, ('rotation',))
+    beside = shown_by(KEY, images, index, OFF | {'rotation': 15.0})
+    np.testing.assert_allclose(alone, beside, atol=1e-5)  # other code, other rounding
+
+
+def test_angles_are_uniform_between_both_bounds():
+    image = np.zeros((41, 41, 1), np.float32)
+    image[20, 40] = 1  # on the right; a positive angle moves it up
+    images, index = repeated(image, 400)
+    turned = augment(KEY, images, index, rotation=40.0)
+    rows = np.arange(41)[None, :, None, None]
+    height = 20 - (np.asarray(turned) * rows).sum((1, 2, 3)) / np.asarray(turned).sum((1, 2, 3))
+    angles = np.rad2deg(np.arcsin(np.clip(height / 20, -1, 1)))
+    assert np.abs(angles).max() < 42
+    assert abs(angles.mean()) < 5 * 80 / np.sqrt(12 * 400)
+    assert angles.std() == pytest.approx(80 / np.sqrt(12), rel=0.1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cnn_jax.config import Model
+from cnn_jax.config import CHOICES, Model
 from cnn_jax.errors import UserError
 from cnn_jax.models.strided_net import StridedNet, minimum_size, trunk_size
 
@@ -154,10 +154,14 @@ def test_the_small_net_has_these_layers():
 @pytest.mark.parametrize(
     'change',
     [
-        {'norm': 'none'},
+        *({'norm': norm, 'norm_groups': 2} for norm in CHOICES['model.norm']),
         {'head_norm': 'none'},
+        {'head_norm': 'layer'},
         {'norm_position': 'before'},
         {'dropout': 0.0, 'head_dropout': 1.0},
+        *({'drop_kind': kind} for kind in CHOICES['model.drop_kind']),
+        {'input_noise': 1.0},
+        {'weight_standardization': True},
         {'downsample': 'max_pool'},
         {'downsample': 'avg_pool'},
         {'padding': 'SAME_TORCH'},
@@ -203,6 +207,18 @@ def test_pooling_gives_the_size_that_the_stride_gives(downsample, padding, kerne
         ({'norm_epsilon': 1.0}, True),
         ({'dropout': 0.9}, True),
         ({'head_dropout': 0.9}, True),
+        ({'drop_kind': 'channel'}, True),
+        ({'drop_kind': 'block', 'drop_block': 2}, True),
+        ({'drop_kind': 'gaussian'}, True),
+        ({'drop_block': 2}, False),
+        ({'input_noise': 0.1}, True),
+        ({'weight_standardization': True}, True),
+        ({'norm': 'ghost', 'ghost_batch': 1}, True),
+        ({'norm': 'ghost', 'ghost_batch': 2}, False),
+        ({'norm': 'group', 'norm_groups': 2}, True),
+        ({'norm': 'layer'}, True),
+        ({'norm': 'instance'}, True),
+        ({'head_norm': 'layer'}, True),
     ],
     ids=str,
 )
@@ -236,9 +252,11 @@ def test_one_compilation_serves_every_rate_and_momentum():
     assert len(traces) == 1
 
 
-def test_an_interceptor_can_put_one_layer_in_inference_mode():
+@pytest.mark.parametrize('norm', ['batch', 'ghost', 'renorm'])
+def test_an_interceptor_can_put_one_layer_in_inference_mode(norm):
     """Every layer is called with the keyword `train`, and named by its path."""
-    variables = init(TINY)
+    config = dataclasses.replace(TINY, norm=norm, ghost_batch=1)
+    variables = init(config)
     x = jax.random.normal(jax.random.key(1), (2, 24, 24, 3))
 
     def freeze(call, args, kwargs, context):
@@ -248,13 +266,14 @@ def test_an_interceptor_can_put_one_layer_in_inference_mode():
 
     with nn.intercept_methods(freeze):
         rngs = {'dropout': jax.random.key(0)}
-        _, updated = StridedNet(TINY, 5).apply(
+        _, updated = StridedNet(config, 5).apply(
             variables, x, train=True, mutable='batch_stats', rngs=rngs
         )
     before, after = variables['batch_stats'], updated['batch_stats']
     after, before = flatten_dict(after, sep='/'), flatten_dict(before, sep='/')
     still = [path for path in before if (after[path] == before[path]).all()]
-    assert sorted(still) == ['block1_norm1/mean', 'block1_norm1/var']
+    leaves = ['mean', 'share', 'var'] if norm == 'renorm' else ['mean', 'var']
+    assert sorted(still) == [f'block1_norm1/{leaf}' for leaf in leaves]
 
 
 def test_bfloat16_gives_float32_logits_with_float32_parameters():

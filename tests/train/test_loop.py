@@ -86,6 +86,37 @@ def test_killed_in_either_phase_it_goes_on_to_the_same_bits(small, fit_again, ki
         assert record == lines(tmp_path / 'run'), step
 
 
+def test_killed_with_all_that_a_state_can_hold_it_goes_on_to_the_same_bits(
+    small, fit_again, killed_run, tmp_path
+):
+    config = small(
+        **SHORT | {'train__epochs': 1.0},
+        train__frozen=('block1_*',),
+        train__swa_from=0.5,
+        train__precise_norm=2,
+        unfreeze__epochs=1.0,
+        loss__l2_sp=0.1,
+        loss__l2_sp_on=('*/kernel',),
+        optimizer__gradient_noise=0.01,
+        optimizer__max_norm=2.0,
+        optimizer__sam=0.05,
+        model__drop_ramp=1.0,
+    )
+    whole = fit_again(config)
+    assert set(whole.state.start) == {path for path in whole.state.ema if path.endswith('kernel')}
+    for step in (2, 7, 11):
+        again, record = killed_run(config, step)
+        assert same(whole.state, again.state), step
+        assert record == lines(tmp_path / 'run'), step
+
+
+def test_a_checkpoint_holds_nothing_for_what_is_off(small, fit, tmp_path):
+    fit(small(**SHORT))
+    for name, held in (('opt_state', True), ('start', False), ('precise', False)):
+        path = tmp_path / 'run/checkpoints/step_12/state/_METADATA'
+        assert (f'"{name}"' in path.read_text()) == held, name
+
+
 def test_a_finished_run_is_not_trained_again(small, fit, tmp_path):
     first = fit(small(**SHORT))
     again = fit(small(**SHORT))

@@ -1,0 +1,129 @@
+"""The learning-rate range test: a few steps at rates that grow from far too low to far too high.
+
+It trains a state of its own from the run's first one. Randomness is a function of (seed, step), so
+that a run after it is the run without it, bit for bit.
+
+Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3; with the
+exponential sweep and the smoothing of fastai's `lr_find`.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float64
+
+from cnn_jax import config as cfg
+from cnn_jax.cache import write_atomically
+from cnn_jax.errors import UserError
+from cnn_jax.train.loop import Phase
+from cnn_jax.train.state import State
+from cnn_jax.train.step import values_of
+
+SMOOTHING = 0.9  # share of the old that the moving average of the loss keeps
+SETTLED = 10  # rates before the average is one of as many losses as later
+WORSE = 4.0  # times the lowest smoothed loss: the sweep is over
+
+Curve = Float64[np.ndarray, ' n']
+
+
+def swept(config: cfg.Config) -> cfg.Config:
+    """The config whose learning rate is the one that the sweep sets, without a schedule."""
+    plain = {'optimizer.schedule': 'constant', 'optimizer.warmup_epochs': 0.0}
+    return cfg.replace(config, plain)
+
+
+def rates(lowest: float, highest: float, steps: int) -> Curve:
+    """The swept rates: lowest · (highest/lowest)^(t/(steps − 1)), t from 0."""
+    return np.geomspace(lowest, highest, steps)
+
+
+def losses(
+    config: cfg.Config,
+    phase: Phase,
+    state: State,
+    rates: Curve,
+    track: Callable[[Iterable], Iterable] = iter,
+) -> Curve:
+    """The training loss at each rate, until it is no longer finite or far above its lowest.
+
+    Args:
+        config: `swept`.
+        phase: The first, made with that config.
+        state: Before the first step; its memory is given away.
+        rates: As `rates` gives them.
+        track: Wraps what is gone through, to show progress.
+
+    Returns:
+        The mean loss of the batch before each step, in nats; perhaps shorter than `rates`.
+    """
+    train, values = jax.jit(phase.steps.train, donate_argnums=0), values_of(config)
+    found: list[float] = []
+    for rate, batch in zip(track(rates), phase.train.train(0)):
+        state, sums = train(state, batch, values | {'optimizer.learning_rate': float(rate)})
+        found.append(float(sums['loss']) / float(sums['count']))
+        curve = smoothed(np.array(found))
+        if not np.isfinite(found[-1]) or curve[-1] > WORSE * curve.min():
+            break
+    return np.array(found)
+
+
+def smoothed(losses: Curve) -> Curve:
+    """The moving average of the losses, without its bias toward 0 at the start.
+
+    a_t = 0.9·a_(t−1) + 0.1·ℓ_t,  a_t / (1 − 0.9^t)
+    """
+    average, curve = 0.0, []
+    for count, loss in enumerate(losses, start=1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        curve.append(average / (1 - SMOOTHING**count))
+    return np.array(curve)
+
+
+def suggestion(rates: Curve, losses: Curve) -> float:
+    """A tenth of the rate at which the smoothed loss is lowest: it still falls fast there.
+
+    Args:
+        rates: Those that were tried.
+        losses: At each.
+
+    Errors:
+        UserError: The loss did not fall, or too few rates were tried to tell.
+    """
+    curve = smoothed(losses[np.isfinite(losses)])
+    lowest = SETTLED + int(np.argmin(curve[SETTLED:])) if len(curve) > SETTLED else 0
+    if lowest <= SETTLED:
+        raise UserError(
+            f'the loss did not fall between learning rates {rates[0]:g} and '
+            f'{rates[len(losses) - 1]:g}; lower --lowest or raise --steps'
+        )
+    return float(rates[lowest]) / 10
+
+
+def write_csv(rates: Curve, losses: Curve, path: Path) -> None:
+    """The curve as a table: learning_rate, loss, smoothed_loss."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator='\n')
+    table.writerow(('learning_rate', 'loss', 'smoothed_loss'))
+    table.writerows(zip(rates.tolist(), losses.tolist(), smoothed(losses).tolist()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def draw(rates: Curve, losses: Curve, suggested: float, path: Path) -> None:
+    """Loss against learning rate, and the suggestion, as a PNG."""
+    from matplotlib.figure import Figure
+
+    curve = smoothed(losses)
+    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    axes = figure.subplots()
+    axes.plot(rates[: len(losses)], losses, alpha=0.3, label='loss')
+    axes.plot(rates[: len(losses)], curve, label='smoothed')
+    axes.axvline(suggested, color='black', linestyle=':', label=f'suggestion: {suggested:.2g}')
+    top = 1.1 * max(curve[0], np.nanmin(curve))
+    axes.set(xscale='log', xlabel='learning rate', ylabel='training loss (nats)', ylim=(None, top))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120))

@@ -1,0 +1,275 @@
+"""Draw the figures of docs/regularizers.md: everything in them is computed by the project itself.
+
+python -m launch.figures --out=docs
+
+Stride, padding, dropout masks, activations before and after batch normalization (of a net that is
+trained for this, a few seconds), and what fine-tuning VGG16 trains (no weights are needed).
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from cnn_jax import config as cfg
+from launch import cli
+
+OUT = flags.DEFINE_string('out', None, 'The folder for the PNGs.', required=True)
+
+# Okabe and Ito's palette, which the colour-blind can tell apart.
+BLUE, ORANGE, GREEN, SKY, GREY = '#0072B2', '#E69F00', '#009E73', '#56B4E9', '#999999'
+
+PADDINGS = ('VALID', 'SAME', 'SAME_TORCH', 'REFLECT', 'CIRCULAR')
+
+
+def main(_) -> int:
+    """Draw; returns the exit code."""
+    cli.start()
+    from cnn_jax.cache import write_atomically
+    from cnn_jax.train.workdir import make_writable
+
+    folder = Path(OUT.value)
+    make_writable(folder, 'the folder of the figures', '--out')
+    for draw in (draw_stride, draw_padding, draw_dropout, draw_batch_norm, draw_fine_tuning):
+        figure, path = draw(), folder / f'{draw.__name__.removeprefix("draw_")}.png'
+        write_atomically(path, lambda file, f=figure: f.savefig(file, format='png', dpi=100))
+        print(path)
+    return cli.OK
+
+
+def strided(stride: int):
+    """A 7×7 image of small numbers, and its sums over 3×3 windows `stride` apart."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from cnn_jax.nn.conv import conv2d
+
+    image = np.add.outer(np.arange(7), 2 * np.arange(7)) % 5
+    x, ones = jnp.asarray(image, jnp.float32)[None, ..., None], jnp.ones((3, 3, 1, 1))
+    return image, np.asarray(conv2d(x, ones, stride=stride, padding='VALID'))[0, ..., 0]
+
+
+def padded(padding: str, size: int = 4, kernel: int = 3, stride: int = 2):
+    """An image of the numbers 1, 2, … as a convolution pads it; where it is itself; output size."""
+    import numpy as np
+
+    from cnn_jax.nn.padding import output_shape, resolve_padding
+
+    image = np.arange(1, size * size + 1).reshape(size, size)
+    pads = resolve_padding(padding, size, kernel, stride)
+    modes: dict[str, Any] = {'REFLECT': 'reflect', 'CIRCULAR': 'wrap'}
+    inside = np.pad(np.ones((size, size), bool), pads)
+    whole = np.pad(image, pads, mode=modes.get(padding, 'constant'))
+    return whole, inside, output_shape(size, kernel, stride, padding=padding)
+
+
+def dropout_masks(kind: str, seed: int, step: int):
+    """What dropout of rate 0.3 keeps of four 12×12 channels, as one picture of 2×2 of them."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from cnn_jax import rng
+    from cnn_jax.nn.drop import dropout
+    from cnn_jax.nn.drop_block import drop_block
+    from cnn_jax.nn.drop_channel import channel_dropout
+
+    key, ones = rng.key(seed, 'dropout', step), jnp.ones((1, 12, 12, 4))
+    if kind == 'block':
+        kept = drop_block(key, ones, 0.3, 3)
+    else:
+        kept = {'element': dropout, 'channel': channel_dropout}[kind](key, ones, 0.3)
+    a, b, c, d = np.moveaxis(np.asarray(kept)[0] > 0, -1, 0)
+    return np.block([[a, b], [c, d]])
+
+
+def norm_activations(steps: int = 100, layer: str = 'block2_norm1'):
+    """What a batch normalization of a trained small net gets and gives, [examples·h·w, channels].
+
+    The net is trained on the digits of scikit-learn; the batch is one of its training batches.
+    """
+    import flax.linen as nn
+    import jax
+    import numpy as np
+
+    from cnn_jax.models.build import build
+    from cnn_jax.train import setup
+    from cnn_jax.train.step import make_steps, values_of
+
+    config = cfg.Config(
+        model=cfg.Model(stem_width=0, widths=(8, 12), hidden=(32,)),
+        data=cfg.Data(source='digits', batch=64),
+        optimizer=cfg.Optimizer(learning_rate=3e-3),
+    )
+    batches, _, description, _ = setup.open_data(config)
+    task = setup.make_task(config, description)
+    made = make_steps(config, task)
+    state, train = made.init(0), jax.jit(made.train)
+    for batch in itertools.islice(batches.train(), steps):
+        state, _ = train(state, batch, values_of(config))
+
+    seen = {}
+
+    def record(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        if context.module.name == layer:
+            seen['before'], seen['after'] = args[0], y
+        return y
+
+    with nn.intercept_methods(record):
+        build(config.model, task.num_classes).apply(
+            {'params': state.params, 'batch_stats': state.batch_stats},
+            task.prepare(batch['image']),
+            train=True,
+            rngs={'dropout': jax.random.key(0)},
+            mutable=['batch_stats'],
+        )
+    own = state.params[layer]
+    normalized = (seen['after'] - own['bias']) / own['scale']
+    return tuple(np.asarray(x).reshape(-1, x.shape[-1]) for x in (seen['before'], normalized))
+
+
+def fine_tuning() -> tuple[list[tuple[str, int]], list[list[str]]]:
+    """VGG16's layers with their parameters, and the layers trained in each of two phases."""
+    import jax
+    import numpy as np
+
+    from cnn_jax import params
+    from cnn_jax.models.build import build
+
+    frozen = (('backbone/*',), ('backbone/block[1-4]*',))
+    model = cfg.Model(name='vgg16', outputs=1, hidden=(1024,), head_norm='none')
+    images = np.zeros((1, 224, 224, 3), np.float32)
+    net = build(model, 2)
+    drawn = jax.eval_shape(lambda: net.init(jax.random.key(0), images, train=False))
+    flat = params.flatten(drawn['params'])
+    layers: dict[str, int] = {}
+    for path, leaf in flat.items():
+        layer = path.rsplit('/', 1)[0]
+        layers[layer] = layers.get(layer, 0) + leaf.size
+    phases = [{p.rsplit('/', 1)[0] for p in params.trainable(flat, names)} for names in frozen]
+    return list(layers.items()), [sorted(phase) for phase in phases]
+
+
+def new_figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def grid(axes, numbers, inside=None, colour: str = SKY) -> None:
+    """A table of numbers; those outside, if some are, on grey."""
+    import numpy as np
+    from matplotlib.colors import to_rgba
+
+    inside = np.ones(numbers.shape, bool) if inside is None else inside
+    axes.imshow(np.where(inside[..., None], to_rgba(colour, 0.3), to_rgba(GREY, 0.35)))
+    for (row, column), number in np.ndenumerate(numbers):
+        style = 'black' if inside[row, column] else '#444444'
+        axes.text(column, row, f'{number:g}', ha='center', va='center', fontsize=9, color=style)
+    height, width = numbers.shape
+    axes.set_xticks(np.arange(-0.5, width), [])
+    axes.set_yticks(np.arange(-0.5, height), [])
+    axes.grid(color='white', linewidth=1.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def box(axes, row: float, column: float, side: float, colour: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    corner, style = (column - 0.5, row - 0.5), {'linewidth': 2.5, 'clip_on': False}
+    axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, zorder=3, **style))
+
+
+def draw_stride():
+    """Two windows of the input and their sums in the output, at stride 1 and 2."""
+    figure = new_figure(7.6, 4.6)
+    for left, right, stride in zip(*figure.subplots(2, 2).T, (1, 2)):
+        image, output = strided(stride)
+        grid(left, image)
+        grid(right, output, colour=ORANGE)
+        for place, colour in ((0, BLUE), (1, '#D55E00')):
+            box(left, 0, place * stride, 3, colour)
+            box(right, 0, place, 1, colour)
+        for axes in (left, right):  # a cell has one size
+            axes.set(xlim=(-0.6, 6.6), ylim=(6.6, -0.6))
+        left.set_title('input 7×7, windows 3×3', fontsize=10)
+        right.set_title(f'stride {stride}: sums {"×".join(map(str, output.shape))}', fontsize=10)
+    return figure
+
+
+def draw_padding():
+    """A 4×4 image as each padding extends it for a 3×3 kernel at stride 2."""
+    figure = new_figure(11, 3.1)
+    for axes, padding in zip(figure.subplots(1, len(PADDINGS)), PADDINGS):
+        numbers, inside, output = padded(padding)
+        grid(axes, numbers, inside)
+        row, column = next(zip(*inside.nonzero()))
+        axes.set(xlim=(column - 1.6, column + 4.6), ylim=(row + 4.6, row - 1.6))
+        axes.set_title(f'{padding}\n4×4 → {"×".join(map(str, output))}', fontsize=10)
+    figure.supxlabel('3×3 kernel, stride 2; grey: added pixels', fontsize=10)
+    return figure
+
+
+def draw_dropout():
+    """Masks of three kinds of dropout: the same for the same seed and step, else others."""
+    figure = new_figure(8.4, 5.6)
+    moments = ((0, 0), (0, 1), (0, 2), (0, 1), (1, 1))
+    for row, kind in zip(figure.subplots(3, len(moments)), ('element', 'channel', 'block')):
+        for number, (axes, (seed, step)) in enumerate(zip(row, moments)):
+            axes.imshow(dropout_masks(kind, seed, step), cmap='cividis', vmin=0, vmax=1)
+            axes.axhline(11.5, color='white', linewidth=2)
+            axes.axvline(11.5, color='white', linewidth=2)
+            axes.set(xticks=[], yticks=[])
+            if kind == 'element':
+                again = ' again' if number == 3 else ''
+                axes.set_title(f'seed {seed}, step {step}{again}', fontsize=10)
+        row[0].set_ylabel(kind, fontsize=10)
+    figure.supxlabel('dark: dropped (rate 0.3) of four channels of 12×12', fontsize=10)
+    return figure
+
+
+def draw_batch_norm():
+    """Each channel of a trained net, before and after normalization."""
+    import numpy as np
+
+    figure = new_figure(8.4, 3.4)
+    titles = ('before batch norm (after the ReLU)', 'after it, before scale and shift')
+    for axes, title, x, colour in zip(
+        figure.subplots(1, 2, sharey=True), titles, norm_activations(), (BLUE, ORANGE)
+    ):
+        channels, mean, deviation = np.arange(x.shape[1]), x.mean(0), x.std(0)
+        spread = np.abs(np.percentile(x, (5, 95), axis=0) - mean)
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.errorbar(channels, mean, spread, fmt='o', color=colour, capsize=4)
+        span = f'{deviation.min():.2f} to {deviation.max():.2f}'
+        axes.set_title(f'{title}\ndeviations {span}', fontsize=10)
+        axes.set(xlabel='channel (dot: mean, line: 5 to 95%)', xticks=channels)
+    figure.axes[0].set_ylabel('activation')
+    return figure
+
+
+def draw_fine_tuning():
+    """VGG16's layers by their parameters: frozen or trained, in two phases."""
+    from matplotlib.patches import Patch
+
+    layers, phases = fine_tuning()
+    names, sizes = zip(*layers)
+    figure = new_figure(9.2, 4.6)
+    for number, (axes, trained) in enumerate(zip(figure.subplots(1, 2, sharey=True), phases), 1):
+        colours = [ORANGE if name in trained else SKY for name in names]
+        axes.barh(range(len(names)), sizes, color=colours)
+        axes.set(xscale='log', xlabel='parameters', xlim=(3e2, 1e8))
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        total = sum(size for name, size in layers if name in trained)
+        axes.set_title(f'phase {number}: {total:,} of {sum(sizes):,} trained', fontsize=10)
+        axes.grid(axis='x', alpha=0.3)
+    figure.axes[0].invert_yaxis()
+    patches = [Patch(color=SKY, label='frozen'), Patch(color=ORANGE, label='trained')]
+    figure.legend(handles=patches, loc='outside lower center', ncols=2)
+    return figure
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,58 @@
+"""Find a learning rate: train a few steps at rates that grow from far too low to far too high.
+
+  python -m launch.find_lr --config=experiments/small.py --out=runs/rates
+  python -m launch.find_lr --config=experiments/small.py --out=runs/rates \\
+      --config.optimizer.name=sgd --lowest=1e-5 --highest=10 --steps=200
+
+Prints a tenth of the rate at which the smoothed loss is lowest, and writes the curve as
+lr_finder.csv and lr_finder.png into the folder. Of two phases, the rate is that of the first. No
+run is changed: a training afterwards gives the same bits as without it.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from cnn_jax.errors import UserError
+from launch import cli
+
+CONFIG = cli.define_config()
+OUT = flags.DEFINE_string('out', None, 'The folder for the curve; created.', required=True)
+LOWEST = flags.DEFINE_float('lowest', 1e-6, 'The first learning rate.', lower_bound=1e-12)
+HIGHEST = flags.DEFINE_float('highest', 1.0, 'The last one.', lower_bound=1e-12)
+STEPS = flags.DEFINE_integer('steps', 100, 'How many rates to try.', lower_bound=30)
+
+
+def main(_) -> int:
+    """Sweep the learning rate; returns the exit code."""
+    from cnn_jax.train import workdir
+
+    config, folder = cli.read_config(CONFIG), Path(OUT.value)
+    if LOWEST.value >= HIGHEST.value:
+        raise UserError(f'--lowest is {LOWEST.value:g}; it must be below --highest')
+    workdir.make_writable(folder, 'the folder for the curve', '--out')
+    print(cli.start(config.train.threads))
+
+    from rich.progress import track
+
+    from cnn_jax.train import lr_finder, setup
+
+    config = lr_finder.swept(config)
+    *batches, description, weights = setup.open_data(config)
+    task = setup.make_task(config, description, weights)
+    phases, state = setup.open_phases(config, description, task, *batches)
+    rates = lr_finder.rates(LOWEST.value, HIGHEST.value, STEPS.value)
+    losses = lr_finder.losses(
+        config, phases[0], state, rates, lambda tried: track(tried, 'learning rates')
+    )
+    lr_finder.write_csv(rates, losses, folder / 'lr_finder.csv')
+    found = lr_finder.suggestion(rates, losses)
+    lr_finder.draw(rates, losses, found, folder / 'lr_finder.png')
+    print(f'tried {len(losses)} rates, from {rates[0]:g} to {rates[len(losses) - 1]:.2g}')
+    print(f'suggestion: --config.optimizer.learning_rate={found:.2g}')
+    print(f'written: {folder}/lr_finder.csv, lr_finder.png')
+    return cli.OK
+
+
+if __name__ == '__main__':
+    cli.run(main)

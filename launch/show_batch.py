@@ -1,0 +1,127 @@
+"""Draw what the network is shown: images as they are beside what training makes of them.
+
+  python -m launch.show_batch --config=experiments/small.py --out=batch.png
+  python -m launch.show_batch --config=experiments/small.py --out=batch.png \\
+      --config.augment.cutmix=1 --steps=4 --images=6
+
+Nothing is trained. A pair of columns is a step: the very images, in the very order, with the very
+changes that a run of the same config and seed sees at it. A mixed image bears both labels with
+their shares.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from cnn_jax.errors import UserError
+from launch import cli
+
+CONFIG = cli.define_config()
+OUT = flags.DEFINE_string('out', None, 'The PNG to write.', required=True)
+STEPS = flags.DEFINE_integer('steps', 4, 'How many steps, from --first on.', lower_bound=1)
+FIRST = flags.DEFINE_integer('first', 0, 'The first step.', lower_bound=0)
+IMAGES = flags.DEFINE_integer('images', 6, 'How many images of each batch.', lower_bound=1)
+
+MOST = 16  # columns and rows beyond which nothing is legible
+
+
+def main(_) -> int:
+    """Draw; returns the exit code."""
+    config = cli.read_config(CONFIG)
+    if STEPS.value > MOST or IMAGES.value > MOST:
+        raise UserError(f'--steps and --images can be at most {MOST}; more would not be legible')
+    cli.start(config.train.threads)
+
+    from cnn_jax.train.workdir import make_writable
+
+    path = Path(OUT.value)
+    make_writable(path.parent, 'the folder of the picture', '--out')
+    columns, class_names = shown_batches(config, FIRST.value, STEPS.value, IMAGES.value)
+    draw(columns, class_names, path)
+    print(f'{STEPS.value} steps of {config.data.source} in {path}')
+    return cli.OK
+
+
+def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict[str, Any]], Any]:
+    """The first examples of some training batches, before and after augmentation and mixing.
+
+    Returns:
+        For each step `step`, `image` (uint8), `shown` (what the network gets, as pixels in 0…1),
+        `label`, `other_label`, `share`; and the names of the classes.
+    """
+    import itertools
+
+    import jax
+    import numpy as np
+
+    from cnn_jax import rng
+    from cnn_jax.data.augment import shown
+    from cnn_jax.data.batches import open_batches
+    from cnn_jax.data.mix import mix
+    from cnn_jax.train import setup
+
+    batches = open_batches(config.data, 'train', seed=config.seed)
+    spec = setup.preprocessing(config, batches, setup.load_weights(config))
+    prepare, augment = setup.preparation(spec), config.augment
+
+    @jax.jit
+    def seen(batch, step):
+        key, index, label = rng.key(config.seed, 'augment', step), batch['index'], batch['label']
+        images = shown(augment, augment, key, batch['image'], index, prepare)
+        mixed = images, label, np.ones(label.shape, np.float32)
+        if augment.mixup or augment.cutmix:
+            mixed = mix(augment, augment, key, images, label, index)
+        return dict(zip(('shown', 'other_label', 'share'), mixed))
+
+    columns = []
+    for number, batch in enumerate(itertools.islice(batches.train(first), steps), start=first):
+        column = {'image': batch['image'], 'label': batch['label'], **seen(batch, number)}
+        column = {name: np.asarray(x)[:count] for name, x in column.items()}
+        column['shown'] = unprepared(column['shown'], prepare, batches.image_shape[-1])
+        columns.append(column | {'step': number})
+    return columns, batches.class_names
+
+
+def unprepared(x, prepare, channels: int):
+    """Prepared floats as pixels in 0…1: every preparation is y = M·pixel + b, here inverted."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    probes = np.zeros((1, 1, channels + 1, channels), np.uint8)
+    probes[0, 0, 1:] = 255 * np.eye(channels)
+    origin, *ends = np.asarray(prepare(jnp.asarray(probes)))[0, 0]
+    pixels = (x - origin) @ np.linalg.pinv(np.stack(ends) - origin)
+    return np.clip(pixels, 0, 1)
+
+
+def draw(columns: list[dict[str, Any]], class_names: Any, path: Path) -> None:
+    """A pair of columns for each step, an image a row: original, and as shown."""
+    from matplotlib.figure import Figure
+
+    from cnn_jax.cache import write_atomically
+
+    rows = len(columns[0]['label'])
+    figure = Figure(figsize=(2.9 * len(columns), 1.55 * rows + 0.5), layout='constrained')
+    for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns):
+        part.suptitle(f'step {column["step"]}', fontsize=10)
+        for row, (left, right) in enumerate(part.subplots(rows, 2, squeeze=False)):
+            pictures = column['image'][row] / 255, column['shown'][row]
+            titles = class_names[column['label'][row]], label_text(column, row, class_names)
+            for axes, picture, title in zip((left, right), pictures, titles):
+                grey = picture.shape[-1] == 1
+                axes.imshow(picture[..., 0] if grey else picture, cmap='gray', vmin=0, vmax=1)
+                axes.set_title(title, fontsize=8, parse_math=False)
+                axes.set_axis_off()
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=100))
+
+
+def label_text(column: dict[str, Any], row: int, class_names: Any) -> str:
+    """`7`, or `0.62 × 7 + 0.38 × 2` where two images were mixed."""
+    own, share = class_names[column['label'][row]], float(column['share'][row])
+    other = class_names[column['other_label'][row]]
+    return own if share == 1 else f'{share:.2f} × {own} + {1 - share:.2f} × {other}'
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,62 @@
+"""A picture of what the network is shown: the run's own batches, and nothing else happens."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax import config as cfg
+from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
+from cnn_jax.train import setup
+from launch import show_batch
+
+DIGITS = {'data.source': 'digits', 'data.batch': 20}
+
+
+def columns(first=0, steps=2, count=4, **changes):
+    changes = {name.replace('__', '.'): given for name, given in changes.items()}
+    config = cfg.validate(cfg.replace(cfg.Config(), DIGITS | changes))
+    return show_batch.shown_batches(config, first, steps, count)
+
+
+def test_it_writes_a_picture_and_nothing_else(launch, tmp_path):
+    path = tmp_path / 'new' / 'batch.png'
+    flags = ('--config=experiments/small.py', '--config.data.source=digits', '--images=3')
+    launch('show_batch', *flags, '--steps=2', '--config.augment.mixup=1', f'--out={path}', check=0)
+    with Image.open(path) as image:
+        assert image.width > image.height > 300
+    assert [p.name for p in path.parent.iterdir()] == ['batch.png']
+
+
+def test_too_many_steps_are_a_users_mistake(launch, tmp_path):
+    flags = ('--config=experiments/small.py', f'--out={tmp_path}/x.png', '--steps=17')
+    assert 'at most 16' in launch('show_batch', *flags, check=2).stderr
+
+
+def test_without_changes_the_images_are_shown_as_they_are():
+    for column in columns()[0]:
+        np.testing.assert_allclose(column['shown'], column['image'] / 255, atol=1e-5)
+        assert (column['share'] == 1).all()
+
+
+def test_a_step_looks_the_same_wherever_the_picture_starts():
+    both = columns(first=3, steps=2, augment__crop=1, augment__cutmix=1.0)[0]
+    last = columns(first=4, steps=1, augment__crop=1, augment__cutmix=1.0)[0]
+    assert [column['step'] for column in both] == [3, 4]
+    for name in both[1]:
+        np.testing.assert_array_equal(both[1][name], last[0][name])
+    assert (both[0]['shown'] != both[1]['shown']).any()
+
+
+def test_mixed_labels_bear_their_shares():
+    column = {'label': [7, 7], 'other_label': [2, 2], 'share': np.array([0.625, 1.0])}
+    assert show_batch.label_text(column, 0, list('0123456789')) == '0.62 × 7 + 0.38 × 2'
+    assert show_batch.label_text(column, 1, list('0123456789')) == '7'
+
+
+@pytest.mark.parametrize('kind', [*sorted(PREPROCESSINGS), 'standardize'])
+def test_every_preparation_is_undone_for_the_picture(kind):
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
+    spec = {'kind': kind, 'mean': [0.4, 0.5, 0.6], 'std': [0.2, 0.3, 0.4], 'channels': 3}
+    prepare = setup.preparation(spec)
+    back = show_batch.unprepared(np.asarray(prepare(images)), prepare, 3)
+    np.testing.assert_allclose(back, images / 255, atol=1e-5)
