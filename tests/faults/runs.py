@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import sys
-import time
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,18 @@ processes: Any = multiprocessing.get_context('forkserver')
 processes.set_forkserver_preload(list(PRELOADED))
 
 # What changes files. Each event comes before its operation; `open` does for reading, too.
+LONGEST = 0.2  # seconds after an operation: a step and a save take less
 OPERATIONS = ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'os.chmod')
 
 
 @dataclass(frozen=True)
 class Kill:
-    """When a process is killed: before its n-th operation on its run's or its cache's files, or
-    after a time."""
+    """When a process is killed.
+
+    Attributes:
+        operation: Number of the operation on its run's or its cache's files; 0: never.
+        seconds: Time after that operation; 0: before it.
+    """
 
     operation: int = 0
     seconds: float = 0.0
@@ -92,27 +97,20 @@ def start(config: cfg.Config, folder: Path, kill: Kill = Kill()):
 def train(config: cfg.Config, folder: Path, kill: Kill = Kill()) -> int:
     """Start or continue a run and wait for its end; its exit code, −9 for one that was killed."""
     process = start(config, folder, kill)
-    if kill.seconds:
-        process.join(kill.seconds)
-        process.kill()
     process.join()
     return process.exitcode
 
 
-def survive(config: cfg.Config, folder: Path, draw: random.Random, kills: int, whole: 'Ended'):
+def survive(config: cfg.Config, folder: Path, draw: random.Random, kills: int, operations: int):
     """Kill a run again and again, let it end, and say how often it was killed.
 
-    Half of the kills come at a file operation and half at a moment, both drawn from what an
-    undisturbed run has of them.
+    Half of the kills come before a file operation, and half in what follows one: in a step, or
+    while TensorStore writes.
     """
     done = 0
     while done < kills:
-        kill = (
-            Kill(operation=draw.randint(1, whole.operations))
-            if draw.random() < 0.5
-            else Kill(seconds=draw.uniform(0.3, 1.0) * whole.seconds)
-        )
-        code = train(config, folder, kill)
+        seconds = draw.choice([0.0, draw.uniform(0.0, LONGEST)])
+        code = train(config, folder, Kill(draw.randint(1, operations), seconds))
         if code == 0:
             break
         assert code == -signal.SIGKILL, log(folder)
@@ -130,13 +128,11 @@ class Ended:
         state: SHA-256 of its last state.
         files: The bytes of what it recorded, by name.
         operations: On files in its folder.
-        seconds: From start to end.
     """
 
     state: str
     files: dict[str, bytes]
     operations: int
-    seconds: float
 
     def result(self) -> tuple:
         """What must not depend on any disturbance."""
@@ -145,16 +141,15 @@ class Ended:
 
 def whole(config: cfg.Config, folder: Path) -> Ended:
     """The end of a run that nobody disturbs, begun or gone on with here."""
-    began = time.perf_counter()
     assert train(config, folder) == 0, log(folder)
-    return ended(folder, time.perf_counter() - began)
+    return ended(folder)
 
 
-def ended(folder: Path, seconds: float = 0.0) -> Ended:
+def ended(folder: Path) -> Ended:
     """The end of a run that has come to it."""
     facts = json.loads(folder.with_suffix('.ended').read_text())
     files = {name: (folder / name).read_bytes() for name in ('metrics.jsonl', 'steps.f32')}
-    return Ended(facts['state'], files, facts['operations'], seconds)
+    return Ended(facts['state'], files, facts['operations'])
 
 
 def log(folder: Path) -> str:
@@ -168,7 +163,7 @@ def _train(config: str, folder: Path, kill: Kill) -> None:
         os.dup2(printed.fileno(), 2)
     os.environ['CNN_JAX_CACHE'] = str(folder / 'cache')
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-    operations = _count_operations(folder, kill.operation)
+    operations = _count_operations(folder, kill)
     from cnn_jax.train import restore, workdir
     from cnn_jax.train.checkpoint import digest
     from launch.train import train
@@ -185,8 +180,8 @@ def _train(config: str, folder: Path, kill: Kill) -> None:
     os._exit(0)
 
 
-def _count_operations(folder: Path, last: int) -> list[int]:
-    """Count this process's operations on files below a folder, and die before the last one."""
+def _count_operations(folder: Path, kill: Kill) -> list[int]:
+    """Count this process's operations on files below a folder, and die at one of them."""
     count, below = [0], str(folder) + os.sep
 
     def notice(event: str, arguments: tuple) -> None:
@@ -195,7 +190,9 @@ def _count_operations(folder: Path, last: int) -> list[int]:
         with contextlib.suppress(TypeError):  # a file descriptor has no path
             if os.fsdecode(arguments[0]).startswith(below):
                 count[0] += 1
-                if count[0] == last:
+                if count[0] == kill.operation and kill.seconds:
+                    threading.Timer(kill.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                elif count[0] == kill.operation:
                     os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(notice)

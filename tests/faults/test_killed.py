@@ -27,7 +27,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
     draw, done, count = random.Random(kills), 0, 0
     while done < kills:
         folder = tmp_path / f'run{count}'
-        done += runs.survive(config, folder, draw, min(kills - done, 8), undisturbed)
+        done += runs.survive(config, folder, draw, min(kills - done, 8), undisturbed.operations)
         assert runs.ended(folder).result() == undisturbed.result(), runs.log(folder)
         count += 1
     record_property('tried', done)
