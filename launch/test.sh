@@ -7,5 +7,5 @@ ruff format --check .
 ruff check .
 marks='not slow'
 [ -z "${SLOW:-}" ] || marks='slow or not slow'
-workers="$(python -c 'import os; print(min(4, os.cpu_count() or 1))')"
+workers="$(python -c 'import os; print(min(5, 1 + (os.cpu_count() or 1)))')"
 exec python -m pytest -m "$marks" -n "$workers" --dist loadfile "$@"

@@ -99,8 +99,6 @@ def fit(
     notes: list[str] = []
     state, step, current, best = _start(state, phases, checkpoints, record, meter, notes.append)
     progress = Progress(total, step, config.data.batch, task.steps_per_epoch, live)
-    for note in notes:
-        progress.say(note)
 
     def report(step: int, eval_metrics: dict[str, Any], speed: float) -> None:
         """Write down and show the metrics of both splits since the last report."""
@@ -123,6 +121,8 @@ def fit(
     stop, over = False, out_of_patience(step)
     watches = [Stopwatch(config.data.batch) for _ in phases]
     with Interruption() as interruption, progress:
+        for note in notes:  # whoever reads them may ask to stop
+            progress.say(note)
         for number, phase in enumerate(phases[current:], start=current):
             if number > current:
                 state = phase.steps.enter(state)

@@ -10,7 +10,9 @@ from PIL import Image
 
 from cnn_jax import config as cfg
 from cnn_jax.nn.conv import conv2d
-from launch import figures
+from tests.launch.importing import imported
+
+figures = imported('figures')
 
 ROOT = Path(__file__).resolve().parents[2]
 

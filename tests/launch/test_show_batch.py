@@ -7,7 +7,9 @@ from PIL import Image
 from cnn_jax import config as cfg
 from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
 from cnn_jax.train import setup
-from launch import show_batch
+from tests.launch.importing import imported
+
+show_batch = imported('show_batch')
 
 DIGITS = {'data.source': 'digits', 'data.batch': 20}
 

@@ -113,17 +113,9 @@ def test_nothing_depends_on_the_clock(launch, tiny, tiny_run, tmp_path):
     assert record(tmp_path) == record(tiny_run[0])
 
 
-@pytest.mark.parametrize(
-    'flag',
-    [
-        '--config.data.stream=always',
-        '--config.train.eval_every=0.3',
-        '--config.train.checkpoint_every=0.1',
-        '--profile',
-    ],
-)
-def test_how_a_run_is_fed_watched_and_saved_changes_no_bit(launch, tiny, tiny_run, tmp_path, flag):
-    launch('train', *tiny, flag, f'--workdir={tmp_path}', check=0)
+def test_how_a_run_is_fed_watched_and_saved_changes_no_bit(launch, tiny, tiny_run, tmp_path):
+    often = '--config.train.eval_every=0.3', '--config.train.checkpoint_every=0.1'
+    launch('train', *tiny, *often, '--config.data.stream=always', f'--workdir={tmp_path}', check=0)
     assert record(tmp_path)[1] == record(tiny_run[0])[1]
 
 

@@ -66,7 +66,7 @@ def outcome(net, variables, x, labels):
     return net.apply(variables, x, train=False), trained, gradient
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(model=models)
 def test_jit_and_eager_agree(model):
     assume(minimum_size(model) <= SIZE)

@@ -1,0 +1,24 @@
+"""Which normalization helps a small net that is trained on few images?
+
+The small net on 500 MNIST digits without normalization, and with each kind after the activation;
+the head is left without.
+
+  python -m launch.ablate --config=experiments/normalization.py --workdir=runs/normalization
+"""
+
+from experiments.baseline import get_config as get_config
+
+ARMS = {
+    'none': {},
+    'batch': {'model.norm': 'batch'},
+    'ghost batch of 10': {'model.norm': 'ghost', 'model.ghost_batch': 10},
+    'batch renormalization': {'model.norm': 'renorm'},
+    'group': {'model.norm': 'group', 'model.norm_groups': 8},
+    'layer': {'model.norm': 'layer'},
+    'instance': {'model.norm': 'instance'},
+    'group, weights standardized': {
+        'model.norm': 'group',
+        'model.norm_groups': 8,
+        'model.weight_standardization': True,
+    },
+}

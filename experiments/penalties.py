@@ -1,0 +1,26 @@
+"""Which penalty or constraint on the weights helps when there are few images?
+
+The small net on 500 MNIST digits; each acts on the convolutions' kernels. Adam.
+
+  python -m launch.ablate --config=experiments/penalties.py --workdir=runs/penalties
+"""
+
+from cnn_jax.config import Config
+from experiments import baseline
+
+ARMS = {
+    'none': {},
+    'L1 1e-4': {'loss.l1': 1e-4},
+    'L2 5e-3': {'loss.l2': 5e-3},
+    'elastic': {'loss.l1': 1e-4, 'loss.l2': 5e-3},
+    'decoupled decay 1': {'optimizer.weight_decay': 1.0},
+    'orthogonality 1e-2': {'loss.orthogonality': 1e-2},
+    'max-norm 2': {'optimizer.max_norm': 2.0},
+}
+
+
+def get_config() -> Config:
+    config = baseline.get_config()
+    config.optimizer.name = 'adamw'
+    config.optimizer.decay_on = config.loss.l2_on
+    return config
