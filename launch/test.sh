@@ -5,7 +5,7 @@
 set_up requirements-test.txt
 ruff format --check .
 ruff check .
-marks='not slow'
-[ -z "${SLOW:-}" ] || marks='slow or not slow'
+marks='not slow and not exhaustive'
+[ -z "${SLOW:-}" ] || marks='not exhaustive'
 workers="$(python -c 'import os; print(min(5, 1 + (os.cpu_count() or 1)))')"
 exec python -m pytest -m "$marks" -n "$workers" --dist loadfile "$@"

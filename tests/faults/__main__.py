@@ -125,7 +125,7 @@ def run(selection: list[str]) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / 'report.xml'
         command = [sys.executable, '-m', 'pytest', '-q', '-n2', '--dist=loadfile']
-        marks = ['-m', 'slow or not slow', f'--junitxml={report}']
+        marks = ['-m', 'slow or not slow', f'--junitxml={report}']  # the exhaustive ones, too
         subprocess.run([*command, *marks, *selection], cwd=ROOT, stdout=sys.stderr)
         cases = list(ET.parse(report).iter('testcase'))
     if not cases:
