@@ -5,8 +5,7 @@ The small net on 500 MNIST digits; each acts on the convolutions' kernels. Adam.
   python -m launch.ablate --config=experiments/penalties.py --workdir=runs/penalties
 """
 
-from cnn_jax.config import Config
-from experiments import baseline
+from experiments.l2_vs_weight_decay import get_config as get_config
 
 ARMS = {
     'none': {},
@@ -17,10 +16,3 @@ ARMS = {
     'orthogonality 1e-2': {'loss.orthogonality': 1e-2},
     'max-norm 2': {'optimizer.max_norm': 2.0},
 }
-
-
-def get_config() -> Config:
-    config = baseline.get_config()
-    config.optimizer.name = 'adamw'
-    config.optimizer.decay_on = config.loss.l2_on
-    return config

@@ -71,7 +71,7 @@ def train(config: cfg.Config, folder: Path, profiled: bool = False) -> int:
     task = setup.make_task(config, description, weights)
     print(
         f'{config.data.source}: {batches[0].n:,} training and {batches[1].n:,} evaluation images, '
-        f' {setup.shape_text(task.image_shape)}, {task.num_classes} classes; '
+        f'{setup.shape_text(task.image_shape)}, {task.num_classes} classes; '
         f'{task.ends[-1]:,} steps of {config.data.batch} on {runtime.devices()}'
     )
     net, shape = build(config.model, task.num_classes), setup.prepared_shape(task)
@@ -82,7 +82,9 @@ def train(config: cfg.Config, folder: Path, profiled: bool = False) -> int:
         print(f'phase {number}, to step {phase.end:,}, on {kind}:')
         print(setup.parameter_table(config, phase.steps))
     now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), description)
-    for note in manifest.begin(folder, now | {'initial_state': digest(state)}):
+    if manifest.stored(folder) is None:  # of a run that goes on it is written down
+        now['initial_state'] = digest(state)
+    for note in manifest.begin(folder, now):
         print(f'note: {note}')
     rows = layers(net, shape)
     profile = Profile(folder / 'profile', [row.path for row in rows]) if profiled else None

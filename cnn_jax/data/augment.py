@@ -92,13 +92,6 @@ def recoloured(
     return jax.vmap(one)(images, index)
 
 
-def augmented(
-    config: Augment, key: Key[Array, ''], images: Num[Array, 'b h w c'], index: Int32[Array, ' b']
-) -> Num[Array, 'b h w c']:
-    """Normalized images, flipped, cropped and cut out as a config says; see `augment`."""
-    return augment(key, images, index, flip=config.flip, crop=config.crop, cutout=config.cutout)
-
-
 def augment(
     key: Key[Array, ''],
     images: Num[Array, 'b h w c'],
