@@ -1,7 +1,6 @@
 """Two-dimensional convolution, NHWC images and HWIO kernels."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
@@ -12,6 +11,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.nn.channels import add_bias
 from cnn_jax.nn.conv_cpu import convolve
 from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
+from cnn_jax.nn.platform import on_cpu
 from cnn_jax.nn.weight_standardization import standardized
 
 _PAD_MODE = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
@@ -50,7 +50,7 @@ def conv2d(
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode=_PAD_MODE[padding])
         pads = (0, 0), (0, 0)
     strides, dilations = pair(stride), pair(dilation)
-    if groups == 1 and jax.default_backend() == 'cpu':
+    if groups == 1 and on_cpu():
         return convolve(x, kernel, strides, pads, dilations)
     return lax.conv_general_dilated(
         x,

@@ -1,7 +1,8 @@
 """Where XLA must not fuse."""
 
-import jax
 from jax import lax
+
+from cnn_jax.nn.platform import on_cpu
 
 # XLA compiles loops over little data in a way of their own, which knows no barriers; and there is
 # nothing to win.
@@ -15,6 +16,6 @@ def stored(x):
     in a transposition or a sum, where it is not cheap. `runtime.prepare` makes it respect
     barriers; without that this does nothing.
     """
-    if jax.default_backend() != 'cpu' or x.size * x.dtype.itemsize < LEAST:
+    if not on_cpu() or x.size * x.dtype.itemsize < LEAST:
         return x
     return lax.optimization_barrier(x)

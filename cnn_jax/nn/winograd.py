@@ -4,13 +4,13 @@ Tiles of 6×6 pixels, of which neighbours share two, give tiles of 4×4:
 y = Aᵀ [(G k Gᵀ) ⊙ (Bᵀ x B)] A, summed over channels between the brackets: 36 matrix products.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.nn.conv import Conv
+from cnn_jax.nn.platform import on_cpu
 from cnn_jax.nn.stored import stored
 from cnn_jax.params import Flat
 
@@ -40,7 +40,7 @@ def transformed(params: Flat) -> Flat:
     On a CPU, in float32, and not for colour images, whose three channels leave the products with
     nothing to do. All convolutions must be of stride 1, undilated, ungrouped and SAME.
     """
-    if jax.default_backend() != 'cpu':
+    if not on_cpu():
         return params
     return {
         path: transform_kernel(leaf) if leaf.shape[:2] == (3, 3) and leaf.shape[2] > 3 else leaf

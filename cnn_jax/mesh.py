@@ -1,0 +1,98 @@
+"""Which device holds what: a mesh of devices, and the layout of batches and parameters on it.
+
+The computation is the same on any mesh: `jit` divides it by the layout of its inputs and puts in
+the communication. Batches are divided along the axis `data`; parameters are on every device,
+unless they are asked to be divided.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cnn_jax.errors import UserError
+
+DATA, MODEL = 'data', 'model'
+LARGE = 2**18  # elements of a leaf from which on dividing it pays for gathering it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where batches and state lie.
+
+    Attributes:
+        mesh: Its axes are `data` and `model`.
+        fsdp: Whether large leaves of the state are divided along `data`, too: each device keeps
+            a part and gathers the others when it needs them (Rajbhandari et al. 2020, "ZeRO",
+            stage 3).
+    """
+
+    mesh: Mesh
+    fsdp: bool = False
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Of arrays with an axis of examples in front."""
+        return NamedSharding(self.mesh, PartitionSpec(DATA))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """Of what each device holds whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def of(self, tree: Any) -> Any:
+        """The layout of each leaf of a state (or of its shapes).
+
+        Matrices as large as `LARGE` are divided along `model` by their columns, and with `fsdp`
+        every leaf that large along `data` by its longest axis that can be; others are everywhere.
+        """
+        return jax.tree.map(lambda leaf: NamedSharding(self.mesh, self._spec(leaf.shape)), tree)
+
+    def place(self, tree: Any) -> Any:
+        """Put a state that every process holds whole where it belongs."""
+
+        def put(leaf, sharding):
+            if sharding.is_fully_addressable:
+                return jax.device_put(leaf, sharding)
+            whole = np.asarray(leaf)
+            return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+        return jax.tree.map(put, tree, self.of(tree))
+
+    def _spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        axes: list[str | None] = [None] * len(shape)
+        if np.prod(shape) < LARGE:
+            return PartitionSpec()
+        if len(shape) == 2 and self._divides(MODEL, shape[1]):
+            axes[1] = MODEL
+        free = [k for k, size in enumerate(shape) if not axes[k] and self._divides(DATA, size)]
+        if self.fsdp and free:
+            axes[max(free, key=lambda k: shape[k])] = DATA
+        return PartitionSpec(*axes)
+
+    def _divides(self, axis: str, size: int) -> bool:
+        parts = self.mesh.shape[axis]
+        return parts > 1 and size % parts == 0
+
+
+def layout(devices: Sequence[Any], *, model: int = 1, fsdp: bool = False) -> Layout:
+    """The layout over some devices.
+
+    Args:
+        devices: All devices of all processes, or those of a topology that is not here.
+        model: How many of them share each large matrix; the rest of the factor shares the batch.
+        fsdp: See `Layout`.
+
+    Errors:
+        UserError: `model` does not divide the number of devices.
+    """
+    if len(devices) % model:
+        raise UserError(
+            f'--model_parallel={model} does not divide the {len(devices)} devices; choose a divisor'
+        )
+    shape = len(devices) // model, model
+    mesh = jax.make_mesh(shape, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
+    return Layout(mesh, fsdp)
