@@ -78,6 +78,26 @@ class Layout:
         return parts > 1 and size % parts == 0
 
 
+def check_batch(layout: Layout, size: int, field: str) -> None:
+    """Check that a batch can be divided among the devices.
+
+    Args:
+        layout: The layout.
+        size: Examples of the whole batch.
+        field: Of the config, for the error.
+
+    Errors:
+        UserError: It cannot.
+    """
+    parts = layout.mesh.shape[DATA]
+    if size % parts:
+        near = max(1, round(size / parts)) * parts
+        raise UserError(
+            f'config.{field} is {size}, which cannot be divided among {parts} devices; set it to '
+            f'a multiple, such as {near}'
+        )
+
+
 def layout(devices: Sequence[Any], *, model: int = 1, fsdp: bool = False) -> Layout:
     """The layout over some devices.
 

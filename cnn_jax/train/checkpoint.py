@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from cnn_jax import config as cfg
+from cnn_jax import processes
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.train import seal
 from cnn_jax.train.early_stopping import score_of
@@ -64,8 +65,18 @@ class Checkpoints:
                 # A step is tens of milliseconds and a save not much more: a save that has
                 # returned is on the disk, and an error in it stops the run.
                 enable_async_checkpointing=False,
+                multiprocessing_options=self._alone,
             ),
         )
+
+    @property
+    def _alone(self):
+        """Orbax's option for process 0, which saves and restores without the others."""
+        from orbax.checkpoint.options import MultiprocessingOptions
+
+        if processes.several():
+            return MultiprocessingOptions(0, {0}, 'first')
+        return MultiprocessingOptions()
 
     def _score(self, metrics: dict[str, float]) -> float:
         return score_of(self._config, metrics)
@@ -173,7 +184,7 @@ class Checkpoints:
 
         try:
             progress = self._opened(step)['progress']
-            with ocp.StandardCheckpointer() as checkpointer:
+            with ocp.StandardCheckpointer(multiprocessing_options=self._alone) as checkpointer:
                 path = self._place(step) / 'state'
                 parts: Any = checkpointer.restore(path, _shapes(_parts(like)))
         except (ValueError, KeyError, OSError) as error:
@@ -256,5 +267,10 @@ def _parts(state: State) -> dict[str, Any]:
 
 
 def _shapes(parts: dict[str, Any]) -> dict[str, Any]:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), parts)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def shape(leaf):
+        sharding = getattr(leaf, 'sharding', None) or device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, parts)

@@ -1,17 +1,25 @@
 """Being asked to stop."""
 
+import os
 import signal
+
+from cnn_jax import processes
 
 
 class Interruption:
-    """Notes SIGTERM and Ctrl-C so that the loop can save first; a second one stops at once."""
+    """Notes SIGTERM and Ctrl-C so that the loop can save first; a second one stops at once.
+
+    Of several processes all stop at the same step, whichever is asked: JAX notes their SIGTERM and
+    agrees on the step.
+    """
 
     def __init__(self):
         self.requested = False
         self._before: dict = {}
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = (signal.SIGINT,) if processes.several() else (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not in the main thread: whoever owns it handles signals
@@ -22,6 +30,16 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def stops_after(self, step: int) -> bool:
+        """Whether all processes stop after this step; each is to ask after every one."""
+        if processes.several():
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
     def _note(self, number, _frame):
         self.requested = True
         signal.signal(number, self._before[number])
+        if processes.several():
+            os.kill(os.getpid(), signal.SIGTERM)

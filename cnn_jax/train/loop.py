@@ -11,6 +11,8 @@ from typing import Any
 import jax
 
 from cnn_jax import config as cfg
+from cnn_jax import processes
+from cnn_jax.mesh import Layout
 from cnn_jax.train import early_stopping, metrics, nonfinite, precise_norm
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.early_stopping import Best
@@ -19,6 +21,7 @@ from cnn_jax.train.meter import Meter
 from cnn_jax.train.profile import Profile
 from cnn_jax.train.progress import Progress
 from cnn_jax.train.record import Record
+from cnn_jax.train.shared import SharedCheckpoints, Unrecorded, jitted, open_checkpoints
 from cnn_jax.train.speed import Stopwatch
 from cnn_jax.train.state import State, Values
 from cnn_jax.train.step import Steps, values_of
@@ -63,6 +66,7 @@ def fit(
     state: State,
     folder: Path,
     *,
+    layout: Layout | None = None,
     live: bool | None = None,
     profile: Profile | None = None,
 ) -> Outcome:
@@ -73,7 +77,8 @@ def fit(
         task: As `setup.make_task` gives it.
         phases: In order; the last one's end is the end of the run.
         state: The state before the first step.
-        folder: The work directory.
+        folder: The work directory; process 0 uses it.
+        layout: Of batches and state, on several devices.
         live: Whether to draw a progress bar; by default on a terminal.
         profile: Traces some of the steps.
 
@@ -83,11 +88,15 @@ def fit(
     """
     total = phases[-1].end
     values = values_of(config)
-    checkpoints, record = Checkpoints(folder / 'checkpoints', config), Record(folder)
+    checkpoints = open_checkpoints(folder / 'checkpoints', config, layout)
+    record = Record(folder) if processes.is_first() else Unrecorded(folder)
+    state = layout.place(state) if layout else state
 
     def explain(failing: int) -> str:
         """Where a step stopped being finite, from the run repeated up to it."""
         saved = checkpoints.latest() or 0
+        if processes.several():
+            return 'only one process can look where; give it a copy of --workdir'
         before, number = entered(phases, phases[0].steps.init(config.seed), saved)
         if saved:
             before, _ = checkpoints.restore(saved, before)
@@ -126,9 +135,7 @@ def fit(
         for number, phase in enumerate(phases[current:], start=current):
             if number > current:
                 state = phase.steps.enter(state)
-            train_step = jax.jit(phase.steps.train, donate_argnums=0)
-            eval_step = jax.jit(phase.steps.evaluate)
-            estimate = jax.jit(phase.steps.estimate)
+            train_step, eval_step, estimate = jitted(phase.steps, layout, state)
             batches = phase.train.train(step)
             watch = watches[number]
             while step < phase.end and not stop and not over:
@@ -140,7 +147,7 @@ def fit(
                 meter.add(step, sums)
                 if meter.latest:
                     progress.step(step, *meter.latest)
-                stop, scores = interruption.requested, None
+                stop, scores = interruption.stops_after(step), None
                 if profile:
                     last = stop or step == phase.end
                     text = profile.after(step, train_step, (state, batch, values), last)
@@ -228,7 +235,7 @@ def entered(phases: list[Phase], state: State, step: int) -> tuple[State, int]:
 def _start(
     state: State,
     phases: list[Phase],
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | SharedCheckpoints,
     record: Record,
     meter: Meter,
     say: Callable[[str], object],

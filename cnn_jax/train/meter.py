@@ -10,6 +10,7 @@ from cnn_jax.errors import RunFailed
 from cnn_jax.train import metrics
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.record import Record
+from cnn_jax.train.shared import SharedCheckpoints
 
 
 class Meter:
@@ -18,7 +19,12 @@ class Meter:
     Every step's loss is looked at, so a loss that is not finite stops the run at its step.
     """
 
-    def __init__(self, checkpoints: Checkpoints, record: Record, explain: Callable[[int], str]):
+    def __init__(
+        self,
+        checkpoints: Checkpoints | SharedCheckpoints,
+        record: Record,
+        explain: Callable[[int], str],
+    ):
         self._waiting: collections.deque = collections.deque()
         self._sums: metrics.Sums | None = None
         self._checkpoints, self._record, self._explain = checkpoints, record, explain

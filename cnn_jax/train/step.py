@@ -56,7 +56,7 @@ class Steps:
 
 def values_of(config: cfg.Config) -> Values:
     """The arguments of the compiled steps: every `value` field, and the seed."""
-    return {**cfg.values(config), 'seed': jnp.uint32(config.seed)}
+    return {**cfg.values(config), 'seed': np.uint32(config.seed)}
 
 
 def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = False) -> Steps:

@@ -1,0 +1,124 @@
+"""A run on many devices: its compiled functions, and what all processes know of its records."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cnn_jax import config as cfg
+from cnn_jax import processes
+from cnn_jax.mesh import Layout
+from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.record import Record
+from cnn_jax.train.state import State
+from cnn_jax.train.step import Steps
+
+
+def jitted(steps: Steps, layout: Layout | None, state: State) -> tuple[Any, Any, Any]:
+    """`train`, `evaluate` and `estimate` of a phase, jitted.
+
+    Args:
+        steps: Of the phase.
+        layout: On several devices, of batches and state; the results lie as the state does, and
+            metrics are everywhere.
+        state: Any of the phase, or its shapes.
+    """
+    of_state, of_sums = (layout.of(state), layout.everywhere) if layout else (None, None)
+    return (
+        jax.jit(steps.train, donate_argnums=0, out_shardings=layout and (of_state, of_sums)),
+        jax.jit(steps.evaluate, out_shardings=of_sums),
+        jax.jit(steps.estimate, out_shardings=of_sums),
+    )
+
+
+def open_checkpoints(
+    folder: Path, config: cfg.Config, layout: Layout | None
+) -> 'Checkpoints | SharedCheckpoints':
+    """The checkpoints of a run, in whatever process."""
+    if layout and processes.several():
+        return SharedCheckpoints(folder, config, layout)
+    return Checkpoints(folder, config)
+
+
+class SharedCheckpoints:
+    """`Checkpoints` of process 0, for all: every method is to be called by all processes at once.
+
+    The state is gathered to process 0 when it is saved, array by array, and sent to all when it is
+    restored. So no file system need be shared, any number of processes can go on, and the files
+    are those of a run with one process. The state must fit into one host's memory.
+
+    Args:
+        folder: As for `Checkpoints`; process 0 uses it.
+        config: The run's.
+        layout: Where a restored state goes.
+    """
+
+    def __init__(self, folder: Path, config: cfg.Config, layout: Layout):
+        self._own = Checkpoints(folder, config)
+        self._layout = layout
+
+    def save(
+        self, state: State, progress: dict[str, Any], metrics: dict[str, float] | None = None
+    ) -> None:
+        """As `Checkpoints.save`; returns, or fails, everywhere once it has in process 0."""
+        whole = processes.gathered(state)
+        processes.from_first(lambda: self._own.save(whole, progress, metrics))
+
+    def latest(self) -> int | None:
+        """As `Checkpoints.latest`."""
+        return processes.from_first(self._own.latest)
+
+    def best(self) -> int | None:
+        """As `Checkpoints.best`."""
+        return processes.from_first(self._own.best)
+
+    def resumable(
+        self, fault: Callable[[dict[str, Any]], str], say: Callable[[str], object]
+    ) -> tuple[int, dict[str, Any]] | None:
+        """As `Checkpoints.resumable`."""
+        return processes.from_first(lambda: self._own.resumable(fault, say))
+
+    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """As `Checkpoints.restore`."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+        read: dict[str, State] = {}
+
+        def here() -> dict[str, Any]:
+            read['state'], progress = self._own.restore(step, shapes)
+            return progress
+
+        progress = processes.from_first(here)
+        return self._layout.place(processes.spread(read.get('state'), shapes)), progress
+
+    def close(self) -> None:
+        """As `Checkpoints.close`."""
+        self._own.close()
+
+
+class Unrecorded(Record):
+    """The record as the other processes have it: process 0 writes the same numbers."""
+
+    def fault(self, position: dict[str, Any]) -> str:
+        return ''
+
+    def begun(self) -> bool:
+        return False
+
+    def resume(self, step: int, position: dict[str, Any] | None) -> None:
+        pass
+
+    def step(self, objective: float, gradient_norm: float) -> None:
+        pass
+
+    def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
+        pass
+
+    def timing(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
