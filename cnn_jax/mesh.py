@@ -5,6 +5,7 @@ the communication. Batches are divided along the axis `data`; parameters are on 
 unless they are asked to be divided.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ class Layout:
 
     mesh: Mesh
     fsdp: bool = False
+
+    def __str__(self) -> str:
+        sizes = ' × '.join(f'{axis} {size}' for axis, size in self.mesh.shape.items() if size > 1)
+        return (sizes or 'one device') + ', parameters divided' * self.fsdp
 
     @property
     def batch(self) -> NamedSharding:
@@ -78,41 +83,40 @@ class Layout:
         return parts > 1 and size % parts == 0
 
 
-def check_batch(layout: Layout, size: int, field: str) -> None:
-    """Check that a batch can be divided among the devices.
-
-    Args:
-        layout: The layout.
-        size: Examples of the whole batch.
-        field: Of the config, for the error.
-
-    Errors:
-        UserError: It cannot.
-    """
-    parts = layout.mesh.shape[DATA]
-    if size % parts:
-        near = max(1, round(size / parts)) * parts
-        raise UserError(
-            f'config.{field} is {size}, which cannot be divided among {parts} devices; set it to '
-            f'a multiple, such as {near}'
-        )
-
-
-def layout(devices: Sequence[Any], *, model: int = 1, fsdp: bool = False) -> Layout:
+def lay_out(
+    devices: Sequence[Any], batches: Sequence[int], *, model: int = 1, fsdp: bool = False
+) -> Layout:
     """The layout over some devices.
+
+    Where one process has them all, a batch that they cannot share is shared by fewer.
 
     Args:
         devices: All devices of all processes, or those of a topology that is not here.
-        model: How many of them share each large matrix; the rest of the factor shares the batch.
+        batches: The sizes of all batches that will be divided.
+        model: How many devices share each large matrix; groups of as many share the batch.
         fsdp: See `Layout`.
 
     Errors:
-        UserError: `model` does not divide the number of devices.
+        UserError: `model` does not divide the number of each process's devices, or several
+            processes cannot divide a batch.
     """
-    if len(devices) % model:
+    # In this order, each process has a part of every batch in one piece.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    hosts = len({device.process_index for device in ordered})
+    parts, rest = divmod(len(ordered), model)
+    if rest or len(ordered) // hosts % model:
         raise UserError(
-            f'--model_parallel={model} does not divide the {len(devices)} devices; choose a divisor'
+            f'--model_parallel={model} does not divide the {len(ordered) // hosts} devices of a '
+            'process; choose a divisor'
         )
-    shape = len(devices) // model, model
-    mesh = jax.make_mesh(shape, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
-    return Layout(mesh, fsdp)
+    common = math.gcd(*batches)
+    if hosts == 1:
+        parts = max(n for n in range(1, parts + 1) if common % n == 0)
+    elif common % parts:
+        raise UserError(
+            f'batches of {" and ".join(map(str, sorted(set(batches))))} cannot be divided among '
+            f'{parts} devices; set config.data.batch and config.data.eval_batch to multiples of '
+            f'{parts}'
+        )
+    grid = np.array(ordered[: parts * model]).reshape(parts, model)
+    return Layout(Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2), fsdp)

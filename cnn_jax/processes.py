@@ -53,6 +53,11 @@ def join() -> None:
     _speak_at_abort()
 
 
+def joined() -> bool:
+    """Whether `join` was called; starts no device, unlike `several`."""
+    return _at_abort is not None
+
+
 def several() -> bool:
     """Whether this run has more than one process."""
     return jax.process_count() > 1
@@ -122,6 +127,12 @@ def end(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def explained(error: Exception) -> str:
+    """An error of JAX in words: among several processes, most likely the end of another one."""
+    text = f'{type(error).__name__}: {error}'
+    return f'{ENDED} ({text.splitlines()[0]})' if joined() else f'{text} (--debug shows where)'
 
 
 def _whole(leaf: jax.Array) -> jax.Array:

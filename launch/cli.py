@@ -75,7 +75,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if debug:
             raise
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(MISTAKE)
+        _leave(MISTAKE)
     except BrokenPipeError:  # the reader of the output, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(OK)
@@ -86,12 +86,21 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if debug:
             raise
         print(f'failed: {_sentence(error)}', file=sys.stderr)
-        sys.exit(FAILED)
+        _leave(FAILED)
+
+
+def _leave(code: int) -> None:
+    """End the process after an error."""
+    if (processes := sys.modules.get('cnn_jax.processes')) and processes.joined():
+        processes.end(code)
+    sys.exit(code)
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, RunFailed):
         return str(error)
+    if type(error).__name__ == 'JaxRuntimeError' and 'cnn_jax.processes' in sys.modules:
+        return sys.modules['cnn_jax.processes'].explained(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f'{error.filename}: {error.strerror}; mend that, and the same command goes on'
     return f'{type(error).__name__}: {error} (--debug shows where)'
@@ -128,11 +137,20 @@ def _check_config_argument(arguments: list[str]) -> None:
             raise UserError(cfg.unknown_key(name.removeprefix('config.'), known))
 
 
-def start(threads: int = 0):
-    """Prepare the process for JAX and check that it computes right; returns the settings."""
+def start(threads: int = 0, distributed: bool = False):
+    """Prepare the process for JAX and check that it computes right; returns the settings.
+
+    Of several processes, the first one speaks for all: the others print errors alone.
+    """
     from cnn_jax import runtime
 
     settings = runtime.prepare(threads)
+    if distributed:
+        from cnn_jax import processes
+
+        processes.join()
+        if not processes.is_first():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     from cnn_jax.selfcheck import self_check  # which imports JAX: not before it is prepared
 
     self_check()

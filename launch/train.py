@@ -14,7 +14,9 @@ plain matrix product reaches here, the time spent compiling, and the most memory
 adds which layers the time went to, and a trace to look at, in profile/.
 """
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -31,6 +33,18 @@ PROFILE = flags.DEFINE_bool(
 )
 
 
+MODEL_PARALLEL = flags.DEFINE_integer(
+    'model_parallel', 1, 'How many devices share each large matrix.', lower_bound=1
+)
+FSDP = flags.DEFINE_bool(
+    'fsdp', False, 'Divide every large array of the state among the devices that share the batch.'
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    'distributed',
+    False,
+    'This process is one of several, which Slurm, Open MPI, a TPU pod or GKE started, or that '
+    'have JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set.',
+)
 WAIT = flags.DEFINE_bool(
     'wait', False, 'If another process trains in --workdir, go on after it instead of giving up.'
 )
@@ -38,57 +52,77 @@ WAIT = flags.DEFINE_bool(
 
 def main(_) -> int:
     """Train; returns the exit code."""
-    from cnn_jax.train import workdir
-
-    config, folder = cli.read_config(CONFIG), Path(WORKDIR.value)
-    with workdir.held(folder, WAIT.value):
-        return train(config, folder, PROFILE.value)
-
-
-def train(config: cfg.Config, folder: Path, profiled: bool = False) -> int:
-    """Run or continue the training in `folder`, printing what a person wants to see."""
     from cnn_jax.train import manifest, workdir
 
-    workdir.claim(folder, config)
-    settings = cli.start(manifest.threads(folder, config))
-    print(settings)
+    config, folder = cli.read_config(CONFIG), Path(WORKDIR.value)
+    with contextlib.ExitStack() as stack:
 
+        def claim() -> int:
+            """Have the work directory; returns the threads that its run computes with."""
+            stack.enter_context(workdir.held(folder, WAIT.value))
+            workdir.claim(folder, config)
+            return manifest.threads(folder, config)
+
+        if DISTRIBUTED.value:
+            settings = cli.start(config.train.threads, distributed=True)
+
+            from cnn_jax.processes import from_first
+
+            from_first(claim)
+        else:
+            settings = cli.start(claim())
+        print(settings)
+        return train(config, folder, settings)
+
+
+def train(config: cfg.Config, folder: Path, settings: Any) -> int:
+    """Run or continue the training in `folder`, printing what a person wants to see."""
     from cnn_jax import runtime
     from cnn_jax.models.build import build
     from cnn_jax.models.summary import layers, summary
-    from cnn_jax.train import loop, metrics, setup, speed
+    from cnn_jax.processes import from_first, is_first
+    from cnn_jax.train import loop, manifest, metrics, setup, speed
     from cnn_jax.train.checkpoint import digest
     from cnn_jax.train.profile import Profile
     from cnn_jax.train.skipped import write_skipped
 
     clock = speed.CompileClock()
-    *batches, description, weights = setup.open_data(config)
-    manifest.check_data(folder, description)
-    if count := write_skipped(folder, dict(zip(('train', 'eval'), batches))):
+    options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value}
+    layout = setup.layout_of(config, **options)
+    images, evaluation, description, weights = setup.open_data(config, layout)
+    from_first(lambda: manifest.check_data(folder, description))
+    if is_first() and (count := write_skipped(folder, {'train': images, 'eval': evaluation})):
         print(f'{count:,} images cannot be read and are left out: {folder}/skipped.csv')
     if weights:
         print(f'weights: {weights.source}, digest {weights.digest[:12]}…, {weights.licence}')
     task = setup.make_task(config, description, weights)
     print(
-        f'{config.data.source}: {batches[0].n:,} training and {batches[1].n:,} evaluation images, '
+        f'{config.data.source}: {images.n:,} training and {evaluation.n:,} evaluation images, '
         f'{setup.shape_text(task.image_shape)}, {task.num_classes} classes; '
         f'{task.ends[-1]:,} steps of {config.data.batch} on {runtime.devices()}'
+        f'{f", {layout}" if layout else ""}'
     )
     net, shape = build(config.model, task.num_classes), setup.prepared_shape(task)
     print(summary(net, shape))
-    phases, state = setup.open_phases(config, description, task, *batches)
+    phases, state = setup.open_phases(config, description, task, images, evaluation, layout)
     for number, phase in enumerate(phases, start=1):
         kind = 'cached features' if phase.steps.cached else 'images'
         print(f'phase {number}, to step {phase.end:,}, on {kind}:')
         print(setup.parameter_table(config, phase.steps))
     now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), description)
-    if manifest.stored(folder) is None:  # of a run that goes on it is written down
-        now['initial_state'] = digest(state)
-    for note in manifest.begin(folder, now):
+    if layout:
+        now['machine']['layout'] = str(layout)
+
+    def begin() -> list[str]:
+        if manifest.stored(folder) is None:  # of a run that goes on it is written down
+            now['initial_state'] = digest(state)
+        return manifest.begin(folder, now)
+
+    for note in from_first(begin):
         print(f'note: {note}')
     rows = layers(net, shape)
-    profile = Profile(folder / 'profile', [row.path for row in rows]) if profiled else None
-    outcome = loop.fit(config, task, phases, state, folder, profile=profile)
+    profile = Profile(folder / 'profile', [row.path for row in rows]) if PROFILE.value else None
+    outcome = loop.fit(config, task, phases, state, folder, layout=layout, profile=profile)
     if outcome.stopped:
         print(f'stopped and saved; the same command goes on from here ({folder})')
     else:
@@ -99,6 +133,8 @@ def train(config: cfg.Config, folder: Path, profiled: bool = False) -> int:
         print(f'done: {final}\nresults in {folder}')
     if profile and not profile.taken:
         print('no profile: it needs three steps, the first two of which are not traced')
+    if not is_first():
+        return cli.STOPPED if outcome.stopped else cli.OK
     flops = [speed.training_flops(rows, phase.steps) for phase in phases]
     facts = speed.measure(outcome.speeds, flops, config.model.dtype, clock)
     speed.write(folder, facts)

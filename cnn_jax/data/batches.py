@@ -111,7 +111,7 @@ class DeviceBatches:
         self._order = _Order(self.n, batch, seed, process_index, process_count)
         self._sharding = sharding
         everywhere = sharding and NamedSharding(sharding.mesh, PartitionSpec())
-        self._images, self._labels = _put((arrays.images, arrays.labels), everywhere)
+        self._images, self._labels = put((arrays.images, arrays.labels), everywhere)
         self._gather = jax.jit(_shard(_gather, sharding) if sharding else _gather)
 
     def train(self, start_step: int = 0) -> Iterator[Batch]:
@@ -129,7 +129,7 @@ class DeviceBatches:
     def _batches(self, taken: Iterable[Taken]) -> Iterator[Batch]:
         for index_and_mask in taken:
             if self._sharding:  # else the jitted call takes them over, in a tenth of the time
-                index_and_mask = _put(index_and_mask, self._sharding)
+                index_and_mask = put(index_and_mask, self._sharding)
             yield self._gather(self._images, self._labels, *index_and_mask)
 
 
@@ -187,7 +187,7 @@ class StreamBatches:
             placed = None
             for batch in batches:
                 # One batch is on its way to the device while the one before it is in use.
-                before, placed = placed, _put(batch, self._sharding)
+                before, placed = placed, put(batch, self._sharding)
                 if before is not None:
                     yield before
             if placed is not None:
@@ -239,7 +239,7 @@ def _shard(gather: Callable, sharding: NamedSharding) -> Callable:
     return jax.shard_map(gather, mesh=sharding.mesh, in_specs=in_specs, out_specs=part)
 
 
-def _put(tree: Any, sharding: NamedSharding | None) -> Any:
+def put(tree: Any, sharding: NamedSharding | None) -> Any:
     """The process's arrays on its device, or as its part of global ones."""
     if sharding is None:
         return jax.device_put(tree)

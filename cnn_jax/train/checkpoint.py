@@ -47,6 +47,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+        self._folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -62,6 +63,7 @@ class Checkpoints:
                 ),
                 # Renamed, then removed here: a kill leaves no half of one under its name.
                 todelete_subdir=DELETED,
+                create=False,  # Orbax wants it so of one process among several
                 # A step is tens of milliseconds and a save not much more: a save that has
                 # returned is on the disk, and an error in it stops the run.
                 enable_async_checkpointing=False,

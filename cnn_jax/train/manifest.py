@@ -13,7 +13,7 @@ from cnn_jax.train.workdir import load_config, write_text
 NAME = 'manifest.json'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'pillow')
 # Of the machine's facts, those that the numbers depend on.
-DECISIVE = ('devices', 'threads', 'xla_flags', 'python')
+DECISIVE = ('devices', 'layout', 'threads', 'xla_flags', 'python')
 
 
 def manifest(config_hash: str, machine: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:

@@ -16,17 +16,39 @@ from cnn_jax.data.batches import open_batches
 from cnn_jax.data.normalize import normalize, statistics
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
+from cnn_jax.mesh import Layout, lay_out
 from cnn_jax.pretrained.insert import insert
 from cnn_jax.pretrained.load import Pretrained, load
 from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
+from cnn_jax.processes import from_first
 from cnn_jax.train.loop import Phase
 from cnn_jax.train.state import State
 from cnn_jax.train.step import Steps, make_steps
 from cnn_jax.train.task import Task
 
 
-def open_data(config: cfg.Config) -> tuple[Any, Any, dict[str, Any], Pretrained | None]:
+def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layout | None:
+    """The layout of a run over all devices there are; None where there is one.
+
+    Args:
+        config: A validated config.
+        model, fsdp: As `mesh.lay_out` takes them.
+    """
+    if jax.device_count() == 1:
+        return None
+    data = config.data
+    sizes = data.batch // config.optimizer.accumulate, data.eval_batch or data.batch
+    return lay_out(jax.devices(), sizes, model=model, fsdp=fsdp)
+
+
+def open_data(
+    config: cfg.Config, layout: Layout | None = None
+) -> tuple[Any, Any, dict[str, Any], Pretrained | None]:
     """The batches of both splits, their description, and the weights that the config names.
+
+    Args:
+        config: A validated config.
+        layout: Of batches, on several devices.
 
     Returns:
         Training batches; evaluation batches; what `describe` and, under that name,
@@ -35,10 +57,15 @@ def open_data(config: cfg.Config) -> tuple[Any, Any, dict[str, Any], Pretrained 
     Errors:
         UserError: Data or weights cannot be had, or the splits do not fit each other.
     """
-    train = open_batches(config.data, 'train', seed=config.seed)
-    evaluation = open_batches(config.data, 'eval')
+    part = {
+        'process_index': jax.process_index(),
+        'process_count': jax.process_count(),
+        'sharding': layout and layout.batch,
+    }
+    train = open_batches(config.data, 'train', seed=config.seed, **part)
+    evaluation = open_batches(config.data, 'eval', **part)
     description, weights = describe(config, train, evaluation), load_weights(config)
-    description['preprocessing'] = preprocessing(config, train, weights)
+    description['preprocessing'] = from_first(lambda: preprocessing(config, train, weights))
     return train, evaluation, description, weights
 
 
@@ -166,7 +193,12 @@ def make_phases(config: cfg.Config, task: Task) -> list[Steps]:
 
 
 def open_phases(
-    config: cfg.Config, description: dict[str, Any], task: Task, train, evaluation
+    config: cfg.Config,
+    description: dict[str, Any],
+    task: Task,
+    train,
+    evaluation,
+    layout: Layout | None = None,
 ) -> tuple[list[Phase], State]:
     """The phases of a run, and its state before the first step.
 
@@ -175,6 +207,7 @@ def open_phases(
         description: As `describe` gives it, with `preprocessing` under that name.
         task: Of `make_task`.
         train, evaluation: The opened batches of images.
+        layout: Of batches, on several devices.
     """
     made = make_phases(config, task)
     state = made[0].init(config.seed)
@@ -182,13 +215,19 @@ def open_phases(
     for steps, end in zip(made, task.ends):
         batches = train, evaluation
         if steps.cached:
-            batches = features(config, description, task, state, train, evaluation)
+            batches = features(config, description, task, state, train, evaluation, layout=layout)
         phases.append(Phase(steps, end, *batches))
     return phases, state
 
 
 def features(
-    config: cfg.Config, description: dict[str, Any], task: Task, state: State, train, *evaluated
+    config: cfg.Config,
+    description: dict[str, Any],
+    task: Task,
+    state: State,
+    train,
+    *evaluated,
+    layout: Layout | None = None,
 ) -> list[FeatureBatches]:
     """The frozen backbone's features in the place of images, computed where they are not kept.
 
@@ -197,6 +236,7 @@ def features(
         state: Any of the run's: the backbone is frozen.
         train: Batches of images to train on, augmented if the config says so.
         evaluated: Batches of images as they are.
+        layout: Of batches, on several devices.
     """
     extractor = Extractor(
         config,
@@ -209,9 +249,9 @@ def features(
     views = range(config.features.views) if augments else [None]
     of_train = [extractor.extract(train, view) for view in views]
     return [
-        FeatureBatches(train, of_train, config.data, 'train', config.seed),
+        FeatureBatches(train, of_train, config.data, 'train', config.seed, layout),
         *(
-            FeatureBatches(split, [extractor.extract(split)], config.data, 'eval', 0)
+            FeatureBatches(split, [extractor.extract(split)], config.data, 'eval', 0, layout)
             for split in evaluated
         ),
     ]

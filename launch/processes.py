@@ -1,0 +1,126 @@
+"""Run a launcher in several processes of this machine, as a cluster would on several.
+
+  python -m launch.processes --count=2 -- launch.train --config=experiments/small.py \\
+      --workdir=runs/small
+  python -m launch.processes --count=4 --devices=2 --restarts=3 -- launch.train …
+
+It is for trying a run of many processes out, on CPUs: accelerators of one machine need only one
+process, which `launch.train` alone is. Each process gets a share of the cores and `--distributed`;
+the first one's output is shown as it is, the others' errors with their number in front. When one
+process ends with an error all do; with --restarts they are then started again.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+from absl import flags
+
+from cnn_jax.errors import UserError
+from launch import cli
+
+COUNT = flags.DEFINE_integer('count', 2, 'How many processes.', lower_bound=1)
+DEVICES = flags.DEFINE_integer('devices', 1, 'CPU devices of each.', lower_bound=1)
+RESTARTS = flags.DEFINE_integer(
+    'restarts', 0, 'How often all are started again after one has failed or was killed.'
+)
+GRACE = 30.0  # seconds for the others to end by themselves after one has
+NATIVE = ('[Gloo]', 'E0', 'F0', 'W0', 'I0', '    @ ', '*** ')  # starts of what C++ libraries say
+
+
+def main(arguments: list[str]) -> int:
+    """Run them; returns the exit code of the first process that failed, or what all returned."""
+    if len(arguments) < 2:
+        raise UserError('no command; give it after --, e.g. -- launch.train --config=… --workdir=…')
+    command = [sys.executable, '-m', *arguments[1:], '--distributed']
+    for attempt in range(RESTARTS.value + 1):
+        if attempt:
+            print(f'starting all {COUNT.value} again ({attempt} of {RESTARTS.value})', flush=True)
+        code = Group(command, COUNT.value, DEVICES.value).wait()
+        if code in (cli.OK, cli.MISTAKE, cli.STOPPED):
+            break
+    return code
+
+
+class Group:
+    """Processes that find each other here; signals to this one are passed on to them.
+
+    Args:
+        command: What each runs.
+        count: How many.
+        devices: CPU devices of each.
+    """
+
+    def __init__(self, command: list[str], count: int, devices: int):
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            address = f'localhost:{free.getsockname()[1]}'
+        flag = f'--xla_force_host_platform_device_count={devices}'
+        cores = os.cpu_count() or 1
+        shared = {
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_COORDINATOR_ADDRESS': address,
+            'JAX_NUM_PROCESSES': str(count),
+            'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip(),
+            'NPROC': os.environ.get('NPROC', str(max(1, cores // count))),
+        }
+        self._processes, self._readers = [], []
+        for number in range(count):
+            environment = os.environ | shared | {'JAX_PROCESS_ID': str(number)}
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            self._processes.append(process)
+            for stream, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+                prefix = f'process {number}: ' if number or out is sys.stderr else ''
+                reader = threading.Thread(target=_pass_on, args=(stream, out, prefix), daemon=True)
+                reader.start()
+                self._readers.append(reader)
+
+    def wait(self) -> int:
+        """Wait for their end; the exit code of the one that failed first, or what all returned."""
+        handlers = {n: signal.signal(n, self._forward) for n in (signal.SIGTERM, signal.SIGINT)}
+        first, deadline = None, float('inf')
+        while None in (codes := [process.poll() for process in self._processes]):
+            failed = [(number, code) for number, code in enumerate(codes) if code]
+            if failed and first is None:
+                first, deadline = failed[0], time.monotonic() + GRACE
+            if time.monotonic() > deadline:
+                for process in self._processes:
+                    process.kill()
+            time.sleep(0.1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for reader in self._readers:
+            reader.join(5)
+        failed = [(number, code) for number, code in enumerate(codes) if code]
+        number, code = first or (failed or [(0, 0)])[0]
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(
+                f'failed: process {number} was ended by {name}; the others with it, and the same '
+                'command goes on from the last checkpoint',
+                file=sys.stderr,
+            )
+            return cli.FAILED
+        return code
+
+    def _forward(self, number: int, _) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def _pass_on(stream: IO[str], out: IO[str], prefix: str) -> None:
+    for line in stream:
+        if not line.startswith(NATIVE):
+            print(prefix + line, end='', file=out, flush=True)
+
+
+if __name__ == '__main__':
+    cli.run(main)
