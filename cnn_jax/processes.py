@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.errors import RunFailed, UserError
@@ -99,6 +100,7 @@ def gathered(tree: Any) -> Any:
     """
 
     def gather(leaf):
+        leaf = jnp.asarray(leaf)
         if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
             leaf = _whole(leaf)
         return np.asarray(leaf) if is_first() else None

@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up: a module may import its own group and those below.
 LAYERS = [
-    {'errors', 'cache', 'locks', 'sealed', 'rng', 'config', 'params', 'mesh', 'processes', 'runtime'},
+    {
+        'errors',
+        'cache',
+        'locks',
+        'sealed',
+        'rng',
+        'config',
+        'params',
+        'mesh',
+        'processes',
+        'runtime',
+    },
     {'nn', 'losses', 'penalties', 'data', 'pretrained'},
     {'models', 'optim', 'selfcheck'},
     {'features', 'train'},
