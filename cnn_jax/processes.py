@@ -8,6 +8,7 @@ does nothing.
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -24,6 +25,8 @@ ENDED = (
     'another process of this run has ended (see what it said last), and with it this one: the '
     'same command, started for all of them, goes on from the last checkpoint'
 )
+# In errors of collectives (JAX raises several types) and of the service by which processes meet.
+SPEAKING = re.compile('gloo|nccl|connection|coordination|unavailable|barrier|heartbeat', re.I)
 
 _at_abort: Any = None  # ctypes' callback, kept alive
 
@@ -132,9 +135,11 @@ def end(code: int) -> None:
 
 
 def explained(error: Exception) -> str:
-    """An error of JAX in words: among several processes, most likely the end of another one."""
+    """An error in words; one in speaking with the other processes means that one has ended."""
     text = f'{type(error).__name__}: {error}'
-    return f'{ENDED} ({text.splitlines()[0]})' if joined() else f'{text} (--debug shows where)'
+    if joined() and SPEAKING.search(text):
+        return f'{ENDED} ({text.splitlines()[0][:200]})'
+    return f'{text} (--debug shows where)'
 
 
 def _whole(leaf: jax.Array) -> jax.Array:

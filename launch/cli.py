@@ -99,10 +99,10 @@ def _leave(code: int) -> None:
 def _sentence(error: Exception) -> str:
     if isinstance(error, RunFailed):
         return str(error)
-    if type(error).__name__ == 'JaxRuntimeError' and 'cnn_jax.processes' in sys.modules:
-        return sys.modules['cnn_jax.processes'].explained(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f'{error.filename}: {error.strerror}; mend that, and the same command goes on'
+    if processes := sys.modules.get('cnn_jax.processes'):
+        return processes.explained(error)
     return f'{type(error).__name__}: {error} (--debug shows where)'
 
 

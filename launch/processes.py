@@ -11,6 +11,7 @@ process ends with an error all do; with --restarts they are then started again.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,7 +31,11 @@ RESTARTS = flags.DEFINE_integer(
     'restarts', 0, 'How often all are started again after one has failed or was killed.'
 )
 GRACE = 30.0  # seconds for the others to end by themselves after one has
-NATIVE = ('[Gloo]', 'E0', 'F0', 'W0', 'I0', '    @ ', '*** ')  # starts of what C++ libraries say
+# What C++ libraries say: their logs' lines, and what those go on with.
+NATIVE = re.compile(
+    r'[IWEF]\d{4} |WARNING: All log messages|\[Gloo\]|\[mutex|\s+@ |\*\*\* |'
+    r'Additional GRPC|:?UNKNOWN:|The tasks have crashed|Check failed|RPC: /'
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -118,7 +123,7 @@ class Group:
 
 def _pass_on(stream: IO[str], out: IO[str], prefix: str) -> None:
     for line in stream:
-        if not line.startswith(NATIVE):
+        if not NATIVE.match(line):
             print(prefix + line, end='', file=out, flush=True)
 
 
