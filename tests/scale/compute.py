@@ -1,80 +1,108 @@
-"""Train some steps on all devices of all processes and write down what came out.
+"""Train 50 steps on all devices of all processes, and write down what came out.
 
-Run by the tests in processes of its own: `python compute.py CONFIG STEPS OUT [fsdp] [model=N]`. The
-results are whole arrays, whatever the layout, so that they can be compared.
+Run by the tests in processes of its own. Twice: freely, from the first state; and, where the states
+of another run are given, each step from the state that the other one had before it, so that no
+rounding is carried on. Results are whole arrays, whatever the layout, so that they can be compared.
 """
 
+import argparse
 import itertools
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
+STEPS = 50
 
-def main(config_file, steps, out, *options):
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('config', type=Path, help='a config.json')
+    parser.add_argument('out', type=Path, help='a .npz file, written by process 0')
+    parser.add_argument('--states', type=Path, help='what an earlier call wrote')
+    parser.add_argument('--model', type=int, default=1)
+    parser.add_argument('--fsdp', action='store_true')
+    args = parser.parse_args()
+
     from cnn_jax import config as cfg
     from cnn_jax import processes, runtime
 
-    config = cfg.validate(cfg.from_json(Path(config_file).read_text()))
+    config = cfg.validate(cfg.from_json(args.config.read_text()))
     runtime.prepare(config.train.threads)
     if 'JAX_COORDINATOR_ADDRESS' in os.environ:
         processes.join()
 
     import jax
 
-    from cnn_jax import params
     from cnn_jax.train import metrics, setup
     from cnn_jax.train.loop import sum_metrics
     from cnn_jax.train.shared import jitted
     from cnn_jax.train.step import values_of
 
-    model = next((int(o.removeprefix('model=')) for o in options if o.startswith('model=')), 1)
-    layout = setup.layout_of(config, model=model, fsdp='fsdp' in options)
+    layout = setup.layout_of(config, model=args.model, fsdp=args.fsdp)
     *batches, description, weights = setup.open_data(config, layout)
     task = setup.make_task(config, description, weights)
     (phase, *_), state = setup.open_phases(config, description, task, *batches, layout)
     state = layout.place(state) if layout else state
     train, evaluate, _ = jitted(phase.steps, layout, state)
     values, found = values_of(config), {}
+    trained = [
+        number
+        for number, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(state))
+        if 'backbone' not in jax.tree_util.keystr(path)  # which is frozen
+    ]
 
-    def whole(tree):
-        return processes.gathered(tree)
+    def note(kind, number, state):
+        leaves = jax.tree.leaves(state)
+        for leaf, whole in enumerate(processes.gathered([leaves[k] for k in trained])):
+            found[f'{kind}/{number}/{leaf}'] = whole
 
-    losses, orders = [], []
-    for number, batch in enumerate(itertools.islice(phase.train.train(), int(steps))):
-        if number == 0:
-            found |= {'mask': dropped(batch['image'], layout)}
-        orders.append(whole(batch['index']))
+    def objective(kind, number, sums):
+        found[f'{kind} objective/{number}'] = np.float32(sums['objective'])
+
+    note('state', 0, state)
+    for number, batch in enumerate(itertools.islice(phase.train.train(), STEPS)):
+        found[f'order/{number}'] = processes.gathered(batch['index'])
+        if number in (0, STEPS - 1):
+            found[f'mask/{number}'] = kept(batch['index'], number, layout)
         state, sums = train(state, batch, values)
-        losses.append([float(sums['objective']), float(sums['gradient_norm'])])
+        objective('free', number, sums)
+        if args.states is None or number == STEPS - 1:
+            note('state', number + 1, state)
     result = metrics.result(sum_metrics(evaluate, state, phase.evaluate.evaluate(), values))
-    found |= {f'params/{k}': v for k, v in params.flatten(whole(state.params)).items()}
-    found |= {f'stats/{k}': v for k, v in params.flatten(whole(state.batch_stats)).items()}
-    found |= {'losses': losses, 'confusion': result['confusion'], 'loss': result['loss']}
-    found |= {'order': orders, 'calibration': result['calibration_error']}
-    largest = max(jax.tree.leaves(state.params), key=lambda leaf: leaf.size)
+    found |= {'confusion': result['confusion'], 'evaluation loss': result['loss']}
+    largest = max((jax.tree.leaves(state)[k] for k in trained), key=lambda leaf: leaf.size)
     found['share'] = largest.addressable_shards[0].data.size / largest.size
+
+    if args.states:
+        given = np.load(args.states)
+        for number, batch in enumerate(itertools.islice(phase.train.train(), STEPS)):
+            leaves, structure = jax.tree.flatten(state)
+            before = [given[f'state/{number}/{leaf}'] for leaf in range(len(trained))]
+            for k, leaf in zip(trained, layout.place(before)):
+                leaves[k] = leaf
+            state, sums = train(jax.tree.unflatten(structure, leaves), batch, values)
+            objective('forced', number, sums)
+            note('after', number, state)
     if processes.is_first():
-        np.savez(out, **found)
+        np.savez(args.out, **found)
 
 
-def dropped(images, layout):
-    """What dropout keeps of ones shaped like a batch, which lies as the batch does."""
+def kept(index, step, layout):
+    """Which elements dropout keeps, of images that lie as the batch does."""
     import jax
     import jax.numpy as jnp
 
     from cnn_jax import processes, rng
     from cnn_jax.nn.drop import Dropout
 
-    drop = Dropout(0.5)
+    def apply(index):
+        images = jnp.ones((len(index), 8, 8, 3))
+        rngs = {'dropout': rng.key(0, 'dropout', step)}
+        return Dropout(0.5).apply({}, images, train=True, rngs=rngs)
 
-    def apply(x):
-        rngs = {'dropout': rng.key(0, 'dropout', 3)}
-        return drop.apply({}, jnp.ones(x.shape), train=True, rngs=rngs)
-
-    return processes.gathered(jax.jit(apply, out_shardings=layout and layout.batch)(images))
+    return processes.gathered(jax.jit(apply, out_shardings=layout and layout.batch)(index))
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    main()
