@@ -101,6 +101,7 @@ def test_a_placed_state_is_the_state():
     layout = lay_out(jax.devices()[:1], [4], fsdp=True)
     tree = {'a': np.arange(6.0).reshape(2, 3), 'b': jnp.float32(2)}
     placed = layout.place(tree)
-    assert isinstance(layout, Layout) and str(layout) == 'one device, parameters divided'
+    assert isinstance(layout, Layout)
+    assert str(layout) == 'one device, parameters divided'
     np.testing.assert_array_equal(placed['a'], tree['a'])
     assert placed['b'] == 2

@@ -40,9 +40,9 @@ def main():
     from cnn_jax.train.step import values_of
 
     layout = setup.layout_of(config, model=args.model, fsdp=args.fsdp)
-    *batches, description, weights = setup.open_data(config, layout)
+    images, split, description, weights = setup.open_data(config, layout)
     task = setup.make_task(config, description, weights)
-    (phase, *_), state = setup.open_phases(config, description, task, *batches, layout)
+    (phase, *_), state = setup.open_phases(config, description, task, images, split, layout)
     state = layout.place(state) if layout else state
     train, evaluate, _ = jitted(phase.steps, layout, state)
     values, found = values_of(config), {}
@@ -75,6 +75,7 @@ def main():
     found['share'] = largest.addressable_shards[0].data.size / largest.size
 
     if args.states:
+        assert layout, 'it is compared with one device'
         given = np.load(args.states)
         for number, batch in enumerate(itertools.islice(phase.train.train(), STEPS)):
             leaves, structure = jax.tree.flatten(state)
