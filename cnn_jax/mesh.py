@@ -39,6 +39,12 @@ class Layout:
         return (sizes or 'one device') + ', parameters divided' * self.fsdp
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What a record must know of it; `lay_out` takes the last two."""
+        hosts = len({device.process_index for device in self.mesh.devices.flat})
+        return {'processes': hosts, **self.mesh.shape, 'fsdp': self.fsdp}
+
+    @property
     def batch(self) -> NamedSharding:
         """Of arrays with an axis of examples in front."""
         return NamedSharding(self.mesh, PartitionSpec(DATA))

@@ -38,12 +38,13 @@ def main(_) -> int:
     from cnn_jax.train import lr_finder, setup
 
     config = lr_finder.swept(config)
-    *batches, description, weights = setup.open_data(config)
+    layout = setup.layout_of(config)
+    images, split, description, weights = setup.open_data(config, layout)
     task = setup.make_task(config, description, weights)
-    phases, state = setup.open_phases(config, description, task, *batches)
+    phases, state = setup.open_phases(config, description, task, images, split, layout)
     rates = lr_finder.rates(LOWEST.value, HIGHEST.value, STEPS.value)
     losses = lr_finder.losses(
-        config, phases[0], state, rates, lambda tried: track(tried, 'learning rates')
+        config, phases[0], state, rates, lambda tried: track(tried, 'learning rates'), layout
     )
     lr_finder.write_csv(rates, losses, folder / 'lr_finder.csv')
     found = lr_finder.suggestion(rates, losses)

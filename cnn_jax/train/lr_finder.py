@@ -12,14 +12,15 @@ import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float64
 
 from cnn_jax import config as cfg
 from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
+from cnn_jax.mesh import Layout
 from cnn_jax.train.loop import Phase
+from cnn_jax.train.shared import jitted
 from cnn_jax.train.state import State
 from cnn_jax.train.step import values_of
 
@@ -47,6 +48,7 @@ def losses(
     state: State,
     rates: Curve,
     track: Callable[[Iterable], Iterable] = iter,
+    layout: Layout | None = None,
 ) -> Curve:
     """The training loss at each rate, until it is no longer finite or far above its lowest.
 
@@ -56,11 +58,13 @@ def losses(
         state: Before the first step; its memory is given away.
         rates: As `rates` gives them.
         track: Wraps what is gone through, to show progress.
+        layout: Of batches and state, on several devices.
 
     Returns:
         The mean loss of the batch before each step, in nats; perhaps shorter than `rates`.
     """
-    train, values = jax.jit(phase.steps.train, donate_argnums=0), values_of(config)
+    state = layout.place(state) if layout else state
+    (train, *_), values = jitted(phase.steps, layout, state), values_of(config)
     found: list[float] = []
     for rate, batch in zip(track(rates), phase.train.train(0)):
         state, sums = train(state, batch, values | {'optimizer.learning_rate': float(rate)})

@@ -4,15 +4,16 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
+from cnn_jax.mesh import Layout
 from cnn_jax.train import manifest
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.loop import Phase, entered
 from cnn_jax.train.record import read_steps
+from cnn_jax.train.shared import jitted
 from cnn_jax.train.state import State
 from cnn_jax.train.step import values_of
 
@@ -20,7 +21,13 @@ Tell = Callable[[str, str], object]  # what was compared, and how it differs (''
 
 
 def verify(
-    config: cfg.Config, phases: list[Phase], state: State, folder: Path, steps: int, tell: Tell
+    config: cfg.Config,
+    phases: list[Phase],
+    state: State,
+    folder: Path,
+    steps: int,
+    tell: Tell,
+    layout: Layout | None = None,
 ) -> bool:
     """Train the first steps again, and those after the newest checkpoint that has some after it.
 
@@ -34,6 +41,7 @@ def verify(
         folder: The work directory.
         steps: How many to train again, in both places.
         tell: Called with each comparison.
+        layout: Of batches and state, on several devices of this process.
 
     Returns:
         Whether nothing differs.
@@ -55,17 +63,19 @@ def verify(
     checkpoints = Checkpoints(folder / 'checkpoints', config)
     kept = checkpoints.steps()
     starts = [step for step in kept if step < len(recorded)]
-    train = [jax.jit(phase.steps.train, donate_argnums=0) for phase in phases]
+
+    def placed(state: State) -> State:
+        return layout.place(state) if layout else state
 
     def restored(step: int) -> State:
         blank, _ = entered(phases, phases[0].steps.init(config.seed), step)
-        return checkpoints.restore(step, blank)[0]
+        return checkpoints.restore(step, placed(blank))[0]
 
     for start in [0, *starts[:1]]:
         end = min(start + steps, len(recorded))
-        at_start = restored(start) if start else state
+        at_start = restored(start) if start else placed(state)
         again = []
-        for step, numbers, now in _trained(config, phases, train, at_start, start, end):
+        for step, numbers, now in _trained(config, phases, layout, at_start, start, end):
             again.append(numbers)
             if step in kept:
                 # Statistics of the evaluated weights are the loop's, and training never sees them.
@@ -77,7 +87,12 @@ def verify(
 
 
 def _trained(
-    config: cfg.Config, phases: list[Phase], train: list, state: State, step: int, end: int
+    config: cfg.Config,
+    phases: list[Phase],
+    layout: Layout | None,
+    state: State,
+    step: int,
+    end: int,
 ) -> Iterator[tuple[int, tuple[float, float], State]]:
     """Each step's number, its objective and gradient norm, and the state after it."""
     values = values_of(config)
@@ -85,9 +100,10 @@ def _trained(
     for number in range(current, len(phases)):
         if number > current:
             state = phases[number].steps.enter(state)
+        train, *_ = jitted(phases[number].steps, layout, state)
         batches = phases[number].train.train(step)
         while step < min(end, phases[number].end):
-            state, sums = train[number](state, next(batches), values)
+            state, sums = train(state, next(batches), values)
             step += 1
             yield step, (float(sums['objective']), float(sums['gradient_norm'])), state
 

@@ -6,8 +6,7 @@ from tests.scale import layouts
 
 pytestmark = pytest.mark.slow
 
-# Of float32, whose sums over a batch have another order on other layouts. Biases in front of a batch
-# norm have a gradient of rounding errors alone, so that a free run's are compared by its results.
+# Of float32: sums over a batch have another order on other layouts.
 STEP, STATE, RESULT = 1e-5, 1e-3, 1e-4
 
 LAYOUTS = {
