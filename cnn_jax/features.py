@@ -223,8 +223,9 @@ class FeatureBatches:
         self._pieces = [piece for view in views for piece in view]
         self._per_view, self._views = len(views[0]), len(views)
         nbytes = sum(piece.nbytes for piece in self._pieces)
+        self.streams = nbytes > data.memory_gb * 1e9  # the next batch may have to be waited for
         self._on_device = None
-        if nbytes <= data.memory_gb * 1e9:
+        if not self.streams:
             whole = np.concatenate(self._pieces) if len(self._pieces) > 1 else self._pieces[0]
             self._on_device = put(whole, layout and layout.everywhere)
             self._gather = jax.jit(

@@ -25,9 +25,13 @@ flags.disclaim_key_flags()
 flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
-def define_workdir(text: str) -> flags.FlagHolder:
-    """The --workdir flag, required."""
-    return flags.DEFINE_string('workdir', None, text, required=True)
+def define_workdir(text: str, url: bool = False) -> flags.FlagHolder:
+    """The --workdir flag, required; a URL such as gs://BUCKET/RUN where `url` says so."""
+    holder = flags.DEFINE_string('workdir', None, text, required=True)
+    if not url:
+        known = 'an object store cannot be used here; give a folder of this machine'
+        flags.register_validator(holder, lambda given: not given or '://' not in given, known)
+    return holder
 
 
 def define_config() -> flags.FlagHolder:

@@ -8,13 +8,12 @@ evaluation.json, confusion.png and reliability.png into the work directory.
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from launch import cli
 
-WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
+WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
 SPLIT = flags.DEFINE_string('split', None, "The split; by default the run's config.data.eval.")
 CHECKPOINT = flags.DEFINE_enum(
     'checkpoint',
@@ -27,25 +26,25 @@ CHECKPOINT = flags.DEFINE_enum(
 
 def main(_) -> int:
     """Evaluate; returns the exit code."""
-    folder = Path(WORKDIR.value)
-    from cnn_jax.train import workdir
+    from cnn_jax.train import mirror, workdir
 
+    folder = mirror.opened(WORKDIR.value)
     config = workdir.load_config(folder)
     print(cli.start(config.train.threads))
 
-    import jax
-
     from cnn_jax import config as cfg
     from cnn_jax.data.batches import open_batches
-    from cnn_jax.train import figures, metrics, restore, step
+    from cnn_jax.train import figures, metrics, restore, setup, step
     from cnn_jax.train.loop import sum_metrics
+    from cnn_jax.train.shared import jitted
 
     run = restore.open_run(folder, CHECKPOINT.value)
     split = SPLIT.value or config.data.eval
-    batches = open_batches(cfg.replace(config, {'data.eval': split}).data, 'eval')
-    sums = sum_metrics(
-        jax.jit(run.steps.evaluate), run.state, batches.evaluate(), step.values_of(config)
-    )
+    data, layout = cfg.replace(config, {'data.eval': split}).data, setup.layout_of(config)
+    batches = open_batches(data, 'eval', sharding=layout and layout.batch)
+    state = layout.place(run.state) if layout else run.state
+    _, evaluate, _ = jitted(run.steps, layout, state)
+    sums = sum_metrics(evaluate, state, batches.evaluate(), step.values_of(config))
     result = metrics.result(sums)
     names = run.manifest['data']['class_names']
     print(f'{config.data.source} {split}: {result["count"]:,} images, step {run.step}')
@@ -63,7 +62,9 @@ def main(_) -> int:
     workdir.write_text(folder / 'evaluation.json', json.dumps(content, indent=2) + '\n')
     figures.draw_confusion(result['confusion'], names, folder / 'confusion.png')
     figures.draw_reliability(sums, folder / 'reliability.png')
-    print(f'written: {folder}/evaluation.json, confusion.png, reliability.png')
+    written = 'evaluation.json', 'confusion.png', 'reliability.png'
+    mirror.upload(WORKDIR.value, written)
+    print(f'written: {WORKDIR.value}/{", ".join(written)}')
     return cli.OK
 
 

@@ -15,7 +15,7 @@ from absl import flags
 
 from launch import cli
 
-WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
+WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
 OUT = flags.DEFINE_string('out', None, 'The folder to make.', required=True)
 CHECKPOINT = flags.DEFINE_enum(
     'checkpoint',
@@ -28,9 +28,9 @@ CHECKPOINT = flags.DEFINE_enum(
 
 def main(_) -> int:
     """Export; returns the exit code."""
-    folder, out = Path(WORKDIR.value), Path(OUT.value)
-    from cnn_jax.train import workdir
+    from cnn_jax.train import mirror, workdir
 
+    folder, out = mirror.opened(WORKDIR.value), Path(OUT.value)
     cli.start(workdir.load_config(folder).train.threads)
 
     from cnn_jax.train import export, record, restore

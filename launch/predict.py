@@ -21,7 +21,7 @@ from absl import flags
 from cnn_jax.errors import UserError
 from launch import cli
 
-WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
+WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
 JSON = flags.DEFINE_bool('json', False, 'Print JSON instead of a table.')
 TOP = flags.DEFINE_integer('top', 3, 'How many classes to show for each image.', lower_bound=1)
 MC = flags.DEFINE_integer(
@@ -42,13 +42,13 @@ HEATMAPS = flags.DEFINE_string(
 
 def main(arguments: list[str]) -> int:
     """Predict; returns the exit code."""
-    folder = Path(WORKDIR.value)
-    from cnn_jax.train import workdir
+    from cnn_jax.train import mirror, workdir
 
     paths = list(image_paths(arguments[1:]))
     maps = Path(HEATMAPS.value) if HEATMAPS.value else None
     if maps:
         workdir.make_writable(maps, 'the folder for heat maps', '--heatmaps')
+    folder = mirror.opened(WORKDIR.value)
     cli.start(workdir.load_config(folder).train.threads)
 
     from cnn_jax.train import predict, restore

@@ -4,6 +4,7 @@
   python -m launch.train --config=experiments/strided.py --workdir=runs/mine \\
       --config.data.source=folder:photos --config.train.epochs=30
   python -m launch.train --config=experiments/small.py --workdir=runs/timed --profile
+  python -m launch.train --config=experiments/small.py --workdir=gs://bucket/small
 
 The same command again goes on where the run stopped. The work directory holds config.json,
 manifest.json, metrics.jsonl, steps.f32 (objective and gradient norm of every step), TensorBoard
@@ -15,6 +16,7 @@ adds which layers the time went to, and a trace to look at, in profile/.
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,11 @@ from cnn_jax import config as cfg
 from launch import cli
 
 CONFIG = cli.define_config()
-WORKDIR = cli.define_workdir('Folder of the run; created if missing.')
+WORKDIR = cli.define_workdir(
+    'Folder of the run; created if missing. With gs://BUCKET/FOLDER the run works in a local one, '
+    'which is uploaded after every checkpoint.',
+    url=True,
+)
 PROFILE = flags.DEFINE_bool(
     'profile',
     False,
@@ -53,15 +59,23 @@ WAIT = flags.DEFINE_bool(
 def main(_) -> int:
     """Train; returns the exit code."""
     from cnn_jax.train import manifest, workdir
+    from cnn_jax.train.mirror import Mirror, is_remote
 
-    config, folder = cli.read_config(CONFIG), Path(WORKDIR.value)
+    config = cli.read_config(CONFIG)
+    mirror = Mirror(WORKDIR.value) if is_remote(WORKDIR.value) else None
+    folder = mirror.folder if mirror else Path(WORKDIR.value)
     with contextlib.ExitStack() as stack:
 
         def claim() -> int:
             """Have the work directory; returns the threads that its run computes with."""
-            stack.enter_context(workdir.held(folder, WAIT.value))
+            stack.enter_context(workdir.held(mirror.base if mirror else folder, WAIT.value))
+            if mirror:
+                mirror.resume()
             workdir.claim(folder, config)
-            return manifest.threads(folder, config)
+            threads = manifest.threads(folder, config)
+            if mirror:  # not before all that may be refused
+                mirror.take()
+            return threads
 
         if DISTRIBUTED.value:
             settings = cli.start(config.train.threads, distributed=True)
@@ -72,10 +86,19 @@ def main(_) -> int:
         else:
             settings = cli.start(claim())
         print(settings)
-        return train(config, folder, settings)
+        if not mirror:
+            return train(config, folder, settings)
+
+        from cnn_jax.processes import from_first
+
+        code = train(config, folder, settings, lambda: from_first(mirror.push))
+        from_first(lambda: mirror.push(last=True))
+        return code
 
 
-def train(config: cfg.Config, folder: Path, settings: Any) -> int:
+def train(
+    config: cfg.Config, folder: Path, settings: Any, saved: Callable[[], object] | None = None
+) -> int:
     """Run or continue the training in `folder`, printing what a person wants to see."""
     from cnn_jax import runtime
     from cnn_jax.models.build import build
@@ -111,7 +134,7 @@ def train(config: cfg.Config, folder: Path, settings: Any) -> int:
         print(setup.parameter_table(config, phase.steps))
     now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), description)
     if layout:
-        now['machine']['layout'] = str(layout)
+        now['machine']['layout'] = layout.facts
 
     def begin() -> list[str]:
         if manifest.stored(folder) is None:  # of a run that goes on it is written down
@@ -122,21 +145,24 @@ def train(config: cfg.Config, folder: Path, settings: Any) -> int:
         print(f'note: {note}')
     rows = layers(net, shape)
     profile = Profile(folder / 'profile', [row.path for row in rows]) if PROFILE.value else None
-    outcome = loop.fit(config, task, phases, state, folder, layout=layout, profile=profile)
+    outcome = loop.fit(
+        config, task, phases, state, folder, layout=layout, profile=profile, saved=saved
+    )
     if outcome.stopped:
-        print(f'stopped and saved; the same command goes on from here ({folder})')
+        print(f'stopped and saved; the same command goes on from here ({WORKDIR.value})')
     else:
         assert outcome.metrics is not None
         times = max(count for counts in outcome.compilations for count in counts.values())
         print(f'compilations of each step in each phase: {times}')
         final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())
-        print(f'done: {final}\nresults in {folder}')
+        print(f'done: {final}\nresults in {WORKDIR.value}')
     if profile and not profile.taken:
         print('no profile: it needs three steps, the first two of which are not traced')
     if not is_first():
         return cli.STOPPED if outcome.stopped else cli.OK
     flops = [speed.training_flops(rows, phase.steps) for phase in phases]
-    facts = speed.measure(outcome.speeds, flops, config.model.dtype, clock)
+    dtype, waited = config.model.dtype, outcome.waited
+    facts = speed.measure(outcome.speeds, flops, dtype, clock, waited=waited, layout=layout)
     speed.write(folder, facts)
     print(speed.line(facts))
     return cli.STOPPED if outcome.stopped else cli.OK

@@ -8,13 +8,11 @@ What has changed since the run began (device, threads, versions, flags, data, co
 in the work directory is changed. Exit code 0: bit for bit the same; 1: something differs.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from launch import cli
 
-WORKDIR = cli.define_workdir('Folder of a run of launch.train.')
+WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
 STEPS = flags.DEFINE_integer(
     'steps', 10, 'How many steps to train again, in each of the two places.', lower_bound=1
 )
@@ -22,9 +20,9 @@ STEPS = flags.DEFINE_integer(
 
 def main(_) -> int:
     """Verify; returns the exit code."""
-    from cnn_jax.train import manifest, workdir
+    from cnn_jax.train import manifest, mirror, workdir
 
-    folder = Path(WORKDIR.value)
+    folder = mirror.opened(WORKDIR.value)
     config, before = workdir.load_config(folder), manifest.read(folder)
     settings = cli.start(manifest.threads(folder, config))
     print(settings)
@@ -34,19 +32,23 @@ def main(_) -> int:
     from cnn_jax.train import setup
     from cnn_jax.train.verify import verify
 
-    *batches, description, weights = setup.open_data(config)
+    had = before['machine'].get('layout') or {}
+    layout = setup.layout_of(config, model=had.get('model', 1), fsdp=had.get('fsdp', False))
+    images, split, description, weights = setup.open_data(config, layout)
     now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), description)
+    if layout:
+        now['machine']['layout'] = layout.facts
     changed = manifest.differences(before, now)
     for name, (old, new) in changed.items():
         print(f'changed since the run began: {name}: {old} → {new}')
     task = setup.make_task(config, description, weights)
-    phases, state = setup.open_phases(config, description, task, *batches)
+    phases, state = setup.open_phases(config, description, task, images, split, layout)
 
     def tell(what: str, difference: str) -> None:
         print(f'  differs  {what}: {difference}' if difference else f'  same     {what}')
 
-    if verify(config, phases, state, folder, STEPS.value, tell):
-        print(f'verified: what was trained again of {folder} is the same, bit for bit')
+    if verify(config, phases, state, folder, STEPS.value, tell, layout):
+        print(f'verified: what was trained again of {WORKDIR.value} is the same, bit for bit')
         return cli.OK
     print(
         f'not the same: {", ".join(changed)} changed since the run began'

@@ -5,12 +5,14 @@ Both providers yield the same batches in the same order, which `cnn_jax.data.ord
 `index` is the example's position in the source and `mask` is False for padding.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ from cnn_jax.errors import UserError
 
 Batch = dict[str, Array]
 Taken = tuple[np.ndarray, np.ndarray]  # index, mask
+PART = 32  # images that a thread reads at a time: large enough to hide the cost of handing it over
 
 
 def open_batches(
@@ -91,6 +94,8 @@ class DeviceBatches:
     With `sharding`, every device holds all images and gathers its own part of a batch.
     """
 
+    streams = False  # the next batch is never waited for
+
     def __init__(
         self,
         arrays: Arrays,
@@ -134,7 +139,17 @@ class DeviceBatches:
 
 
 class StreamBatches:
-    """Batches read, decoded and prepared by Grain's threads, ahead of the step that needs them."""
+    """Batches read, decoded and prepared by Grain's threads, ahead of the step that needs them.
+
+    The threads share the work in parts of `PART` images, written to where the batch is put
+    together. So a first batch takes all cores, and what is alive at once depends on the batch
+    and the cores, not on the source (see `images_at_once`).
+
+    Attributes:
+        streams: Whether the next batch may have to be waited for.
+    """
+
+    streams = True
 
     def __init__(
         self,
@@ -159,17 +174,23 @@ class StreamBatches:
         self._sharding = sharding
         self._image = lambda i: prepare(source.read(int(i)), resize, size, self.image_shape[-1])
 
+    @property
+    def images_at_once(self) -> int:
+        """The most images of this process that exist at any time, on the host and its devices.
+
+        Of the batches that threads work at or have ready, one on its way to the device, one in use.
+        """
+        local, parts, ahead = self._plan()
+        return (-(-ahead // parts) + 1 + 2) * local
+
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training batches from step `start_step` on."""
-        from grain import MapDataset
-
-        return self._batches(MapDataset.range(start_step, sys.maxsize).map(self._order.train))
+        return self._batches(lambda k: self._order.train(start_step + k), sys.maxsize)
 
     def evaluate(self) -> Iterator[Batch]:
         """Each example once, the last batch padded."""
-        from grain import MapDataset
-
-        return self._batches(MapDataset.source(list(self._order.evaluate())))
+        taken = list(self._order.evaluate())
+        return self._batches(taken.__getitem__, len(taken))
 
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
         """The images at the given positions, on the host."""
@@ -177,27 +198,59 @@ class StreamBatches:
             parallel_map(lambda k: self._image(index[k]), len(index), 'Decoding images')
         )
 
-    def _batches(self, taken: Any) -> Iterator[Batch]:
-        from grain import ReadOptions
+    def _plan(self) -> tuple[int, int, int]:
+        """Images of a batch here, the parts that they make, and how many parts are read ahead."""
+        local = local_size(self._order.batch, self._order.process_count)
+        parts = -(-local // PART)
+        return local, parts, max(cores() + 1, 2 * parts)
 
-        threads = cores()
-        options = ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-        batches = iter(taken.map(self._batch).to_iter_dataset(options))
-        try:
-            placed = None
+    def _batches(self, taken: Callable[[int], Taken], count: int) -> Iterator[Batch]:
+        """The batches of what is `taken` at 0…count−1.
+
+        One is on its way to the device while the one before it is in use.
+        """
+        placed = None
+        with contextlib.closing(self._read_ahead(taken, count)) as batches:
             for batch in batches:
-                # One batch is on its way to the device while the one before it is in use.
                 before, placed = placed, put(batch, self._sharding)
+                del batch  # the host's copy, as soon as the device has its own
                 if before is not None:
                     yield before
-            if placed is not None:
-                yield placed
-        finally:
-            batches.close()
+        if placed is not None:
+            yield placed
 
-    def _batch(self, taken: Taken) -> dict[str, np.ndarray]:
-        index, mask = taken
-        images = np.stack([self._image(i) for i in index])
+    def _read_ahead(
+        self, taken: Callable[[int], Taken], count: int
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        from grain import MapDataset, ReadOptions
+
+        local, parts, ahead = self._plan()
+        begun: dict[int, dict[str, np.ndarray]] = {}
+        lock = threading.Lock()
+
+        def read(part: int) -> int:
+            number, first = part // parts, part % parts * PART
+            with lock:
+                if number not in begun:
+                    begun[number] = self._unread(*taken(number))
+                batch = begun[number]
+            for row in range(first, min(first + PART, local)):
+                batch['image'][row] = self._image(batch['index'][row])
+            return part  # of None, Grain thinks that it was filtered out
+
+        whole = MapDataset.range(min(count * parts, sys.maxsize)).map(read)
+        options = ReadOptions(num_threads=cores(), prefetch_buffer_size=ahead)
+        done = iter(whole.to_iter_dataset(options))
+        try:
+            for part, _ in enumerate(done):  # in order, whichever is read first
+                if (part + 1) % parts == 0:
+                    yield begun.pop(part // parts)
+        finally:
+            done.close()
+
+    def _unread(self, index: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch with room for its images."""
+        images = np.empty((len(index), *self.image_shape), np.uint8)
         return {'image': images, 'label': self.labels[index], 'index': index, 'mask': mask}
 
 

@@ -265,7 +265,7 @@ def _reason(error: Exception) -> str:
 def _parts(state: State) -> dict[str, Any]:
     """The state as it is on the disk: without what the run does not use, as before there was it."""
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: part for name, part in parts.items() if part or name not in OPTIONAL}
+    return {name: part for name, part in parts.items() if name not in OPTIONAL or part}
 
 
 def _shapes(parts: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from cnn_jax.train.speed import Stopwatch
 from cnn_jax.train.state import State, Values
 from cnn_jax.train.step import Steps, values_of
 from cnn_jax.train.task import Task
+from cnn_jax.train.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Outcome:
     stopped: bool
     compilations: list[dict[str, int]]  # of each phase
     speeds: list[list[float]]  # images/s of the training steps of each phase, between evaluations
+    waited: list[list[float]]  # the share of that time in which the device waited for data
 
 
 def fit(
@@ -69,6 +71,7 @@ def fit(
     layout: Layout | None = None,
     live: bool | None = None,
     profile: Profile | None = None,
+    saved: Callable[[], object] | None = None,
 ) -> Outcome:
     """Train from the latest checkpoint in `folder`, or from the start, to the last step.
 
@@ -81,6 +84,7 @@ def fit(
         layout: Of batches and state, on several devices.
         live: Whether to draw a progress bar; by default on a terminal.
         profile: Traces some of the steps.
+        saved: Called after each checkpoint, in every process.
 
     Errors:
         RunFailed: The loss is no longer finite, or the disk is full.
@@ -128,7 +132,8 @@ def fit(
 
     result, best_result, compiled = None, None, []
     stop, over = False, out_of_patience(step)
-    watches = [Stopwatch(config.data.batch) for _ in phases]
+    waits = [Waiting() if phase.train.streams else None for phase in phases]
+    watches = [Stopwatch(config.data.batch, waiting) for waiting in waits]
     with Interruption() as interruption, progress:
         for note in notes:  # whoever reads them may ask to stop
             progress.say(note)
@@ -137,9 +142,9 @@ def fit(
                 state = phase.steps.enter(state)
             train_step, eval_step, estimate = jitted(phase.steps, layout, state)
             batches = phase.train.train(step)
-            watch = watches[number]
+            watch, sums = watches[number], None
             while step < phase.end and not stop and not over:
-                batch = next(batches)
+                batch = watch.next(batches, sums)
                 if profile:
                     profile.before(state)
                 state, sums = train_step(state, batch, values)
@@ -169,7 +174,8 @@ def fit(
                         sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
                     )
                     seconds = time.perf_counter() - began
-                    record.timing(step, {'images_per_second': speed, 'evaluation_seconds': seconds})
+                    timing = {'images_per_second': speed, 'evaluation_seconds': seconds}
+                    record.timing(step, timing | {'waiting_share': watch.share})
                     report(step, result, speed)
                     scores = metrics.scalars(result)
                     if config.train.patience:
@@ -185,6 +191,8 @@ def fit(
                     if config.train.patience:
                         position['best'] = dataclasses.asdict(best) if best.step else None
                     checkpoints.save(state, position, scores)
+                    if saved:
+                        saved()
                 if not watch.running:  # it has not seen the first step, which was compiled
                     jax.block_until_ready(sums)
                     watch.start(step)
@@ -206,7 +214,8 @@ def fit(
     record.close()
     checkpoints.close()
     stopped = step < total and not over
-    return Outcome(state, result, stopped, compiled, [watch.laps for watch in watches])
+    laps, waited = [watch.laps for watch in watches], [watch.waited for watch in watches]
+    return Outcome(state, result, stopped, compiled, laps, waited)
 
 
 def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> metrics.Sums:

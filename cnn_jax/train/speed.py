@@ -5,21 +5,25 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cnn_jax.data.parallel import cores
+from cnn_jax.mesh import Layout
 from cnn_jax.models.summary import Layer
 from cnn_jax.train.step import Steps
+from cnn_jax.train.waiting import Waiting
 from cnn_jax.train.workdir import write_text
 
 COMPILING = tuple(
     f'/jax/core/compile/{name}_duration'
     for name in ('jaxpr_trace', 'jaxpr_to_mlir_module', 'backend_compile')
 )
+WAITS = 0.1  # the share of the time from which on waiting for data is spoken of
 
 
 class Stopwatch:
@@ -27,15 +31,27 @@ class Stopwatch:
 
     Args:
         batch: Images a step.
+        waiting: Takes the batches, where they may have to be waited for.
 
     Attributes:
         laps: Images a second of each lap that had a step.
+        waited: The share of each of these in which the device waited for data.
+        share: That of the last lap; 0 where no step was timed.
     """
 
-    def __init__(self, batch: int):
+    def __init__(self, batch: int, waiting: Waiting | None = None):
         self.laps: list[float] = []
+        self.waited: list[float] = []
+        self.share = 0.0
+        self._waiting, self._wait, self._before = waiting, 0.0, 0.0
         self._batch, self._steps, self._seconds = batch, 0, 0.0
         self._mark: tuple[float, int] | None = None
+
+    def next(self, batches: Iterator[Any], sums: dict[str, Any] | None) -> Any:
+        """The next batch; `sums` are those of the last step, which may still be running."""
+        if self._waiting is None:
+            return next(batches)
+        return self._waiting.next(batches, sums and sums['objective'])
 
     @property
     def running(self) -> bool:
@@ -44,6 +60,7 @@ class Stopwatch:
     def start(self, step: int) -> None:
         """Go, after a step that has ended."""
         self._mark = time.perf_counter(), step
+        self._before = self._waiting.seconds if self._waiting else 0.0
 
     def stop(self, step: int) -> None:
         """Stand still, after a step that has ended."""
@@ -51,6 +68,7 @@ class Stopwatch:
             began, first = self._mark
             self._seconds += time.perf_counter() - began
             self._steps += step - first
+            self._wait += self._waiting.seconds - self._before if self._waiting else 0.0
         self._mark = None
 
     def drop(self) -> None:
@@ -59,11 +77,13 @@ class Stopwatch:
 
     def lap(self) -> float | None:
         """Images a second since the last lap; None where no step was timed."""
-        steps, seconds = self._steps, self._seconds
-        self._steps, self._seconds = 0, 0.0
+        steps, seconds, wait = self._steps, max(self._seconds, 1e-9), self._wait
+        self._steps, self._seconds, self._wait = 0, 0.0, 0.0
+        self.share = min(wait / seconds, 1.0) if steps else 0.0
         if not steps:
             return None
-        self.laps.append(steps * self._batch / max(seconds, 1e-9))
+        self.laps.append(steps * self._batch / seconds)
+        self.waited.append(self.share)
         return self.laps[-1]
 
 
@@ -154,8 +174,28 @@ def peak_memory() -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, 'process'
 
 
+def units(layout: Layout | None) -> int:
+    """How many times the peak of `calibrated_peak` a layout's devices have together.
+
+    Of accelerators, each device has it. CPU devices of one process share that process's threads,
+    and a product on one of them takes all: there each process has it.
+    """
+    if layout is None:
+        return 1
+    devices = layout.mesh.devices.flat
+    if jax.default_backend() == 'cpu':
+        return len({device.process_index for device in devices})
+    return len(devices)
+
+
 def measure(
-    speeds: Sequence[Sequence[float]], flops: Sequence[int], dtype: str, clock: CompileClock
+    speeds: Sequence[Sequence[float]],
+    flops: Sequence[int],
+    dtype: str,
+    clock: CompileClock,
+    *,
+    waited: Sequence[Sequence[float]] = (),
+    layout: Layout | None = None,
 ) -> dict[str, Any]:
     """The facts about a run's speed; measures the machine, so call it after training.
 
@@ -165,6 +205,10 @@ def measure(
         flops: Of `training_flops`, of each phase.
         dtype: Of the net's computation.
         clock: Running since the process began.
+        waited: Shares of each phase's laps, as `loop.Outcome` has them; the run's is the median
+            of the same phase, without its first lap, in which files are read for the first time,
+            where there are others.
+        layout: Of the run, on several devices.
     """
     memory, holder = peak_memory()
     facts: dict[str, Any] = {
@@ -174,13 +218,16 @@ def measure(
         'peak_memory_bytes': memory,
         'peak_memory_of': holder,
     }
-    timed = [(laps, count) for laps, count in zip(speeds, flops, strict=True) if laps]
+    timed = [number for number, laps in enumerate(speeds) if laps]
     if not timed:
         return facts
-    laps, count = timed[-1]
+    laps, count = speeds[timed[-1]], flops[timed[-1]]
+    shares = waited[timed[-1]] if waited else ()
     # A CPU computes products of bfloat16 in float32, which is what it can do at best.
     dtype = 'float32' if jax.default_backend() == 'cpu' else dtype
-    images, peak = statistics.median(laps), calibrated_peak(dtype)
+    images, peak = statistics.median(laps), calibrated_peak(dtype) * units(layout)
+    if shares:
+        facts['waiting_share'] = statistics.median(shares[1:] or shares)
     return {
         'images_per_second': images,
         'flops_per_image': count,
@@ -192,7 +239,7 @@ def measure(
 
 
 def line(facts: dict[str, Any]) -> str:
-    """The facts of `measure` in one line."""
+    """The facts of `measure` in one line; one before it if the device waited for data."""
     cache = ''
     if facts['programs_from_cache'] and not facts['programs_compiled']:
         cache = ', all from the compile cache'
@@ -202,11 +249,22 @@ def line(facts: dict[str, Any]) -> str:
     )
     if 'images_per_second' not in facts:
         return f'speed: no step trained · {cost}'
-    return (
+    share = facts.get('waiting_share', 0.0)
+    return (waits(share) + '\n') * (share > WAITS) + (
         f'speed: {facts["images_per_second"]:,.0f} images/s · '
         f'{facts["flops_per_second"] / 1e9:,.1f} GFLOP/s, {facts["fraction_of_peak"]:.0%} of the '
         f'{facts["peak_flops_per_second"] / 1e9:,.0f} of a {facts["peak_dtype"]} matrix product · '
         f'{cost}'
+    )
+
+
+def waits(share: float) -> str:
+    """What to do about a share of the time in which the device waited for data."""
+    return (
+        f'the device waited for data {share:.0%} of the time: reading and decoding on '
+        f'{cores()} core{"s" * (cores() > 1)} is slower than training. Give the process more '
+        'cores, store the images at the size that the net takes, or set config.data.memory_gb '
+        'above the size of the decoded images, which are then decoded once and stay on the device'
     )
 
 

@@ -48,6 +48,7 @@ def test_profiled_it_leaves_a_trace_and_ends_with_its_speed(launch, tiny, tiny_r
     facts = json.loads((tmp_path / 'speed.json').read_text())
     assert f'speed: {facts["images_per_second"]:,.0f} images/s' in last
     assert 0 < facts['fraction_of_peak'] < 1
+    assert 0 <= facts['waiting_share'] <= 1
     for words in ('GFLOP/s', '% of the', 'compiling', 'peak memory'):
         assert words in last, words
 

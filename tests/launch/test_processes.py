@@ -57,7 +57,8 @@ def signalled(group, folder, number, which=None):
     """Signal the group, or one of its processes, once there is a checkpoint."""
     deadline = time.monotonic() + 120
     while not list(folder.glob('checkpoints/step_*/seal.json')):
-        assert group.poll() is None and time.monotonic() < deadline
+        assert group.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     target = psutil.Process(group.pid)
     if which is not None:
@@ -140,3 +141,13 @@ def test_without_others_distributed_says_how_they_are_found(launch, tiny, tmp_pa
     done = launch('train', *tiny, f'--workdir={tmp_path}/run', '--distributed', check=2)
     assert 'JAX_COORDINATOR_ADDRESS=HOST:PORT' in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_on_several_devices_is_verified_on_as_many(launch, tiny, tmp_path):
+    folder, four = tmp_path / 'run', {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+    done = launch('train', *tiny, f'--workdir={folder}', '--fsdp', check=0, **four)
+    assert '4 × cpu, data 4, parameters divided' in done.stdout
+    launch('verify', f'--workdir={folder}', check=0, **four)
+    launch('evaluate', f'--workdir={folder}', check=0, **four)
+    done = launch('verify', f'--workdir={folder}', check=1)
+    assert 'changed since the run began: layout' in done.stdout

@@ -2,10 +2,12 @@
 
 import json
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cnn_jax.models.build import build
@@ -124,3 +126,17 @@ def test_without_a_trained_step_the_cost_is_told():
     clock.misses = 1
     line = speed.line(speed.measure([[]], [7], 'float32', clock))
     assert line.startswith('speed: no step trained · compiling 0.0 s · peak memory')
+
+
+@pytest.mark.parametrize(('platform', 'count'), [('cpu', 2), ('gpu', 8)])
+def test_the_peak_is_that_of_all_devices_of_the_layout(platform, count, monkeypatch):
+    """Eight devices of two processes: on CPUs, those of a process share its threads."""
+    devices = np.array([SimpleNamespace(process_index=k // 4) for k in range(8)]).reshape(4, 2)
+    layout: Any = SimpleNamespace(mesh=SimpleNamespace(devices=devices))
+    monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+    monkeypatch.setattr(speed, 'calibrated_peak', lambda dtype: 2e9)
+    assert (speed.units(layout), speed.units(None)) == (count, 1)
+    clock = speed.CompileClock()
+    facts = speed.measure([[10.0]], [10**8], 'float32', clock, layout=layout)
+    assert facts['peak_flops_per_second'] == count * 2e9
+    assert facts['fraction_of_peak'] == 0.5 / count
