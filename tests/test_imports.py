@@ -28,7 +28,7 @@ LAYERS = [
     {'nn', 'losses', 'penalties', 'data', 'pretrained'},
     {'models', 'optim', 'selfcheck'},
     {'features', 'train'},
-    {'ablation'},
+    {'ablation', 'scaling'},
     {'launch'},
 ]
 RUNTIME_USERS = {'train', 'ablation', 'launch', 'selfcheck'}

@@ -96,8 +96,12 @@ elif verb == 'ssh':
             time.sleep(0.05)
         broken.unlink()
         for shell in shells:  # the real one tries again after ssh has ended with 255
+            children = Path(f'/proc/{shell.pid}/task/{shell.pid}/children').read_text().split()
             shell.kill()
             shell.wait()
+            for child in children:  # and with it what it reads the log with
+                if Path(f'/proc/{child}/comm').read_text().strip() in ('tail', 'sed'):
+                    os.kill(int(child), signal.SIGKILL)
     codes = [shell.wait() for shell in shells]
     sys.exit(next((code for code in codes if code), 0))
 else:
