@@ -36,6 +36,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+def insert(page: Path, name: str, text: str) -> None:
+    """Put a text between a page's `<!-- name -->` and `<!-- /name -->`."""
+    start, end = f'<!-- {name} -->', f'<!-- /{name} -->'
+    before, _, rest = page.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f'{page} has no {start} … {end}')
+    page.write_text(f'{before}{start}\n{text}\n{end}{after}')
+
+
 def quartiles(values: Sequence[float], digits: int = 1) -> str:
     """`median [first quartile–third quartile]`."""
     low, middle, high = np.percentile(values, [25, 50, 75])

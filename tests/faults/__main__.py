@@ -5,7 +5,6 @@ python -m tests.faults --only=killed --write  # --write puts the whole table int
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,6 @@ from pathlib import Path
 from benchmarks import results
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKS = '<!-- survived -->', '<!-- /survived -->'
 
 # Kind of fault, what must come out, and the tests that try it.
 KINDS = [
@@ -106,14 +104,7 @@ def main() -> int:
     text = f'{table}\n\n{results.conditions("jaxlib")}.'
     print(text)
     if given.write:
-        path, (start, end) = ROOT / 'README.md', MARKS
-        whole = re.sub(
-            f'{start}.*{end}',
-            lambda _: f'{start}\n{text}\n{end}',
-            path.read_text(),
-            flags=re.DOTALL,
-        )
-        path.write_text(whole)
+        results.insert(ROOT / 'README.md', 'survived', text)
     return 0 if all_survived else 1
 
 

@@ -164,12 +164,18 @@ def _train(config: str, folder: Path, kill: Kill) -> None:
     os.environ['CNN_JAX_CACHE'] = str(folder / 'cache')
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     operations = _count_operations(folder, kill)
-    from cnn_jax.train import restore, workdir
+    from absl import flags
+
+    from cnn_jax import runtime
+    from cnn_jax.train import manifest, restore, workdir
     from cnn_jax.train.checkpoint import digest
     from launch.train import train
 
+    flags.FLAGS(['train', f'--workdir={folder}'])
+    read = cfg.from_json(config)
     with workdir.held(folder):
-        code = train(cfg.from_json(config), folder)
+        workdir.claim(folder, read)
+        code = train(read, folder, runtime.prepare(manifest.threads(folder, read)))
     if code:
         sys.exit(code)
     count = operations[0]

@@ -47,6 +47,13 @@ def vgg16() -> cfg.Config:
     return config
 
 
+LAYOUTS = {
+    '8 devices': {'devices': 8},
+    '8 devices, parameters divided': {'devices': 8, 'fsdp': True},
+    '8 devices, matrices halved': {'devices': 8, 'model': 2},
+    '2 processes': {'processes': 2},
+    '4 processes of 2 devices': {'processes': 4, 'devices': 2},
+}
 CONFIGS = {'strided': strided, 'ghost': ghost, 'vgg16': vgg16}
 
 

@@ -3,18 +3,12 @@
 import pytest
 
 from tests.scale import layouts
+from tests.scale.layouts import LAYOUTS
 
 pytestmark = pytest.mark.slow
 
 ROUNDING = 1e-5  # of float32: sums over a batch have another order on other layouts
 
-LAYOUTS = {
-    '8 devices': {'devices': 8},
-    '8 devices, parameters divided': {'devices': 8, 'fsdp': True},
-    '8 devices, matrices halved': {'devices': 8, 'model': 2},
-    '2 processes': {'processes': 2},
-    '4 processes of 2 devices': {'processes': 4, 'devices': 2},
-}
 CASES = [
     *(('strided', layout) for layout in ('8 devices', '2 processes', '4 processes of 2 devices')),
     *(('vgg16', layout) for layout in LAYOUTS),
