@@ -170,17 +170,17 @@ def test_a_stream_that_is_left_ends_its_threads(folder):
     folder.stream = 'always'
 
     def readers():
-        return [t for t in threading.enumerate() if t.name.startswith('grain')]
+        return {t for t in threading.enumerate() if t.name.startswith('grain')}
 
-    before = len(readers())
+    others = readers()  # of streams that end meanwhile
     stream = open_batches(folder, 'train').train()
     next(stream)
-    assert len(readers()) > before
+    assert readers() - others
     stream.close()
     deadline = time.monotonic() + 10
-    while len(readers()) > before and time.monotonic() < deadline:
+    while readers() - others and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(readers()) == before
+    assert not readers() - others
 
 
 SHARDED = """

@@ -20,7 +20,13 @@ def undisturbed(config, tmp_path_factory):
     return runs.whole(config, folder / 'second')
 
 
-@pytest.mark.parametrize('kills', [20, pytest.param(200, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    'kills',
+    [
+        pytest.param(20, marks=pytest.mark.slow),
+        pytest.param(200, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_killed_at_any_moment_it_ends_with_the_same_bits(
     config, undisturbed, tmp_path, kills, record_property
 ):

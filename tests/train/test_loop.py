@@ -86,6 +86,7 @@ def test_killed_in_either_phase_it_goes_on_to_the_same_bits(small, fit_again, ki
         assert record == lines(tmp_path / 'run'), step
 
 
+@pytest.mark.slow
 def test_killed_with_all_that_a_state_can_hold_it_goes_on_to_the_same_bits(
     small, fit_again, killed_run, tmp_path
 ):
