@@ -440,6 +440,12 @@ def _validate_combinations(config: Config) -> None:
             f'config.data.resize is {config.data.resize} but config.data.size is 0; '
             'say the size in pixels'
         )
+    augment = config.augment
+    if augment.erase_least > augment.erase_most:
+        raise UserError(
+            f'config.augment.erase_least ({augment.erase_least:g}) is above '
+            f'config.augment.erase_most ({augment.erase_most:g}); lower it'
+        )
     if config.data.batch % config.optimizer.accumulate:
         raise UserError(
             f'config.optimizer.accumulate ({config.optimizer.accumulate}) must divide '

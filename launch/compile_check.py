@@ -98,19 +98,22 @@ def check(config, known, topology, all_found: list[dict]) -> None:
         )
         found |= {'phase': program.phase, 'layout': str(program.layout), 'batch': program.batch}
         found |= {'dtype': config.model.dtype, 'hosts': program.hosts}
-        used = program.layout.mesh.size
-        print(
-            f'{topology}, {program.chips} × {topology.chip.kind} on {program.hosts} hosts, '
-            f'{program.layout}'
-            + f' (only {used} chips can share the batch)'
-            * (used < program.chips)
-            + f'; {config.model.dtype}, {program.batch:,} examples a step, {batch:,} a chip; phase '
-            f'{program.phase}, compiled in {program.seconds:.0f} s',
-            *report.lines(found, topology.chip),
-            sep='\n',
-            flush=True,
-        )
+        print(title(program, topology, config.model.dtype), flush=True)
+        print(*report.lines(found, topology.chip), sep='\n', flush=True)
         all_found.append(found)
+
+
+def title(program, topology, dtype: str) -> str:
+    """What was compiled, and for what."""
+    hosts = f'{program.hosts} host{"s" * (program.hosts > 1)}'
+    used = program.layout.mesh.size
+    spare = f' (only {used} chips can share the batch)' if used < program.chips else ''
+    each = program.batch // program.layout.mesh.shape['data']
+    return (
+        f'{topology}, {program.chips} × {topology.chip.kind} on {hosts}, {program.layout}{spare}; '
+        f'{dtype}, {program.batch:,} examples a step, {each:,} a chip; phase {program.phase}, '
+        f'compiled in {program.seconds:.0f} s'
+    )
 
 
 def one_chip(all_found: list[dict], topology, phase: int, batch: int) -> float | None:

@@ -54,6 +54,7 @@ def test_unknown_and_mistyped_fields_are_named(changes, sentence):
         ({'data.resize': 'crop'}, 'config.data.size'),
         ({'optimizer.accumulate': 3}, 'must divide'),
         ({'optimizer.schedule': 'step'}, 'config.optimizer.boundaries'),
+        ({'augment.erase_least': 0.5}, 'is above config.augment.erase_most'),
     ],
 )
 def test_validation_says_what_is_wrong_and_what_would_do(changes, sentence):

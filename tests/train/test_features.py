@@ -165,6 +165,14 @@ def test_always_refuses_a_network_without_a_frozen_backbone(lines):
         lines(model__name='strided_net', train__frozen=(), features__cache='always')
 
 
+@pytest.mark.parametrize('mix', ['mixup', 'cutmix'])
+def test_mixed_images_have_no_features_of_their_own(lines, cache, mix):
+    with pytest.raises(UserError, match='mixes the images of each batch'):
+        lines(**{f'augment__{mix}': 0.5}, features__views=2, features__cache='always')
+    lines(**{f'augment__{mix}': 0.5}, features__views=2)
+    assert not files(cache)
+
+
 def test_a_second_phase_that_unfreezes_trains_on_images(lines, cache):
     run = lines(unfreeze__epochs=1.0, unfreeze__frozen=('*block1_conv1/*',))
     assert files(cache)
