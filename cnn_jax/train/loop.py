@@ -104,8 +104,10 @@ def fit(
         before, number = entered(phases, phases[0].steps.init(config.seed), saved)
         if saved:
             before, _ = checkpoints.restore(saved, before)
+        before = layout.place(before) if layout else before
         progress.say(f'step {failing} is not finite: repeating it from step {saved} to see why')
-        number, before, batch = nonfinite.replay(phases, number, before, saved, failing, values)
+        found = nonfinite.replay(phases, number, before, saved, failing, values, layout)
+        number, before, batch = jax.device_get(found) if layout else found
         return nonfinite.locate(config, task, number, phases[number].steps.cached, before, batch)
 
     meter = Meter(checkpoints, record, explain)

@@ -19,7 +19,9 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.data.batches import Batch
+from cnn_jax.mesh import Layout
 from cnn_jax.train.metrics import Sums
+from cnn_jax.train.shared import jitted
 from cnn_jax.train.state import State, Values
 from cnn_jax.train.step import make_steps, values_of
 from cnn_jax.train.task import Task
@@ -31,7 +33,13 @@ Output = tuple[str, Any, Any]  # layer, whether each example is finite, whether 
 
 
 def replay(
-    phases: Sequence[Any], number: int, state: State, step: int, failing: int, values: Values
+    phases: Sequence[Any],
+    number: int,
+    state: State,
+    step: int,
+    failing: int,
+    values: Values,
+    layout: Layout | None = None,
 ) -> tuple[int, State, Batch]:
     """Repeat a run up to its failing step.
 
@@ -42,13 +50,14 @@ def replay(
         step: Less than `failing`.
         failing: The step to look into, counted from 1.
         values: As the steps take them.
+        layout: Of batches and state, on several devices.
 
     Returns:
         The number of the failing step's phase, the state before the step, and its batch.
     """
     while True:
         phase = phases[number]
-        train = jax.jit(phase.steps.train, donate_argnums=0)
+        train, *_ = jitted(phase.steps, layout, state)
         batches = phase.train.train(step)
         while step < phase.end:
             batch = next(batches)

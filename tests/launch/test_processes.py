@@ -143,6 +143,13 @@ def test_without_others_distributed_says_how_they_are_found(launch, tiny, tmp_pa
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_loss_that_is_not_finite_is_looked_into_on_several_devices(launch, tiny, tmp_path):
+    flags = '--config.optimizer.learning_rate=1e30', '--config.optimizer.warmup_epochs=0'
+    four = {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+    done = launch('train', *tiny, *flags, f'--workdir={tmp_path}/run', check=1, **four)
+    assert re.search(r'^failed: .*step \d+.* (layer|output|parameter|loss)', done.stderr, re.M)
+
+
 def test_a_run_on_several_devices_is_verified_on_as_many(launch, tiny, tmp_path):
     folder, four = tmp_path / 'run', {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
     done = launch('train', *tiny, f'--workdir={folder}', '--fsdp', check=0, **four)
