@@ -112,8 +112,8 @@ def lay_out(
     parts, rest = divmod(len(ordered), model)
     if rest or len(ordered) // hosts % model:
         raise UserError(
-            f'--model_parallel={model} does not divide the {len(ordered) // hosts} devices of a '
-            'process; choose a divisor'
+            f'--model_parallel={model} does not divide the number of devices of a process, '
+            f'{len(ordered) // hosts}; choose a divisor'
         )
     common = math.gcd(*batches)
     if hosts == 1:

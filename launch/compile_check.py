@@ -2,7 +2,7 @@
 
   python -m launch.compile_check --config=experiments/strided.py --topology=v5e:2x4
   python -m launch.compile_check --config=experiments/strided.py --topology=v5e:2x4,v6e:2x4 \\
-      --batch_per_chip=128 --config.model.dtype=bfloat16 --json=cost.json
+      --batch_per_chip=32 --config.model.dtype=bfloat16 --json=cost.json
 
 libtpu, the compiler for TPUs, needs no TPU. It needs an environment of its own:
 

@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
     """Run them; returns the exit code of the first process that failed, or what all returned."""
     if len(arguments) < 2:
         raise UserError('no command; give it after --, e.g. -- launch.train --config=… --workdir=…')
+    if arguments[1] != 'launch.train':
+        raise UserError(f'{arguments[1]} runs in one process; launch.train alone runs in several')
     command = [sys.executable, '-m', *arguments[1:], '--distributed']
     for attempt in range(RESTARTS.value + 1):
         if attempt:

@@ -34,7 +34,7 @@ def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layo
         config: A validated config.
         model, fsdp: As `mesh.lay_out` takes them.
     """
-    if jax.device_count() == 1:
+    if jax.device_count() == model == 1:
         return None
     data = config.data
     sizes = data.batch // config.optimizer.accumulate, data.eval_batch or data.batch

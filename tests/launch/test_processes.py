@@ -137,6 +137,20 @@ def test_mistakes_are_told_once_and_not_repeated(start, tmp_path):
     assert 'again' not in out
 
 
+@pytest.mark.parametrize(
+    ('command', 'told'),
+    [
+        (['processes'], 'no command; give it after --'),
+        (['processes', '--', 'launch.evaluate', '--workdir=x'], 'launch.evaluate runs in one'),
+        (['train', '--model_parallel=2'], 'does not divide the number of devices of a process, 1'),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(launch, tiny, tmp_path, command, told):
+    if command[0] == 'train':
+        command = [*command, *tiny, f'--workdir={tmp_path}/run']
+    assert told in launch(*command, check=2).stderr
+
+
 def test_without_others_distributed_says_how_they_are_found(launch, tiny, tmp_path):
     done = launch('train', *tiny, f'--workdir={tmp_path}/run', '--distributed', check=2)
     assert 'JAX_COORDINATOR_ADDRESS=HOST:PORT' in done.stderr
