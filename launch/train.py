@@ -10,8 +10,8 @@ The same command again goes on where the run stopped. The work directory holds c
 manifest.json, metrics.jsonl, steps.f32 (objective and gradient norm of every step), TensorBoard
 events, curves.png, speed.json, checkpoints/ and, if images were left out, skipped.csv.
 
-All devices that JAX finds share each batch, of one process or, with --distributed, of several; those
-on CPUs of this machine can be tried out with launch.processes.
+All devices that JAX finds share each batch, of one process or, with --distributed, of several;
+launch.processes tries the latter out on this machine.
 
 The last line says how fast the run was: images and FLOP a second, the latter as a share of what a
 plain matrix product reaches here, the time spent compiling, and the most memory held. --profile
