@@ -5,6 +5,14 @@ elements, channels or blocks after each pair, Gaussian factors of the same varia
 on the images, and branches dropped at random, against a residual net that keeps all of them.
 
   python -m launch.ablate --config=experiments/noise.py --workdir=runs/noise
+
+Answer (n = 5 seeds, 200 steps, 1,000 test images, 2026-11-25, two cores of an Intel Xeon server,
+jaxlib 0.10.2; accuracy against none, which has 89.8%, in points, 95% CI, Holm-corrected p):
+elements +0.7 (−0.5 to 1.9, p = 0.57), channels +0.5 (−0.2 to 1.1, p = 0.49), blocks +0.7 (0.2 to
+1.1, p = 0.065), gaussian +0.4 (−1.1 to 1.9, p = 0.73), input noise −0.2 (−0.7 to 0.3, p = 0.73),
+residual −4.6 (−5.8 to −3.4, p = 0.003), residual, stochastic depth −5.0 (−5.6 to −4.4, p < 0.001).
+On the digits no noise is told apart from none by five seeds, blocks come closest; the residual net,
+which has no normalization here, is worse with and without skipping.
 """
 
 from experiments.baseline import get_config as get_config

@@ -5,6 +5,15 @@ the gradient, smaller and larger batches, other learning rates. The epochs are t
 batches of 25 take twice as many steps, and SAM two gradients a step.
 
   python -m launch.ablate --config=experiments/optimization.py --workdir=runs/optimization
+
+Answer (n = 5 seeds, 200 steps, 1,000 test images, 2026-11-25, two cores of an Intel Xeon server,
+jaxlib 0.10.2; accuracy against none, which has 89.8%, in points, 95% CI, Holm-corrected p): EMA
+0.95 0.00 (0.00 to 0.00, p = 1.00), SWA from epoch 10 −0.02 (−0.08 to 0.04, p = 1.00), SAM 0.05 +0.2
+(−0.5 to 1.0, p = 1.00), gradient noise 0.01 −1.8 (−2.6 to −1.0, p = 0.028), batch 25 +0.7 (−0.3 to
+1.6, p = 0.60), batch 100 −0.4 (−1.3 to 0.4, p = 0.93), learning rate 3e-4 −1.4 (−2.0 to −0.8, p =
+0.028), learning rate 3e-3 +0.9 (0.5 to 1.4, p = 0.035). On the digits a larger learning rate helps
+and a smaller one hurts, as does noise on the gradient; averaging changes nothing, since the cosine
+schedule has ended at rate 0, and SAM's gain is within the noise at twice the cost.
 """
 
 from experiments.baseline import get_config as get_config
