@@ -90,23 +90,30 @@ class Group:
                 self._readers.append(reader)
 
     def wait(self) -> int:
-        """Wait for their end; the exit code of the one that failed first, or what all returned."""
+        """Wait for their end; the exit code of the one that failed first, or what all returned.
+
+        One that a signal has ended is the cause, whichever is seen first.
+        """
         handlers = {n: signal.signal(n, self._forward) for n in (signal.SIGTERM, signal.SIGINT)}
-        first, deadline = None, float('inf')
-        while None in (codes := [process.poll() for process in self._processes]):
-            failed = [(number, code) for number, code in enumerate(codes) if code]
-            if failed and first is None:
-                first, deadline = failed[0], time.monotonic() + GRACE
+        failed: dict[int, int] = {}
+        deadline = float('inf')
+        while True:
+            codes = [process.poll() for process in self._processes]
+            failed |= {number: code for number, code in enumerate(codes) if code}
+            if None not in codes:
+                break
+            if failed and deadline == float('inf'):
+                deadline = time.monotonic() + GRACE
             if time.monotonic() > deadline:
                 for process in self._processes:
                     process.kill()
+                break
             time.sleep(0.1)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for reader in self._readers:
             reader.join(5)
-        failed = [(number, code) for number, code in enumerate(codes) if code]
-        number, code = first or (failed or [(0, 0)])[0]
+        number, code = min(failed.items(), key=lambda item: item[1] >= 0, default=(0, 0))
         if code < 0:
             name = signal.Signals(-code).name
             print(
