@@ -34,6 +34,19 @@ def define_workdir(text: str, url: bool = False) -> flags.FlagHolder:
     return holder
 
 
+def define_layout() -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """The flags --model_parallel and --fsdp, as `mesh.lay_out` takes them."""
+    model = flags.DEFINE_integer(
+        'model_parallel', 1, 'How many devices share each large matrix.', lower_bound=1
+    )
+    fsdp = flags.DEFINE_bool(
+        'fsdp',
+        False,
+        'Divide every large array of the state among the devices that share the batch.',
+    )
+    return model, fsdp
+
+
 def define_config() -> flags.FlagHolder:
     """The --config=FILE flag with its --config.KEY=VALUE overrides, required."""
     from ml_collections import config_flags

@@ -39,12 +39,7 @@ BATCH = flags.DEFINE_integer(
     'Examples a step and chip, in the place of config.data.batch, which counts those of all chips.',
     lower_bound=0,
 )
-MODEL_PARALLEL = flags.DEFINE_integer(
-    'model_parallel', 1, 'How many chips share each large matrix.', lower_bound=1
-)
-FSDP = flags.DEFINE_bool(
-    'fsdp', False, 'Divide every large array of the state among the chips that share the batch.'
-)
+MODEL_PARALLEL, FSDP = cli.define_layout()
 CLASSES = flags.DEFINE_integer(
     'classes',
     0,

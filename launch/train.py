@@ -41,13 +41,7 @@ PROFILE = flags.DEFINE_bool(
     'time went.',
 )
 
-
-MODEL_PARALLEL = flags.DEFINE_integer(
-    'model_parallel', 1, 'How many devices share each large matrix.', lower_bound=1
-)
-FSDP = flags.DEFINE_bool(
-    'fsdp', False, 'Divide every large array of the state among the devices that share the batch.'
-)
+MODEL_PARALLEL, FSDP = cli.define_layout()
 DISTRIBUTED = flags.DEFINE_bool(
     'distributed',
     False,
