@@ -36,13 +36,13 @@ def main(_) -> int:
     from cnn_jax.data.batches import open_batches
     from cnn_jax.train import figures, metrics, restore, setup, step
     from cnn_jax.train.loop import sum_metrics
-    from cnn_jax.train.shared import jitted
+    from cnn_jax.train.shared import jitted, placed
 
     run = restore.open_run(folder, CHECKPOINT.value)
     split = SPLIT.value or config.data.eval
     data, layout = cfg.replace(config, {'data.eval': split}).data, setup.layout_of(config)
     batches = open_batches(data, 'eval', sharding=layout and layout.batch)
-    state = layout.place(run.state) if layout else run.state
+    state = placed(run.state, layout)
     _, evaluate, _ = jitted(run.steps, layout, state)
     sums = sum_metrics(evaluate, state, batches.evaluate(), step.values_of(config))
     result = metrics.result(sums)

@@ -21,7 +21,7 @@ from cnn_jax.train.meter import Meter
 from cnn_jax.train.profile import Profile
 from cnn_jax.train.progress import Progress
 from cnn_jax.train.record import Record
-from cnn_jax.train.shared import SharedCheckpoints, Unrecorded, jitted, open_checkpoints
+from cnn_jax.train.shared import SharedCheckpoints, Unrecorded, jitted, open_checkpoints, placed
 from cnn_jax.train.speed import Stopwatch
 from cnn_jax.train.state import State, Values
 from cnn_jax.train.step import Steps, values_of
@@ -94,7 +94,7 @@ def fit(
     values = values_of(config)
     checkpoints = open_checkpoints(folder / 'checkpoints', config, layout)
     record = Record(folder) if processes.is_first() else Unrecorded(folder)
-    state = layout.place(state) if layout else state
+    state = placed(state, layout)
 
     def explain(failing: int) -> str:
         """Where a step stopped being finite, from the run repeated up to it."""
@@ -104,7 +104,7 @@ def fit(
         before, number = entered(phases, phases[0].steps.init(config.seed), saved)
         if saved:
             before, _ = checkpoints.restore(saved, before)
-        before = layout.place(before) if layout else before
+        before = placed(before, layout)
         progress.say(f'step {failing} is not finite: repeating it from step {saved} to see why')
         found = nonfinite.replay(phases, number, before, saved, failing, values, layout)
         number, before, batch = jax.device_get(found) if layout else found

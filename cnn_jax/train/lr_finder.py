@@ -20,7 +20,7 @@ from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
 from cnn_jax.mesh import Layout
 from cnn_jax.train.loop import Phase
-from cnn_jax.train.shared import jitted
+from cnn_jax.train.shared import jitted, placed
 from cnn_jax.train.state import State
 from cnn_jax.train.step import values_of
 
@@ -63,7 +63,7 @@ def losses(
     Returns:
         The mean loss of the batch before each step, in nats; perhaps shorter than `rates`.
     """
-    state = layout.place(state) if layout else state
+    state = placed(state, layout)
     (train, *_), values = jitted(phase.steps, layout, state), values_of(config)
     found: list[float] = []
     for rate, batch in zip(track(rates), phase.train.train(0)):

@@ -32,6 +32,11 @@ def jitted(steps: Steps, layout: Layout | None, state: State) -> tuple[Any, Any,
     )
 
 
+def placed(state: State, layout: Layout | None) -> State:
+    """A state where it belongs: on several devices, as the layout says."""
+    return layout.place(state) if layout else state
+
+
 def open_checkpoints(
     folder: Path, config: cfg.Config, layout: Layout | None
 ) -> 'Checkpoints | SharedCheckpoints':

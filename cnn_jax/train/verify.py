@@ -13,7 +13,7 @@ from cnn_jax.train import manifest
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.loop import Phase, entered
 from cnn_jax.train.record import read_steps
-from cnn_jax.train.shared import jitted
+from cnn_jax.train.shared import jitted, placed
 from cnn_jax.train.state import State
 from cnn_jax.train.step import values_of
 
@@ -64,16 +64,13 @@ def verify(
     kept = checkpoints.steps()
     starts = [step for step in kept if step < len(recorded)]
 
-    def placed(state: State) -> State:
-        return layout.place(state) if layout else state
-
     def restored(step: int) -> State:
         blank, _ = entered(phases, phases[0].steps.init(config.seed), step)
-        return checkpoints.restore(step, placed(blank))[0]
+        return checkpoints.restore(step, placed(blank, layout))[0]
 
     for start in [0, *starts[:1]]:
         end = min(start + steps, len(recorded))
-        at_start = restored(start) if start else placed(state)
+        at_start = restored(start) if start else placed(state, layout)
         again = []
         for step, numbers, now in _trained(config, phases, layout, at_start, start, end):
             again.append(numbers)
