@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,20 @@ def start():
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
     return call
+
+
+@pytest.fixture(scope='session')
+def until_saved():
+    """Waits until a process that trains in a folder has saved a checkpoint."""
+
+    def wait(process, folder):
+        deadline = time.monotonic() + 120
+        while not list(folder.glob('checkpoints/step_*/seal.json')):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    return wait
 
 
 @pytest.fixture(scope='session')

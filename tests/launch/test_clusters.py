@@ -486,14 +486,12 @@ def test_a_slurm_job_of_several_tasks_is_queued_again_when_that_may_help(
 
 
 @pytest.mark.slow
-def test_a_slurm_job_of_two_real_processes_saves_and_goes_on(slurm, tiny, tmp_path):
+def test_a_slurm_job_of_two_real_processes_saves_and_goes_on(slurm, until_saved, tiny, tmp_path):
     start, folder = slurm
     run = tmp_path / 'run'
     flags = (*tiny, '--config.train.epochs=2000', f'--workdir={run}')
     job = start(*flags, JAX_PLATFORMS='cpu')
-    deadline = time.monotonic() + 120
-    while not list(run.glob('checkpoints/step_*/seal.json')) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until_saved(job, run)
     job.send_signal(signal.SIGTERM)  # B:TERM goes to the script's shell alone
     printed, _ = job.communicate(timeout=90)
     assert job.returncode == os.EX_TEMPFAIL, printed

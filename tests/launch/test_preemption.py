@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import kubernetes_validate
@@ -39,13 +38,13 @@ def slurm(tmp_path):
     return start, calls
 
 
-def test_a_slurm_job_that_is_preempted_saves_and_is_queued_again(slurm, tiny, tmp_path):
+def test_a_slurm_job_that_is_preempted_saves_and_is_queued_again(
+    slurm, until_saved, tiny, tmp_path
+):
     start, calls = slurm
     folder = tmp_path / 'run'
     job = start(*tiny, '--config.train.epochs=2000', f'--workdir={folder}')
-    deadline = time.monotonic() + 120
-    while not list(folder.glob('checkpoints/step_*/seal.json')) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until_saved(job, folder)
     job.send_signal(signal.SIGTERM)  # B:TERM goes to the script's shell alone
     printed, _ = job.communicate(timeout=60)
     assert job.returncode == os.EX_TEMPFAIL, printed

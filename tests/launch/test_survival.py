@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,11 @@ def record(folder):
 
 
 @pytest.fixture
-def long_run(start, tiny, tmp_path):
+def long_run(start, until_saved, tiny, tmp_path):
     """A running process that would train for minutes, after its first checkpoint."""
     folder = tmp_path / 'long'
     process = start('train', *tiny, '--config.train.epochs=2000', f'--workdir={folder}')
-    deadline = time.monotonic() + 120
-    while not list(folder.glob('checkpoints/step_*/seal.json')) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until_saved(process, folder)
     assert process.poll() is None
     yield folder, process
     process.kill()
