@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import RunFailed, UserError
+from cnn_jax.validation import validate
 
 OK, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 
@@ -65,7 +66,7 @@ def read_config(holder: flags.FlagHolder) -> cfg.Config:
     config = holder.value
     if not isinstance(config, cfg.Config):
         raise UserError('--config is missing; give an experiment file, e.g. experiments/small.py')
-    return cfg.validate(config)
+    return validate(config)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from absl import flags
 
 from cnn_jax.errors import UserError
+from cnn_jax.validation import validate
 from launch import cli
 
 CONFIG = cli.define_config()
@@ -76,14 +77,13 @@ def check(config, known, topology, all_found: list[dict]) -> None:
     """Compile every phase for one slice, print what each costs, and add it to what was found."""
     import dataclasses
 
-    from cnn_jax import config as cfg
     from cnn_jax.scaling import ahead, report
 
     devices = ahead.devices(topology)
     if BATCH.value:
         groups = math.prod(topology.sides) // MODEL_PARALLEL.value
         data = dataclasses.replace(config.data, batch=BATCH.value * groups)
-        config = cfg.validate(dataclasses.replace(config, data=data))
+        config = validate(dataclasses.replace(config, data=data))
     options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value}
     for program in ahead.programs(config, known, devices, **options):
         batch = program.batch // program.layout.mesh.shape['data']

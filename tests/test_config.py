@@ -6,6 +6,7 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
+from cnn_jax.validation import validate
 
 
 def test_json_round_trip_keeps_every_field_and_the_hash():
@@ -59,14 +60,17 @@ def test_unknown_and_mistyped_fields_are_named(changes, sentence):
 )
 def test_validation_says_what_is_wrong_and_what_would_do(changes, sentence):
     with pytest.raises(UserError, match=sentence):
-        cfg.validate(cfg.replace(cfg.Config(), changes))
+        validate(cfg.replace(cfg.Config(), changes))
 
 
-def test_choices_and_ranges_name_fields_that_exist():
-    known = cfg.fields_by_path(cfg.Config())
-    assert set(cfg.CHOICES) | set(cfg.RANGES) <= set(known)
-    numbers = {path for path, f in known.items() if f.type in (int, float)}
-    assert numbers <= set(cfg.RANGES) | set(cfg.CHOICES), 'every number has a range'
+def test_every_number_has_a_range_or_choices():
+    for path, field in cfg.fields_by_path(cfg.Config()).items():
+        if field.type in (int, float):
+            assert field.metadata.keys() & {'range', 'choices'}, path
+
+
+def test_the_default_configuration_is_valid():
+    validate(cfg.Config())
 
 
 def test_values_and_structure_divide_the_config():

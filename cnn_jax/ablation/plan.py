@@ -10,6 +10,7 @@ from typing import Any
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
+from cnn_jax.validation import validate
 
 Changes = dict[str, Any]  # {'model.dropout': 0.25, …}
 
@@ -79,7 +80,7 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) ->
                 'rename it'
             )
         try:
-            configs[arm] = cfg.validate(cfg.replace(config, changes))
+            configs[arm] = validate(cfg.replace(config, changes))
         except UserError as error:
             raise UserError(f'arm {arm!r} of experiments/{name}.py: {error}') from error
     for one, other in itertools.combinations(configs, 2):

@@ -9,6 +9,7 @@ from cnn_jax.ablation.compiled import compile_structure
 from cnn_jax.data.batches import DeviceBatches, reordered
 from cnn_jax.data.memory import Arrays
 from cnn_jax.train import loop, setup
+from cnn_jax.validation import validate
 
 STRIDED = {'model.stem_width': 0, 'model.widths': (4,), 'augment.crop': 1, 'loss.l2': 1e-3}
 FINE_TUNED = {
@@ -61,7 +62,7 @@ def opened(config):
 @pytest.mark.parametrize('case', CASES)
 def test_it_trains_as_launch_train_does(case, tmp_path):
     base = {'seed': 3, 'model.hidden': (8,), 'data.batch': 8, 'train.epochs': 2.0}
-    config = cfg.validate(cfg.replace(cfg.Config(), base | CASES[case]))
+    config = validate(cfg.replace(cfg.Config(), base | CASES[case]))
     description, train, evaluation = opened(config)
     [cell] = train_cells([config], compile_structure(config, description), train, evaluation)
 

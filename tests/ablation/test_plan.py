@@ -9,6 +9,7 @@ import pytest
 from cnn_jax import config as cfg
 from cnn_jax.ablation import plan
 from cnn_jax.errors import UserError
+from cnn_jax.validation import validate
 
 ARMS = {
     'none': {'model.dropout': 0.0},
@@ -69,7 +70,7 @@ def test_every_experiment_shipped_is_valid():
         if path.stem == '__init__':
             continue
         module = importlib.import_module(f'experiments.{path.stem}')
-        config = cfg.validate(module.get_config())
+        config = validate(module.get_config())
         assert module.__doc__, path
         if hasattr(module, 'ARMS') or hasattr(module, 'FACTORS'):
             made = plan.plan_of(module, config)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
+from cnn_jax.validation import validate
 from experiments import small
 
 PRELOADED = (
@@ -84,7 +85,7 @@ def tiny(source: Path, **changes: Any) -> cfg.Config:
         'train.checkpoint_every': 0.14,
         'unfreeze.epochs': 1.0,
     }
-    return cfg.validate(cfg.replace(small.get_config(), base | changes))
+    return validate(cfg.replace(small.get_config(), base | changes))
 
 
 def start(config: cfg.Config, folder: Path, kill: Kill = Kill()):

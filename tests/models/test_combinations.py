@@ -4,6 +4,7 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
+from cnn_jax.validation import validate
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from cnn_jax.errors import UserError
 def test_the_sentence_names_the_field(changes, sentence):
     changes = {f'model.{name}': given for name, given in changes.items()}
     with pytest.raises(UserError, match=sentence):
-        cfg.validate(cfg.replace(cfg.Config(), changes))
+        validate(cfg.replace(cfg.Config(), changes))
 
 
 def test_what_goes_together_passes():
@@ -37,4 +38,4 @@ def test_what_goes_together_passes():
         {'norm': 'group', 'head_norm': 'group'},
     ):
         changes = {f'model.{name}': given for name, given in changes.items()}
-        cfg.validate(cfg.replace(cfg.Config(), changes))
+        validate(cfg.replace(cfg.Config(), changes))

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.config import CHOICES, Model
+from cnn_jax.config import Model, fields_by_path
 from cnn_jax.losses import cross_entropy, log_probabilities
 from cnn_jax.models.strided_net import StridedNet, minimum_size
 
@@ -16,7 +16,7 @@ BATCH, SIZE, CHANNELS, CLASSES = 4, 8, 4, 4
 
 
 def choice(field):
-    return st.sampled_from(CHOICES[f'model.{field}'])
+    return st.sampled_from(fields_by_path(Model())[field].metadata['choices'])
 
 
 # Each operation is compiled for each shape that it meets: few shapes, so that it takes seconds.

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cnn_jax.config import CHOICES, Model
+from cnn_jax.config import Model, fields_by_path
 from cnn_jax.errors import UserError
 from cnn_jax.models.strided_net import StridedNet, minimum_size, trunk_size
 
 TINY = Model(stem_width=4, widths=(4, 4), hidden=(8,))
 SMALL = Model(stem_width=0, widths=(32, 64), hidden=(128,))
+FIELDS = fields_by_path(Model())
 
 
 def init(config, shape=(2, 24, 24, 3), outputs=5, seed=0):
@@ -154,12 +155,12 @@ def test_the_small_net_has_these_layers():
 @pytest.mark.parametrize(
     'change',
     [
-        *({'norm': norm, 'norm_groups': 2} for norm in CHOICES['model.norm']),
+        *({'norm': norm, 'norm_groups': 2} for norm in FIELDS['norm'].metadata['choices']),
         {'head_norm': 'none'},
         {'head_norm': 'layer'},
         {'norm_position': 'before'},
         {'dropout': 0.0, 'head_dropout': 1.0},
-        *({'drop_kind': kind} for kind in CHOICES['model.drop_kind']),
+        *({'drop_kind': kind} for kind in FIELDS['drop_kind'].metadata['choices']),
         {'input_noise': 1.0},
         {'weight_standardization': True},
         {'downsample': 'max_pool'},

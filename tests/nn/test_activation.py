@@ -5,7 +5,7 @@ from math import erf, exp, sqrt, tanh
 import numpy as np
 import pytest
 
-from cnn_jax.config import CHOICES
+from cnn_jax.config import Model, fields_by_path
 from cnn_jax.nn.activation import ACTIVATIONS
 
 EXPECTED = {
@@ -19,7 +19,8 @@ EXPECTED = {
 
 
 def test_the_config_names_exactly_these():
-    assert set(CHOICES['model.activation']) == set(ACTIVATIONS) == set(EXPECTED)
+    choices = fields_by_path(Model())['activation'].metadata['choices']
+    assert set(choices) == set(ACTIVATIONS) == set(EXPECTED)
 
 
 @pytest.mark.parametrize('name', EXPECTED)

@@ -26,8 +26,9 @@ def main():
 
     from cnn_jax import config as cfg
     from cnn_jax import processes, runtime
+    from cnn_jax.validation import validate
 
-    config = cfg.validate(cfg.from_json(args.config.read_text()))
+    config = validate(cfg.from_json(args.config.read_text()))
     runtime.prepare(config.train.threads)
     if 'JAX_COORDINATOR_ADDRESS' in os.environ:
         processes.join()

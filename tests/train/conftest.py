@@ -12,6 +12,7 @@ from cnn_jax.data.memory import Arrays
 from cnn_jax.train import loop, setup, workdir
 from cnn_jax.train.step import make_steps, values_of
 from cnn_jax.train.task import Task
+from cnn_jax.validation import validate
 
 SHAPE, CLASSES = (8, 8, 1), 3
 
@@ -33,7 +34,7 @@ def small():
             'optimizer.learning_rate': 0.01,
         }
         changes = {name.replace('__', '.'): given for name, given in changes.items()}
-        return cfg.validate(cfg.replace(cfg.Config(), base | changes))
+        return validate(cfg.replace(cfg.Config(), base | changes))
 
     return make
 
