@@ -14,14 +14,13 @@ from cnn_jax import config as cfg
 from cnn_jax import processes
 from cnn_jax.mesh import Layout
 from cnn_jax.train import early_stopping, metrics, nonfinite, precise_norm
-from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.early_stopping import Best
 from cnn_jax.train.interruption import Interruption
 from cnn_jax.train.meter import Meter
 from cnn_jax.train.profile import Profile
 from cnn_jax.train.progress import Progress
 from cnn_jax.train.record import Record
-from cnn_jax.train.shared import SharedCheckpoints, Unrecorded, jitted, open_checkpoints, placed
+from cnn_jax.train.shared import Unrecorded, jitted, open_checkpoints, placed
 from cnn_jax.train.speed import Stopwatch
 from cnn_jax.train.state import State, Values
 from cnn_jax.train.step import Steps, values_of
@@ -90,134 +89,201 @@ def fit(
         RunFailed: The loss is no longer finite, or the disk is full.
         UserError: There are checkpoints, but none that can be used.
     """
-    total = phases[-1].end
-    values = values_of(config)
-    checkpoints = open_checkpoints(folder / 'checkpoints', config, layout)
-    record = Record(folder) if processes.is_first() else Unrecorded(folder)
-    state = placed(state, layout)
+    run = _Run(config, task, phases, state, folder, layout, live, profile, saved)
+    return run.to_its_end()
 
-    def explain(failing: int) -> str:
-        """Where a step stopped being finite, from the run repeated up to it."""
-        saved = checkpoints.latest() or 0
-        if processes.several():
-            return 'only one process can look where; give it a copy of --workdir'
-        before, number = entered(phases, phases[0].steps.init(config.seed), saved)
-        if saved:
-            before, _ = checkpoints.restore(saved, before)
-        before = placed(before, layout)
-        progress.say(f'step {failing} is not finite: repeating it from step {saved} to see why')
-        found = nonfinite.replay(phases, number, before, saved, failing, values, layout)
-        number, before, batch = jax.device_get(found) if layout else found
-        return nonfinite.locate(config, task, number, phases[number].steps.cached, before, batch)
 
-    meter = Meter(checkpoints, record, explain)
-    notes: list[str] = []
-    state, step, current, best = _start(state, phases, checkpoints, record, meter, notes.append)
-    progress = Progress(total, step, config.data.batch, task.steps_per_epoch, live)
+class _Run:
+    """One call of `fit`: what its parts use, and where it stands."""
 
-    def report(step: int, eval_metrics: dict[str, Any], speed: float) -> None:
-        """Write down and show the metrics of both splits since the last report."""
-        train_metrics = metrics.result(meter.take())
-        epoch = round(step / task.steps_per_epoch, 6)
-        for split, result in (('train', train_metrics), ('eval', eval_metrics)):
-            record.metrics(step, split, {'epoch': epoch, **metrics.as_json(result)})
-        progress.say(
-            f'epoch {epoch:.2f}  step {step}  '
-            f'train loss {train_metrics["loss"]:.4f} accuracy {train_metrics["accuracy"]:.4f}  '
-            f'eval loss {eval_metrics["loss"]:.4f} accuracy {eval_metrics["accuracy"]:.4f}  '
-            f'{speed:,.0f} images/s'
+    def __init__(
+        self,
+        config: cfg.Config,
+        task: Task,
+        phases: list[Phase],
+        state: State,
+        folder: Path,
+        layout: Layout | None,
+        live: bool | None,
+        profile: Profile | None,
+        saved: Callable[[], object] | None,
+    ):
+        self.config, self.task, self.phases, self.layout = config, task, phases, layout
+        self.profile, self.saved = profile, saved
+        self.values = values_of(config)
+        self.checkpoints = open_checkpoints(folder / 'checkpoints', config, layout)
+        self.record = Record(folder) if processes.is_first() else Unrecorded(folder)
+        self.meter = Meter(self.checkpoints, self.record, self._explain)
+        self.state, self.step, self.current, self.best = placed(state, layout), 0, 0, Best()
+        self.notes: list[str] = []
+        self._start()
+        total, size = phases[-1].end, config.data.batch
+        self.progress = Progress(total, self.step, size, task.steps_per_epoch, live)
+        self.interruption = Interruption()
+        self.stop, self.over = False, self._out_of_patience()
+        self.result, self.best_result = None, None  # of the last evaluation, and of the best
+        waits = [Waiting() if phase.train.streams else None for phase in phases]
+        self.watches = [Stopwatch(size, waiting) for waiting in waits]
+
+    def to_its_end(self) -> Outcome:
+        """Train all phases that are left, until one stops."""
+        compiled = []
+        with self.interruption, self.progress:
+            for note in self.notes:  # whoever reads them may ask to stop
+                self.progress.say(note)
+            for number in range(self.current, len(self.phases)):
+                if number > self.current:
+                    self.state = self.phases[number].steps.enter(self.state)
+                compiled.append(self._train(self.phases[number], self.watches[number]))
+                if self.stop:
+                    break
+        self.record.close()
+        self.checkpoints.close()
+        laps, waited = zip(*((watch.laps, watch.waited) for watch in self.watches))
+        return Outcome(
+            self.state, self.result, not self._finished(), compiled, list(laps), list(waited)
         )
 
-    def out_of_patience(step: int) -> bool:
-        evaluated = task.due(step, config.train.eval_every)
-        return evaluated and early_stopping.is_over(config, best, step, task.steps_per_epoch)
+    def _start(self) -> None:
+        """Go to the newest saved state, or stay at the given one."""
+        found = self.checkpoints.resumable(
+            lambda progress: self.record.fault(progress['record']), self.notes.append
+        )
+        if found is None:
+            if self.record.begun():
+                self.notes.append('no checkpoint had been saved: starting again from step 0')
+            self.record.resume(0, None)
+            return
+        self.step, progress = found
+        state, self.current = entered(self.phases, self.state, self.step)
+        self.state, _ = self.checkpoints.restore(self.step, state)
+        self.record.resume(self.step, progress['record'])
+        self.meter.resume(progress['sums'])
+        if progress.get('best'):
+            self.best = Best(**progress['best'])
+        end = self.phases[-1].end
+        self.notes.append(f'going on from the checkpoint of step {self.step} of {end}')
 
-    result, best_result, compiled = None, None, []
-    stop, over = False, out_of_patience(step)
-    waits = [Waiting() if phase.train.streams else None for phase in phases]
-    watches = [Stopwatch(config.data.batch, waiting) for waiting in waits]
-    with Interruption() as interruption, progress:
-        for note in notes:  # whoever reads them may ask to stop
-            progress.say(note)
-        for number, phase in enumerate(phases[current:], start=current):
-            if number > current:
-                state = phase.steps.enter(state)
-            train_step, eval_step, estimate = jitted(phase.steps, layout, state)
-            batches = phase.train.train(step)
-            watch, sums = watches[number], None
-            while step < phase.end and not stop and not over:
-                batch = watch.next(batches, sums)
-                if profile:
-                    profile.before(state)
-                state, sums = train_step(state, batch, values)
-                step += 1
-                meter.add(step, sums)
-                if meter.latest:
-                    progress.step(step, *meter.latest)
-                stop, scores = interruption.stops_after(step), None
-                if profile:
-                    last = stop or step == phase.end
-                    text = profile.after(step, train_step, (state, batch, values), last)
-                    if text:
-                        progress.say(text)
-                        watch.drop()
-                evaluating = task.due(step, config.train.eval_every)
-                saving = stop or task.due(step, config.train.checkpoint_every)
-                if evaluating or saving:
-                    meter.drain()
-                    watch.stop(step)
-                    if config.train.precise_norm:
-                        taken = itertools.islice(phase.train.train(0), config.train.precise_norm)
-                        state = precise_norm.renewed(estimate, state, taken, values)
-                if evaluating:
-                    whole = progress.restart_clock(step)
-                    speed, began = watch.lap() or whole, time.perf_counter()
-                    result = metrics.result(
-                        sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
-                    )
-                    seconds = time.perf_counter() - began
-                    timing = {'images_per_second': speed, 'evaluation_seconds': seconds}
-                    record.timing(step, timing | {'waiting_share': watch.share})
-                    report(step, result, speed)
-                    scores = metrics.scalars(result)
-                    if config.train.patience:
-                        score = early_stopping.score_of(config, scores)
-                        best = best.after(step, score)
-                        over = out_of_patience(step)
-                        if score >= best.score:
-                            saving, best_result = True, result
-                        saving |= over
-                    progress.restart_clock(step)
-                if saving:
-                    position = {'sums': meter.pending_sums(), 'record': record.position()}
-                    if config.train.patience:
-                        position['best'] = dataclasses.asdict(best) if best.step else None
-                    checkpoints.save(state, position, scores)
-                    if saved:
-                        saved()
-                if not watch.running:  # it has not seen the first step, which was compiled
-                    jax.block_until_ready(sums)
-                    watch.start(step)
-            watch.lap()
-            finished = step == total or over
-            if finished and config.train.patience:
-                chosen = checkpoints.best()
-                assert chosen is not None, 'each better evaluation is followed by a checkpoint'
-                (state, _), result = checkpoints.restore(chosen, state), best_result
-                progress.say(f'the weights are those of step {chosen}, the best of {step}')
-            if finished and result is None:
-                sums = sum_metrics(eval_step, state, phase.evaluate.evaluate(), values)
-                result = metrics.result(sums)
-            compiled.append(
-                {'train': compilations(train_step), 'evaluate': compilations(eval_step)}
-            )
-            if stop:
-                break
-    record.close()
-    checkpoints.close()
-    stopped = step < total and not over
-    laps, waited = [watch.laps for watch in watches], [watch.waited for watch in watches]
-    return Outcome(state, result, stopped, compiled, laps, waited)
+    def _train(self, phase: Phase, watch: Stopwatch) -> dict[str, int]:
+        """Take the steps of a phase; returns how often its functions were compiled."""
+        config, due = self.config, self.task.due
+        train_step, eval_step, estimate = jitted(phase.steps, self.layout, self.state)
+        batches, sums = phase.train.train(self.step), None
+        while self.step < phase.end and not self.stop and not self.over:
+            batch = watch.next(batches, sums)
+            if self.profile:
+                self.profile.before(self.state)
+            self.state, sums = train_step(self.state, batch, self.values)
+            self.step += 1
+            self.meter.add(self.step, sums)
+            if self.meter.latest:
+                self.progress.step(self.step, *self.meter.latest)
+            self.stop = self.interruption.stops_after(self.step)
+            if self.profile:
+                last = self.stop or self.step == phase.end
+                arguments = self.state, batch, self.values
+                if text := self.profile.after(self.step, train_step, arguments, last):
+                    self.progress.say(text)
+                    watch.drop()
+            evaluating = due(self.step, config.train.eval_every)
+            saving = self.stop or due(self.step, config.train.checkpoint_every)
+            scores = None
+            if evaluating or saving:
+                self.meter.drain()
+                watch.stop(self.step)
+                if config.train.precise_norm:
+                    taken = itertools.islice(phase.train.train(0), config.train.precise_norm)
+                    self.state = precise_norm.renewed(estimate, self.state, taken, self.values)
+            if evaluating:
+                scores = self._evaluate(eval_step, phase, watch)
+                saving |= self.over or self.best_result is self.result
+            if saving:
+                self._save(scores)
+            if not watch.running:  # it has not seen the first step, which was compiled
+                jax.block_until_ready(sums)
+                watch.start(self.step)
+        watch.lap()
+        if self._finished():
+            self._conclude(eval_step, phase)
+        return {'train': compilations(train_step), 'evaluate': compilations(eval_step)}
+
+    def _evaluate(self, eval_step, phase: Phase, watch: Stopwatch) -> dict[str, float]:
+        """Evaluate, write down and show the metrics of both splits; returns the evaluation's."""
+        whole = self.progress.restart_clock(self.step)
+        speed, began = watch.lap() or whole, time.perf_counter()
+        self.result = self._metrics(eval_step, phase)
+        seconds = time.perf_counter() - began
+        timing = {'images_per_second': speed, 'evaluation_seconds': seconds}
+        self.record.timing(self.step, timing | {'waiting_share': watch.share})
+        train_metrics = metrics.result(self.meter.take())
+        epoch = round(self.step / self.task.steps_per_epoch, 6)
+        for split, found in (('train', train_metrics), ('eval', self.result)):
+            self.record.metrics(self.step, split, {'epoch': epoch, **metrics.as_json(found)})
+        self.progress.say(
+            f'epoch {epoch:.2f}  step {self.step}  '
+            f'train loss {train_metrics["loss"]:.4f} accuracy {train_metrics["accuracy"]:.4f}  '
+            f'eval loss {self.result["loss"]:.4f} accuracy {self.result["accuracy"]:.4f}  '
+            f'{speed:,.0f} images/s'
+        )
+        scores = metrics.scalars(self.result)
+        if self.config.train.patience:
+            score = early_stopping.score_of(self.config, scores)
+            self.best = self.best.after(self.step, score)
+            self.over = self._out_of_patience()
+            if score >= self.best.score:
+                self.best_result = self.result
+        self.progress.restart_clock(self.step)
+        return scores
+
+    def _save(self, scores: dict[str, float] | None) -> None:
+        position = {'sums': self.meter.pending_sums(), 'record': self.record.position()}
+        if self.config.train.patience:
+            position['best'] = dataclasses.asdict(self.best) if self.best.step else None
+        self.checkpoints.save(self.state, position, scores)
+        if self.saved:
+            self.saved()
+
+    def _conclude(self, eval_step, phase: Phase) -> None:
+        """With patience, return to the best state; evaluate what is left, if that is not done."""
+        if self.config.train.patience:
+            chosen = self.checkpoints.best()
+            assert chosen is not None, 'each better evaluation is followed by a checkpoint'
+            self.state, _ = self.checkpoints.restore(chosen, self.state)
+            self.result = self.best_result
+            self.progress.say(f'the weights are those of step {chosen}, the best of {self.step}')
+        if self.result is None:
+            self.result = self._metrics(eval_step, phase)
+
+    def _metrics(self, eval_step, phase: Phase) -> dict[str, Any]:
+        batches = phase.evaluate.evaluate()
+        return metrics.result(sum_metrics(eval_step, self.state, batches, self.values))
+
+    def _finished(self) -> bool:
+        return self.step == self.phases[-1].end or self.over
+
+    def _out_of_patience(self) -> bool:
+        evaluated = self.task.due(self.step, self.config.train.eval_every)
+        per_epoch = self.task.steps_per_epoch
+        return evaluated and early_stopping.is_over(self.config, self.best, self.step, per_epoch)
+
+    def _explain(self, failing: int) -> str:
+        """Where a step stopped being finite, from the run repeated up to it."""
+        saved = self.checkpoints.latest() or 0
+        if processes.several():
+            return 'only one process can look where; give it a copy of --workdir'
+        steps = [phase.steps for phase in self.phases]
+        before, number = entered(self.phases, steps[0].init(self.config.seed), saved)
+        if saved:
+            before, _ = self.checkpoints.restore(saved, before)
+        before = placed(before, self.layout)
+        self.progress.say(
+            f'step {failing} is not finite: repeating it from step {saved} to see why'
+        )
+        found = nonfinite.replay(
+            self.phases, number, before, saved, failing, self.values, self.layout
+        )
+        number, before, batch = jax.device_get(found) if self.layout else found
+        return nonfinite.locate(self.config, self.task, number, steps[number].cached, before, batch)
 
 
 def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> metrics.Sums:
@@ -241,28 +307,3 @@ def entered(phases: list[Phase], state: State, step: int) -> tuple[State, int]:
     for phase in phases[1 : current + 1]:
         state = phase.steps.enter(state)
     return state, current
-
-
-def _start(
-    state: State,
-    phases: list[Phase],
-    checkpoints: Checkpoints | SharedCheckpoints,
-    record: Record,
-    meter: Meter,
-    say: Callable[[str], object],
-) -> tuple[State, int, int, Best]:
-    """The newest saved state, or the given one; the steps done; their phase; the best of them."""
-    found = checkpoints.resumable(lambda progress: record.fault(progress['record']), say)
-    if found is None:
-        if record.begun():
-            say('no checkpoint had been saved: starting again from step 0')
-        record.resume(0, None)
-        return state, 0, 0, Best()
-    step, progress = found
-    state, current = entered(phases, state, step)
-    state, _ = checkpoints.restore(step, state)
-    record.resume(step, progress['record'])
-    meter.resume(progress['sums'])
-    say(f'going on from the checkpoint of step {step} of {phases[-1].end}')
-    best = progress.get('best')
-    return state, step, current, Best(**best) if best else Best()
