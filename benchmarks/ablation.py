@@ -29,7 +29,7 @@ from benchmarks.ablation_contenders import (
 from benchmarks.process import rotated
 from benchmarks.worker import Worker
 from cnn_jax import config as cfg
-from cnn_jax import runtime
+from cnn_jax.cores import cores
 from cnn_jax.data.batches import open_batches
 from cnn_jax.train import setup
 from experiments.regularization import ARMS, get_config
@@ -111,7 +111,7 @@ def measure(
 
 The small net on 500 MNIST images, batch {config.data.batch}, {epochs} epochs, Adam, evaluated on
 1,000 test images after every epoch and on both splits at the end, {seeds} seeds of every arm.
-The whole ablation, {runtime.cores()} processes at a time: ours is one command, its report
+The whole ablation, {cores()} processes at a time: ours is one command, its report
 included, from an empty cache; a peer's is a process for each run.
 Median [quartiles] of {rounds} interleaved rounds; ratios are taken within a round.
 A process has one thread on a core of its own, which is the best for every contender here.

@@ -16,6 +16,7 @@ from benchmarks.entrants import interpreter
 from benchmarks.process import pooled, timed
 from cnn_jax import config as cfg
 from cnn_jax import runtime
+from cnn_jax.cores import cores
 from cnn_jax.data.batches import open_batches
 from experiments.regularization import ARMS, get_config
 
@@ -164,7 +165,7 @@ def peer_runs(
     seconds, texts = pooled(
         [command + each for each in options],
         peer.environment | (environment or {}),
-        at_once=runtime.cores(),
+        at_once=cores(),
         pinned=True,
     )
     return seconds, [json.loads(text.splitlines()[-1]) for text in texts]

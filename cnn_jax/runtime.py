@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax.cache import cache_folder
+from cnn_jax.cores import cores
 
 # jaxlib 0.10's YNNPACK reductions give wrong results on CPU (jax issue 39103), and its single
 # convolutions are about half as fast as Eigen's. Its compiler drops optimization barriers before
@@ -84,13 +85,6 @@ def prepare(threads: int = 0) -> Settings:
             f'compile cache {cache}',
         ),
     )
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def jaxlib_version() -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from absl import flags
 
+from cnn_jax.cores import cores
 from cnn_jax.errors import UserError
 from launch import cli
 
@@ -68,7 +69,7 @@ def main(_) -> int:
     threads = config.train.threads = config.train.threads or 1
     plan = plan_of(_experiment(), config, SEEDS.value)
     on_cpu = runtime.runs_on_cpu()
-    workers = WORKERS.value or (max(1, runtime.cores() // threads) if on_cpu else 1)
+    workers = WORKERS.value or (max(1, cores() // threads) if on_cpu else 1)
     together = TOGETHER.value or (1 if on_cpu else TOGETHER_ON_ACCELERATORS)
     if WORKER.value >= 0:
         return _work(folder, plan, workers, together)

@@ -16,6 +16,7 @@ LAYERS = [
     {
         'errors',
         'cache',
+        'cores',
         'locks',
         'sealed',
         'rng',

@@ -22,9 +22,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt8
 
 from cnn_jax import config
+from cnn_jax.cores import cores
 from cnn_jax.data.memory import Arrays, load
 from cnn_jax.data.order import eval_batches, local_size, train_indices
-from cnn_jax.data.parallel import cores, parallel_map
+from cnn_jax.data.parallel import parallel_map
 from cnn_jax.data.resize import image_shape, prepare
 from cnn_jax.data.source import Source, open_split
 from cnn_jax.errors import UserError

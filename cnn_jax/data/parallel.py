@@ -1,20 +1,14 @@
 """The same work for many items, on all cores, with a progress bar on a terminal."""
 
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from cnn_jax.cores import cores
+
 T = TypeVar('T')
 CHUNK = 32  # items a task: large enough to hide the cost of handing it over
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def parallel_map(function: Callable[[int], T], n: int, label: str) -> list[T]:

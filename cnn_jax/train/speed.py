@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cnn_jax.data.parallel import cores
+from cnn_jax.cores import cores
 from cnn_jax.mesh import Layout
 from cnn_jax.models.summary import Layer
 from cnn_jax.train.step import Steps

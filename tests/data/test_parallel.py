@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnn_jax.data.parallel import CHUNK, cores, parallel_map
+from cnn_jax.cores import cores
+from cnn_jax.data.parallel import CHUNK, parallel_map
 
 
 @given(st.integers(0, 5 * CHUNK))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cnn_jax.cores import cores
 from cnn_jax.data import batches as module
 from cnn_jax.data.batches import PART, StreamBatches
-from cnn_jax.data.parallel import cores
 from cnn_jax.data.source import Source
 
 

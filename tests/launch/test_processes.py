@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -53,17 +52,18 @@ def ended(group, code):
     return out, errors
 
 
-def signalled(group, folder, number, which=None):
-    """Signal the group, or one of its processes, once there is a checkpoint."""
-    deadline = time.monotonic() + 120
-    while not list(folder.glob('checkpoints/step_*/seal.json')):
-        assert group.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    target = psutil.Process(group.pid)
-    if which is not None:
-        target = sorted(target.children(), key=lambda child: child.pid)[which]
-    target.send_signal(number)
+@pytest.fixture(scope='module')
+def signalled(until_saved):
+    """Signals a group, or one of its processes, once there is a checkpoint."""
+
+    def call(group, folder, number, which=None):
+        until_saved(group, folder)
+        target = psutil.Process(group.pid)
+        if which is not None:
+            target = sorted(target.children(), key=lambda child: child.pid)[which]
+        target.send_signal(number)
+
+    return call
 
 
 def records(folder):
@@ -80,7 +80,7 @@ def records(folder):
 
 @pytest.mark.parametrize('which', [0, 1])
 def test_one_killed_stops_all_and_they_go_on_with_the_same_bits(
-    start, undisturbed, tmp_path, which
+    start, signalled, undisturbed, tmp_path, which
 ):
     folder = tmp_path / 'run'
     group = start(folder)
@@ -93,7 +93,7 @@ def test_one_killed_stops_all_and_they_go_on_with_the_same_bits(
     assert records(folder)[:3] == records(undisturbed)[:3]
 
 
-def test_restarts_need_nobody(start, undisturbed, tmp_path):
+def test_restarts_need_nobody(start, signalled, undisturbed, tmp_path):
     folder = tmp_path / 'run'
     group = start(folder, options=('--count=2', '--restarts=1'))
     signalled(group, folder, signal.SIGKILL, 1)
@@ -103,7 +103,7 @@ def test_restarts_need_nobody(start, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize('which', [None, 1], ids=['all', 'one'])
-def test_asked_to_stop_all_stop_at_the_same_step(start, undisturbed, tmp_path, which):
+def test_asked_to_stop_all_stop_at_the_same_step(start, signalled, undisturbed, tmp_path, which):
     folder = tmp_path / 'run'
     group = start(folder)
     signalled(group, folder, signal.SIGTERM, which)
@@ -113,7 +113,7 @@ def test_asked_to_stop_all_stop_at_the_same_step(start, undisturbed, tmp_path, w
     assert records(folder)[:3] == records(undisturbed)[:3]
 
 
-def test_any_number_of_processes_goes_on(start, launch, undisturbed, tmp_path, tiny):
+def test_any_number_of_processes_goes_on(start, signalled, launch, undisturbed, tmp_path, tiny):
     folder = tmp_path / 'run'
     group = start(folder)
     signalled(group, folder, signal.SIGKILL, 0)
