@@ -44,17 +44,21 @@ def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _rows(figure, arms: list[str], height: float = 0.42):
-    """Axes with one row per arm, the first on top."""
-    labels = ['\n'.join(textwrap.wrap(_short(arm, 36), 20)) for arm in arms]
     figure.set_size_inches(WIDTH, 1.0 + height * len(arms))
     axes = figure.subplots()
+    label_rows(axes, arms)
+    return axes
+
+
+def label_rows(axes, arms: list[str]) -> None:
+    """Make the vertical axis one row per arm, the first on top."""
+    labels = ['\n'.join(textwrap.wrap(_short(arm, 36), 20)) for arm in arms]
     axes.set_yticks(range(len(arms)), labels)
     axes.set_ylim(len(arms) - 0.4, -0.6)
     axes.grid(visible=False, axis='y')
     axes.tick_params(axis='y', length=0)
     axes.spines['left'].set_visible(False)
     axes.locator_params(axis='x', nbins=6)
-    return axes
 
 
 def _new_figure():
@@ -69,13 +73,36 @@ def _short(text: str, most: int) -> str:
 
 def _forest(summary: dict[str, Any]):
     """Paired differences from the baseline: each seed's, their mean, its 95% interval."""
+    arms = compared_arms(summary)
+    figure = _new_figure()
+    draw_differences(_rows(figure, arms, 0.5), summary, arms)
+    figure.supxlabel(difference_label(summary), fontsize=10)
+    return figure
+
+
+def compared_arms(summary: dict[str, Any]) -> list[str]:
+    """All arms but the baseline."""
+    return [name for name in summary['arms'] if name != summary['baseline']]
+
+
+def difference_label(summary: dict[str, Any]) -> str:
+    """What the horizontal axis of differences shows."""
+    metric = wording.METRICS[summary['metric']]
+    better = 'higher' if metric.sign > 0 else 'lower'
+    return f'difference in {metric.title} ({metric.unit}, {better} is better)'
+
+
+def draw_differences(axes, summary: dict[str, Any], arms: list[str]) -> None:
+    """A row for each arm: its paired differences from the baseline, their mean and interval.
+
+    A row whose arm the summary does not have stays empty.
+    """
     metric = wording.METRICS[summary['metric']]
     reference = summary['arms'][summary['baseline']]['per_seed']
-    arms = [name for name in summary['arms'] if name != summary['baseline']]
-    figure = _new_figure()
-    axes = _rows(figure, arms, 0.5)
     axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     for y, name in enumerate(arms):
+        if name not in summary['arms']:
+            continue
         arm = summary['arms'][name]
         compared = arm['against_baseline']
         if compared is None:
@@ -91,11 +118,6 @@ def _forest(summary: dict[str, Any]):
         axes.plot(
             metric.scale * compared['mean'], y, marker, color=colour, markerfacecolor=face, ms=7
         )
-    better = 'higher' if metric.sign > 0 else 'lower'
-    figure.supxlabel(
-        f'difference in {metric.title} ({metric.unit}, {better} is better)', fontsize=10
-    )
-    return figure
 
 
 def _curves(summary: dict[str, Any], name: str):

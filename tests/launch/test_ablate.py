@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 
 def test_it_says_what_it_compares_and_what_it_found(study, summary):
@@ -82,3 +83,14 @@ def test_the_report_can_be_rendered_again(launch, study):
     launch('report', f'--workdir={folder}', check=0)
     assert (folder / 'report.html').exists()
     assert (folder / 'summary.json').read_bytes() == before
+
+
+def test_ablations_are_drawn_into_one_picture(launch, study, tmp_path):
+    folder, _ = study
+    done = launch('compare', f'--out={tmp_path}/new/compared.png', folder, check=0)
+    assert done.stdout == f'written: {tmp_path}/new/compared.png\n'
+    with Image.open(tmp_path / 'new' / 'compared.png') as picture:
+        assert min(picture.size) > 100
+    told = launch('compare', f'--out={tmp_path}/none.png', tmp_path, check=2).stderr
+    assert 'is not the work directory of an ablation' in told
+    assert 'no ablation' in launch('compare', f'--out={tmp_path}/none.png', check=2).stderr

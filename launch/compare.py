@@ -1,0 +1,37 @@
+"""Draw what several ablations found into one picture, data set beside data set.
+
+  python -m launch.compare --out=compared.png runs/noise runs/noise_fashion runs/penalties
+
+Ablations of the same experiment stand one below the other if they were run on the same training
+images, and beside each other if on others. A row is an arm: its difference from the baseline,
+seed by seed, their mean, and its 95% interval.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from cnn_jax.errors import UserError
+from launch import cli
+
+OUT = flags.DEFINE_string('out', None, 'The PNG to write.', required=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Draw; returns the exit code."""
+    if not arguments[1:]:
+        raise UserError('no ablation; give the work directories of launch.ablate')
+
+    from cnn_jax.ablation import side_by_side
+    from cnn_jax.cache import write_atomically
+    from cnn_jax.train.workdir import make_writable
+
+    figure, path = side_by_side.draw([Path(each) for each in arguments[1:]]), Path(OUT.value)
+    make_writable(path.parent, 'the folder of the picture', '--out')
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=100))
+    print(f'written: {path}')
+    return cli.OK
+
+
+if __name__ == '__main__':
+    cli.run(main)
