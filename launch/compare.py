@@ -2,9 +2,9 @@
 
   python -m launch.compare --out=compared.png runs/noise runs/noise_fashion runs/penalties
 
-Ablations of the same experiment stand one below the other if they were run on the same training
-images, and beside each other if on others. A row is an arm: its difference from the baseline,
-seed by seed, their mean, and its 95% interval.
+Experiments stand one below the other; the same experiment on other training images stands in
+another column. A row is an arm: its difference from the baseline for each seed, their mean, and
+the 95% interval of it.
 """
 
 from pathlib import Path
