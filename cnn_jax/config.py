@@ -122,7 +122,7 @@ class Augment:
 
 @dataclass
 class Loss:
-    """Task loss and penalties (equations in `cnn_jax.losses`)."""
+    """Task loss and penalties (equations in `cnn_jax.losses`, `cnn_jax.penalties`)."""
 
     label_smoothing: float = value(0.0, high=1)
     confidence_penalty: float = switched(0.0)  # β of −β·H(p), H the prediction's entropy
@@ -197,8 +197,8 @@ class Unfreeze:
 class Features:
     """Outputs of a frozen backbone, computed once and kept in the user's cache folder."""
 
-    cache: str = choice('auto', 'always', 'never')  # auto: if training stays the same
-    views: int = number(0)  # augmented views of an image to keep; 0: none, so no cache
+    cache: str = choice('auto', 'always', 'never')  # auto: wherever the backbone is frozen
+    views: int = number(0)  # kept augmented views; 0: what is augmented is not cached
     dtype: str = choice('float32', 'bfloat16')  # of the kept features
 
 

@@ -7,7 +7,8 @@
       --executor=ray --ray_address=auto --workers=16
 
 The same command again runs what is missing. --config.KEY=VALUE overrides change every arm. The
-work directory holds ablation.json, cells/, summary.json, summary.csv and report.html.
+work directory holds ablation.json, cells/, logs/, report.html, figures/, cost.json, and
+summary.json, .csv and .tex.
 """
 
 import ctypes

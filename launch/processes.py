@@ -22,6 +22,7 @@ from typing import IO
 
 from absl import flags
 
+from cnn_jax.cores import cores
 from cnn_jax.errors import UserError
 from launch import cli
 
@@ -68,13 +69,12 @@ class Group:
             free.bind(('localhost', 0))
             address = f'localhost:{free.getsockname()[1]}'
         flag = f'--xla_force_host_platform_device_count={devices}'
-        cores = os.cpu_count() or 1
         shared = {
             'JAX_PLATFORMS': 'cpu',
             'JAX_COORDINATOR_ADDRESS': address,
             'JAX_NUM_PROCESSES': str(count),
             'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip(),
-            'NPROC': os.environ.get('NPROC', str(max(1, cores // count))),
+            'NPROC': os.environ.get('NPROC', str(max(1, cores() // count))),
         }
         self._processes, self._readers = [], []
         for number in range(count):

@@ -15,7 +15,7 @@ set_up() { # REQUIREMENTS...
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   # shellcheck disable=SC1091
   . "$venv/bin/activate"
-  wanted="$(cat "$@" requirements*.txt | sha256sum)"
+  wanted="$(cat "$@" requirements*.txt | cksum)"
   stamp="$venv/installed-$(basename "$1")"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     local files=()

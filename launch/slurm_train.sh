@@ -2,7 +2,7 @@
 # One training run as a Slurm job that survives preemption and time limits. From the checkout, after
 # launch/quickstart.sh or launch/test.sh has made .venv on the file system that the nodes share:
 #
-#   sbatch launch/slurm_train.sh --config=experiments/strided.py --workdir=runs/strided
+#   sbatch launch/slurm_train.sh --config=experiments/small.py --workdir=runs/small
 #   sbatch --gres=gpu:1 --time=12:00:00 launch/slurm_train.sh …
 #   sbatch --nodes=4 --ntasks-per-node=8 --gres=gpu:8 --mem=0 launch/slurm_train.sh …
 #

@@ -2,7 +2,7 @@
 # One training run on Cloud TPU VMs, one or a pod of them, by gcloud:
 #
 #   bash launch/tpu_vm.sh --name=mine --zone=us-west4-a --type=v5litepod-16 --spot --delete -- \
-#       --config=experiments/strided.py --workdir=gs://BUCKET/strided
+#       --config=experiments/small.py --workdir=gs://BUCKET/small
 #
 # makes the TPU VM, unless it is there, copies what is committed in this checkout to every worker,
 # installs requirements-tpu.txt, starts launch.train --distributed on all, and shows what worker 0

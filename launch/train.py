@@ -7,8 +7,8 @@
   python -m launch.train --config=experiments/small.py --workdir=gs://bucket/small
 
 The same command again goes on where the run stopped. The work directory holds config.json,
-manifest.json, metrics.jsonl, steps.f32 (objective and gradient norm of every step), TensorBoard
-events, curves.png, speed.json, checkpoints/ and, if images were left out, skipped.csv.
+manifest.json, metrics.jsonl, steps.f32 (objective and gradient norm of every step), timing.jsonl,
+TensorBoard events, curves.png, speed.json, checkpoints/ and, if images were left out, skipped.csv.
 
 All devices that JAX finds share each batch, of one process or, with --distributed, of several;
 launch.processes tries the latter out on this machine.

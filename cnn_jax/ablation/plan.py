@@ -28,7 +28,7 @@ class Plan:
         configs: The validated config of each arm, by name, with seed 0.
         changes: What each arm changes in the experiment's config.
         seeds: Each arm runs once with each.
-        metric: What is compared, of the evaluation split: accuracy or loss.
+        metric: What is compared, of the evaluation split: a key of `wording.METRICS`.
         factors: Levels of each factor of a factorial grid, or None.
         levels: Of each arm in the grid.
     """

@@ -53,7 +53,7 @@ def activate(
     Args:
         x: What a convolution or Dense layer returned.
         config: Reads activation, norm_position and what `normalization` does.
-        norm: None, or a kind that `normalization` knows.
+        norm: `none`, or a kind that `normalization` knows.
         name: Of the normalization layer.
         train: Whether the batch's own statistics are used.
     """

@@ -137,8 +137,8 @@ def from_file(
     preprocessing = preprocessing or stated or _LAYOUTS.get(contents.layout)
     if not preprocessing:
         raise UserError(
-            f'{path} does not tell which preprocessing its weights were trained with; give '
-            f'preprocessing, one of {", ".join(PREPROCESSINGS)}'
+            f'{path} does not tell which preprocessing its weights were trained with; save '
+            f'them as safetensors with the metadata preprocessing, {" or ".join(PREPROCESSINGS)}'
         )
     return Pretrained(
         params,

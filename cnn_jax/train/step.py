@@ -1,4 +1,4 @@
-"""The training state and the pure functions that a run is made of: init, train, evaluate, predict.
+"""The pure functions that a run is made of: init, train, evaluate, predict.
 
 `data → augment → model → loss → grads of the trainable leaves → Optax → state`. Everything that
 may differ between runs of one structure (rates, learning rate, penalties, seed) is an argument,

@@ -62,14 +62,15 @@ def held(folder: Path, wait: bool = False) -> Iterator[None]:
 def claim(folder: Path, config: cfg.Config) -> None:
     """Make the work directory that of a run, or check that it belongs to one of the same config.
 
+    What ended before its first step, by a mistake in the command for one, does not count as a run.
+
     Errors:
         UserError: It holds an ablation, or a run of another config (the difference is told).
     """
     if (folder / 'ablation.json').exists():
         raise UserError(f'{folder} holds an ablation; choose another --workdir')
-    path = folder / 'config.json'
-    if not path.exists():
-        write_text(path, cfg.to_json(config))
+    if not any((folder / name).exists() for name in ('manifest.json', 'checkpoints')):
+        write_text(folder / 'config.json', cfg.to_json(config))
         return
     changed = cfg.differences(load_config(folder), config)
     if changed:

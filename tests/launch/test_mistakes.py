@@ -51,6 +51,12 @@ def test_a_workdir_of_another_config_shows_the_difference(mistake, tiny, tiny_ru
     assert (folder / 'config.json').read_bytes() == before
 
 
+def test_a_mistake_does_not_take_the_workdir(mistake, launch, tiny, tmp_path):
+    folder = f'--workdir={tmp_path}/run'
+    mistake('train', *tiny, folder, '--config.data.source=folder:/nowhere')
+    launch('train', *tiny, folder, check=0)
+
+
 def test_a_missing_workdir_flag_is_named(mistake, tiny):
     assert 'workdir' in mistake('train', *tiny)
     assert 'workdir' in mistake('evaluate')
