@@ -45,7 +45,7 @@ class Model:
     stem_kernel: int = number(7, low=1)
     stem_stride: int = number(2, low=1)
     stem_padding: str = choice('VALID', 'SAME', 'SAME_TORCH', 'CIRCULAR', 'REFLECT')
-    widths: tuple[int, ...] = (32, 64, 128)
+    widths: tuple[int, ...] = number((32, 64, 128), low=1)
     kernel: int = number(3, low=1)
     stride: int = number(2, low=1)  # of the second convolution of each pair
     padding: str = choice('SAME', 'SAME_TORCH', 'VALID', 'CIRCULAR', 'REFLECT')
@@ -74,7 +74,7 @@ class Model:
     pool: str = choice('flatten', 'average')  # what joins backbone and head
 
     # head
-    hidden: tuple[int, ...] = (512,)
+    hidden: tuple[int, ...] = number((512,), low=1)
     head_norm: str = choice('batch', 'ghost', 'renorm', 'group', 'layer', 'none')
     head_dropout: float = value(0.5, high=1)
 
@@ -146,7 +146,7 @@ class Optimizer:
     warmup_epochs: float = number(0.0)
     decay_rate: float = value(0.0)  # inverse_time: rate; step: factor at each boundary
     decay_steps: int = number(1, low=1)  # inverse_time: steps between decays
-    boundaries: tuple[float, ...] = ()  # step: epochs at which the rate is multiplied
+    boundaries: tuple[float, ...] = number(())  # step: epochs at which the rate is multiplied
     momentum: float = value(0.9, high=1)  # sgd
     nesterov: bool = False
     b1: float = value(0.9, high=1)

@@ -22,8 +22,8 @@ def choice(default: Any, *others: Any) -> Any:
     return field(default=default, metadata={'choices': (default, *others)})
 
 
-def number(default: float, *, low: float = 0, high: float = math.inf) -> Any:
-    """A number from `low` to `high`, both included."""
+def number(default: Any, *, low: float = 0, high: float = math.inf) -> Any:
+    """A number from `low` to `high`, both included, or a tuple of such numbers."""
     return field(default=default, metadata={'range': (low, high)})
 
 
@@ -95,10 +95,14 @@ def check(config: Any) -> None:
             near = difflib.get_close_matches(str(given), choices, n=1)
             hint = f'; did you mean {near[0]}?' if near else ''
             raise UserError(f'config.{path} is {given!r}; it can be {", ".join(choices)}{hint}')
-        low, high = f.metadata.get('range', (given, given))
-        if not low <= given <= high:
-            wanted = f'at least {low}' if high == math.inf else f'from {low} to {high}'
-            raise UserError(f'config.{path} is {given}; it must be {wanted}')
+        if 'range' in f.metadata:
+            low, high = f.metadata['range']
+            for each in given if isinstance(given, tuple) else (given,):
+                if not math.isfinite(each):
+                    raise UserError(f'config.{path} is {given}; it must be finite')
+                if not low <= each <= high:
+                    wanted = f'at least {low}' if high == math.inf else f'from {low} to {high}'
+                    raise UserError(f'config.{path} is {given}; it must be {wanted}')
 
 
 def _coerced(path: str, kind: Any, given: Any) -> Any:

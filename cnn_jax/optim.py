@@ -80,6 +80,21 @@ def uphill(params: Flat, gradients: Flat, radius: float | Array) -> Flat:
     return jax.tree.map(lambda w, g: w + scale * g, params, gradients)
 
 
+def clipped(gradients: Flat, bound: float) -> Flat:
+    """The gradients, scaled down to a norm that they may have: g · min(1, c/‖g‖).
+
+    Args:
+        gradients: g; the norm is over all parameters.
+        bound: c > 0.
+
+    Source: Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural
+        networks", algorithm 1; Optax's.
+    """
+    clip = optax.clip_by_global_norm(bound)
+    result: Any = clip.update(gradients, clip.init(gradients))
+    return result[0]
+
+
 def with_noise(
     key: Key[Array, ''], gradients: Flat, strength: float | Array, step: int | Array
 ) -> Flat:
@@ -142,7 +157,6 @@ def chain(
 ) -> optax.GradientTransformation:
     """The update rule for a flat dict of trainable parameters.
 
-    g ← g · min(1, clip_norm/‖g‖)                             if clip_norm > 0, over all groups
     sgd:          u = m ← momentum·m + g                      (Nesterov: u = momentum·m + g)
     adam, adamw:  u = m̂ / (√v̂ + epsilon)                      (Kingma & Ba 2015)
     w ← w − scale·rate(t)·(u + weight_decay·w [w decayed])    (Loshchilov & Hutter 2019)
@@ -176,9 +190,6 @@ def chain(
         return tuple(rule(group).init(part(params, group)) for group in groups)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        if config.clip_norm:
-            clip = optax.clip_by_global_norm(config.clip_norm)
-            updates, _ = clip.update(updates, clip.init(params))
         steps, states = {}, []
         for group, before in zip(groups, state, strict=True):
             result: Any = rule(group).update(part(updates, group), before, part(params, group))

@@ -1,8 +1,21 @@
 """Whether a configuration makes sense: each field alone, then what some mean together."""
 
-from cnn_jax.config import Config, replace, to_flat
+from cnn_jax.config import Config, Model, replace, to_flat
 from cnn_jax.errors import UserError
 from cnn_jax.fields import check
+
+# Regularizers of strided_net's convolutions; another network does not read them.
+IN_THE_TRUNK = (
+    'dropout',
+    'drop_kind',
+    'drop_block',
+    'drop_ramp',
+    'stochastic_depth',
+    'input_noise',
+    'residual',
+    'weight_standardization',
+    'norm',
+)
 
 
 def validate(config: Config) -> Config:
@@ -45,6 +58,16 @@ def _check_training(config: Config) -> None:
             'config.optimizer.schedule is step but config.optimizer.boundaries is empty; '
             'say the epochs at which the learning rate drops'
         )
+    if config.optimizer.schedule in ('step', 'inverse_time') and not config.optimizer.decay_rate:
+        raise UserError(
+            f'config.optimizer.schedule is {config.optimizer.schedule} but '
+            'config.optimizer.decay_rate is 0; say the factor at each boundary (step), e.g. 0.1, '
+            'or the rate of decay (inverse_time)'
+        )
+    if config.train.ema == 1:
+        raise UserError(
+            'config.train.ema is 1, with which the average stays the first weights; set it below 1'
+        )
     if config.train.ema and config.train.swa_from:
         raise UserError(
             'config.train.ema and config.train.swa_from both average the weights; set one to 0'
@@ -84,11 +107,14 @@ def _check_model(config: Config) -> None:
             'config.model.dropout is 1, at which gaussian noise has an infinite variance; '
             'set it below 1'
         )
-    if model.input_noise and model.name != 'strided_net':
-        raise UserError(
-            f'config.model.input_noise is {model.input_noise}, but only strided_net has it; '
-            'set it to 0'
-        )
+    if model.name != 'strided_net':
+        for name in IN_THE_TRUNK:
+            given, default = getattr(model, name), getattr(Model(), name)
+            if given != default:
+                raise UserError(
+                    f'config.model.{name} is {given}, but only strided_net has it, so that it '
+                    f'would change nothing; leave it at {default}'
+                )
     for kind, widths in (('norm', model.widths), ('head_norm', model.hidden)):
         uneven = [width for width in widths if width % model.norm_groups]
         if getattr(model, kind) == 'group' and uneven:
@@ -97,6 +123,12 @@ def _check_model(config: Config) -> None:
                 f'({model.norm_groups}) does not divide the width {uneven[0]}'
             )
     batch = config.data.batch // config.optimizer.accumulate
+    alike = {'batch': batch, 'renorm': batch, 'ghost': model.ghost_batch}
+    if model.hidden and alike.get(model.head_norm) == 1:
+        raise UserError(
+            f'config.model.head_norm is {model.head_norm} over one example, which would make all '
+            'examples equal; raise config.data.batch or config.model.ghost_batch, or set it to none'
+        )
     if 'ghost' in (model.norm, model.head_norm) and batch % model.ghost_batch:
         raise UserError(
             f'config.model.ghost_batch ({model.ghost_batch}) must divide the {batch} examples '

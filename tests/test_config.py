@@ -55,6 +55,13 @@ def test_unknown_and_mistyped_fields_are_named(changes, sentence):
         ({'data.resize': 'crop'}, 'config.data.size'),
         ({'optimizer.accumulate': 3}, 'must divide'),
         ({'optimizer.schedule': 'step'}, 'config.optimizer.boundaries'),
+        (
+            {'optimizer.schedule': 'step', 'optimizer.boundaries': (5,)},
+            'decay_rate is 0; say the factor',
+        ),
+        ({'train.patience': float('inf')}, 'train.patience is inf; it must be finite'),
+        ({'train.ema': 1.0}, 'the average stays the first weights'),
+        ({'data.batch': 1}, 'make all examples equal'),
         ({'augment.erase_least': 0.5}, 'is above config.augment.erase_most'),
     ],
 )

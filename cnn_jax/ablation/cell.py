@@ -145,7 +145,8 @@ class _Runs:
                 continue
             self.curves[i].append({**place, 'split': 'train', **_mean(sums)})
             self.curves[i].append({**place, 'split': 'eval', **self.evaluated[i]})
-            if not np.isfinite([each['objective'] for each in sums]).all():
+            numbers = [each[name] for each in sums for name in ('objective', 'gradient_norm')]
+            if not np.isfinite(numbers).all():
                 self.failures.setdefault(i, f'the loss is not finite by step {step}')
 
     def all_failed(self) -> bool:

@@ -70,7 +70,8 @@ def losses(
         state, sums = train(state, batch, values | {'optimizer.learning_rate': float(rate)})
         found.append(float(sums['loss']) / float(sums['count']))
         curve = smoothed(np.array(found))
-        if not np.isfinite(found[-1]) or curve[-1] > WORSE * curve.min():
+        least = curve.min()  # below 0 under a confidence penalty
+        if not np.isfinite(found[-1]) or curve[-1] > least + (WORSE - 1) * abs(least):
             break
     return np.array(found)
 

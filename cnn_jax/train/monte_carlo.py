@@ -30,8 +30,8 @@ def with_dropout(call, args, kwargs, context):
 def sampler(run: Run) -> Callable[[Array | np.ndarray, int], Float[Array, 'b k']]:
     """The log class probabilities of images [b, h, w, c] under draw number s of the dropout.
 
-    The draws follow from the run's seed: they are those of the training steps that would come
-    next. Dropout of every kind acts, and stochastic depth.
+    The draws follow from the run's seed and step, so that they can be had again. Dropout of every
+    kind acts, and stochastic depth.
 
     Errors:
         UserError: The network has no dropout, so that every draw would be the same.

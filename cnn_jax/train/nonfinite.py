@@ -106,6 +106,11 @@ def locate(
     if kind := _kind(sums['gradient_norm']):
         largest = max(gradients, key=lambda path: np.max(abs(gradients[path])))
         return f'the norm of the gradient was {kind}, of which {largest} has the largest number'
+    if config.optimizer.sam:
+        return (
+            'the loss or its gradient was not finite uphill, where SAM takes it; lower '
+            f'config.optimizer.sam, which is {config.optimizer.sam:g}'
+        )
     return 'repeated, the step was finite: see whether launch.verify gives the run again'
 
 

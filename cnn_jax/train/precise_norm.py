@@ -13,17 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.train.state import State, Values
 
-# The network in training, without noise; its new moving averages are the batch's own statistics.
+# The network in training, without noise and corrections, so that each layer sees what it will see
+# in inference; its new moving averages are the batch's own statistics.
 QUIET = {
     'model.norm_momentum': 0.0,
+    'model.renorm_r': 1.0,
+    'model.renorm_d': 0.0,
     'model.dropout': 0.0,
     'model.head_dropout': 0.0,
     'model.stochastic_depth': 0.0,
     'model.input_noise': 0.0,
 }
+
+
+def quiet(config: cfg.Config) -> dict[str, Any]:
+    """The changes to a config under which `pooled` may be given the network's statistics.
+
+    Groups of a batch become the batch: their variances lack that between the groups.
+    """
+    ghosts = [name for name in ('norm', 'head_norm') if getattr(config.model, name) == 'ghost']
+    return QUIET | {f'model.{name}': 'batch' for name in ghosts}
 
 
 def pooled(average: dict[str, Any], batch: dict[str, Any], number: Int[Array, '']):

@@ -246,6 +246,11 @@ def features(
         state.params['backbone'],
     )
     augments = config.augment != cfg.Augment()
+    if augments and config.train.precise_norm:
+        raise UserError(
+            'config.train.precise_norm takes statistics of images as they are, but the kept '
+            'features are those of augmented ones; set it to 0, or config.features.cache to never'
+        )
     views = range(config.features.views) if augments else [None]
     of_train = [extractor.extract(train, view) for view in views]
     return [

@@ -80,13 +80,14 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
 
     shapes = jax.eval_shape(draw, 0)['params']
     names = list(params.flatten(shapes))
-    members = phase_members(config, names)[: phase + 1]
+    of_all_phases = phase_members(config, names)
+    members = of_all_phases[: phase + 1]
     trainable = sorted(name for group in members for name in group)
     frozen = (config.train.frozen, config.unfreeze.frozen)[phase]
     optimizer = config.optimizer
-    penalized = penalized_by(config.loss, names, trainable)
+    penalized = penalized_by(config.loss, names, of_all_phases, phase)
     decayed, constrained = (
-        acted_on(names, trainable, patterns, strength, f'optimizer.{field}')
+        acted_on(names, of_all_phases, phase, patterns, strength, f'optimizer.{field}')
         for patterns, strength, field in (
             (optimizer.decay_on, optimizer.weight_decay, 'decay_on'),
             (optimizer.max_norm_on, optimizer.max_norm, 'max_norm_on'),
@@ -161,7 +162,9 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
             current, learned, fixed, state.start, state.batch_stats, batch, key
         )
         sums |= {'gradient_norm': optim.global_norm(grads)}
-        if optimizer.gradient_noise:
+        if optimizer.clip_norm:
+            grads = optim.clipped(grads, optimizer.clip_norm)
+        if optimizer.gradient_noise:  # after clipping, which would take the gradient out of it
             key = rng.key(current.seed, 'gradient_noise', state.step)
             grads = optim.with_noise(key, grads, current.optimizer.gradient_noise, state.step)
         updates, opt_state = chain(current).update(grads, state.opt_state, learned)
@@ -184,7 +187,7 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
         return new, sums
 
     def estimate(state: State, batch: Batch, number: Array, values: Values) -> dict[str, Any]:
-        current = cfg.replace(config, values | precise_norm.QUIET)
+        current = cfg.replace(config, values | precise_norm.quiet(config))
         net = build(current.model, task.num_classes)
         x = batch['image'] if cached else task.prepare(batch['image'])
         with nn.intercept_methods(in_inference):

@@ -1,7 +1,7 @@
 """What a run is about, and its phases: which parameters each trains, and how fast."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,24 +74,47 @@ def update_groups(config: cfg.Config, task: Task, members: list[list[str]]) -> l
     return groups
 
 
-def acted_on(names, trainable, patterns, strength: float, field: str) -> list[str]:
-    """The trainable paths that something acts on; a pattern in use must match something.
+def acted_on(
+    names: list[str],
+    members: list[list[str]],
+    phase: int,
+    patterns: Sequence[str],
+    strength: float,
+    field: str,
+) -> list[str]:
+    """The paths that something acts on, among those that a phase trains.
 
     They do not depend on the strength: a compiled step serves every one, 0 included.
-    """
-    if strength:
-        params.select(names, patterns, field=field)
-    return [name for name in trainable if params.matches(name, patterns)]
 
-
-def penalized_by(loss: cfg.Loss, names: list[str], trainable: list[str]) -> dict[str, list[str]]:
-    """The trainable paths of each penalty, by its field in `config.loss`.
+    Args:
+        names: All paths.
+        members: Of `phase_members`.
+        phase: Its number.
+        patterns, field: What it acts on, and where the config says so.
+        strength: With 0 the patterns need not make sense.
 
     Errors:
-        UserError: A pattern of a penalty in use matches nothing.
+        UserError: A pattern matches nothing, or all of them nothing that is ever trained.
     """
+    if strength:
+        matched = params.select(names, patterns, field=field)
+        if not set(matched) & {name for group in members for name in group}:
+            raise UserError(
+                f'config.{field} is {tuple(patterns)}, which matches frozen parameters alone, so '
+                'that it would change nothing; name some that are trained'
+            )
+    trained = sorted(name for group in members[: phase + 1] for name in group)
+    return [name for name in trained if params.matches(name, patterns)]
+
+
+def penalized_by(
+    loss: cfg.Loss, names: list[str], members: list[list[str]], phase: int
+) -> dict[str, list[str]]:
+    """The paths of each penalty in a phase, by its field in `config.loss`; see `acted_on`."""
     return {
-        kind: acted_on(names, trainable, getattr(loss, f'{kind}_on'), strength, f'loss.{kind}_on')
+        kind: acted_on(
+            names, members, phase, getattr(loss, f'{kind}_on'), strength, f'loss.{kind}_on'
+        )
         for kind, strength in (
             ('l2', loss.l2),
             ('l1', loss.l1),

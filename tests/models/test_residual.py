@@ -116,3 +116,12 @@ def test_one_compilation_serves_every_rate():
     np.testing.assert_allclose(
         step(0.0, 0.0, 0.0), outputs(RESIDUAL, variables)[0], rtol=1e-4, atol=1e-4
     )
+
+
+def test_shortcuts_are_not_standardized():
+    """Of a grey image their filters have one weight, which standardized would be 0."""
+    config = dataclasses.replace(RESIDUAL, weight_standardization=True)
+    _, layers = outputs(config, init(config))
+    kernel = init(config)['params']['block1_shortcut_conv']['kernel']
+    shortcut = jnp.einsum('bijc,cf->bijf', X[:, ::2, ::2], kernel[0, 0])
+    np.testing.assert_allclose(layers['block1_shortcut_conv'], shortcut, rtol=1e-4, atol=1e-5)

@@ -138,6 +138,8 @@ def test_augmentation_needs_a_number_of_views_or_images(lines, cache):
         lines(**augmented, features__cache='always')
     lines(**augmented, features__views=3)
     assert len(files(cache)) == 3 + 1
+    with pytest.raises(UserError, match='precise_norm takes statistics of images as they are'):
+        lines(**augmented, features__views=3, train__precise_norm=2)
 
 
 def test_views_take_turns_by_epoch(lines):

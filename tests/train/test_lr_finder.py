@@ -49,8 +49,9 @@ def test_a_loss_that_never_fell_is_said():
 def sweep(small, kept):
     """Sweeps a tiny run; returns its rates and losses."""
 
-    def make():
-        config = lr_finder.swept(small(optimizer__schedule='cosine', optimizer__name='sgd'))
+    def make(**changes):
+        sgd = {'optimizer__schedule': 'cosine', 'optimizer__name': 'sgd'}
+        config = lr_finder.swept(small(**sgd, **changes))
         _, phases = kept(config, (8, 8, 1), 50)
         rates = lr_finder.rates(1e-4, 1e4, 60)
         state = phases[0].steps.init(config.seed)
@@ -64,6 +65,14 @@ def test_a_sweep_ends_soon_after_the_loss_explodes(sweep):
     curve = lr_finder.smoothed(losses)
     assert len(losses) < len(rates)
     assert not np.isfinite(losses[-1]) or curve[-1] > 4 * curve.min()
+    assert 1e-4 < lr_finder.suggestion(rates, losses) < 10
+
+
+def test_a_loss_below_0_is_swept_as_far(sweep):
+    """A confidence penalty of 3 takes more off the loss at the start than it is."""
+    rates, losses = sweep(loss__confidence_penalty=3.0)
+    assert losses[0] < 0
+    assert len(rates) > len(losses) > 20
     assert 1e-4 < lr_finder.suggestion(rates, losses) < 10
 
 

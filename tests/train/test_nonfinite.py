@@ -147,6 +147,12 @@ def test_a_gradient_that_overflows_while_the_loss_does_not_is_named(
     assert locate(config, task, 0, False, state, batch()).startswith(named)
 
 
+def test_a_gradient_that_overflows_uphill_alone_is_said(small, batch):
+    config, task = small(**PLAIN, optimizer__sam=1e30), make_task()
+    text = locate(config, task, 0, False, make_state(config, task), batch())
+    assert text.endswith('uphill, where SAM takes it; lower config.optimizer.sam, which is 1e+30')
+
+
 def test_a_penalty_that_overflows_is_named(small, batch):
     config, task = small(**PLAIN, loss__l2=1.0, loss__l2_on=('head/*/kernel',)), make_task()
     changes = {

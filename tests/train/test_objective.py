@@ -141,6 +141,26 @@ def test_gradient_noise_is_another_at_each_step_and_the_same_again(small, run, b
     assert all((flat(first)[path] != flat(other)[path]).any() for path in flat(first))
 
 
+def test_clipping_takes_the_gradient_to_its_bound_and_leaves_the_noise(small, run, batch):
+    steps = {}
+    for noise in (0.0, 1.0):
+        changes = {'optimizer__clip_norm': 1e-3, 'optimizer__gradient_noise': noise}
+        found, _, weights = gradient(run, batch, small(**SGD, **QUIET, **changes))
+        steps[noise] = np.concatenate([np.ravel(found[path]) for path in weights])
+    assert np.linalg.norm(steps[0.0]) == pytest.approx(1e-3, rel=1e-2)
+    assert steps[1.0].std() == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    'penalty', ['loss.l2', 'loss.l1', 'loss.orthogonality', 'loss.l2_sp', 'optimizer.max_norm']
+)
+def test_what_would_act_on_frozen_parameters_alone_is_refused(small, run, penalty):
+    config = cfg.replace(small(train__frozen=FROZEN), {penalty: 0.1, f'{penalty}_on': FROZEN})
+    with pytest.raises(UserError, match=f'{penalty}_on .* matches frozen parameters alone'):
+        run(config)
+    run(cfg.replace(config, {'unfreeze.epochs': 1.0}))  # a second phase trains them
+
+
 @pytest.mark.parametrize(('done', 'rate'), [(0.0, 0.0), (0.2, 0.16), (0.5, 0.4), (0.9, 0.4)])
 def test_dropout_grows_over_its_share_of_training(done, rate):
     config = cfg.replace(cfg.Config(), {'model.dropout': 0.4, 'model.drop_ramp': 0.5})

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -88,3 +89,27 @@ def test_a_network_without_batch_statistics_has_none_to_estimate(small, estimate
     config = small(train__precise_norm=2, model__norm='none', model__head_norm='none')
     _, _, state, _ = estimated(config)
     assert state.precise == {}
+
+
+@pytest.mark.parametrize('norm', ['batch', 'ghost', 'renorm'])
+def test_they_are_the_statistics_of_what_each_layer_sees_in_inference(
+    small, estimated, batch, norm
+):
+    """Of one batch, so that every layer above was normalized by the same numbers."""
+    kinds = {'model__norm': norm, 'model__head_norm': norm, 'model__ghost_batch': 2}
+    steps, _, state, values = estimated(small(train__precise_norm=1, **kinds), count=1)
+    found, seen = params.flatten(state.precise), {}
+
+    def look(call, args, kwargs, context):
+        path = '/'.join(context.module.path)
+        if f'{path}/mean' in found:
+            seen[path] = np.float64(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        steps.evaluate(state, batch(0), values)
+    assert len(seen) == 5
+    for path, x in seen.items():
+        axes = tuple(range(x.ndim - 1))
+        for name, expected in (('mean', x.mean(axes)), ('var', x.var(axes))):
+            np.testing.assert_allclose(found[f'{path}/{name}'], expected, rtol=1e-3, atol=1e-4)
