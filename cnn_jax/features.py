@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import PIL
 from jaxtyping import Array, Float
 
 from cnn_jax import config as cfg
 from cnn_jax import params, rng
 from cnn_jax.cache import cache_folder
+from cnn_jax.data import decode
 from cnn_jax.data.augment import shown
 from cnn_jax.data.batches import put
 from cnn_jax.data.cache import cached_array
@@ -100,7 +102,9 @@ class Extractor:
             'compute': model.dtype,
             'dtype': self.config.features.dtype,
             'augment': augment,
+            'decoding': [decode.RULE, PIL.__version__],
             'jax': jax.__version__,
+            'device': jax.devices()[0].device_kind,
             'arithmetic': ARITHMETIC,
         }
         return digest(json.dumps(facts, sort_keys=True), *weights)

@@ -15,6 +15,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -154,6 +155,8 @@ def _watch(folder: Path, plan, pool):
         going = True
         while going and not interruption.requested:
             time.sleep(0.2)
+            if interruption.requested:  # the workers may have had the same signal
+                break
             going = pool.running()
             if not progress and (ledger := read_ledger(folder, plan)):
                 _tell_budgets(ledger.definition()['budgets'])
@@ -179,13 +182,13 @@ def _work(folder: Path, plan, workers: int, together: int) -> int:
     from cnn_jax.ablation.setup import open_ablation
 
     _end_with_the_launcher()
+    threads = plan.configs[plan.baseline].train.threads
     if EXECUTOR.value == 'local':
-        _pin(WORKER.value, workers)
-    settings = cli.start(plan.configs[plan.baseline].train.threads)
+        _pin(WORKER.value, workers, threads)
+    settings = cli.start(threads)
     own = ('--worker=', '--workers=', '--retry')
-    command = ' '.join(
-        ['python -m launch.ablate', *(a for a in sys.argv[1:] if not a.startswith(own))]
-    )
+    mine = [argument for argument in sys.argv[1:] if not argument.startswith(own)]
+    command = shlex.join(['python', '-m', 'launch.ablate', *mine])
     ledger, data = open_ablation(folder, plan, settings, command)
     totals = run_cells(ledger, *data, start=WORKER.value, together=together)
     print(json.dumps(totals))
@@ -199,13 +202,13 @@ def _end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _pin(number: int, workers: int) -> None:
-    """Give this worker a core of its own where there is one for each."""
+def _pin(number: int, workers: int, threads: int) -> None:
+    """Give this worker cores of its own, one a thread, where the workers take all cores."""
     if not hasattr(os, 'sched_setaffinity'):  # macOS
         return
-    cores = sorted(os.sched_getaffinity(0))
-    if 1 < workers <= len(cores):
-        os.sched_setaffinity(0, {cores[number]})
+    mine = sorted(os.sched_getaffinity(0))
+    if workers == len(mine) // threads > 1:  # fewer may have another launcher beside them
+        os.sched_setaffinity(0, mine[number * threads : (number + 1) * threads])
 
 
 def _conclude(ledger, outputs: list[str]) -> int:

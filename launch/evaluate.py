@@ -11,6 +11,7 @@ import json
 
 from absl import flags
 
+from cnn_jax.errors import UserError
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
@@ -39,14 +40,21 @@ def main(_) -> int:
     from cnn_jax.train.shared import jitted, placed
 
     run = restore.open_run(folder, CHECKPOINT.value)
-    split = SPLIT.value or config.data.eval
+    split, described = SPLIT.value or config.data.eval, run.manifest['data']
+    names = described['class_names']
     data, layout = cfg.replace(config, {'data.eval': split}).data, setup.layout_of(config)
     batches = open_batches(data, 'eval', sharding=layout and layout.batch)
+    if list(batches.class_names) != names:
+        raise UserError(
+            f'the classes of {config.data.source} are {", ".join(batches.class_names)} now, but '
+            f'the run was trained on {", ".join(names)}; restore them'
+        )
+    if split == config.data.eval and batches.fingerprint != described['eval']['fingerprint']:
+        print('note: these are not the images that the run was evaluated on')
     state = placed(run.state, layout)
     _, evaluate, _ = jitted(run.steps, layout, state)
     sums = sum_metrics(evaluate, state, batches.evaluate(), step.values_of(config))
     result = metrics.result(sums)
-    names = run.manifest['data']['class_names']
     print(f'{config.data.source} {split}: {result["count"]:,} images, step {run.step}')
     for name, number in metrics.scalars(result).items():
         print(f'  {name:<18} {number:.4f}')

@@ -74,13 +74,33 @@ def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict
             mixed = mix(augment, augment, key, images, label, index)
         return dict(zip(('shown', 'other_label', 'share'), mixed))
 
+    views = config.features.views if caches_views(config) else 0
+
+    def drawn(batch, step):
+        """What is seen at a step: the changes of the step, or those of the epoch's kept view."""
+        if not views:
+            return seen(batch, step)
+        place = step * config.data.batch + np.arange(config.data.batch)
+        view = place // batches.n % views
+        kept = {each: seen(batch, each) for each in set(view.tolist())}
+        rows = [{k: x[i] for k, x in kept[each].items()} for i, each in enumerate(view.tolist())]
+        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+
     columns = []
     for number, batch in enumerate(itertools.islice(batches.train(first), steps), start=first):
-        column = {'image': batch['image'], 'label': batch['label'], **seen(batch, number)}
+        column = {'image': batch['image'], 'label': batch['label'], **drawn(batch, number)}
         column = {name: np.asarray(x)[:count] for name, x in column.items()}
         column['shown'] = unprepared(column['shown'], prepare, batches.image_shape[-1])
         columns.append(column | {'step': number})
     return columns, batches.class_names
+
+
+def caches_views(config) -> bool:
+    """Whether the first phase trains on kept features of augmented images."""
+    from cnn_jax.features import is_cached
+
+    frozen = 'backbone/*' in config.train.frozen
+    return bool(config.features.views) and is_cached(config, () if frozen else ('backbone/',))
 
 
 def unprepared(x, prepare, channels: int):

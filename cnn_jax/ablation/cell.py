@@ -48,6 +48,9 @@ def train_cells(
     best = configs[0].train.patience  # not that of the last report
     evaluated = runs.evaluate(-1, state, 'eval') if best else runs.evaluated
     final = {'train': runs.evaluate(-1, state, 'train'), 'eval': evaluated}
+    for i, found in enumerate(evaluated[: len(configs)]):
+        if not np.isfinite(found['loss']):
+            runs.failures.setdefault(i, 'the loss on the evaluation split is not finite')
     correct = runs.correct(state)
     seconds = (time.perf_counter() - began) / len(configs)
     return [

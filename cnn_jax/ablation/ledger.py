@@ -120,8 +120,17 @@ def open_ledger(
 
     Errors:
         UserError: The folder holds an ablation with other arms, configs, data or code (the
-            difference is told): results of both would be mixed.
+            difference is told), or cells of one whose definition is gone: results of both would
+            be mixed.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / 'locks' / f'{DEFINITION}.lock', wait=True):
+        return _open_ledger(folder, plan, identity, facts)
+
+
+def _open_ledger(
+    folder: Path, plan: Plan, identity: dict[str, str], facts: dict[str, Any]
+) -> Ledger:
     definition = {
         'name': plan.name,
         'question': plan.question,
@@ -145,10 +154,16 @@ def open_ledger(
                 f'{folder} holds an ablation that differs from this one: {"; ".join(changed)}. '
                 'Choose another --workdir; results are never mixed'
             )
-        if set(now['seeds']) <= set(before['seeds']):
+        # No result depends on what else may be new: seeds, metric, baseline, the question.
+        now['seeds'] = sorted({*before['seeds'], *now['seeds']})
+        if all(before.get(name) == content for name, content in now.items()):
             return Ledger(folder, plan, identity)
-        now = before | {'seeds': sorted({*before['seeds'], *now['seeds']})}
-    folder.mkdir(parents=True, exist_ok=True)
+        facts = before | {'command': facts['command']}
+    elif any((folder / 'cells').glob('*.json')):
+        raise UserError(
+            f'{folder} has the cells of an ablation, but its {DEFINITION} is gone: which they are '
+            'cannot be told; restore it or choose another --workdir'
+        )
     text = json.dumps(facts | now, indent=2) + '\n'
     write_atomically(path, lambda file: file.write(text.encode()))
     return Ledger(folder, plan, identity)
@@ -171,9 +186,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return sealed.loads(path.read_text())
     except ValueError as error:
-        raise UserError(
-            f'{path} is damaged ({error}); remove it and run launch.ablate again'
-        ) from error
+        mend = 'restore it' if path.name == DEFINITION else 'remove it and run launch.ablate again'
+        raise UserError(f'{path} is damaged ({error}); {mend}') from error
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
+from cnn_jax.ablation.wording import METRICS
 from cnn_jax.errors import UserError
 from cnn_jax.validation import validate
 
@@ -86,6 +87,11 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) ->
     for one, other in itertools.combinations(configs, 2):
         if configs[one] == configs[other]:
             raise UserError(f'the arms {one!r} and {other!r} of experiments/{name}.py are the same')
+    metric = getattr(experiment, 'METRIC', 'accuracy')
+    if metric not in METRICS:
+        raise UserError(
+            f'METRIC of experiments/{name}.py is {metric!r}; it can be {", ".join(METRICS)}'
+        )
     count = seeds or getattr(experiment, 'SEEDS', 5)
     return Plan(
         name=name,
@@ -94,7 +100,7 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) ->
         configs=configs,
         changes={arm: dict(changes) for arm, changes in arms.items()},
         seeds=tuple(config.seed + i for i in range(count)),
-        metric=getattr(experiment, 'METRIC', 'accuracy'),
+        metric=metric,
         factors={f: list(levels) for f, levels in factors.items()} if factors else None,
         levels=grid(factors)[1] if factors else {},
     )

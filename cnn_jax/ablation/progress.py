@@ -1,5 +1,6 @@
 """What a person sees of an ablation that runs: a live table on a terminal, lines elsewhere."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -87,7 +88,7 @@ class Progress:
     def _values(self, arm: str) -> dict[int, float]:
         metric = self._ledger.plan.metric
         return {
-            cell.seed: result['metrics']['eval'][metric]
+            cell.seed: result['metrics']['eval'].get(metric, math.nan)  # top5 needs six classes
             for cell, result in self._results.items()
             if cell.arm == arm and result['status'] == 'done'
         }
@@ -110,7 +111,7 @@ class Progress:
     def _line(self, cell: Cell) -> str:
         result, metric = self._results[cell], METRICS[self._ledger.plan.metric]
         if result['status'] == 'done':
-            value = result['metrics']['eval'][metric.name]
+            value = result['metrics']['eval'].get(metric.name, math.nan)
             values = self._values(cell.arm)
             text = (
                 f'{metric.title} {number(value * metric.scale, 2)}{metric.suffix} '

@@ -1,6 +1,7 @@
 """The report of an ablation: one HTML file without network, and the files behind it."""
 
 import inspect
+import itertools
 import json
 import math
 import textwrap
@@ -81,8 +82,12 @@ def render(
         summary=summary,
         cost=spent,
         headline=headline or summary['name'],
-        # An answer in an experiment's docstring is of an earlier run.
-        details=[block.strip('\n') for block in details if not block.startswith('Answer')],
+        # An answer in an experiment's docstring, and what follows it, is of an earlier run.
+        details=[
+            block.strip('\n')
+            for block in itertools.takewhile(lambda each: not each.startswith('Answer'), details)
+        ],
+        data=results.ablation['configs'][summary['baseline']],
         examples=max((arm['examples'] or 0 for arm in arms), default=0),
         methods=sorted(methods),
         effects=EFFECTS,

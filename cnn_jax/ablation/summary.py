@@ -157,7 +157,12 @@ def grid_effects(results: Results) -> dict[str, Any] | None:
         ]
     )
     weights = factorial.contrasts(ablation['factors'], list(arms.values()), reference)
-    answer['effects'] = {name: comparison.inference(outcomes @ w) for name, w in weights.items()}
+    effects = {name: outcomes @ w for name, w in weights.items()}
+    rounding = {name: 1e-12 * np.abs(outcomes) @ np.abs(w) for name, w in weights.items()}
+    answer['effects'] = {
+        name: comparison.inference(np.where(np.abs(effect) < rounding[name], 0, effect))
+        for name, effect in effects.items()
+    }
     comparison.correct(answer['effects'])
     return answer
 

@@ -82,7 +82,8 @@ def to_latex(summary: dict[str, Any]) -> str:
         f'    Arm & $n$ & {_escape(metric.title.capitalize())} ({unit}) & '
         f'$\\Delta$ ({metric.unit}) & $p$ & Gap \\\\',
         r'    \midrule',
-        *(f'    {row} \\\\' for row in rows),
+        # {}: the line before looks for a [ or * at the beginning of an arm's name.
+        *(f'    {{}}{row} \\\\' for row in rows),
         r'    \bottomrule',
         r'  \end{tabular}',
         r'\end{table}',

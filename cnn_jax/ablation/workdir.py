@@ -49,6 +49,11 @@ def read_results(folder: Path) -> Results:
     ablation = read(path)
     found = [read(path) for path in sorted((folder / 'cells').glob('*.json'))]
     by_place = {(cell['arm'], cell['seed']): cell for cell in found}
+    if len(by_place) < len(found):
+        raise UserError(
+            f'{folder}/cells has several results of one arm and seed, which cannot be told apart; '
+            'choose another --workdir'
+        )
     plan = [(arm, seed) for arm in ablation['arms'] for seed in ablation['seeds']]
     cells, failed, missing = {}, [], []
     for arm, seed in plan:

@@ -16,7 +16,12 @@ from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
 
 UNSHOWABLE = ('Cc', 'Cs')  # control characters, and bytes that are not UTF-8
-PARTS = {'train': 'train', 'test': 'test', 'val': 'validation', 'validation': 'validation'}
+PARTS = {
+    'train': 'train',
+    'test': 'test',
+    **dict.fromkeys(('val', 'valid', 'validation'), 'validation'),
+}
+LIKE_PARTS = {*PARTS, 'training', 'testing', 'tests'}
 Listing = list[tuple[str, int]]  # path below the root, with slashes, and label
 
 
@@ -34,9 +39,10 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
         max_corrupt: The largest share of images, over all parts, that may be unreadable.
 
     Errors:
-        UserError: The folder is missing, has no sub-folders or cannot be listed; a class has no
-            images or no name that can be shown, train/ lacks it, or it is a link to a folder
-            above itself; more than `max_corrupt` of the images cannot be read.
+        UserError: The folder is missing, has no sub-folders or cannot be listed; parts are named
+            otherwise, or mixed with classes; a class has no images or no name that can be shown,
+            train/ lacks it, or it is a link to a folder above itself; more than `max_corrupt` of
+            the images cannot be read.
     """
     root, name = Path(os.path.expanduser(folder)), f'folder:{folder}'
     if not os.path.isdir(root):
@@ -68,12 +74,24 @@ def _layout(root: Path) -> dict[str, Path]:
     if not below:
         raise UserError(f'{root} has no sub-folders; sort the images into one for each class')
     if 'train' not in below or not _sub_folders(root / 'train'):
+        if all(name.lower() in LIKE_PARTS for name in below):
+            raise UserError(
+                f'the sub-folders of {root} are {", ".join(below)}, which look like parts and not '
+                f'like classes; name the parts {", ".join(PARTS)}, with the classes in them'
+            )
         return {'all': root}
+    if others := [name for name in below if name not in PARTS]:
+        raise UserError(
+            f'{root} has train/ and {others[0]}/, which is no part; name the parts '
+            f'{", ".join(PARTS)}, and move what does not belong to the images'
+        )
     layout = {}
     for folder, part in PARTS.items():
         if folder in below:
             if part in layout:
-                raise UserError(f'{root} has both val and validation; remove or rename one')
+                raise UserError(
+                    f'{root} has both {layout[part].name} and {folder}; remove or rename one'
+                )
             layout[part] = root / folder
     return layout
 

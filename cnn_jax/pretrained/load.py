@@ -132,7 +132,7 @@ def from_file(
         _check_preprocessing(preprocessing, weights.preprocessing, path)
         return _as_published(params, weights, str(path), ignored)
     metadata = contents.metadata
-    if stated := PREPROCESSINGS.get(metadata.get('preprocessing', '')):
+    if stated := _preprocessing(metadata.get('preprocessing') or None):
         _check_preprocessing(preprocessing, stated, path)
     preprocessing = preprocessing or stated or _LAYOUTS.get(contents.layout)
     if not preprocessing:

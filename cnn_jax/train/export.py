@@ -190,7 +190,8 @@ classes = json.load(open('classes.json'))['classes']
 def pixels(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode.startswith('I'):  # 16 bits a pixel: keep the high byte
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        deep, transparent = np.asarray(image), image.info.get('transparency')
+        image = Image.fromarray(np.where(deep == transparent, 255, deep >> 8).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba)

@@ -50,8 +50,9 @@ def draw_confusion(confusion: np.ndarray, class_names: list[str], path: Path) ->
     axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
     ticks = range(classes) if classes <= 40 else range(0, classes, classes // 20)
     labels = [class_names[i] for i in ticks]
-    axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-    axes.set_yticks(ticks, labels)
+    turned = 90 if max(map(len, labels)) > 2 else 0
+    axes.set_xticks(ticks, labels, rotation=turned, parse_math=False)  # names may hold dollars
+    axes.set_yticks(ticks, labels, parse_math=False)
     axes.set(xlabel='predicted', ylabel='true')
     if classes <= 30:
         for (i, j), count in np.ndenumerate(confusion):

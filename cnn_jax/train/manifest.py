@@ -110,12 +110,20 @@ def check_data(folder: Path, description: dict[str, Any]) -> None:
         description: Of the data as they are now, as `setup.describe` gives it.
 
     Errors:
-        UserError: The images, the labels or their order have changed.
+        UserError: The images, the labels, their order, their preprocessing or the pretrained
+            weights have changed.
     """
     found = stored(folder)
     if found is None:
         return
     before = found['data']
+    for name, called in (('weights', 'pretrained weights'), ('kind', 'preprocessing')):
+        old, new = (facts['preprocessing'].get(name) for facts in (before, description))
+        if old != new:
+            raise UserError(
+                f'the {called} of the run in {folder} were others when it began ({old} then, {new} '
+                'now); restore them or choose another --workdir'
+            )
     for split in ('train', 'eval'):
         if before[split] != description[split]:
             raise UserError(

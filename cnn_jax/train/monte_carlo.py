@@ -12,6 +12,7 @@ from scipy.special import entr
 
 from cnn_jax import losses, rng
 from cnn_jax.errors import UserError
+from cnn_jax.models.build import Classifier
 from cnn_jax.nn.drop import Dropout
 from cnn_jax.train.restore import Run
 
@@ -27,11 +28,11 @@ def with_dropout(call, args, kwargs, context):
     return call(*args, **kwargs)
 
 
-def sampler(run: Run) -> Callable[[Array | np.ndarray, int], Float[Array, 'b k']]:
-    """The log class probabilities of images [b, h, w, c] under draw number s of the dropout.
+def sampler(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float[Array, 'b k']]]:
+    """From images [b, h, w, c], and then the number of a draw, to log class probabilities.
 
     The draws follow from the run's seed and step, so that they can be had again. Dropout of every
-    kind acts, and stochastic depth.
+    kind acts, and stochastic depth. A backbone, which has none, sees the images once.
 
     Errors:
         UserError: The network has no dropout, so that every draw would be the same.
@@ -44,16 +45,30 @@ def sampler(run: Run) -> Callable[[Array | np.ndarray, int], Float[Array, 'b k']
             'answer each time; leave --mc out, or train with config.model.head_dropout above 0'
         )
 
+    has_backbone = isinstance(run.model, Classifier)
+
     @jax.jit
-    def sample(variables, images, number):
+    def prepared(variables, images) -> Any:
+        x = run.task.prepare(images)
+        if has_backbone:
+            return run.model.apply(variables, x, train=False, method='features')
+        return x
+
+    @jax.jit
+    def sample(variables, x, number):
         key = rng.key(run.config.seed, 'dropout', run.step + number)
+        method = 'classify' if has_backbone else None
         with nn.intercept_methods(with_dropout):
             logits: Any = run.model.apply(
-                variables, run.task.prepare(images), train=False, rngs={'dropout': key}
+                variables, x, train=False, rngs={'dropout': key}, method=method
             )
         return losses.log_probabilities(logits)
 
-    return lambda images, number: sample(run.variables, jnp.asarray(images), number)
+    def of_images(images):
+        x = prepared(run.variables, jnp.asarray(images))
+        return lambda number: sample(run.variables, x, number)
+
+    return of_images
 
 
 def uncertainty(

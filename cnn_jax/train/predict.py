@@ -1,6 +1,7 @@
 """Class probabilities of image files."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,19 +65,25 @@ def predict_files(
         UserError: There are draws to be made, but the network has no dropout.
     """
     paths = list(paths)
-    read = [read_image(run, path) for path in paths]
-    good = [image for image in read if not isinstance(image, str)]
-    answers = iter(_sampled(run, good, batch, draws) if draws else _certain(run, good, batch))
+    batch = min(batch, max(len(paths), 1))
+    answer = _sampled(run, draws) if draws else _certain(run)
     names = run.manifest['data']['class_names']
 
-    def prediction(path: Path, image) -> Prediction:
-        if isinstance(image, str):
-            return Prediction(path, error=image)
-        shares, uncertainty = next(answers)
-        ranked = sorted(zip(names, shares.tolist()), key=lambda pair: -pair[1])
-        return Prediction(path, tuple(ranked), uncertainty=uncertainty)
+    def classified(part: list[Path]) -> Iterator[Prediction]:
+        read = [read_image(run, path) for path in part]
+        images = [image for image in read if not isinstance(image, str)]
+        answers = iter(answer(_padded(images, batch)) if images else ())
+        for path, image in zip(part, read):
+            if isinstance(image, str):
+                yield Prediction(path, error=image)
+            else:
+                shares, uncertainty = next(answers)
+                ranked = sorted(zip(names, shares.tolist()), key=lambda pair: -pair[1])
+                yield Prediction(path, tuple(ranked), uncertainty=uncertainty)
 
-    return [prediction(path, image) for path, image in zip(paths, read)]
+    # Part by part, so that the pixels of a large folder are never in memory together.
+    parts = [paths[start : start + batch] for start in range(0, len(paths), batch)]
+    return [prediction for part in parts for prediction in classified(part)]
 
 
 def draw_heatmaps(run: Run, predictions: Iterable[Prediction], folder: Path) -> list[Path]:
@@ -106,8 +113,11 @@ def draw_heatmaps(run: Run, predictions: Iterable[Prediction], folder: Path) -> 
             continue
         name, probability = prediction.classes[0]
         heat = compute(run.variables, image[None], np.array([names.index(name)]))[0]
-        path = folder / f'{place:03d}_{prediction.path.stem}.png'
+        # A name of a file takes at most 255 bytes, those that are added in writing it included.
+        stem = os.fsencode(prediction.path.stem)[:200].decode(errors='ignore')
+        path = folder / f'{place:03d}_{stem}.png'
         title = f'{prediction.path.name}: {name} {probability:.1%}'
+        title = title.encode(errors='backslashreplace').decode()
         heatmap.draw_heatmap(image, np.asarray(heat), title, path)
         written.append(path)
     return written
@@ -131,24 +141,24 @@ def read_image(run: Run, path: Path) -> np.ndarray | str:
 Answer = tuple[np.ndarray, dict[str, float]]  # probabilities of the classes, uncertainty
 
 
-def _certain(run: Run, images: list[np.ndarray], batch: int) -> Iterator[Answer]:
+def _certain(run: Run) -> Callable[[np.ndarray], Iterable[Answer]]:
     compute, values = jax.jit(run.steps.predict), values_of(run.config)
-    for count, padded in _batches(images, batch):
-        yield from ((p, {}) for p in np.exp(compute(run.state, padded, values))[:count])
+    return lambda images: ((p, {}) for p in np.exp(compute(run.state, images, values)))
 
 
-def _sampled(run: Run, images: list[np.ndarray], batch: int, draws: int) -> Iterator[Answer]:
-    sample = monte_carlo.sampler(run)
-    for count, padded in _batches(images, batch):
-        log_probs = np.stack([sample(padded, number)[:count] for number in range(draws)])
+def _sampled(run: Run, draws: int) -> Callable[[np.ndarray], Iterable[Answer]]:
+    of_images = monte_carlo.sampler(run)
+
+    def answers(images: np.ndarray) -> Iterator[Answer]:
+        draw = of_images(images)
+        log_probs = np.stack([draw(number) for number in range(draws)])
         for shares, entropy, information in zip(*monte_carlo.uncertainty(log_probs)):
             yield shares, {'entropy': float(entropy), 'mutual_information': float(information)}
 
+    return answers
 
-def _batches(images: list[np.ndarray], batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Batches of one size, the last one padded, and how many images each holds."""
-    for start in range(0, len(images), batch):
-        part = np.stack(images[start : start + batch])
-        padded = np.zeros((batch, *part.shape[1:]), np.uint8)
-        padded[: len(part)] = part
-        yield len(part), padded
+
+def _padded(images: list[np.ndarray], size: int) -> np.ndarray:
+    """A batch of one size, so that one compilation serves all."""
+    blank = np.zeros_like(images[0])
+    return np.stack(images + [blank] * (size - len(images)))

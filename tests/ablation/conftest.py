@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = 400
+DATA = {'data.source': 'mnist_5k', 'data.train': 'train[:500]', 'data.eval': 'test'}
 EFFECTS = {'none': 0.0, 'dropout': 0.05, 'batch norm': 0.06, 'L2': 0.002, 'together': 0.08}
 
 
@@ -38,6 +39,7 @@ def write_ablation() -> Callable[..., Path]:
             'baseline': next(iter(gains)),
             'arms': {arm: {'changes': {'model.dropout': i / 10}} for i, arm in enumerate(gains)},
             'factors': None,
+            'configs': dict.fromkeys(gains, DATA),
             'seeds': list(range(seeds)),
             'metric': 'accuracy',
             'command': 'python -m launch.ablate --config=experiments/regularization.py',

@@ -19,12 +19,13 @@ IDENTITY = {'code': 'c0de', 'training data': 'da7a', 'jaxlib': '1'}
 def ledger(tmp_path):
     """Opens the ledger of a made-up ablation of two arms in one folder."""
 
-    def make(seeds=2, identity=IDENTITY, **changes):
+    def make(seeds=2, identity=IDENTITY, command='x', metric='accuracy', **changes):
         module = types.ModuleType('made_up', 'Question?')
         module.__file__ = 'experiments/made_up.py'
         module.ARMS = {'plain': {}, 'drop, 0.3/x': {'model.dropout': 0.3}}
+        module.METRIC = metric
         config = cfg.replace(cfg.Config(), {k.replace('__', '.'): v for k, v in changes.items()})
-        return open_ledger(tmp_path, plan_of(module, config, seeds), identity, {'command': 'x'})
+        return open_ledger(tmp_path, plan_of(module, config, seeds), identity, {'command': command})
 
     return make
 
@@ -76,7 +77,6 @@ def test_the_claim_of_a_killed_process_is_free(ledger, tmp_path):
     book = ledger()
     cell = book.cells()[0]
     lock = tmp_path / 'locks' / f'{cell.path.stem}.lock'
-    lock.parent.mkdir()
     code = (
         'import fcntl, sys, time\n'
         f'file = open({str(lock)!r}, "w"); fcntl.flock(file, fcntl.LOCK_EX)\n'
@@ -102,6 +102,22 @@ def test_more_seeds_go_on_with_the_same_results(ledger):
     more = ledger(seeds=3)
     assert [c.status() for c in more.cells()].count('done') == 1
     assert len(more.cells()) == 6
+
+
+def test_the_definition_follows_the_last_command_and_no_seed_is_forgotten(ledger):
+    ledger(seeds=3, command='first')
+    book = ledger(seeds=2, command='second', metric='loss')
+    found = book.definition()
+    assert (found['command'], found['metric'], found['seeds']) == ('second', 'loss', [0, 1, 2])
+    assert ledger(seeds=2, command='third', metric='loss').definition() == found
+
+
+def test_cells_without_their_definition_are_not_mixed_with_new_ones(ledger, tmp_path):
+    book = ledger()
+    book.write(book.cells()[0], {'status': 'done'})
+    (tmp_path / 'ablation.json').unlink()
+    with pytest.raises(UserError, match=r'its ablation\.json is gone'):
+        ledger()
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_a_grid_has_all_combinations_and_the_first_levels_are_the_baseline():
         ({}, 'neither ARMS nor FACTORS'),
         ({'ARMS': {'a': {}, 'b': {'model.dorpout': 0.1}}}, "arm 'b'.*model.dropout"),
         ({'ARMS': {'a': {}, 'b': {'model.dropout': 0.25}}}, "'a' and 'b'.*are the same"),
+        ({'ARMS': {'a': {}}, 'METRIC': 'acc'}, "'acc'; it can be accuracy, top5"),
     ],
 )
 def test_mistakes_in_the_file_are_named(content, sentence):

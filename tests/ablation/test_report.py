@@ -251,3 +251,11 @@ def test_every_colour_of_a_figure_belongs_to_the_theme(ablation):
     for name, figure in figures.draw(summarize(ablation())).items():
         text = theme.themed(figure['svg'], name)
         assert re.findall(r'#[0-9a-fA-F]{6}\b', text) == []
+
+
+def test_answers_of_earlier_runs_are_left_out_and_the_data_are_named(ablation):
+    question = 'What?\n\nOn digits.\n\nAnswer (n = 5): none.\n\nThe same on garments: none.'
+    page = write_report(ablation(question=question)).read_text()
+    assert 'On digits.' in page
+    assert 'garments' not in page
+    assert 'mnist_5k: train[:500] to train, test to test' in page

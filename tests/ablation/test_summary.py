@@ -166,6 +166,30 @@ def test_factorial_grid(ablation):
     assert found['effects'] is None
 
 
+def test_a_factor_without_an_effect_has_none_beside_rounding(ablation, change_cell):
+    """Three levels by two, of which the first factor changes nothing."""
+    factors = {'a': ['a0', 'a1', 'a2'], 'b': ['b0', 'b1']}
+    levels = {f'{a}, {b}': {'a': a, 'b': b} for a in factors['a'] for b in factors['b']}
+    arms = {arm: {'changes': {}, 'levels': each} for arm, each in levels.items()}
+    folder = ablation(dict.fromkeys(arms, 0.0), arms=arms, factors=factors)
+    values = np.random.default_rng(0).random((5, 2))
+    for place, each in enumerate(levels.values()):
+        for seed in range(5):
+            found = {'accuracy': values[seed, factors['b'].index(each['b'])], 'count': 400}
+            change_cell(folder, f'{place}-{seed}', metrics={'train': found, 'eval': found})
+    effects = summarize(folder)['factorial']['effects']
+    nothing = [name for name, effect in effects.items() if effect['mean'] == 0]
+    assert nothing == [name for name in effects if 'a=' in name]
+    assert len(nothing) == len(effects) - 1
+
+
+def test_two_results_of_one_place_are_refused(ablation):
+    folder = ablation()
+    (folder / 'cells' / 'again.json').write_text((folder / 'cells' / '0-0.json').read_text())
+    with pytest.raises(UserError, match='several results of one arm and seed'):
+        summarize(folder)
+
+
 def test_correct_examples_are_unpacked():
     assert right({'correct': 'a080', 'metrics': {'eval': {'count': 9}}}).tolist() == [
         *(True, False, True, False, False, False, False, False),
@@ -214,6 +238,12 @@ def test_latex_escapes_names(ablation):
     assert text.count(r'\\') == 3
     for rule in (r'\toprule', r'\midrule', r'\bottomrule'):
         assert rule in text
+
+
+def test_latex_takes_no_arm_for_an_option(ablation):
+    text = tables.to_latex(summarize(ablation({'none': 0.0, '[a]': 0.01, '*b': 0.02})))
+    assert r'{}[a] &' in text
+    assert r'{}*b &' in text
 
 
 def test_mistakes_are_told(ablation, tmp_path):

@@ -68,6 +68,26 @@ def test_parts_are_sub_folders(tmp_path, write_images):
     assert test.channels == 3  # as in the other parts
 
 
+@pytest.mark.parametrize(
+    ('folders', 'sentence'),
+    [
+        (('Train/a', 'Train/b', 'Test/a', 'Test/b'), 'look like parts and not like classes'),
+        (('training/a', 'training/b', 'validation/a'), 'look like parts and not like classes'),
+        (('train/a', 'train/b', 'extra/a'), 'extra/, which is no part'),
+        (('plane', 'car', 'train/steam', 'train/diesel'), 'car/, which is no part'),
+    ],
+)
+def test_parts_named_otherwise_are_not_taken_for_classes(tmp_path, write_images, folders, sentence):
+    write_images(tmp_path, dict.fromkeys(folders, 1))
+    with pytest.raises(UserError, match=sentence):
+        open_folder(tmp_path)
+
+
+def test_valid_is_a_name_of_validation(tmp_path, write_images):
+    write_images(tmp_path, {'train/a': 1, 'train/b': 1, 'valid/a': 1, 'test/b': 1})
+    assert len(open_folder(tmp_path, 'validation')) == 1
+
+
 def test_a_missing_part_is_named(tmp_path, write_images):
     write_images(tmp_path / 'train', {'a': 3, 'b': 3})
     write_images(tmp_path / 'validation', {'a': 2, 'b': 2})

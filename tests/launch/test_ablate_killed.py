@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -96,3 +97,25 @@ def test_slurm_tasks_and_pods_share_one_ledger(study_flags, study, tmp_path, sum
 def test_the_kubernetes_job_follows_the_newest_schema():
     version = kubernetes_validate.latest_version()
     kubernetes_validate.validate(yaml.safe_load(JOB.read_text()), version, strict=True)
+
+
+def test_a_signal_to_all_of_its_processes_is_a_request_to_stop(
+    launch, study, tmp_path, study_flags, summary
+):
+    """As from timeout, or Ctrl-C in a terminal: launcher and workers have it at once."""
+    command = [sys.executable, '-m', 'launch.ablate', *study_flags, f'--workdir={tmp_path}']
+    process = subprocess.Popen(
+        [*command, '--workers=2'],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(tmp_path.glob('cells/*.json')):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == os.EX_TEMPFAIL, printed
+    assert 'the same command goes on' in printed
+    launch('ablate', *study_flags, f'--workdir={tmp_path}', check=0)
+    assert summary(tmp_path) == summary(study[0])

@@ -66,6 +66,21 @@ def test_evaluate_repeats_the_last_line_of_the_record(launch, tiny_run):
         assert (folder / name).read_bytes().startswith(b'\x89PNG')
 
 
+def test_evaluate_refuses_classes_that_are_not_the_runs(launch, tiny, tmp_path):
+    launch('sample', '--source=digits', '--count=60', f'--out={tmp_path}/all', check=0)
+    for path in sorted((tmp_path / 'all').iterdir()):
+        folder = tmp_path / 'photos' / path.stem.split('_')[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+    where = f'--workdir={tmp_path}/run'
+    flags = f'--config.data.source=folder:{tmp_path}/photos', '--config.data.batch=10'
+    launch('train', *tiny, *flags, where, check=0)
+    (tmp_path / 'photos' / '9').rename(tmp_path / 'photos' / '10')  # sorts before 2
+    told = launch('evaluate', where, check=2).stderr
+    assert 'are 0, 1, 10, 2' in told
+    assert 'trained on 0, 1, 2' in told
+
+
 def test_sample_writes_images_of_the_classes_asked_for(launch, tmp_path):
     flags = ('--source=digits', '--classes=4,9', '--count=4', f'--out={tmp_path}')
     launch('sample', *flags, check=0)

@@ -190,3 +190,10 @@ def test_top_comes_from_a_file(imagenet):
 def test_head_is_left_alone(imagenet):
     assert len(imagenet.ignored) == 16
     assert np.isfinite(imagenet.params['block5_conv3']['kernel']).all()
+
+
+def test_a_file_that_names_an_unknown_preprocessing_is_refused(random_params, tmp_path):
+    path = tmp_path / 'mine.safetensors'
+    save_file(flatten(random_params), path, metadata={'preprocessing': 'Caffe'})
+    with pytest.raises(UserError, match="no preprocessing 'Caffe'; it can be caffe"):
+        load(path)

@@ -125,6 +125,9 @@ def photographs(folder):
     picture.convert('CMYK').save(folder / 'cmyk.jpg')
     picture.quantize(8).save(folder / 'palette.gif')
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 251).save(folder / 'deep.png')
+    lowest = int(pixels[..., 0].min()) * 251
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 251)
+    deep.save(folder / 'deep_and_veiled.png', transparency=lowest)
     for mode, name in (('RGB', 'veiled.png'), ('L', 'veiled_grey.png')):
         veiled = picture.convert(mode)
         veiled.putalpha(veil)
