@@ -11,10 +11,11 @@ jaxlib 0.10.2; accuracy against none, which has 89.8%, in points, 95% CI, Holm-c
 1.00), max-norm 2 −0.1 (−0.5 to 0.2, p = 1.00). None changes the digits' accuracy by a point either
 way.
 
-The same on 500 images of Fashion-MNIST (n = 3 seeds, 2,000 of the test images; none has 78.7%): L1
-1e-4 0.0 (−0.8 to 0.8, p = 1.00), L2 5e-3 +0.3 (−0.6 to 1.2, p = 1.00), elastic +0.1 (−0.7 to 1.0, p
-= 1.00), decoupled decay 1 +0.3 (−0.2 to 0.9, p = 0.78), orthogonality 1e-2 +0.3 (−0.3 to 0.9, p =
-0.78), max-norm 2 0.00 (0.00 to 0.00, p = 1.00).
+The same on 2,000 images of Fashion-MNIST (n = 5 seeds, 800 steps, 2,000 of the test images,
+2026-11-26; none has 83.4%): L1 1e-4 −0.3 (−0.7 to 0.2, p = 1.00), L2 5e-3 −0.2 (−0.5 to 0.2, p =
+1.00), elastic 0.0 (−0.5 to 0.4, p = 1.00), decoupled decay 1 −0.1 (−0.5 to 0.3, p = 1.00),
+orthogonality 1e-2 −0.1 (−0.6 to 0.3, p = 1.00), max-norm 2 −0.02 (−0.08 to 0.04, p = 1.00). Again
+none moves the accuracy by half a point.
 """
 
 from experiments.l2_vs_weight_decay import get_config as get_config

@@ -26,7 +26,7 @@ Listing = list[tuple[str, int]]  # path below the root, with slashes, and label
 
 
 def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
-    """The parts of a folder: `all`, or those of train/, test/ and val/ (validation/).
+    """The parts of a folder: `all`, or those of train/, test/ and validation/ (val/, valid/).
 
     Class names are the sub-folders' names, sorted; images are sought below them at any depth.
     Hidden files and files whose names do not end as images' do are left out.
