@@ -173,7 +173,7 @@ class Train:
     precise_norm: int = number(0)  # batches for the evaluated weights' batch statistics
     eval_every: float = number(1.0)  # epochs
     checkpoint_every: float = number(1.0)  # epochs
-    keep: int = number(2, low=1)  # latest checkpoints kept, besides the best
+    keep: int = number(2, low=2)  # latest checkpoints kept, besides the best
     best: str = choice('accuracy', 'loss')  # on the evaluation split
     patience: float = number(0.0)  # epochs without a better `best` that end a run there; 0: none
     threads: int = number(0, high=1024)  # of a computation on a CPU; 0: one for each core

@@ -55,6 +55,9 @@ def join() -> None:
             'JAX_NUM_PROCESSES and JAX_PROCESS_ID'
         ) from error
     _speak_at_abort()
+    # On CPUs the first collective waits for the others for 30 seconds at most, and later ones for
+    # longer: so now, when all are here, and not after a download or a wait for a lock.
+    from_first(lambda: None)
 
 
 def joined() -> bool:

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         if attempt:
             print(f'starting all {COUNT.value} again ({attempt} of {RESTARTS.value})', flush=True)
         code = Group(command, COUNT.value, DEVICES.value).wait()
-        if code in (cli.OK, cli.MISTAKE, cli.STOPPED):
+        if code in (cli.OK, cli.MISTAKE, cli.STOPPED, cli.INTERRUPTED):
             break
     return code
 
@@ -79,8 +79,14 @@ class Group:
         self._processes, self._readers = [], []
         for number in range(count):
             environment = os.environ | shared | {'JAX_PROCESS_ID': str(number)}
+            # Not in the terminal's group, from which Ctrl-C would come a second time.
             process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
             )
             self._processes.append(process)
             for stream, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):

@@ -12,7 +12,7 @@ set_up() { # REQUIREMENTS...
     echo "error: $("$python" --version 2>&1) is too old; set PYTHON to a Python 3.11 or newer" >&2
     exit 2
   fi
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  [ -e "$venv/bin/activate" ] || "$python" -m venv "$venv"
   # shellcheck disable=SC1091
   . "$venv/bin/activate"
   wanted="$(cat "$@" requirements*.txt | cksum)"

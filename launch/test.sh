@@ -8,4 +8,4 @@ ruff check .
 marks='not slow and not exhaustive'
 [ -z "${SLOW:-}" ] || marks='not exhaustive'
 workers="$(python -c 'import os; print(min(5, 1 + (os.cpu_count() or 1)))')"
-exec python -m pytest -m "$marks" -n "$workers" --dist loadfile "$@"
+exec python -m pytest -m "$marks" -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

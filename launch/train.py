@@ -19,6 +19,7 @@ adds which layers the time went to, and a trace to look at, in profile/.
 """
 
 import contextlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def train(
     for note in from_first(begin):
         print(f'note: {note}')
     rows = layers(net, shape)
-    profile = Profile(folder / 'profile', [row.path for row in rows]) if PROFILE.value else None
+    # Each process traces; the first one's is kept.
+    traces = folder / 'profile' if is_first() else Path(tempfile.mkdtemp())
+    profile = Profile(traces, [row.path for row in rows]) if PROFILE.value else None
     outcome = loop.fit(
         config, task, phases, state, folder, layout=layout, profile=profile, saved=saved
     )

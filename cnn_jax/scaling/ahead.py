@@ -163,8 +163,9 @@ def programs(
         UserError: What `mesh.lay_out` finds wrong.
         RunFailed: The step does not fit into a chip's memory.
     """
-    size = config.data.batch // config.optimizer.accumulate
-    layout = lay_out(devices, (size,), model=model, fsdp=fsdp)
+    data = config.data
+    sizes = data.batch // config.optimizer.accumulate, data.eval_batch or data.batch
+    layout = lay_out(devices, sizes, model=model, fsdp=fsdp)
     task = setup.make_task(config, described)
     with compiling_for('tpu'):
         phases = setup.make_phases(config, task)

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -81,7 +82,8 @@ class Checkpoints:
         return MultiprocessingOptions()
 
     def _score(self, metrics: dict[str, float]) -> float:
-        return score_of(self._config, metrics)
+        score = score_of(self._config, metrics)
+        return -math.inf if math.isnan(score) else score  # never the best
 
     def save(self, state: State, progress: dict[str, Any], metrics: dict[str, float] | None = None):
         """Write a checkpoint of `state`; a second one of the same step is not written again.

@@ -156,7 +156,7 @@ class _Run:
             return
         self.step, progress = found
         state, self.current = entered(self.phases, self.state, self.step)
-        self.state, _ = self.checkpoints.restore(self.step, state)
+        self.state, _ = self.checkpoints.restore(self.step, placed(state, self.layout))
         self.record.resume(self.step, progress['record'])
         self.meter.resume(progress['sums'])
         if progress.get('best'):

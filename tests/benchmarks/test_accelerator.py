@@ -1,11 +1,13 @@
 """The table of a GPU or TPU, made on whatever is here."""
 
+import copy
 import sys
 
 from benchmarks import accelerator
 
 
-def test_every_contender_has_a_row_without_tfds_and_grain(monkeypatch):
+def test_every_contender_has_a_row_without_tfds_and_grain(tiny, monkeypatch):
+    monkeypatch.setattr(accelerator.workloads, 'step_problem', lambda *_: copy.deepcopy(tiny))
     for name in ('tensorflow_datasets', 'grain'):
         monkeypatch.setitem(sys.modules, name, None)  # importing it is an error
     monkeypatch.setattr(accelerator, 'STEPS', 1)

@@ -25,7 +25,7 @@ def test_rounds_of_two_contenders(tiny, tmp_path, monkeypatch):
     assert len(only[1]) == 3
     assert found.checked == 'checked'
     assert [len(taken) for taken in found.seconds.values()] == [2, 2]
-    assert all(0 < found.first_step[name] < 60 for name in 'ab')
+    assert all(found.first_step[name] > 0 for name in 'ab')
     assert all(10 < found.peak[name] < 10_000 for name in 'ab')
     assert [version.split()[0] for version in found.versions] == ['jax', 'flax']
 

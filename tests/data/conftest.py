@@ -4,11 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from PIL import Image
-
-settings.register_profile('no deadline', deadline=None)  # a busy machine is not a failure
-settings.load_profile('no deadline')
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,7 @@ KINDS = [
     (
         'SIGTERM, a second signal, preemption under Slurm',
         'saved at the next step, exit 75, queued again',
-        ['tests/launch', '-k', 'sigterm or second_signal or slurm_job'],
+        ['tests/launch', 'tests/train', '-k', 'stopped_or_killed or second_signal or slurm_job'],
     ),
     (
         'clock set back, fewer cores, other logging, streaming or profiling',

@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / 'launch' / 'kubernetes_ablation.yaml'
 
 
+def until_cells(folder, count, process):
+    """Wait until an ablation has this many results, or has ended."""
+    deadline = time.monotonic() + 240
+    while len(list(folder.glob('cells/*.json'))) < count and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_killed_at_20_random_moments_it_ends_with_the_same_summary(
     start, launch, tmp_path, study_flags, summary, record_property
@@ -28,8 +36,10 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_summary(
     while kills < 20:
         folder = tmp_path / f'killed{kills}'
         while kills < 20 and not (folder / 'summary.json').exists():
+            before = len(list(folder.glob('cells/*.json')))
             process = start('ablate', *many, f'--workdir={folder}')
-            time.sleep(draw.uniform(1.0, 7.0))
+            until_cells(folder, before + 1, process)
+            time.sleep(draw.uniform(0.0, 1.0))
             kills += process.poll() is None
             process.kill()
             process.communicate()
@@ -42,8 +52,7 @@ def test_a_killed_workers_cells_go_to_the_others(
     start, study, tmp_path, workers_in, study_flags, summary
 ):
     process = start('ablate', *study_flags, f'--workdir={tmp_path}', '--workers=2')
-    while not list(tmp_path.glob('cells/*.json')):
-        time.sleep(0.05)
+    until_cells(tmp_path, 1, process)
     workers_in(tmp_path)[0].kill()
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
@@ -57,9 +66,7 @@ def test_on_ray_a_killed_worker_is_replaced_and_nothing_is_done_twice(
 ):
     folder = tmp_path / 'ray'
     process = start('ablate', *study_flags, f'--workdir={folder}', '--executor=ray', '--workers=2')
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob('cells/*.json'))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until_cells(folder, 3, process)
     workers_in(folder)[0].parent().kill()  # Ray's process
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 0, printed
@@ -111,8 +118,7 @@ def test_a_signal_to_all_of_its_processes_is_a_request_to_stop(
         text=True,
         start_new_session=True,
     )
-    while not list(tmp_path.glob('cells/*.json')):
-        time.sleep(0.05)
+    until_cells(tmp_path, 1, process)
     os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == os.EX_TEMPFAIL, printed

@@ -122,6 +122,8 @@ def stopped(*_):
     print('stopped and saved', flush=True)
     os._exit(75)
 signal.signal(signal.SIGTERM, stopped)
+if what == 'stubborn':
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with open(runs, 'a') as out:
     out.write(json.dumps(sys.argv[1:]) + '\\n')
 print('step 1' if number == '0' else 'a warning', flush=True)
@@ -129,8 +131,6 @@ if what == 'preempted':
     (cloud / 'tpu-vm.json').write_text(json.dumps({'state': 'PREEMPTED', 'owner': 'tpu_vm_sh'}))
     time.sleep(600)
 if what in ('long', 'stubborn'):
-    if what == 'stubborn':
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(600)
 if what == 'killed':
     what = 1

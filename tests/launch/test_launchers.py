@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 import resource
 import signal
-import time
 
 import pytest
 
@@ -117,37 +117,34 @@ def test_the_same_command_again_changes_nothing(launch, tiny, tiny_run):
     assert metrics_hash(folder) == before
 
 
-def test_stopped_by_sigterm_it_saves_and_goes_on_to_the_same_numbers(
-    launch, start, tiny, tiny_run, tmp_path
+@pytest.fixture(scope='module')
+def long(tiny):
+    """The flags of a run that is not over when its first checkpoint has been seen."""
+    return *tiny, '--config.train.epochs=12', '--config.train.checkpoint_every=1'
+
+
+@pytest.fixture(scope='module')
+def undisturbed(launch, long, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('undisturbed') / 'run'
+    launch('train', *long, f'--workdir={folder}', check=0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ('number', 'code'), [(signal.SIGTERM, os.EX_TEMPFAIL), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_stopped_or_killed_it_goes_on_to_the_same_numbers(
+    launch, start, until_saved, long, undisturbed, tmp_path, number, code
 ):
-    whole, _ = tiny_run
     folder = tmp_path / 'stopped'
-    process = start('train', *tiny, f'--workdir={folder}')
-    for _ in range(1200):  # until the first epoch's line
-        if (folder / 'metrics.jsonl').exists() and (folder / 'metrics.jsonl').stat().st_size:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process = start('train', *long, f'--workdir={folder}')
+    until_saved(process, folder)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=120)
-    assert process.returncode in (75, 0), printed
-    launch('train', *tiny, f'--workdir={folder}', check=0)
-    assert metrics_hash(folder) == metrics_hash(whole)
-
-
-def test_killed_it_goes_on_from_its_checkpoint_to_the_same_numbers(
-    launch, start, tiny, tiny_run, tmp_path
-):
-    whole, _ = tiny_run
-    folder = tmp_path / 'killed'
-    process = start('train', *tiny, f'--workdir={folder}')
-    for _ in range(1200):  # until the first checkpoint is there
-        if list(folder.glob('checkpoints/step_*')):
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    launch('train', *tiny, f'--workdir={folder}', check=0)
-    assert metrics_hash(folder) == metrics_hash(whole)
+    assert process.returncode == code, printed
+    done = launch('train', *long, f'--workdir={folder}', check=0)
+    assert 'going on from the checkpoint' in done.stdout
+    assert metrics_hash(folder) == metrics_hash(undisturbed)
 
 
 @pytest.mark.parametrize('name', ['train', 'evaluate', 'predict', 'sample', 'fetch_weights'])

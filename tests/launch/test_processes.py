@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def start(tiny):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     return call
@@ -113,6 +115,17 @@ def test_asked_to_stop_all_stop_at_the_same_step(start, signalled, undisturbed, 
     assert records(folder)[:3] == records(undisturbed)[:3]
 
 
+def test_ctrl_c_in_a_terminal_saves(start, until_saved, undisturbed, tmp_path):
+    """It reaches the whole group of the terminal at once."""
+    folder = tmp_path / 'run'
+    group = start(folder)
+    until_saved(group, folder)
+    os.killpg(group.pid, signal.SIGINT)
+    ended(group, os.EX_TEMPFAIL)
+    ended(start(folder), 0)
+    assert records(folder)[:3] == records(undisturbed)[:3]
+
+
 def test_any_number_of_processes_goes_on(start, signalled, launch, undisturbed, tmp_path, tiny):
     folder = tmp_path / 'run'
     group = start(folder)
@@ -172,3 +185,16 @@ def test_a_run_on_several_devices_is_verified_on_as_many(launch, tiny, tmp_path)
     launch('evaluate', f'--workdir={folder}', check=0, **four)
     done = launch('verify', f'--workdir={folder}', check=1)
     assert 'changed since the run began: layout' in done.stdout
+
+
+def test_a_second_phase_goes_on_on_several_devices(launch, tiny, tmp_path):
+    folder, four = tmp_path / 'run', {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+    phases = '--config.train.epochs=1', '--config.train.frozen=("block1_*",)'
+    command = 'train', *tiny, *phases, '--config.unfreeze.epochs=2', f'--workdir={folder}'
+    launch(*command, check=0, **four)
+    before = records(folder)
+    shutil.rmtree(folder / 'checkpoints' / before[2])
+    done = launch(*command, check=0, **four)
+    step = re.search(r'going on from the checkpoint of step (\d+)', done.stdout)
+    assert int(step[1]) > 23, 'after the first phase'
+    assert records(folder)[:3] == before[:3]

@@ -171,7 +171,7 @@ def test_every_lowering_has_the_plain_ones_value_and_gradients(
             y = convolve(x, taps)
             return jnp.sum(jnp.sin(y)), y
 
-        grad = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
         (_, y), grads = grad(x.astype(dtype), taps.astype(dtype))
         return y, *grads
 

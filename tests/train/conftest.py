@@ -9,7 +9,7 @@ import pytest
 from cnn_jax import config as cfg
 from cnn_jax.data.batches import DeviceBatches
 from cnn_jax.data.memory import Arrays
-from cnn_jax.train import loop, setup, workdir
+from cnn_jax.train import loop, record, setup, workdir
 from cnn_jax.train.step import make_steps, values_of
 from cnn_jax.train.task import Task
 from cnn_jax.validation import validate
@@ -82,8 +82,9 @@ def opened(config, shape, count):
 
 
 @pytest.fixture
-def fit(tmp_path):
+def fit(tmp_path, monkeypatch):
     """Trains as launch.train does, on made-up images that carry their class, in a new folder."""
+    monkeypatch.setattr(record, 'draw_curves', lambda lines, path: None)  # half a second each
 
     def make(config, folder=None, shape=SHAPE, count=50, open=opened):
         task, phases = open(config, shape, count)

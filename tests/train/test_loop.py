@@ -146,6 +146,15 @@ def test_the_latest_and_the_best_checkpoints_are_kept(small, run, tmp_path):
     assert same(restored, state.replace(step=np.int32(2)))
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(small, run, tmp_path):
+    _, state, _ = run(small())
+    kept = Checkpoints(tmp_path / 'c', small(train__best='loss'))
+    for step, loss in enumerate([0.5, float('nan'), 0.7, 0.6], start=1):
+        scores = {'accuracy': 0.1, 'loss': loss}
+        kept.save(state.replace(step=np.int32(step)), {'sums': None}, scores)
+        assert kept.best() == 1
+
+
 def test_without_a_checkpoint_there_is_no_latest(small, tmp_path):
     assert Checkpoints(tmp_path / 'none', small()).latest() is None
     assert Checkpoints(tmp_path / 'none', small()).best() is None
