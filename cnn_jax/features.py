@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import PIL
 from jaxtyping import Array, Float
 
 from cnn_jax import config as cfg
@@ -89,6 +88,8 @@ class Extractor:
 
     def key(self, batches: Any, view: int | None) -> str:
         """SHA-256 of all that the features of a split depend on."""
+        import PIL
+
         model, data = self.config.model, self.config.data
         weights = [
             leaf.tobytes() for leaf in map(np.asarray, params.flatten(self.backbone).values())
