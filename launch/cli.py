@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -133,7 +134,13 @@ def _quieten() -> None:
         name = failed.thread.name if failed.thread else 'a thread'
         print(f'warning: {name} stopped: {failed.exc_value}', file=sys.stderr)
 
-    threading.excepthook = tell
+    usual = sys.unraisablehook
+
+    def left_over(found: Any) -> None:  # TensorStore's threads, after a save that failed
+        if str(found.exc_value) != 'Event loop is closed':
+            usual(found)
+
+    threading.excepthook, sys.unraisablehook = tell, left_over
 
 
 def _parse(arguments: list[str]) -> list[str]:
