@@ -68,6 +68,18 @@ def is_cached(config: cfg.Config, trainable: Iterable[str]) -> bool:
     return wish != 'never' and not reason
 
 
+def views_at(first: int, count: int, n: int, views: int) -> np.ndarray:
+    """The kept view that each of `count` examples is seen in, which takes turns by epoch.
+
+    Args:
+        first: Place of the first of them among all that training goes through.
+        count: How many.
+        n: Examples of an epoch.
+        views: How many are kept.
+    """
+    return (first + np.arange(count)) // n % views
+
+
 @dataclass(frozen=True)
 class Extractor:
     """Computes the features of images.
@@ -245,8 +257,7 @@ class FeatureBatches:
         while True:
             index = train_indices(self.n, self._batch, self._seed, step, *self._share)
             first = step * self._batch + self._share[0] * local
-            epoch = (first + np.arange(local)) // self.n
-            yield self._take(index, mask, epoch % self._views)
+            yield self._take(index, mask, views_at(first, local, self.n, self._views))
             step += 1
 
     def evaluate(self) -> Iterator[dict[str, Any]]:

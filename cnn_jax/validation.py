@@ -108,8 +108,9 @@ def _check_model(config: Config) -> None:
             'set it below 1'
         )
     if model.name != 'strided_net':
+        defaults = Model()
         for name in IN_THE_TRUNK:
-            given, default = getattr(model, name), getattr(Model(), name)
+            given, default = getattr(model, name), getattr(defaults, name)
             if given != default:
                 raise UserError(
                     f'config.model.{name} is {given}, but only strided_net has it, so that it '

@@ -153,7 +153,7 @@ def _watch(folder: Path, plan, pool):
     ledger = progress = None
     with Interruption() as interruption, ExitStack() as screen:
         going = True
-        while going and not interruption.requested:
+        while going:
             time.sleep(0.2)
             if interruption.requested:  # the workers may have had the same signal
                 break

@@ -59,6 +59,7 @@ def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict
     from cnn_jax.data.augment import shown
     from cnn_jax.data.batches import open_batches
     from cnn_jax.data.mix import mix
+    from cnn_jax.features import views_at
     from cnn_jax.train import setup
 
     batches = open_batches(config.data, 'train', seed=config.seed)
@@ -80,11 +81,13 @@ def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict
         """What is seen at a step: the changes of the step, or those of the epoch's kept view."""
         if not views:
             return seen(batch, step)
-        place = step * config.data.batch + np.arange(config.data.batch)
-        view = place // batches.n % views
-        kept = {each: seen(batch, each) for each in set(view.tolist())}
-        rows = [{k: x[i] for k, x in kept[each].items()} for i, each in enumerate(view.tolist())]
-        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+        size = config.data.batch
+        view = views_at(step * size, size, batches.n, views).tolist()
+        kept = {each: seen(batch, each) for each in set(view)}
+        return {
+            name: np.stack([kept[each][name][i] for i, each in enumerate(view)])
+            for name in kept[view[0]]
+        }
 
     columns = []
     for number, batch in enumerate(itertools.islice(batches.train(first), steps), start=first):

@@ -142,9 +142,10 @@ def train(
     for note in from_first(begin):
         print(f'note: {note}')
     rows = layers(net, shape)
-    # Each process traces; the first one's is kept.
-    traces = folder / 'profile' if is_first() else Path(tempfile.mkdtemp())
-    profile = Profile(traces, [row.path for row in rows]) if PROFILE.value else None
+    profile = None
+    if PROFILE.value:  # each process traces; the first one's is kept
+        traces = folder / 'profile' if is_first() else Path(tempfile.mkdtemp())
+        profile = Profile(traces, [row.path for row in rows])
     outcome = loop.fit(
         config, task, phases, state, folder, layout=layout, profile=profile, saved=saved
     )

@@ -44,6 +44,7 @@ def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _rows(figure, arms: list[str], height: float = 0.42):
+    """Axes of a figure of its own, with one row per arm."""
     figure.set_size_inches(WIDTH, 1.0 + height * len(arms))
     axes = figure.subplots()
     label_rows(axes, arms)

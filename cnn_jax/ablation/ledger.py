@@ -123,7 +123,6 @@ def open_ledger(
             difference is told), or cells of one whose definition is gone: results of both would
             be mixed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / 'locks' / f'{DEFINITION}.lock', wait=True):
         return _open_ledger(folder, plan, identity, facts)
 

@@ -111,8 +111,8 @@ class Progress:
     def _line(self, cell: Cell) -> str:
         result, metric = self._results[cell], METRICS[self._ledger.plan.metric]
         if result['status'] == 'done':
-            value = result['metrics']['eval'].get(metric.name, math.nan)
             values = self._values(cell.arm)
+            value = values[cell.seed]
             text = (
                 f'{metric.title} {number(value * metric.scale, 2)}{metric.suffix} '
                 f'(mean of {len(values)}: {_mean_sd(list(values.values()), metric.scale, False)})  '

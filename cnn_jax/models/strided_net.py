@@ -75,8 +75,8 @@ class StridedNet(nn.Module):
                 rate = depth_rate(c.stochastic_depth, i, len(c.widths))
                 x = Dropout(rate, stochastic_depth, name=f'{block}_depth')(x, train=train)
                 # Its filters of few weights (one, of a grey image) are not to be standardized.
-                shortcut = functools.partial(conv, standardize=False)
-                x += shortcut(width, 1, c.stride, 'VALID', name=f'{block}_shortcut_conv')(before)
+                shortcut = {'name': f'{block}_shortcut_conv', 'standardize': False}
+                x += conv(width, 1, c.stride, 'VALID', **shortcut)(before)
             x = dropping(c, f'{block}_drop')(x, train=train)
         return Head(c, self.num_outputs, name='head')(x, train=train)
 

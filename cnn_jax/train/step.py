@@ -82,12 +82,13 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
     names = list(params.flatten(shapes))
     of_all_phases = phase_members(config, names)
     members = of_all_phases[: phase + 1]
+    ever = {name for group in of_all_phases for name in group}
     trainable = sorted(name for group in members for name in group)
     frozen = (config.train.frozen, config.unfreeze.frozen)[phase]
     optimizer = config.optimizer
-    penalized = penalized_by(config.loss, names, of_all_phases, phase)
+    penalized = penalized_by(config.loss, names, ever, trainable)
     decayed, constrained = (
-        acted_on(names, of_all_phases, phase, patterns, strength, f'optimizer.{field}')
+        acted_on(names, ever, trainable, patterns, strength, f'optimizer.{field}')
         for patterns, strength, field in (
             (optimizer.decay_on, optimizer.weight_decay, 'decay_on'),
             (optimizer.max_norm_on, optimizer.max_norm, 'max_norm_on'),

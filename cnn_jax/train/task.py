@@ -76,8 +76,8 @@ def update_groups(config: cfg.Config, task: Task, members: list[list[str]]) -> l
 
 def acted_on(
     names: list[str],
-    members: list[list[str]],
-    phase: int,
+    ever: set[str],
+    trainable: list[str],
     patterns: Sequence[str],
     strength: float,
     field: str,
@@ -88,8 +88,8 @@ def acted_on(
 
     Args:
         names: All paths.
-        members: Of `phase_members`.
-        phase: Its number.
+        ever: Those that any phase trains.
+        trainable: Those that this phase does.
         patterns, field: What it acts on, and where the config says so.
         strength: With 0 the patterns need not make sense.
 
@@ -98,22 +98,21 @@ def acted_on(
     """
     if strength:
         matched = params.select(names, patterns, field=field)
-        if not set(matched) & {name for group in members for name in group}:
+        if not ever.intersection(matched):
             raise UserError(
                 f'config.{field} is {tuple(patterns)}, which matches frozen parameters alone, so '
                 'that it would change nothing; name some that are trained'
             )
-    trained = sorted(name for group in members[: phase + 1] for name in group)
-    return [name for name in trained if params.matches(name, patterns)]
+    return [name for name in trainable if params.matches(name, patterns)]
 
 
 def penalized_by(
-    loss: cfg.Loss, names: list[str], members: list[list[str]], phase: int
+    loss: cfg.Loss, names: list[str], ever: set[str], trainable: list[str]
 ) -> dict[str, list[str]]:
     """The paths of each penalty in a phase, by its field in `config.loss`; see `acted_on`."""
     return {
         kind: acted_on(
-            names, members, phase, getattr(loss, f'{kind}_on'), strength, f'loss.{kind}_on'
+            names, ever, trainable, getattr(loss, f'{kind}_on'), strength, f'loss.{kind}_on'
         )
         for kind, strength in (
             ('l2', loss.l2),
