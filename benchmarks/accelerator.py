@@ -22,9 +22,9 @@ from benchmarks import cli, flax_features, ours, ours_features, results, stock_f
 from benchmarks.problem import Problem
 from cnn_jax import runtime
 from cnn_jax.ablation.compiled import compile_structure
-from cnn_jax.models.build import build
-from cnn_jax.models.summary import layers
+from cnn_jax.models import build
 from cnn_jax.pretrained.load import load
+from cnn_jax.summary import layers
 from cnn_jax.train.speed import calibrated_peak
 from cnn_jax.train.step import values_of
 

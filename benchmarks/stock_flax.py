@@ -16,7 +16,7 @@ from benchmarks.worker import Contender
 
 
 class StockNet(nn.Module):
-    """The layers of `cnn_jax.models.strided_net.StridedNet` from Flax's own modules."""
+    """The layers of `cnn_jax.models.StridedNet` from Flax's own modules."""
 
     stem: int
     widths: tuple[int, ...]

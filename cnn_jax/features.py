@@ -30,8 +30,8 @@ from cnn_jax.data.order import eval_batches, local_size, train_indices
 from cnn_jax.data.source import digest
 from cnn_jax.errors import UserError
 from cnn_jax.mesh import Layout
-from cnn_jax.models.build import build
-from cnn_jax.nn.winograd import by_winograd, transformed
+from cnn_jax.models import build
+from cnn_jax.nn.winograd import transform_kernels, winograd_interceptor
 
 PIXELS = 400_000  # computed at once on a CPU: eight images of 224×224 stay in its caches
 PIXELS_ON_ACCELERATORS = 20 * PIXELS
@@ -130,7 +130,7 @@ class Extractor:
     def _weights(self, backbone: dict[str, Any]) -> dict[str, Any]:
         if self.config.model.dtype != 'float32':
             return backbone
-        return params.unflatten(transformed(params.flatten(backbone)))
+        return params.unflatten(transform_kernels(params.flatten(backbone)))
 
     def function(self, view: int | None) -> Callable[[dict, Array, Array], Float[Array, 'b i j d']]:
         """The compiled computation: `weights`, uint8 images and their indices to features."""
@@ -145,7 +145,7 @@ class Extractor:
                 key = rng.key(self.config.seed, 'augment', view)
                 x = shown(augment, augment, key, images, index, self.prepare)
             variables = {'params': {'backbone': weights}}
-            with nn.intercept_methods(by_winograd):
+            with nn.intercept_methods(winograd_interceptor):
                 out: Any = model.apply(variables, x, train=False, method='features')
             return out.astype(self.config.features.dtype)
 

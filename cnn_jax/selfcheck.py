@@ -13,7 +13,7 @@ import numpy as np
 from cnn_jax import rng, runtime
 from cnn_jax.errors import UserError
 from cnn_jax.nn.conv import conv2d
-from cnn_jax.nn.drop import dropout
+from cnn_jax.nn.noise import dropout
 from cnn_jax.nn.norm import batch_normalize
 
 # Most inputs are whole numbers that TF32 and bfloat16 hold, with sums that float32 holds: on any

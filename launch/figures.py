@@ -70,9 +70,7 @@ def dropout_masks(kind: str, seed: int, step: int):
     import numpy as np
 
     from cnn_jax import rng
-    from cnn_jax.nn.drop import dropout
-    from cnn_jax.nn.drop_block import drop_block
-    from cnn_jax.nn.drop_channel import channel_dropout
+    from cnn_jax.nn.noise import channel_dropout, drop_block, dropout
 
     key, ones = rng.key(seed, 'dropout', step), jnp.ones((1, 12, 12, 4))
     if kind == 'block':
@@ -92,7 +90,7 @@ def norm_activations(steps: int = 100, layer: str = 'block2_norm1'):
     import jax
     import numpy as np
 
-    from cnn_jax.models.build import build
+    from cnn_jax.models import build
     from cnn_jax.train import setup
     from cnn_jax.train.step import make_steps, values_of
 
@@ -135,7 +133,7 @@ def fine_tuning() -> tuple[list[tuple[str, int]], list[list[str]]]:
     import numpy as np
 
     from cnn_jax import params
-    from cnn_jax.models.build import build
+    from cnn_jax.models import build
 
     frozen = (('backbone/*',), ('backbone/block[1-4]*',))
     model = cfg.Model(name='vgg16', outputs=1, hidden=(1024,), head_norm='none')

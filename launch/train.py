@@ -99,9 +99,9 @@ def train(
 ) -> int:
     """Run or continue the training in `folder`, printing what a person wants to see."""
     from cnn_jax import runtime
-    from cnn_jax.models.build import build
-    from cnn_jax.models.summary import layers, summary
+    from cnn_jax.models import build
     from cnn_jax.processes import from_first, is_first
+    from cnn_jax.summary import layers, summary
     from cnn_jax.train import loop, manifest, metrics, setup, speed
     from cnn_jax.train.checkpoint import digest
     from cnn_jax.train.profile import Profile

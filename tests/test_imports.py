@@ -29,7 +29,7 @@ LAYERS = [
         'runtime',
     },
     {'nn', 'losses', 'penalties', 'data', 'pretrained'},
-    {'models', 'optim', 'selfcheck'},
+    {'models', 'summary', 'optim', 'selfcheck'},
     {'features', 'train'},
     {'ablation', 'scaling'},
     {'launch'},

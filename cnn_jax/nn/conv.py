@@ -1,6 +1,9 @@
-"""Two-dimensional convolution, NHWC images and HWIO kernels."""
+"""Two-dimensional convolution and pooling, NHWC images and HWIO kernels."""
+
+import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
@@ -8,11 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.channels import add_bias
-from cnn_jax.nn.conv_cpu import convolve
+from cnn_jax.nn.cpu import channel_sums, convolve, on_cpu
 from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
-from cnn_jax.nn.platform import on_cpu
-from cnn_jax.nn.weight_standardization import standardized
 
 _PAD_MODE = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
 
@@ -71,7 +71,7 @@ class Conv(nn.Module):
         kernel_size, strides, padding, dilation, groups: As in `conv2d`.
         use_bias: Whether to add a bias.
         standardize: Whether the kernel is standardized filter by filter before it is used; see
-            `cnn_jax.nn.weight_standardization`.
+            `standardize_kernel`.
         dtype: Type of the computation and the result; None infers it from x and the parameters.
         kernel_init: He-normal as Keras has it: a normal truncated at two deviations, variance
             2 / (kh·kw·c/g).
@@ -107,7 +107,7 @@ class Conv(nn.Module):
         shape = (*pair(self.kernel_size), x.shape[-1] // self.groups, self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         if self.standardize:
-            kernel = standardized(kernel)
+            kernel = standardize_kernel(kernel)
         bias = None
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
@@ -121,3 +121,99 @@ class Conv(nn.Module):
             groups=self.groups,
         )
         return y if bias is None else add_bias(y, bias)
+
+
+_EPSILON = 1e-5
+
+
+def standardize_kernel(kernel: Float[Array, 'kh kw c f']) -> Float[Array, 'kh kw c f']:
+    """The kernel with mean 0 and variance 1 over the numbers of each filter.
+
+    ŵ[…,f] = (w[…,f] − μ_f) / √(σ_f² + ε), μ_f and σ_f² the mean and biased variance of filter f
+
+    The gradient passes through μ and σ: what it would do to them, it does not do to w. Scale and
+    mean of w lose their meaning, those of the output are left to the norm that follows.
+
+    Args:
+        kernel: HWIO. ε is 1e-5, so that a constant filter becomes 0.
+
+    Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight
+    Standardization".
+    """
+    centred = kernel - jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
+    variance = jnp.mean(centred**2, axis=(0, 1, 2), keepdims=True)
+    return centred * lax.rsqrt(variance + _EPSILON)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, '... c'], bias: Float[Array, ' c']) -> Float[Array, '... c']:
+    """x + bias; reverse-mode differentiable, the gradient of the bias by `channel_sums`."""
+    return x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, dy: (dy, channel_sums(dy)))
+
+
+def max_pool(
+    x: Float[Array, 'b h w c'],
+    window: Size,
+    stride: Size | None = None,
+    padding: str = 'VALID',
+) -> Float[Array, 'b h2 w2 c']:
+    """The largest value of each window; the first of equal ones receives the gradient.
+
+    Args:
+        x: images.
+        window: Height and width of a window, in pixels; a single number means a square.
+        stride: Pixels between neighbouring windows; None: the window's own size.
+        padding: VALID, which ignores what does not fill a window, or SAME, TensorFlow's rule.
+
+    Returns:
+        Of the size that `cnn_jax.nn.padding.output_shape` says.
+
+    Errors:
+        UserError: A window is larger than the padded image.
+    """
+    stride = stride or window
+    output_shape(x.shape[1:3], window, stride, 1, padding, layer='max_pool')
+    return _max_of_shifts(x, pair(window), pair(stride), padding)
+
+
+def avg_pool(
+    x: Float[Array, 'b h w c'],
+    window: Size,
+    stride: Size | None = None,
+    padding: str = 'VALID',
+) -> Float[Array, 'b h2 w2 c']:
+    """The mean of each window, over those of its pixels that lie in the image.
+
+    Arguments, result and errors as `max_pool`. (PyTorch counts the padding too, Keras does not.)
+    """
+    stride = stride or window
+    output_shape(x.shape[1:3], window, stride, 1, padding, layer='avg_pool')
+    return nn.avg_pool(x, pair(window), pair(stride), padding, count_include_pad=False)
+
+
+def global_avg_pool(x: Float[Array, 'b h w c']) -> Float[Array, 'b c']:
+    """The mean of each channel over the image, added up in float32 and returned in x's type."""
+    return jnp.mean(x, axis=(1, 2))
+
+
+def _max_of_shifts(x, window, stride, padding):
+    """The maximum of one strided slice for each pixel of the window.
+
+    XLA's own window reduction is three times slower on a CPU, its gradient fifty times (a scatter
+    that visits one window after the other), and jaxlib 0.12 computes it wrongly for bfloat16
+    (3e38 where 8 is right, after two convolutions).
+    """
+    size, channels = x.shape[1:3], x.shape[3]
+    pads = resolve_padding(padding, size, window, stride)
+    height, width = output_shape(size, window, stride, 1, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    end = (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1
+    shifts = [
+        lax.slice(x, (0, i, j, 0), (x.shape[0], i + end[0], j + end[1], channels), (1, *stride, 1))
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    return functools.reduce(lambda a, b: jnp.where((a >= b) | jnp.isnan(a), a, b), shifts)

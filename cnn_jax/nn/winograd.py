@@ -10,8 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.nn.conv import Conv
-from cnn_jax.nn.platform import on_cpu
-from cnn_jax.nn.stored import stored
+from cnn_jax.nn.cpu import materialize, on_cpu
 from cnn_jax.params import Flat
 
 # So many tiles at a time that all that is made of them stays in the processor's cache.
@@ -34,8 +33,8 @@ _G = (
 _AT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 
 
-def transformed(params: Flat) -> Flat:
-    """Parameters with transformed 3×3 kernels, for `by_winograd`, where that is faster.
+def transform_kernels(params: Flat) -> Flat:
+    """Parameters with transformed 3×3 kernels, for `winograd_interceptor`, where that is faster.
 
     On a CPU, in float32, and not for colour images, whose three channels leave the products with
     nothing to do. All convolutions must be of stride 1, undilated, ungrouped and SAME.
@@ -48,8 +47,8 @@ def transformed(params: Flat) -> Flat:
     }
 
 
-def by_winograd(call, args, kwargs, context):
-    """A Flax interceptor: layers whose kernels are `transformed` use them."""
+def winograd_interceptor(call, args, kwargs, context):
+    """A Flax interceptor: layers whose kernels are transformed use them."""
     layer = context.module
     if not isinstance(layer, Conv) or context.method_name != '__call__':
         return call(*args, **kwargs)
@@ -101,11 +100,11 @@ def _block(x, transformed):
     down, across = (height - 2) // 4, (width - 2) // 4
     # Each axis apart: 36 different sums in one loop are slow, and so is computing six of them
     # again for each of the other six.
-    x = stored(_combined(_BT, [x[:, i : i + 4 * down - 3 : 4] for i in range(6)]))
+    x = materialize(_combined(_BT, [x[:, i : i + 4 * down - 3 : 4] for i in range(6)]))
     x = _combined(_BT, [x[:, :, :, j : j + 4 * across - 3 : 4] for j in range(6)], axis=1)
     y = x.reshape(36, -1, channels) @ transformed
     y = y.reshape(6, 6, images, down, across, -1)
-    y = stored(_combined(_AT, list(y)))
+    y = materialize(_combined(_AT, list(y)))
     y = _combined(_AT, [y[:, j] for j in range(6)], axis=4)  # [4, images, down, across, 4, f]
     return y.transpose(1, 2, 0, 3, 4, 5).reshape(images, 4 * down, 4 * across, -1)
 

@@ -20,8 +20,8 @@ from cnn_jax.data.resize import image_shape
 from cnn_jax.data.source import open_split
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.mesh import Layout, lay_out
-from cnn_jax.models.build import build
-from cnn_jax.nn.platform import compiling_for
+from cnn_jax.models import build
+from cnn_jax.nn.cpu import compiling_for
 from cnn_jax.scaling.chips import Topology
 from cnn_jax.train import setup
 from cnn_jax.train.shared import jitted

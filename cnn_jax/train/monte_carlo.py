@@ -12,8 +12,8 @@ from scipy.special import entr
 
 from cnn_jax import losses, rng
 from cnn_jax.errors import UserError
-from cnn_jax.models.build import Classifier
-from cnn_jax.nn.drop import Dropout
+from cnn_jax.models import Classifier
+from cnn_jax.nn.noise import Dropout
 from cnn_jax.train.restore import Run
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from cnn_jax import config as cfg
 from cnn_jax import losses, optim, params, penalties
 from cnn_jax.data.batches import Batch
-from cnn_jax.models.build import build
+from cnn_jax.models import build
 from cnn_jax.params import Flat
 from cnn_jax.train import metrics
 from cnn_jax.train.task import Task

@@ -8,7 +8,7 @@ import flax.linen as nn
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.models.build import build
+from cnn_jax.models import build
 from cnn_jax.train import manifest, setup, workdir
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.state import State

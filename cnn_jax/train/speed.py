@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from cnn_jax.cores import cores
 from cnn_jax.mesh import Layout
-from cnn_jax.models.summary import Layer
+from cnn_jax.summary import Layer
 from cnn_jax.train.step import Steps
 from cnn_jax.train.waiting import Waiting
 from cnn_jax.train.workdir import write_text

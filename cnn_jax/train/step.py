@@ -23,7 +23,7 @@ from cnn_jax import losses, optim, params, rng
 from cnn_jax.data.augment import shown
 from cnn_jax.data.batches import Batch
 from cnn_jax.data.mix import mix
-from cnn_jax.models.build import build
+from cnn_jax.models import build
 from cnn_jax.train import averaging, metrics, precise_norm
 from cnn_jax.train.frozen import frozen_modules
 from cnn_jax.train.objective import make_gradients

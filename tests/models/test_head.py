@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.config import Model
-from cnn_jax.models.head import Head, activate
+from cnn_jax.models import Head, activation_and_norm
 
 CONFIG = Model(hidden=(7, 6), head_dropout=0.0)
 
@@ -67,7 +67,7 @@ def test_norm_comes_before_or_after_the_activation(norm, position, expected):
         @nn.compact
         def __call__(self, x):
             config = Model(norm_position=position, norm_epsilon=0.0)
-            return activate(x, config, norm=norm, name='norm', train=True)
+            return activation_and_norm(x, config, norm=norm, name='norm', train=True)
 
     x = jnp.array([[-2.0], [2.0]])
     y = Layer().init_with_output(jax.random.key(0), x)[0]

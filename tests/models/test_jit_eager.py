@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cnn_jax.config import Model, fields_by_path
 from cnn_jax.losses import cross_entropy, log_probabilities
-from cnn_jax.models.strided_net import StridedNet, minimum_size
+from cnn_jax.models import StridedNet, minimum_size
 
 BATCH, SIZE, CHANNELS, CLASSES = 4, 8, 4, 4
 

@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from cnn_jax.config import Model
-from cnn_jax.models.strided_net import StridedNet
+from cnn_jax.models import StridedNet
 
 PLAIN = Model(stem_width=0, widths=(4, 6), hidden=(8,), dropout=0.0, head_dropout=0.0)
 RESIDUAL = dataclasses.replace(PLAIN, residual=True)

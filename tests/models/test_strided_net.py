@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cnn_jax.config import Model, fields_by_path
 from cnn_jax.errors import UserError
-from cnn_jax.models.strided_net import StridedNet, minimum_size, trunk_size
+from cnn_jax.models import StridedNet, feature_map_size, minimum_size
 
 TINY = Model(stem_width=4, widths=(4, 4), hidden=(8,))
 SMALL = Model(stem_width=0, widths=(32, 64), hidden=(128,))
@@ -189,7 +189,7 @@ def test_pooling_gives_the_size_that_the_stride_gives(downsample, padding, kerne
     config = Model(
         stem_width=0, widths=(2,), hidden=(), kernel=kernel, stride=stride, padding=padding
     )
-    height, width = trunk_size(config, (side, side + 1))
+    height, width = feature_map_size(config, (side, side + 1))
     for choice in ('stride', downsample):
         config = dataclasses.replace(config, downsample=choice)
         shapes = kernel_shapes(config, (1, side, side + 1, 1))
@@ -300,10 +300,10 @@ def test_bfloat16_gives_float32_logits_with_float32_parameters():
 )
 def test_minimum_size(config, side):
     assert minimum_size(config) == side
-    trunk_size(config, (side, side))
+    feature_map_size(config, (side, side))
     if side > 1:
         with pytest.raises(UserError):
-            trunk_size(config, (side - 1, side - 1))
+            feature_map_size(config, (side - 1, side - 1))
 
 
 def test_too_small_an_image_names_the_layer_its_input_and_the_minimum():

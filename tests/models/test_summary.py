@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from cnn_jax.config import Model
-from cnn_jax.models.strided_net import StridedNet
-from cnn_jax.models.summary import layers, summary
+from cnn_jax.models import StridedNet
+from cnn_jax.summary import layers, summary
 
 NET = StridedNet(Model(), 10)
 SHAPE = (96, 96, 3)

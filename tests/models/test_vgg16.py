@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.errors import UserError
-from cnn_jax.models.vgg16 import VGG16, layers
+from cnn_jax.models import VGG16, vgg16_layers
 from cnn_jax.pretrained.layout import shapes
 
 
@@ -32,7 +32,10 @@ def test_parameters_are_the_published_ones(top):
 def test_layers_are_those_of_keras(top):
     theirs = keras.applications.VGG16(weights=None, include_top=False)
     names = [layer.name for layer in theirs.layers[1:]]
-    assert list(layers(include_top=top)) == names + ['flatten', 'fc1', 'fc2', 'predictions'] * top
+    assert (
+        list(vgg16_layers(include_top=top))
+        == names + ['flatten', 'fc1', 'fc2', 'predictions'] * top
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,7 @@ def test_layers_are_those_of_keras(top):
 def test_cut(cut, shape):
     output, variables = abstract(VGG16(cut=cut), 2, 50, 33, 3)
     assert output.shape == shape
-    reached = layers()[: layers().index(cut or 'block5_pool') + 1]
+    reached = vgg16_layers()[: vgg16_layers().index(cut or 'block5_pool') + 1]
     assert list(variables['params']) == [layer for layer in reached if 'conv' in layer]
 
 

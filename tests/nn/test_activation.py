@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.config import Model, fields_by_path
-from cnn_jax.nn.activation import ACTIVATIONS
+from cnn_jax.models import ACTIVATIONS
 
 EXPECTED = {
     'relu': lambda x: max(x, 0),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
 
-from cnn_jax.nn.bits import random_bits
+from cnn_jax.nn.noise import random_bits
 
 
 def test_they_are_the_first_words_that_jax_draws():

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.nn.channels import add_bias, channel_sums, paired_sums
-from cnn_jax.nn.platform import compiling_for
+from cnn_jax.nn.conv import add_bias
+from cnn_jax.nn.cpu import channel_sums, compiling_for, sum_pair
 
 
 @pytest.mark.parametrize('shape', [(5, 3), (4, 6, 3), (2, 5, 7, 3), (1, 1, 1, 1)])
@@ -31,7 +31,7 @@ PAIRS = [((4, 3), (0,)), ((2, 5, 7, 3), (0, 1, 2)), ((2, 5, 7, 3), (1, 2)), ((2,
 def test_paired_sums_agree_with_float64_on_every_platform(platform, shape, axes):
     u, v = (np.random.default_rng(i).normal(size=shape).astype(np.float32) for i in (0, 1))
     with compiling_for(platform):
-        sums = paired_sums(jnp.array(u), jnp.array(v), axes)
+        sums = sum_pair(jnp.array(u), jnp.array(v), axes)
     for found, array in zip(sums, (u, v)):
         expected = array.astype(np.float64).sum(axis=axes)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -41,7 +41,7 @@ def operations(platform):
     """How many arrays each reduction of a pair of sums takes."""
     x = jnp.ones((2, 5, 7, 3))
     with compiling_for(platform):
-        equations = jax.make_jaxpr(lambda x: paired_sums(x, x * x, (0, 1, 2)))(x).jaxpr.eqns
+        equations = jax.make_jaxpr(lambda x: sum_pair(x, x * x, (0, 1, 2)))(x).jaxpr.eqns
     return [len(e.outvars) for e in equations if 'reduce' in e.primitive.name]
 
 

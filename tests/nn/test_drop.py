@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.nn.drop import Dropout, dropout
+from cnn_jax.nn.noise import Dropout, dropout
 
 KEY = jax.random.key(0)
 ONES = np.ones((512, 512), np.float32)

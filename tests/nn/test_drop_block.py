@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.nn.drop_block import drop_block
+from cnn_jax.nn.noise import drop_block
 
 KEY = jax.random.key(0)
 apply = jax.jit(drop_block, static_argnums=3)

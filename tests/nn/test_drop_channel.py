@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from cnn_jax.nn.drop import Dropout
-from cnn_jax.nn.drop_channel import channel_dropout
+from cnn_jax.nn.noise import Dropout, channel_dropout
 
 KEY = jax.random.key(0)
 ONES = np.ones((128, 3, 2, 256), np.float32)

@@ -6,8 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from cnn_jax.nn.drop import Dropout
-from cnn_jax.nn.gaussian import add_noise, gaussian_dropout, normal
+from cnn_jax.nn.noise import Dropout, add_noise, gaussian_dropout, normal
 
 KEY = jax.random.key(0)
 ONES = np.ones((512, 512), np.float32)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.ghost_norm import GhostBatchNorm
-from cnn_jax.nn.norm import BatchNorm
+from cnn_jax.nn.norm import BatchNorm, GhostBatchNorm
 
 
 def images(shape, seed=0):

@@ -8,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.group_norm import GroupNorm, group_normalize
+from cnn_jax.nn.norm import GroupNorm, group_normalize
 
 
 def images(shape, seed=0):

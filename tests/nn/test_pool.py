@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cnn_jax.errors import UserError
+from cnn_jax.nn.conv import avg_pool, global_avg_pool, max_pool
 from cnn_jax.nn.padding import output_shape
-from cnn_jax.nn.pool import avg_pool, global_average, max_pool
 
 KERAS = {max_pool: keras.layers.MaxPooling2D, avg_pool: keras.layers.AveragePooling2D}
 
@@ -56,7 +56,7 @@ def test_the_largest_value_may_be_negative():
 
 def test_global_average():
     x = jnp.arange(8.0).reshape(1, 2, 2, 2)
-    assert global_average(x).tolist() == [[3, 4]]
+    assert global_avg_pool(x).tolist() == [[3, 4]]
     many = jnp.full((1, 64, 64, 1), 1.0, jnp.bfloat16)
-    assert global_average(many).dtype == jnp.bfloat16
-    assert global_average(many) == 1
+    assert global_avg_pool(many).dtype == jnp.bfloat16
+    assert global_avg_pool(many) == 1

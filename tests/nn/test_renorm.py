@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.nn.norm import BatchNorm
-from cnn_jax.nn.renorm import BatchRenorm
+from cnn_jax.nn.norm import BatchNorm, BatchRenorm
 
 SHAPE = (8, 5, 4, 3)
 WIDE = {'r_max': 1e6, 'd_max': 1e6}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.nn.stochastic_depth import depth_rate, stochastic_depth
+from cnn_jax.nn.noise import depth_rate, stochastic_depth
 
 KEY = jax.random.key(0)
 ONES = np.ones((2**14, 2, 1, 3), np.float32)

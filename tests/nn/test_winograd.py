@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from cnn_jax.nn import winograd
 from cnn_jax.nn.conv import Conv, conv2d
-from cnn_jax.nn.winograd import by_winograd, transform_kernel, transformed, winograd_conv2d
+from cnn_jax.nn.winograd import (
+    transform_kernel,
+    transform_kernels,
+    winograd_conv2d,
+    winograd_interceptor,
+)
 
 
 def draw(*shapes):
@@ -47,10 +52,10 @@ def test_the_error_of_float32_is_below_1e_5_of_the_norm():
 def test_layers_with_transformed_kernels_use_them_and_others_do_not():
     x, kernel, bias = map(jnp.float32, draw((2, 9, 10, 8), (3, 3, 8, 4), (4,)))
     params = {'kernel': kernel, 'bias': bias}
-    fast = transformed(params)
+    fast = transform_kernels(params)
     assert fast['kernel'].shape == (36, 8, 4)
     expected = Conv(4).apply({'params': params}, x)
-    with nn.intercept_methods(by_winograd):
+    with nn.intercept_methods(winograd_interceptor):
         for given in (params, fast):
             y = Conv(4).apply({'params': given}, x)
             np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
@@ -58,4 +63,4 @@ def test_layers_with_transformed_kernels_use_them_and_others_do_not():
 
 def test_kernels_of_colour_images_and_of_other_sizes_stay():
     params = {'a': jnp.ones((3, 3, 3, 4)), 'b': jnp.ones((5, 5, 8, 4)), 'c': jnp.ones(4)}
-    assert all(transformed(params)[path] is leaf for path, leaf in params.items())
+    assert all(transform_kernels(params)[path] is leaf for path, leaf in params.items())

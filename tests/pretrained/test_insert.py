@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.errors import UserError
-from cnn_jax.models.vgg16 import VGG16
+from cnn_jax.models import VGG16
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.insert import insert
 

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 from sklearn.datasets import load_sample_image
 
-from cnn_jax.models.vgg16 import VGG16
+from cnn_jax.models import VGG16
 from cnn_jax.pretrained.insert import insert
 from cnn_jax.pretrained.load import load
 

@@ -96,7 +96,7 @@ def kept(index, step, layout):
     import jax.numpy as jnp
 
     from cnn_jax import processes, rng
-    from cnn_jax.nn.drop import Dropout
+    from cnn_jax.nn.noise import Dropout
 
     def apply(index):
         images = jnp.ones((len(index), 8, 8, 3))

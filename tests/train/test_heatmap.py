@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from cnn_jax.errors import UserError
-from cnn_jax.models.build import build
-from cnn_jax.models.head import Head
+from cnn_jax.models import Head, build
 from cnn_jax.train.heatmap import default_layer, draw_heatmap, grad_cam, image_layers
 
 SMALL_VGG = {'model__name': 'vgg16', 'model__cut': 'block2_pool', 'model__head_norm': 'none'}

@@ -13,7 +13,7 @@ from scipy.stats import entropy
 
 from cnn_jax.config import Model
 from cnn_jax.errors import UserError
-from cnn_jax.models.strided_net import StridedNet
+from cnn_jax.models import StridedNet
 from cnn_jax.train.monte_carlo import sampler, uncertainty, with_dropout
 
 MODEL = Model(stem_width=0, widths=(4,), hidden=(8,), input_noise=1.0, residual=True)

@@ -11,7 +11,7 @@ from cnn_jax import config as cfg
 from cnn_jax import losses, optim, params, rng
 from cnn_jax.data.mix import mix
 from cnn_jax.errors import UserError
-from cnn_jax.models.build import build
+from cnn_jax.models import build
 from cnn_jax.train.step import ramped, values_of
 
 SGD = {'optimizer__name': 'sgd', 'optimizer__momentum': 0.0, 'optimizer__learning_rate': 0.5}

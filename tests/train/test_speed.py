@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.models.build import build
-from cnn_jax.models.summary import layers
+from cnn_jax.models import build
+from cnn_jax.summary import layers
 from cnn_jax.train import speed
 
 VGG = {'model__name': 'vgg16', 'model__cut': 'block1_pool', 'train__frozen': ('backbone/*',)}

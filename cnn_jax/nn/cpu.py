@@ -1,4 +1,4 @@
-"""How a convolution and its gradients are computed on a CPU; a private matter of `nn.conv`.
+"""Everything that exists only because XLA's CPU compiler is slow; a private matter of `cnn_jax.nn`.
 
 XLA hands a float32 convolution to Eigen, whose speed depends on how it is asked. Each form here
 computes the same sums and is used where it measured fastest. All convolutions are written
@@ -6,19 +6,94 @@ in the form in which Eigen takes them (images NHWC, kernels HWIO): XLA brings ot
 outside of loops, and runs them ten times slower inside of one.
 """
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from cnn_jax.nn.padding import Pair
-from cnn_jax.nn.stored import stored
 
-FEW = 16  # numbers in a window: 3×3 taps of a grey image are 9
+_chosen = contextvars.ContextVar('platform', default='')
+
+
+def on_cpu() -> bool:
+    """Whether the computation that is traced now will run on a CPU."""
+    return (_chosen.get() or jax.default_backend()) == 'cpu'
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Trace for another platform than this process's, `tpu` or `gpu`, while the context lasts."""
+    token = _chosen.set(platform)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+# XLA compiles loops over little data in a way of their own, which knows no barriers; and there is
+# nothing to win.
+_LEAST_BYTES = 2**16
+
+
+def materialize(x):
+    """x, computed once and kept in memory, on a CPU.
+
+    XLA's CPU compiler computes cheap arithmetic again in every loop that reads its result, also
+    in a transposition or a sum, where it is not cheap. `runtime.prepare` makes it respect
+    barriers; without that this does nothing.
+    """
+    if not on_cpu() or x.size * x.dtype.itemsize < _LEAST_BYTES:
+        return x
+    return lax.optimization_barrier(x)
+
+
+def channel_sums(x: Float[Array, '... c']) -> Float[Array, ' c']:
+    """The sum over every axis but the last.
+
+    On a CPU down whole rows of images first: XLA adds up long contiguous rows 2 to 10 times faster
+    than channels, one by one.
+    """
+    if x.ndim < 3 or not on_cpu():
+        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+    *_, width, channels = x.shape
+    rows = x.reshape(-1, width * channels)
+    row = lax.reduce(rows, jnp.zeros((), x.dtype), lax.add, (0,))
+    return jnp.sum(row.reshape(width, channels), axis=0)
+
+
+def sum_pair(
+    u: Float[Array, '...'], v: Float[Array, '...'], axes: tuple[int, ...]
+) -> tuple[Float[Array, '...'], Float[Array, '...']]:
+    """Sums of two arrays of one shape over the same axes, ascending.
+
+    On a CPU read together, which takes half the time. Elsewhere as two plain sums: those XLA adds
+    up among devices, whereas of a reduction of two arrays it gathers every device's part to add
+    them up on each, n times the bytes on n devices.
+    """
+    if not on_cpu():
+        return jnp.sum(u, axis=axes), jnp.sum(v, axis=axes)
+    zero = jnp.zeros((), u.dtype)
+
+    def reduce(u, v, axes):
+        return lax.reduce((u, v), (zero, zero), lambda s, t: (s[0] + t[0], s[1] + t[1]), axes)
+
+    if len(axes) > 1:  # First down the columns of an image, so that the inner loop is contiguous.
+        column = axes[-2]
+        u, v = reduce(u, v, (column,))
+        axes = tuple(a - (a > column) for a in axes if a != column)
+    return reduce(u, v, axes)
+
+
+_FEW = 16  # numbers in a window: 3×3 taps of a grey image are 9
 
 
 def convolve(x, kernel, stride: Pair, pads: tuple[Pair, Pair], dilation: Pair) -> Any:
@@ -35,7 +110,7 @@ def _convolve(x, kernel, stride, pads, dilation):
     # by itself, but what is fused is computed again wherever the result is read.)
     if _few(x, kernel):
         return _by_rows(x, kernel, stride, pads, dilation)
-    return eigen(x, kernel, stride, pads, dilation)
+    return direct(x, kernel, stride, pads, dilation)
 
 
 def _forward(x, kernel, *window):
@@ -43,7 +118,7 @@ def _forward(x, kernel, *window):
 
 
 def _backward(stride, pads, dilation, inputs, dy):
-    (x, kernel), dy = inputs, stored(dy)  # dy is read more than once
+    (x, kernel), dy = inputs, materialize(dy)  # dy is read more than once
     dx = _input_gradient(dy, kernel, x.shape[1:3], stride, pads, dilation)
     if _few(x, kernel):
         return dx, _kernel_gradient_by_rows(x, dy, kernel.shape, stride, pads, dilation)
@@ -54,10 +129,10 @@ _convolve.defvjp(_forward, _backward)
 
 
 def _few(x, kernel):
-    return math.prod(kernel.shape[:3]) <= FEW and x.dtype == jnp.float32
+    return math.prod(kernel.shape[:3]) <= _FEW and x.dtype == jnp.float32
 
 
-def eigen(x, kernel, stride=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1), spread=(1, 1)):
+def direct(x, kernel, stride=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1), spread=(1, 1)):
     """XLA's convolution; `spread` is the distance between neighbouring pixels of x."""
 
     # Many models one after the other: as groups of one convolution they take 2 to 3 times as long.
@@ -85,8 +160,12 @@ def _kernel_gradient(x, dy, taps, stride, pads, dilation):
     axes = zip(x.shape[1:3], taps, dy.shape[1:3], stride, pads, dilation)
     # So that exactly `taps` positions of dy fit.
     pads = [(lo, (k - 1) * d + (o - 1) * s + 1 - n - lo) for n, k, o, s, (lo, _), d in axes]
-    result = eigen(
-        stored(x).transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), dilation, pads, dilation=stride
+    result = direct(
+        materialize(x).transpose(3, 1, 2, 0),
+        dy.transpose(1, 2, 0, 3),
+        dilation,
+        pads,
+        dilation=stride,
     )
     return result.transpose(1, 2, 0, 3)
 
@@ -115,7 +194,7 @@ def _input_gradient(dy, kernel, size, stride, pads, dilation):
             return jnp.zeros((dy.shape[0], *count, kernel.shape[2]), dy.dtype)
         reach = [(k - 1) * d for k, d in zip(taps.shape[:2], dilation)]
         around = [(r - m, n + m - o) for r, m, n, o in zip(reach, first, count, dy.shape[1:3])]
-        return eigen(dy, taps[::-1, ::-1].swapaxes(2, 3), pads=around, dilation=dilation)
+        return direct(dy, taps[::-1, ::-1].swapaxes(2, 3), pads=around, dilation=dilation)
 
     if stride == (1, 1):
         return phase(0, 0)
@@ -130,7 +209,7 @@ def _input_gradient_by_gaps(dy, kernel, size, stride, pads, dilation):
     axes = zip(size, kernel.shape[:2], dy.shape[1:3], stride, pads, dilation)
     around = [((k - 1) * d - lo, n + lo - (o - 1) * s - 1) for n, k, o, s, (lo, _), d in axes]
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    return eigen(dy, flipped, pads=around, dilation=dilation, spread=stride)
+    return direct(dy, flipped, pads=around, dilation=dilation, spread=stride)
 
 
 def _by_matmul(x, kernel, stride, pads, dilation):

@@ -1,0 +1,374 @@
+"""Networks from a config: the strided net, VGG16, and the head that both share."""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from cnn_jax.config import Model
+from cnn_jax.errors import UserError
+from cnn_jax.nn.conv import Conv, avg_pool, global_avg_pool, max_pool
+from cnn_jax.nn.noise import (
+    Dropout,
+    add_noise,
+    channel_dropout,
+    depth_rate,
+    drop_block,
+    dropout,
+    gaussian_dropout,
+    stochastic_depth,
+)
+from cnn_jax.nn.norm import BatchNorm, BatchRenorm, GhostBatchNorm, GroupNorm
+from cnn_jax.nn.padding import Pair, Size, output_shape, pair
+from cnn_jax.pretrained.layout import BLOCKS, CONVOLUTIONS, TOP
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    'relu': nn.relu,  # max(x, 0)
+    'leaky_relu': nn.leaky_relu,  # x, or 0.01·x below 0 (Maas et al. 2013)
+    'elu': nn.elu,  # x, or exp(x) − 1 below 0 (Clevert et al. 2016)
+    'gelu': functools.partial(nn.gelu, approximate=False),  # x·Φ(x) (Hendrycks & Gimpel 2016)
+    'silu': nn.silu,  # x·sigmoid(x) (Elfwing et al. 2018)
+    'tanh': nn.tanh,
+}
+
+
+def make_dropout(config: Model, name: str) -> Dropout:
+    """The layer of the kind and the rate that a config asks for, called as `layer(x, train=...)`.
+
+    Args:
+        config: Reads drop_kind, drop_block and dropout, which may be traced.
+        name: Of the layer.
+    """
+    kinds = {
+        'element': dropout,
+        'channel': channel_dropout,
+        'block': functools.partial(drop_block, side=config.drop_block),
+        'gaussian': gaussian_dropout,
+    }
+    return Dropout(config.dropout, kinds[config.drop_kind], name=name)
+
+
+def make_norm(config: Model, kind: str, name: str) -> nn.Module:
+    """The layer of a kind, called as `layer(x, train=...)`.
+
+    Args:
+        config: Reads norm_momentum, norm_epsilon, norm_groups, ghost_batch, renorm_r and renorm_d.
+        kind: Batch | ghost | renorm | group | layer | instance.
+        name: Of the layer.
+    """
+    epsilon = config.norm_epsilon
+    groups = {'group': config.norm_groups, 'layer': 1, 'instance': None}
+    if kind in groups:
+        return GroupNorm(groups[kind], epsilon, name=name)
+    batch = {'momentum': config.norm_momentum, 'epsilon': epsilon, 'name': name}
+    if kind == 'ghost':
+        return GhostBatchNorm(group_size=config.ghost_batch, **batch)
+    if kind == 'renorm':
+        return BatchRenorm(r_max=config.renorm_r, d_max=config.renorm_d, **batch)
+    return BatchNorm(**batch)
+
+
+class Head(nn.Module):
+    """Flatten or global average, then Dense → activation and norm → dropout for each hidden
+    width, then the output Dense.
+
+    Attributes:
+        config: Reads pool, hidden, head_norm, head_dropout, dtype and what
+            `activation_and_norm` does. Dropout rate and momentum may be traced.
+        num_outputs: K.
+
+    Layers: `dense1`, `norm1`, `drop1`, `dense2`, …, `logits`. Hidden kernels start He-normal,
+    the output's Glorot-uniform. Returns float32 logits [b, K], computed in float32.
+    """
+
+    config: Model
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b k']:
+        c = self.config
+        x = global_avg_pool(x) if c.pool == 'average' else x.reshape(x.shape[0], -1)
+        for i, width in enumerate(c.hidden, start=1):
+            he_normal = nn.initializers.he_normal()
+            x = nn.Dense(width, dtype=c.dtype, kernel_init=he_normal, name=f'dense{i}')(x)
+            x = activation_and_norm(x, c, norm=c.head_norm, name=f'norm{i}', train=train)
+            x = Dropout(c.head_dropout, name=f'drop{i}')(x, train=train)
+        glorot_uniform = nn.initializers.glorot_uniform()
+        logits = nn.Dense(
+            self.num_outputs, dtype=jnp.float32, kernel_init=glorot_uniform, name='logits'
+        )
+        return logits(x)
+
+
+def activation_and_norm(
+    x: Float[Array, '... c'], config: Model, *, norm: str, name: str, train: bool
+) -> Float[Array, '... c']:
+    """Activation and normalization in the configured order, inside a compact module.
+
+    Args:
+        x: What a convolution or Dense layer returned.
+        config: Reads activation, norm_position and what `make_norm` does.
+        norm: `none`, or a kind that `make_norm` knows.
+        name: Of the normalization layer.
+        train: Whether the batch's own statistics are used.
+    """
+    activation = ACTIVATIONS[config.activation]
+    if norm == 'none':
+        return activation(x)
+    normalize = functools.partial(make_norm(config, norm, name), train=train)
+    if config.norm_position == 'before':
+        return activation(normalize(x))
+    return normalize(activation(x))
+
+
+class StridedNet(nn.Module):
+    """A stem, then for each width a pair of convolutions, the second of which shrinks.
+
+    (noise) → stem Conv → [Conv → σ, norm → Conv/s → σ, norm → (pool) → dropout] for each width
+    → `Head`
+
+    With `residual` a pair is the branch of a sum, from the first convolution to the pool:
+
+    x ← shortcut(x) + stochastic_depth(pair(x)), rate l/L of the field's for pair l of L
+
+    The shortcut is a 1×1 convolution of the pair's stride, plain: every pair changes size and
+    width, so none can be the identity of He et al.; their projection has a norm, and their sum is
+    followed by an activation, where here the branch ends in one.
+
+    The stem has neither activation nor norm, and is left out at width 0. With `downsample` at
+    max_pool or avg_pool the second convolution has stride 1, and windows of s×s pixels, s apart
+    and padded by SAME, shrink what the pair returns: to the very size that the stride gives, so
+    that arms differing only in `downsample` share every kernel, the head's included.
+
+    Attributes:
+        config: The network's fields; its values (rates, noise, momentum, limits) may be traced.
+        num_outputs: K.
+
+    Layers: `stem_conv`, `block1_conv1`, `block1_norm1`, `block1_conv2`, `block1_norm2`,
+    `block1_drop`, `block2_conv1`, …, `head`; with `residual` also `block1_shortcut_conv` and
+    `block1_depth`. The call takes normalized images and returns float32 logits [b, K]; images
+    below `minimum_size` are a `UserError`.
+
+    Source: Springenberg et al. 2015, "Striving for Simplicity", for strides instead of pooling;
+    He et al. 2016, "Deep Residual Learning", for the shortcut.
+    """
+
+    config: Model
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b k']:
+        c = self.config
+        _check_size(c, x.shape[1:3])
+        conv = functools.partial(Conv, dtype=c.dtype, standardize=c.weight_standardization)
+        if train:
+            x = add_noise(self.make_rng('dropout'), x, c.input_noise)
+        if c.stem_width:
+            stem = c.stem_width, c.stem_kernel, c.stem_stride, c.stem_padding
+            x = conv(*stem, name='stem_conv')(x)
+        for i, width in enumerate(c.widths, start=1):
+            block, before = f'block{i}', x
+            for j, stride in enumerate((1, c.stride if c.downsample == 'stride' else 1), start=1):
+                x = conv(width, c.kernel, stride, c.padding, name=f'{block}_conv{j}')(x)
+                x = activation_and_norm(x, c, norm=c.norm, name=f'{block}_norm{j}', train=train)
+            if c.downsample != 'stride':
+                pool = {'max_pool': max_pool, 'avg_pool': avg_pool}[c.downsample]
+                x = pool(x, c.stride, padding='SAME')
+            if c.residual:
+                rate = depth_rate(c.stochastic_depth, i, len(c.widths))
+                x = Dropout(rate, stochastic_depth, name=f'{block}_depth')(x, train=train)
+                # Its filters of few weights (one, of a grey image) are not to be standardized.
+                shortcut = {'name': f'{block}_shortcut_conv', 'standardize': False}
+                x += conv(width, 1, c.stride, 'VALID', **shortcut)(before)
+            x = make_dropout(c, f'{block}_drop')(x, train=train)
+        return Head(c, self.num_outputs, name='head')(x, train=train)
+
+
+def feature_map_size(config: Model, size: Size) -> Pair:
+    """Height and width of what the head sees, from those of the image.
+
+    Errors:
+        UserError: a convolution's kernel does not fit its input; the message names the layer.
+    """
+    c, size = config, pair(size)
+    if c.stem_width:
+        stem = c.stem_kernel, c.stem_stride, 1, c.stem_padding
+        size = output_shape(size, *stem, layer='stem_conv')
+    for i in range(1, len(c.widths) + 1):
+        size = output_shape(size, c.kernel, 1, 1, c.padding, layer=f'block{i}_conv1')
+        # Stride 1 and a pool give the same size, see StridedNet.
+        size = output_shape(size, c.kernel, c.stride, 1, c.padding, layer=f'block{i}_conv2')
+    return size
+
+
+def minimum_size(config: Model) -> int:
+    """Side of the smallest square image that the network accepts, in pixels."""
+
+    def fits(side):
+        try:
+            return feature_map_size(config, (side, side))
+        except UserError:
+            return None
+
+    return next(side for side in itertools.count(1) if fits(side))
+
+
+def _check_size(config: Model, size: Size) -> None:
+    try:
+        feature_map_size(config, size)
+    except UserError as error:
+        height, width = pair(size)
+        least = minimum_size(config)
+        raise UserError(
+            f'{error}; the network needs images of at least {least}×{least} pixels, and these '
+            f'are {height}×{width}'
+        ) from error
+
+
+VGG16_MINIMUM_SIZE = 32  # five poolings leave one pixel
+
+_VGG16_BACKBONE = tuple(
+    layer
+    for block, _, count in BLOCKS
+    for layer in (*(f'{block}_conv{i}' for i in range(1, count + 1)), f'{block}_pool')
+)
+
+
+def vgg16_layers(include_top: bool = False) -> tuple[str, ...]:
+    """The names at which the network can be cut, in order."""
+    return (*_VGG16_BACKBONE, 'flatten', *TOP) if include_top else _VGG16_BACKBONE
+
+
+class VGG16(nn.Module):
+    """VGG16 from its input to the output of layer `cut`.
+
+    Every convolution is 3×3, SAME, followed by ReLU, which belongs to the layer; every pool takes
+    the maximum of 2×2 pixels and drops an odd last row or column. `fc1` and `fc2` end in ReLU,
+    `predictions` are logits.
+
+    Attributes:
+        cut: The last layer computed, one of `vgg16_layers`; None is the last there is.
+        include_top: Whether the fully connected layers are there; the input is 224×224 then.
+        dtype: Of the computation; parameters are float32.
+
+    Source: Simonyan and Zisserman 2015, arXiv:1409.1556, configuration D; layer names of
+    `keras.applications.VGG16`.
+    """
+
+    cut: str | None = None
+    include_top: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'b h w 3'], *, train: bool = False) -> Array:
+        """Features of preprocessed images.
+
+        Args:
+            x: Images, preprocessed as the weights' `Preprocessing` does; 32 pixels or more a side.
+            train: Changes nothing: there is no dropout and no batch normalization here.
+
+        Returns:
+            `[b, h', w', filters]` for a convolution or a pool, `[b, units]` from `flatten` on.
+
+        Errors:
+            UserError: `cut` is not a layer, or the input has another shape than the network takes.
+        """
+        del train
+        cut = self.cut or vgg16_layers(self.include_top)[-1]
+        _check_vgg16(x.shape, cut, self.include_top)
+        for layer in vgg16_layers(self.include_top):
+            x = self._layer(layer, x)
+            if layer == cut:
+                break
+        return x
+
+    def _layer(self, name: str, x: Array) -> Array:
+        if name in CONVOLUTIONS:
+            filters = CONVOLUTIONS[name][-1]
+            return nn.relu(Conv(filters, 3, dtype=self.dtype, name=name)(x))
+        if name in TOP:
+            x = nn.Dense(TOP[name][-1], dtype=self.dtype, name=name)(x)
+            return x if name == 'predictions' else nn.relu(x)
+        if name == 'flatten':
+            return x.reshape(x.shape[0], -1)
+        return max_pool(x, 2)
+
+
+def _check_vgg16(shape: tuple[int, ...], cut: str, include_top: bool) -> None:
+    if cut not in vgg16_layers(include_top):
+        raise UserError(
+            f'VGG16 {"with" if include_top else "without"} its top cannot be cut at {cut!r}; its '
+            f'layers are {", ".join(vgg16_layers(include_top))}'
+        )
+    if len(shape) != 4 or shape[3] != 3:
+        raise UserError(
+            f'VGG16 takes images of three channels [batch, height, width, 3], not {list(shape)}; '
+            'repeat grey images to three channels'
+        )
+    if min(shape[1:3]) < VGG16_MINIMUM_SIZE:
+        raise UserError(
+            f'VGG16 takes images of at least {VGG16_MINIMUM_SIZE}×{VGG16_MINIMUM_SIZE} pixels, not '
+            f'{shape[1]}×{shape[2]}; resize them (config.data.resize and config.data.size)'
+        )
+    if include_top and shape[1:3] != (224, 224):
+        raise UserError(
+            f'VGG16 with its top takes 224×224 pixels, not {shape[1]}×{shape[2]}; resize the '
+            'images or leave the top out'
+        )
+
+
+class Classifier(nn.Module):
+    """A backbone and the head that reads its output.
+
+    Attributes:
+        backbone: A module called as `backbone(x, train=...)`; its parameters are `backbone/...`.
+        head: The module that turns its output into logits; `head/...`.
+    """
+
+    backbone: nn.Module
+    head: nn.Module
+
+    def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b k']:
+        return self.classify(self.features(x, train=train), train=train)
+
+    def features(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b i j d']:
+        """What the backbone makes of prepared images."""
+        return self.backbone(x, train=train)
+
+    def classify(self, features: Float[Array, 'b i j d'], *, train: bool) -> Float[Array, 'b k']:
+        """The logits of images whose features are known."""
+        return self.head(features, train=train)
+
+
+def build(config: Model, num_classes: int) -> nn.Module:
+    """The network that a config describes, called as `model(images, train=...)`.
+
+    Args:
+        config: The network's fields. Values (rates, momentum) may be traced.
+        num_classes: Classes in the data, at least 2.
+
+    Returns:
+        A Linen module that maps prepared images [b, h, w, c] to float32 logits [b, outputs].
+
+    Errors:
+        UserError: `config.outputs` does not fit the number of classes.
+    """
+    outputs = config.outputs or num_classes
+    if outputs == 1 and num_classes != 2:
+        raise UserError(
+            f'config.model.outputs is 1, a sigmoid for two classes, but the data have '
+            f'{num_classes}; set it to 0'
+        )
+    if outputs not in (1, num_classes):
+        raise UserError(
+            f'config.model.outputs is {outputs}, but the data have {num_classes} classes; '
+            'set it to 0'
+        )
+    if config.name == 'vgg16':
+        backbone = VGG16(cut=config.cut, dtype=config.dtype)
+        return Classifier(backbone, Head(config, outputs))
+    return StridedNet(config, outputs)

@@ -1,1 +1,0 @@
-"""Networks, assembled from the layers of `cnn_jax.nn`."""
