@@ -21,7 +21,7 @@ def main(_) -> int:
     """Write the images; returns the exit code."""
     from PIL import Image
 
-    from cnn_jax.data.source import open_source
+    from cnn_jax.data.sources import open_source
 
     source = open_source(SOURCE.value, split=SPLIT.value, classes=tuple(CLASSES.value))
     folder = Path(OUT.value)

@@ -56,9 +56,8 @@ def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict
     import numpy as np
 
     from cnn_jax import rng
-    from cnn_jax.data.augment import shown
+    from cnn_jax.data.augment import mix, shown
     from cnn_jax.data.batches import open_batches
-    from cnn_jax.data.mix import mix
     from cnn_jax.features import views_at
     from cnn_jax.train import setup
 

@@ -1,6 +1,6 @@
 """Batches on the device, from arrays that live there or streamed from a source.
 
-Both providers yield the same batches in the same order, which `cnn_jax.data.order` decides:
+Both providers yield the same batches in the same order, which `order` decides:
 `{'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B], 'mask': bool [B]}`, where
 `index` is the example's position in the source and `mask` is False for padding.
 """
@@ -8,27 +8,165 @@ Both providers yield the same batches in the same order, which `cnn_jax.data.ord
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Bool, Float64, Int32, UInt8
 
 from cnn_jax import config
+from cnn_jax.cache import cache_folder
 from cnn_jax.cores import cores
-from cnn_jax.data.memory import Arrays, load
-from cnn_jax.data.order import eval_batches, local_size, train_indices
-from cnn_jax.data.parallel import parallel_map
-from cnn_jax.data.resize import image_shape, prepare
-from cnn_jax.data.source import Source, open_split
+from cnn_jax.data import cache
+from cnn_jax.data.decode import RULE, image_shape, parallel_map, resize_image
+from cnn_jax.data.source import Source, digest
+from cnn_jax.data.sources import open_split
 from cnn_jax.errors import UserError
+
+
+@functools.lru_cache(maxsize=8)
+def order(n: int, seed: int, epoch: int) -> Int32[np.ndarray, ' n']:
+    """The permutation of 0…n−1 for one epoch.
+
+    It ranks the raw output of Philox with the key (seed, epoch), whose stream NumPy keeps
+    across versions and machines.
+    """
+    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
+    permutation = np.argsort(bits, kind='stable').astype(np.int32)
+    permutation.flags.writeable = False
+    return permutation
+
+
+def train_indices(
+    n: int, batch: int, seed: int, step: int, process_index: int = 0, process_count: int = 1
+) -> Int32[np.ndarray, ' b']:
+    """The examples of training step `step` (from 0): positions step·batch … of the epochs' stream.
+
+    Of several processes, each gets its contiguous `batch / process_count` of the global batch.
+
+    Errors:
+        UserError: `process_count` does not divide `batch`.
+    """
+    local = local_size(batch, process_count)
+    start = step * batch + process_index * local
+    taken = []
+    while local:
+        epoch, position = divmod(start, n)
+        taken.append(order(n, seed, epoch)[position : position + local])
+        start += len(taken[-1])
+        local -= len(taken[-1])
+    return np.concatenate(taken)
+
+
+def eval_batches(
+    n: int, batch: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[tuple[Int32[np.ndarray, ' b'], Bool[np.ndarray, ' b']]]:
+    """`(index, mask)` of each evaluation batch; the last is filled up with index 0, mask False.
+
+    Of several processes, each gets its contiguous part of every global batch.
+
+    Errors:
+        UserError: `process_count` does not divide `batch`.
+    """
+    local = local_size(batch, process_count)
+    for start in range(0, n, batch):
+        position = start + process_index * local + np.arange(local, dtype=np.int32)
+        mask = position < n
+        yield np.where(mask, position, 0).astype(np.int32), mask
+
+
+def local_size(batch: int, process_count: int) -> int:
+    """The examples that each process takes of a global batch; a remainder is a `UserError`."""
+    if batch % process_count:
+        raise UserError(
+            f'a batch of {batch} examples cannot be divided among {process_count} processes; set '
+            f'config.data.batch and config.data.eval_batch to multiples of {process_count}'
+        )
+    return batch // process_count
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """A decoded set. `fingerprint` is the source's: of the content, before any resizing."""
+
+    images: UInt8[np.ndarray, 'n h w c']
+    labels: Int32[np.ndarray, ' n']
+    class_names: tuple[str, ...]
+    fingerprint: str
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0) -> Arrays:
+    """Every image of `source`, decoded and prepared on all cores.
+
+    Sources that decode are decoded once: the pixels are kept in the user's cache folder, keyed
+    by content, `resize`, `size`, `channels`, the rule of decoding and Pillow's version, and
+    mapped from there. Damaged files there are made again.
+    """
+    import PIL
+
+    height, width, channels = image_shape(source, resize, size, channels)
+    shape = (len(source), height, width, channels)
+
+    def fill(images: np.ndarray) -> None:
+        def one(i: int) -> None:
+            images[i] = resize_image(source.read(i), resize, size, channels)
+
+        parallel_map(one, len(source), 'Decoding images')
+
+    if source.encoded:
+        key = digest(source.fingerprint, resize, str(shape), f'{RULE}', PIL.__version__)
+        images = cache.cached_array(cache_folder() / 'images' / f'{key}.npy', shape, fill)
+    else:
+        images = np.empty(shape, np.uint8)
+        fill(images)
+    return Arrays(images, source.labels, source.class_names, source.fingerprint, source.skipped)
+
+
+SAMPLE_BYTES = 2**30  # decoded pixels that the statistics are taken from, at most
+CHUNK = 1024  # images read at once, so that memory stays flat
+
+
+class Readable(Protocol):
+    """What `statistics` needs of a provider of batches."""
+
+    n: int
+    image_shape: tuple[int, ...]
+
+    def read(self, index: np.ndarray) -> np.ndarray: ...
+
+
+def statistics(
+    batches: Readable,
+) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
+    """Mean and standard deviation of each channel, of pixels in [0, 1].
+
+    Taken from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
+    224×224×3), else from the first that do, in a fixed shuffled order: the same numbers whether
+    the set streams or not, whatever the seed, the batch or the machine. Sums of integers are
+    exact. A channel that hardly varies has a standard deviation of one grey level, 1/255.
+    """
+    height, width, channels = batches.image_shape
+    count = min(batches.n, max(1, SAMPLE_BYTES // (height * width * channels)))
+    chosen = np.sort(order(batches.n, 0, 0)[:count]) if count < batches.n else np.arange(batches.n)
+    total, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
+    for start in range(0, count, CHUNK):
+        pixels = batches.read(chosen[start : start + CHUNK]).reshape(-1, channels)
+        total += pixels.sum(axis=0, dtype=np.int64)
+        squares += np.square(pixels, dtype=np.uint16).sum(axis=0, dtype=np.int64)
+    pixels = count * height * width
+    mean = total / pixels
+    variance = np.maximum(squares / pixels - mean**2, 1)
+    return mean / 255, np.sqrt(variance) / 255
+
 
 Batch = dict[str, Array]
 Taken = tuple[np.ndarray, np.ndarray]  # index, mask
@@ -173,7 +311,9 @@ class StreamBatches:
         self.skipped = source.skipped
         self._order = _Order(self.n, batch, seed, process_index, process_count)
         self._sharding = sharding
-        self._image = lambda i: prepare(source.read(int(i)), resize, size, self.image_shape[-1])
+        self._image = lambda i: resize_image(
+            source.read(int(i)), resize, size, self.image_shape[-1]
+        )
 
     @property
     def images_at_once(self) -> int:

@@ -9,13 +9,25 @@ The rule, which `RULE` numbers (a change of it makes cached pixels stale):
 - 16 bits a channel keep the high byte, as libpng's `png_set_strip_16` does.
 """
 
+import hashlib
 import io
+import json
 import os
 import stat
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
+
+from cnn_jax.cache import cache_folder
+from cnn_jax.cores import cores
+from cnn_jax.data import cache
+from cnn_jax.data.source import Source
+from cnn_jax.errors import UserError
 
 RULE = 1
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif')
@@ -125,3 +137,129 @@ def _shape(image) -> tuple[int, int, int]:
         width, height = height, width
     image.draft(image.mode, (1, 1))  # JPEG decodes at an eighth of the size; others ignore it
     return height, width, _pixels(image).shape[-1]
+
+
+def resize_image(
+    image: UInt8[np.ndarray, 'h w c'], resize: str = 'none', size: int = 0, channels: int = 0
+) -> UInt8[np.ndarray, 'size size channels']:
+    """One image with the wanted channels and size.
+
+    Scaling is Pillow's bilinear filter, whose support grows with the reduction, so that nothing
+    aliases.
+
+    Args:
+        image: Of any size, with 1 or 3 channels.
+        resize: none (as it is), stretch (each side scaled on its own), or crop (the short side
+            scaled to `size`, then the centre square).
+        size: Height and width of the result, in pixels.
+        channels: 1 or 3; 0 keeps the image's.
+    """
+    from PIL import Image, ImageOps
+
+    image = with_channels(image, channels or image.shape[-1])
+    if resize == 'none' or image.shape[:2] == (size, size):
+        return image
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    if resize == 'stretch':
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    else:
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture).reshape(size, size, image.shape[-1])
+
+
+def image_shape(
+    source: Source, resize: str = 'none', size: int = 0, channels: int = 0
+) -> tuple[int, int, int]:
+    """Height, width and channels of every image of `source` after `resize_image` of `source`.
+
+    Errors:
+        UserError: `resize` is none, and images differ in size; two of them are named.
+    """
+    channels = channels or source.channels
+    if resize != 'none':
+        return size, size, channels
+    other = np.flatnonzero((source.sizes != source.sizes[0]).any(axis=1))
+    if len(other):
+        first, second = (
+            f'{source.describe(i)} is {source.sizes[i][1]}×{source.sizes[i][0]}'
+            for i in (0, int(other[0]))
+        )
+        raise UserError(
+            f'the images of {source.name} differ in size ({first}, {second} pixels); set '
+            'config.data.resize to stretch or crop and config.data.size to the size in pixels'
+        )
+    height, width = source.sizes[0].tolist()
+    return height, width, channels
+
+
+class Finding(NamedTuple):
+    """What `scan` learnt of one image; `reason` is '' for a readable one."""
+
+    height: int
+    width: int
+    channels: int
+    reason: str
+    sha256: str  # of the encoded bytes
+
+
+def scan(data: bytes) -> Finding:
+    """The finding of one encoded image."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        return Finding(*examine(data), '', sha256)
+    except CorruptImage as error:
+        return Finding(0, 0, 0, str(error), sha256)
+
+
+def skipped(
+    name: str, paths: Sequence[str], findings: Sequence[Finding], max_corrupt: float
+) -> tuple[tuple[str, str], ...]:
+    """The `(path, reason)` of each unreadable image.
+
+    Raises `UserError`, with the first of them, where they are more than the share `max_corrupt`.
+    """
+    wrong = [(path, found.reason) for path, found in zip(paths, findings) if found.reason]
+    if wrong and len(wrong) / len(paths) > max_corrupt:
+        first = '; '.join(f'{path}: {reason}' for path, reason in wrong[:3])
+        raise UserError(
+            f'{len(wrong)} of the {len(paths)} images of {name} cannot be read ({first}); '
+            f'replace or remove them, or raise --config.data.max_corrupt from {max_corrupt:g}'
+        )
+    return tuple(wrong)
+
+
+def remembered(key: str) -> list[Any]:
+    """The rows stored under `key` by the present rule of decoding, or none."""
+    content = cache.read_bytes(_location(key))
+    stored = json.loads(content or '{}')
+    return stored['rows'] if stored.get('rule') == RULE else []
+
+
+def remember(key: str, rows: Sequence[Any]) -> None:
+    """Store rows of JSON values under `key`."""
+    content = json.dumps({'rule': RULE, 'rows': rows}, separators=(',', ':'))
+    cache.write_bytes(_location(key), content.encode())
+
+
+def _location(key: str) -> Path:
+    return cache_folder() / 'index' / f'{key}.json'
+
+
+T = TypeVar('T')
+CHUNK = 32  # items a task: large enough to hide the cost of handing it over
+
+
+def parallel_map(function: Callable[[int], T], n: int, label: str) -> list[T]:
+    """`[function(0), …, function(n − 1)]`, by threads: Pillow decodes without holding the GIL.
+
+    The first error ends the work and is raised here. `label` stands before the progress bar.
+    """
+    chunks = [range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+    with ThreadPoolExecutor(cores()) as pool:
+        done = pool.map(lambda chunk: [function(i) for i in chunk], chunks)
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import track
+
+            done = track(done, label, len(chunks), console=Console(stderr=True), transient=True)
+        return [result for chunk in done for result in chunk]

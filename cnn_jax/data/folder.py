@@ -4,16 +4,72 @@ import functools
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from cnn_jax.data import decode
-from cnn_jax.data.folder_index import File, examined
-from cnn_jax.data.scan import skipped
+from cnn_jax.data.decode import (
+    CorruptImage,
+    Finding,
+    parallel_map,
+    read_file,
+    remember,
+    remembered,
+    scan,
+    skipped,
+)
 from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
+
+
+class File(NamedTuple):
+    """An image file: where it is, when it last changed, and what it contains."""
+
+    path: str  # below the root, with slashes
+    stamp: tuple[int, int, int]  # size, and times of the last change of content and of inode
+    finding: Finding
+
+
+def examined(root: Path, paths: Sequence[str]) -> dict[str, File]:
+    """The given files, each with its `Finding`; `{path: File}` in the same order.
+
+    A file is read when its stamp differs from the one in the index, as in git. One that could not
+    be read at all is not indexed: what stood in the way may be gone the next time.
+    """
+    key = digest(os.fsencode(root.resolve()))
+    rows = (File(path, tuple(stamp), Finding(*found)) for path, stamp, found in remembered(key))
+    known = {file.path: file for file in rows}
+    stamps = [_stamp(root / path) for path in paths]
+    stale = [
+        (path, stamp)
+        for path, stamp in zip(paths, stamps)
+        if path not in known or known[path].stamp != stamp
+    ]
+    read = parallel_map(lambda i: _examine(root, *stale[i]), len(stale), 'Examining images')
+    known |= {file.path: file for file in read}
+    if stale:
+        remember(key, [known[path] for path in paths if known[path].finding.sha256])
+    return {path: known[path] for path in paths}
+
+
+def _examine(root: Path, path: str, stamp: tuple[int, int, int]) -> File:
+    try:
+        return File(path, stamp, scan(read_file(root / path)))
+    except (OSError, CorruptImage) as error:
+        reason = getattr(error, 'strerror', None) or str(error)
+        return File(path, stamp, Finding(0, 0, 0, reason, ''))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        stat = os.stat(path)
+    except OSError:  # a link to nowhere, which `_examine` reports
+        return 0, 0, 0
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
 
 UNSHOWABLE = ('Cc', 'Cs')  # control characters, and bytes that are not UTF-8
 PARTS = {
@@ -166,11 +222,11 @@ def _source(
     def read(i: int) -> np.ndarray:
         path = root / files[i].path
         try:
-            data = decode.read_file(path)
+            data = read_file(path)
             if hashlib.sha256(data).hexdigest() != files[i].finding.sha256:
-                raise decode.CorruptImage('it holds other bytes')
+                raise CorruptImage('it holds other bytes')
             return decode.with_channels(decode.decode(data), channels)
-        except (OSError, decode.CorruptImage) as error:
+        except (OSError, CorruptImage) as error:
             reason = getattr(error, 'strerror', None) or error
             raise UserError(
                 f'{path} has changed since the run began ({reason}); leave the images alone while '

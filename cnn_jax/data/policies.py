@@ -15,12 +15,184 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, UInt8
-
-from cnn_jax.data import colour, geometry, tone
+from jaxtyping import Array, Float, Int, Key, Num, UInt8
 
 Image = UInt8[Array, 'h w c']
+Pixels = Float[Array, 'h w c']  # 0 to 255
 Number = Float[Array, ''] | float
+
+
+def affine(
+    image: Num[Array, 'h w c'], matrix: Float[Array, '2 3'], fill: Num[Array, '1 1 c'] | float = 0
+) -> Num[Array, 'h w c']:
+    """Each pixel becomes what lies where the matrix sends it.
+
+    y[r, c] = x(centre + M·(r, c, 1)ᵀ), with r and c measured from the centre
+
+    Between pixels x is bilinear; beyond the image it is `fill`, which the border pixels fade to
+    over the width of a pixel. The identity changes no bit.
+
+    Args:
+        image: Integers are rounded to the nearest.
+        matrix: From places in the result to places in the image, (row, column), in pixels.
+        fill: A value for each channel, in the image's units.
+    """
+    height, width, channels = image.shape
+    x = image.astype(jnp.float32)
+    fill = jnp.broadcast_to(jnp.asarray(fill, jnp.float32), (1, 1, channels))
+    padded = jnp.broadcast_to(fill, (height + 2, width + 2, channels))
+    padded = padded.at[1:-1, 1:-1].set(x).reshape(-1, channels)
+
+    middle = (height - 1) / 2, (width - 1) / 2
+    r = jnp.arange(height, dtype=jnp.float32)[:, None] - middle[0]
+    c = jnp.arange(width, dtype=jnp.float32)[None, :] - middle[1]
+    top, down = _neighbours(matrix[0, 0] * r + matrix[0, 1] * c + matrix[0, 2] + middle[0], height)
+    left, right = _neighbours(matrix[1, 0] * r + matrix[1, 1] * c + matrix[1, 2] + middle[1], width)
+
+    def at(row, column):
+        return padded.at[row * (width + 2) + column].get(mode='promise_in_bounds')
+
+    down, right = down[..., None], right[..., None]
+    upper = (1 - right) * at(top, left) + right * at(top, left + 1)
+    lower = (1 - right) * at(top + 1, left) + right * at(top + 1, left + 1)
+    return as_type((1 - down) * upper + down * lower, image.dtype)
+
+
+def _neighbours(place: Array, size: int) -> tuple[Array, Array]:
+    """The padded image's pixel before a place, and how far beyond it the place is, 0 to 1."""
+    place = jnp.clip(place + 1, 0, size + 1)
+    before = jnp.minimum(jnp.floor(place), size)
+    return before.astype(jnp.int32), place - before
+
+
+def rotation(degrees: Float[Array, '']) -> Float[Array, '2 3']:
+    """The matrix that turns an image anticlockwise about its centre."""
+    angle = jnp.deg2rad(jnp.asarray(degrees, jnp.float32))
+    sin, cos, zero = jnp.sin(angle), jnp.cos(angle), jnp.zeros((), jnp.float32)
+    return jnp.stack([jnp.stack([cos, sin, zero]), jnp.stack([-sin, cos, zero])])
+
+
+def shift(rows: Float[Array, ''] | float, columns: Float[Array, ''] | float) -> Float[Array, '2 3']:
+    """The matrix that moves an image up and to the left, in pixels."""
+    return jnp.eye(2, 3).at[:, 2].set(jnp.stack([jnp.float32(rows), jnp.float32(columns)]))
+
+
+def shear(rows: Float[Array, ''] | float, columns: Float[Array, ''] | float) -> Float[Array, '2 3']:
+    """The matrix that moves a row by `columns` pixels for each row below the centre, or columns."""
+    return jnp.eye(2, 3).at[0, 1].set(jnp.float32(rows)).at[1, 0].set(jnp.float32(columns))
+
+
+def as_type(x: Float[Array, '...'], dtype) -> Num[Array, '...']:
+    """In another type; to an integer it is rounded and kept in its range."""
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return x.astype(dtype)
+    limits = jnp.iinfo(dtype)
+    return jnp.clip(jnp.round(x), limits.min, limits.max).astype(dtype)
+
+
+JITTERS = 'brightness', 'contrast', 'saturation'
+GREY = 0.2989, 0.587, 0.114  # ITU-R BT.601, with torchvision's digits
+
+
+def jitter(
+    key: Key[Array, ''],
+    x: Pixels,
+    brightness: Float[Array, ''] | float | None = None,
+    contrast: Float[Array, ''] | float | None = None,
+    saturation: Float[Array, ''] | float | None = None,
+) -> Pixels:
+    """Random brightness, contrast and saturation, in this order.
+
+    The factor of each is uniform in [max(0, 1 − strength), 1 + strength]; strength 0 changes no
+    bit. Grey images have no saturation.
+
+    Args:
+        key: Of this image.
+        x: Pixels, 0 to 255.
+        brightness, contrast, saturation: Strengths, ≥ 0; None is off.
+
+    Source: torchvision's `ColorJitter`, which draws the order, too.
+    """
+    draws = jax.random.uniform(key, (3,))
+    changes = [(black, brightness), (mean_grey, contrast), (grey, saturation)]
+    for draw, (without, strength) in zip(draws, changes):
+        if strength is None or (without is grey and x.shape[-1] == 1):
+            continue
+        strength = jnp.asarray(strength, jnp.float32)
+        low = jnp.maximum(1 - strength, 0)
+        x = blend(x, without(x), low + draw * (1 + strength - low))
+    return x
+
+
+def blend(x: Pixels, without: Pixels, factor: Float[Array, ''] | float) -> Pixels:
+    """f·x + (1 − f)·without, kept in 0…255."""
+    return jnp.clip(factor * x + (1 - factor) * without, 0, 255)
+
+
+def black(x: Pixels) -> Pixels:
+    """No brightness."""
+    return jnp.zeros_like(x)
+
+
+def grey(x: Pixels) -> Pixels:
+    """No saturation: 0.2989·R + 0.587·G + 0.114·B in every channel; grey images stay."""
+    if x.shape[-1] == 1:
+        return x
+    return jnp.broadcast_to((x * jnp.array(GREY)[None, None]).sum(-1, keepdims=True), x.shape)
+
+
+def mean_grey(x: Pixels) -> Pixels:
+    """No contrast: the mean of the grey image, everywhere."""
+    return jnp.broadcast_to(grey(x)[..., :1].mean(), x.shape)
+
+
+def smooth(x: Pixels) -> Pixels:
+    """No sharpness: the mean of 3×3 pixels, the middle one five times; border pixels stay."""
+    height, width, _ = x.shape
+    around = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))
+    rows = around[:-2] + around[1:-1] + around[2:]
+    total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * x
+    row, column = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    inner = (row > 0) & (row < height - 1) & (column > 0) & (column < width - 1)
+    return jnp.where(inner, total / 13, x)
+
+
+def posterize(x: Image, dropped: Int[Array, ''] | int) -> Image:
+    """Sets the lowest bits of each pixel, 0 to 8 of them, to zero."""
+    dropped = jnp.asarray(dropped, jnp.int32)
+    return (x.astype(jnp.int32) >> dropped << dropped).astype(jnp.uint8)
+
+
+def solarize(x: Image, threshold: Array | float) -> Image:
+    """Inverts the pixels from a threshold on: x < t ? x : 255 − x; t = 256 is the identity."""
+    return jnp.where(x.astype(jnp.float32) < threshold, x, 255 - x)
+
+
+def autocontrast(x: Image) -> Image:
+    """Stretches each channel to 0…255: ⌊255·(x − low) / (high − low)⌋; a constant one stays."""
+    pixels = x.astype(jnp.int32)
+    low, high = (f(pixels, axis=(0, 1), keepdims=True) for f in (jnp.min, jnp.max))
+    stretched = 255 * (pixels - low) // jnp.maximum(high - low, 1)
+    return jnp.where(high > low, stretched, pixels).astype(jnp.uint8)
+
+
+def equalize(x: Image) -> Image:
+    """Spreads the grey levels of each channel evenly, by their cumulative histogram H.
+
+    y = ⌊(H(x − 1) + ⌊s/2⌋) / s⌋,  s = ⌊(pixels − count of the highest level) / 255⌋
+
+    H(x − 1) counts the pixels darker than x. Where s is 0 the channel stays as it is.
+    """
+    channels = x.shape[-1]
+    # One table of all channels: a level's place in it is 256·channel + level.
+    place = x.reshape(-1, channels).astype(jnp.int32) + 256 * jnp.arange(channels)[None]
+    count = jnp.zeros(256 * channels, jnp.int32).at[place].add(1, mode='promise_in_bounds')
+    count = count.reshape(channels, 256)
+    darker = jnp.cumsum(count, axis=1) - count
+    step = darker.max(axis=1, keepdims=True, where=count > 0, initial=0) // 255
+    curve = jnp.minimum((darker + step // 2) // jnp.maximum(step, 1), 255)
+    curve = jnp.where(step > 0, curve, jnp.arange(256)[None]).astype(jnp.uint8)
+    return curve.reshape(-1).at[place].get(mode='promise_in_bounds').reshape(x.shape)
 
 
 class Space(NamedTuple):
@@ -39,23 +211,23 @@ TRIVIALAUGMENT = Space(135, 0.99, 1, 32, 0.99, 6)  # the paper's wide space
 LEVELS = 30  # magnitudes are 0 to 30
 
 PLANE: dict[str, Callable] = {  # of the signed level, the space, and the sides
-    'rotate': lambda s, space, h, w: geometry.rotation(s * space.degrees),
-    'shear_x': lambda s, space, h, w: geometry.shear(0.0, s * space.shear),
-    'shear_y': lambda s, space, h, w: geometry.shear(s * space.shear, 0.0),
-    'translate_x': lambda s, space, h, w: geometry.shift(0.0, s * _far(space, w)),
-    'translate_y': lambda s, space, h, w: geometry.shift(s * _far(space, h), 0.0),
+    'rotate': lambda s, space, h, w: rotation(s * space.degrees),
+    'shear_x': lambda s, space, h, w: shear(0.0, s * space.shear),
+    'shear_y': lambda s, space, h, w: shear(s * space.shear, 0.0),
+    'translate_x': lambda s, space, h, w: shift(0.0, s * _far(space, w)),
+    'translate_y': lambda s, space, h, w: shift(s * _far(space, h), 0.0),
 }
 ENHANCE = {
-    'brightness': colour.black,
-    'saturation': colour.grey,
-    'contrast': colour.mean_grey,
-    'sharpness': colour.smooth,
+    'brightness': black,
+    'saturation': grey,
+    'contrast': mean_grey,
+    'sharpness': smooth,
 }
 TONE: dict[str, Callable] = {  # of the image, the level and the space
-    'posterize': lambda x, level, space: tone.posterize(x, _whole(level * space.bits)),
-    'solarize': lambda x, level, space: tone.solarize(x, 256 * (1 - level)),
-    'autocontrast': lambda x, level, space: tone.autocontrast(x),
-    'equalize': lambda x, level, space: tone.equalize(x),
+    'posterize': lambda x, level, space: posterize(x, _whole(level * space.bits)),
+    'solarize': lambda x, level, space: solarize(x, 256 * (1 - level)),
+    'autocontrast': lambda x, level, space: autocontrast(x),
+    'equalize': lambda x, level, space: equalize(x),
 }
 
 
@@ -126,13 +298,13 @@ def operate(
     for name, make in PLANE.items():
         moved = make(sign * level, space, height, width)
         matrix = jnp.where(chosen == number[name], moved, matrix)
-    result = _once(geometry.as_type(geometry.affine(x, _once(matrix)), image.dtype))
+    result = _once(as_type(affine(x, _once(matrix)), image.dtype))
 
     without, factor = x, 1 + sign * level * space.enhance
     for name, remove in ENHANCE.items():
         if name in number:
             without = jnp.where(chosen == number[name], _once(remove(x)), without)
-            enhanced = geometry.as_type(colour.blend(x, without, factor), image.dtype)
+            enhanced = as_type(blend(x, without, factor), image.dtype)
             result = jnp.where(chosen == number[name], enhanced, result)
 
     for name, change in TONE.items():

@@ -1,6 +1,5 @@
 """A source of labelled images: random access, uint8 pixels, integer labels, class names."""
 
-import difflib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from cnn_jax import config
 from cnn_jax.errors import UserError
-
-KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH')
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +15,7 @@ class Source:
     """Labelled images: `source[i]` is `(image uint8 [h, w, channels], label int)`.
 
     Everything but the pixels is known without decoding. To add a kind of source, write a
-    function that returns one of these; `cnn_jax.data.bundled` is the shortest example.
+    function that returns one of these; `cnn_jax.data.sources.mnist_5k` is the shortest example.
 
     Errors:
         UserError: No examples, fewer than two classes, or a label that is no index of
@@ -55,62 +51,6 @@ class Source:
 
     def __getitem__(self, i: int) -> tuple[UInt8[np.ndarray, 'h w c'], int]:
         return self.read(i), self.labels.item(i)
-
-
-def open_split(data: config.Data, which: str) -> Source:
-    """The training (`which` is `train`) or evaluation (`eval`) examples that a config names."""
-    split = {'train': data.train, 'eval': data.eval}[which]
-    return open_source(
-        data.source,
-        split=split,
-        data_dir=data.data_dir,
-        classes=data.classes,
-        max_corrupt=data.max_corrupt,
-    )
-
-
-def open_source(
-    name: str,
-    *,
-    split: str,
-    data_dir: str = '',
-    classes: tuple[str, ...] = (),
-    max_corrupt: float = config.Data.max_corrupt,
-) -> Source:
-    """The examples of one split of a named source.
-
-    Args:
-        name: One of `KINDS`.
-        split: A part or a slice of one, see `cnn_jax.data.splits.select`.
-        data_dir: Where TFDS keeps prepared sets; '' is its default.
-        classes: Only these, renumbered in this order; () is all.
-        max_corrupt: The share of unreadable images, from 0 to 1, above which it is an error.
-
-    Errors:
-        UserError: The name is unknown, or what the source's own module finds wrong.
-    """
-    from cnn_jax.data import bundled, folder, idx, splits, tfds
-
-    kind, _, argument = name.partition(':')
-    if name in ('mnist_5k', 'digits'):
-        parts = {'all': {'mnist_5k': bundled.mnist_5k, 'digits': bundled.digits}[name]}
-    elif kind == 'folder' and argument:
-        parts = folder.parts(argument, max_corrupt)
-    elif kind == 'idx' and argument:
-        parts = idx.parts(argument)
-    elif kind == 'tfds' and argument:
-        parts = tfds.parts(argument, data_dir, max_corrupt)
-    else:
-        near = difflib.get_close_matches(name, KINDS, 1, cutoff=0)[0]
-        raise UserError(
-            f'config.data.source is {name!r}; it can be {", ".join(KINDS)}; did you mean {near}?'
-        )
-    if classes:
-        parts = {
-            part: lambda open_part=open_part: splits.of_classes(open_part(), classes)
-            for part, open_part in parts.items()
-        }
-    return splits.select(name, parts, split)
 
 
 def from_arrays(

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cnn_jax.data import decode
-from cnn_jax.data.parallel import parallel_map
-from cnn_jax.data.scan import Finding, remember, remembered, scan, skipped
+from cnn_jax.data.decode import Finding, parallel_map, remember, remembered, scan, skipped
 from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from cnn_jax import config as cfg
-from cnn_jax.data.resize import image_shape
-from cnn_jax.data.source import open_split
+from cnn_jax.data.decode import image_shape
+from cnn_jax.data.sources import open_split
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.mesh import Layout, lay_out
 from cnn_jax.models import build

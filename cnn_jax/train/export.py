@@ -117,7 +117,7 @@ def _facts(run: Run, metrics: dict[str, Any] | None) -> dict[str, Any]:
 def readme(facts: dict[str, Any]) -> str:
     """The README of an export, from what `classes.json` holds.
 
-    Its code reads a file as `cnn_jax.data.decode` and `cnn_jax.data.resize` do.
+    Its code reads a file as `cnn_jax.data.decode` does.
     """
     height, width, channels = facts['image_shape']
     size = f'({width}, {height})'

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax.data import decode, resize
+from cnn_jax.data import decode
 from cnn_jax.train import heatmap, monte_carlo
 from cnn_jax.train.restore import Run
 from cnn_jax.train.setup import shape_text
@@ -132,7 +132,7 @@ def read_image(run: Run, path: Path) -> np.ndarray | str:
         return error.strerror or str(error)
     except decode.CorruptImage as error:
         return str(error)
-    image = resize.prepare(pixels, data.resize, data.size, wanted[-1])
+    image = decode.resize_image(pixels, data.resize, data.size, wanted[-1])
     if image.shape != wanted:
         return f'it is {shape_text(image.shape)}, the network takes {shape_text(wanted)}'
     return image

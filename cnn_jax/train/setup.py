@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from cnn_jax import config as cfg
 from cnn_jax import params
-from cnn_jax.data.batches import open_batches
-from cnn_jax.data.normalize import normalize, statistics
+from cnn_jax.data.augment import normalize
+from cnn_jax.data.batches import open_batches, statistics
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
 from cnn_jax.mesh import Layout, lay_out

@@ -20,9 +20,8 @@ from jaxtyping import Array, Int
 
 from cnn_jax import config as cfg
 from cnn_jax import losses, optim, params, rng
-from cnn_jax.data.augment import shown
+from cnn_jax.data.augment import mix, shown
 from cnn_jax.data.batches import Batch
-from cnn_jax.data.mix import mix
 from cnn_jax.models import build
 from cnn_jax.train import averaging, metrics, precise_norm
 from cnn_jax.train.frozen import frozen_modules

@@ -6,8 +6,7 @@ import pytest
 from cnn_jax import config as cfg
 from cnn_jax.ablation.cell import train_cells
 from cnn_jax.ablation.compiled import compile_structure
-from cnn_jax.data.batches import DeviceBatches, reordered
-from cnn_jax.data.memory import Arrays
+from cnn_jax.data.batches import Arrays, DeviceBatches, reordered
 from cnn_jax.train import loop, setup
 from cnn_jax.validation import validate
 

@@ -15,8 +15,7 @@ from cnn_jax.ablation.cell import train_cells
 from cnn_jax.ablation.compiled import compile_structure
 from cnn_jax.ablation.ledger import open_ledger
 from cnn_jax.ablation.plan import plan_of
-from cnn_jax.data.batches import DeviceBatches
-from cnn_jax.data.memory import Arrays
+from cnn_jax.data.batches import Arrays, DeviceBatches
 from cnn_jax.train import setup
 
 SMALL = {

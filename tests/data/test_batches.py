@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 
 from cnn_jax import config
-from cnn_jax.data.batches import DeviceBatches, StreamBatches, open_batches
-from cnn_jax.data.order import eval_batches, train_indices
-from cnn_jax.data.resize import prepare
-from cnn_jax.data.source import open_source
+from cnn_jax.data.batches import (
+    DeviceBatches,
+    StreamBatches,
+    eval_batches,
+    open_batches,
+    train_indices,
+)
+from cnn_jax.data.decode import resize_image
+from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 
 PROVIDERS = {'never': DeviceBatches, 'always': StreamBatches}
@@ -52,7 +57,7 @@ def test_batches_are_the_sources_examples_in_order(folder, stream):
         index = train_indices(len(source), 4, 3, step)
         np.testing.assert_array_equal(batch['index'], index)
         np.testing.assert_array_equal(batch['label'], source.labels[index])
-        images = [prepare(source[i][0], 'crop', 5) for i in index]
+        images = [resize_image(source[i][0], 'crop', 5) for i in index]
         np.testing.assert_array_equal(batch['image'], images)
         assert batch['mask'].all()
     assert {key: (v.dtype, v.shape) for key, v in batch.items()} == {

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from cnn_jax.data import bundled
-from cnn_jax.data.bundled import digits, mnist_5k
+from cnn_jax.data import sources as bundled
+from cnn_jax.data.sources import digits, mnist_5k
 from cnn_jax.errors import UserError
 
 

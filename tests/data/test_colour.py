@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from cnn_jax.data import colour
+from cnn_jax.data import policies as colour
 
 KEY = jax.random.key(0)
 

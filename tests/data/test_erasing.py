@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax.data.erasing import Erasing, erase
+from cnn_jax.data.augment import Erasing, erase
 
 KEY = jax.random.key(0)
 

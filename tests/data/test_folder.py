@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax.data import folder, parallel
-from cnn_jax.data.source import open_source
+from cnn_jax.data import decode, folder
+from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 
 
@@ -287,8 +287,8 @@ def test_what_cannot_be_read_is_skipped_and_listed(hostile):
 
 @pytest.mark.parametrize('workers', [1, 3, 16])
 def test_the_same_are_skipped_by_any_number_of_workers(hostile, monkeypatch, workers):
-    monkeypatch.setattr(parallel, 'cores', lambda: workers)
-    monkeypatch.setattr(parallel, 'CHUNK', 1)
+    monkeypatch.setattr(decode, 'cores', lambda: workers)
+    monkeypatch.setattr(decode, 'CHUNK', 1)
     source = open_folder(hostile, max_corrupt=0.7)
     again = open_folder(hostile, max_corrupt=0.7)
     assert [path for path, _ in source.skipped] == sorted(f'b/{name}' for name in UNREADABLE)

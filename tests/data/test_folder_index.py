@@ -1,7 +1,7 @@
 import pytest
 
-from cnn_jax.data import folder_index
-from cnn_jax.data.folder_index import examined
+from cnn_jax.data import folder as folder_index
+from cnn_jax.data.folder import examined
 
 PATHS = ['a/0.png', 'a/1.png', 'b/0.png']
 

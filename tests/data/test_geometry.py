@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cnn_jax.data import geometry
+from cnn_jax.data import policies as geometry
 
 affine = jax.jit(geometry.affine)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.data.source import open_source
+from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 from tests.damage import damaged
 
@@ -164,7 +164,7 @@ def test_sizes_that_lie_take_no_memory(tmp_path, values, lie):
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path, values, monkeypatch):
     """A header that agrees with what is packed, 1,000 times larger than the file."""
-    monkeypatch.setattr('cnn_jax.data.idx.LARGE', 1 << 20)
+    monkeypatch.setattr('cnn_jax.data.sources.LARGE', 1 << 20)
     name = write(tmp_path, values)
     zeros = HEAD + struct.pack('>3I', 2_000, 100, 100) + bytes(20_000_000)
     (tmp_path / NAMES['train images']).write_bytes(gzip.compress(zeros))

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from cnn_jax.data import memory
-from cnn_jax.data.memory import load
-from cnn_jax.data.resize import prepare
-from cnn_jax.data.source import from_arrays, open_source
+from cnn_jax.data import batches as memory
+from cnn_jax.data.batches import load
+from cnn_jax.data.decode import resize_image
+from cnn_jax.data.source import from_arrays
+from cnn_jax.data.sources import open_source
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def folder(tmp_path, write_images):
 def test_every_example_is_prepared(folder, how):
     source = folder()
     arrays = load(source, *how)
-    expected = np.stack([prepare(source[i][0], *how) for i in range(len(source))])
+    expected = np.stack([resize_image(source[i][0], *how) for i in range(len(source))])
     np.testing.assert_array_equal(arrays.images, expected)
     assert arrays.images.dtype == np.uint8
     assert arrays.labels.tolist() == [0] * 4 + [1] * 3
@@ -38,7 +39,7 @@ def test_files_are_decoded_once(folder, monkeypatch):
     def fail(*_):
         raise AssertionError('decoded again')
 
-    monkeypatch.setattr(memory, 'prepare', fail)
+    monkeypatch.setattr(memory, 'resize_image', fail)
     second = load(folder(), 'crop', 5)
     np.testing.assert_array_equal(first.images, second.images)
     for other in (('stretch', 5), ('crop', 6), ('crop', 5, 1)):

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from cnn_jax.config import Augment
-from cnn_jax.data import mix as mixing
+from cnn_jax.data import augment as mixing
 
 KEY = jax.random.key(0)
 B, H, W = 64, 9, 11
@@ -138,7 +138,7 @@ import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from cnn_jax.config import Augment
 from cnn_jax.data.augment import shown
-from cnn_jax.data.mix import mix
+from cnn_jax.data.augment import mix
 
 on = Augment(flip=True, crop=1, rotation=10.0, erasing=0.5, brightness=0.4, mixup=0.4, cutmix=1.0)
 

@@ -6,12 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cnn_jax.data import normalize as module
-from cnn_jax.data.batches import DeviceBatches, StreamBatches
-from cnn_jax.data.memory import Arrays, load
-from cnn_jax.data.normalize import normalize, statistics
-from cnn_jax.data.order import order
-from cnn_jax.data.source import open_source
+from cnn_jax.data import batches as module
+from cnn_jax.data.augment import normalize
+from cnn_jax.data.batches import Arrays, DeviceBatches, StreamBatches, load, order, statistics
+from cnn_jax.data.sources import open_source
 
 
 class Images:

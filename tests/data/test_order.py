@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnn_jax.data.order import eval_batches, order, train_indices
+from cnn_jax.data.batches import eval_batches, order, train_indices
 from cnn_jax.errors import UserError
 
 sizes = st.integers(1, 60)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cnn_jax.cores import cores
-from cnn_jax.data.parallel import CHUNK, parallel_map
+from cnn_jax.data.decode import CHUNK, parallel_map
 
 
 @given(st.integers(0, 5 * CHUNK))

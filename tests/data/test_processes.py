@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 
 from cnn_jax.config import Augment
 from cnn_jax.data.augment import shown
-from cnn_jax.data.batches import DeviceBatches, StreamBatches
-from cnn_jax.data.memory import load
-from cnn_jax.data.order import order
+from cnn_jax.data.batches import DeviceBatches, StreamBatches, load, order
 from cnn_jax.data.source import Source, from_arrays
 
 N, BATCH, EPOCHS, SEED = 47, 30, 3, 5

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax.data import scan
-from cnn_jax.data.scan import Finding, remember, remembered, skipped
+from cnn_jax.data import decode as scan
+from cnn_jax.data.decode import Finding, remember, remembered, skipped
 from cnn_jax.errors import UserError
 
 GOOD = Finding(2, 2, 1, '', '')

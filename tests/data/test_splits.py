@@ -3,7 +3,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.data.source import from_arrays, open_source
+from cnn_jax.data.source import from_arrays
+from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import interleaved, joined, select, subset
 from cnn_jax.errors import UserError
 

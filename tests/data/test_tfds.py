@@ -11,8 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cnn_jax.data.memory import load
-from cnn_jax.data.source import open_source
+from cnn_jax.data.batches import load
+from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 
 CLASSES = ('disc', 'square', 'star')
@@ -217,7 +217,7 @@ sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
 import numpy as np
 import tensorflow_datasets as tfds
 
-from cnn_jax.data.source import open_source
+from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cnn_jax.data import tone
+from cnn_jax.data import policies as tone
 
 few = settings(max_examples=25)
 autocontrast, equalize = jax.jit(tone.autocontrast), jax.jit(tone.equalize)

@@ -57,7 +57,7 @@ def images(folder: Path) -> Path:
     """A folder of PNG files, 20 for training and 8 for testing of each of three digits."""
     from PIL import Image
 
-    from cnn_jax.data.bundled import digits
+    from cnn_jax.data.sources import digits
 
     source, taken = digits(), collections.Counter()
     for pixels, label in source:

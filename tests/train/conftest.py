@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
-from cnn_jax.data.batches import DeviceBatches
-from cnn_jax.data.memory import Arrays
+from cnn_jax.data.batches import Arrays, DeviceBatches
 from cnn_jax.train import loop, record, setup, workdir
 from cnn_jax.train.step import make_steps, values_of
 from cnn_jax.train.task import Task

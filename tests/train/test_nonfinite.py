@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import params
-from cnn_jax.data.batches import DeviceBatches
-from cnn_jax.data.memory import Arrays
+from cnn_jax.data.batches import Arrays, DeviceBatches
 from cnn_jax.train.loop import Phase
 from cnn_jax.train.nonfinite import locate, replay
 from cnn_jax.train.step import make_steps, values_of

@@ -9,7 +9,7 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax import losses, optim, params, rng
-from cnn_jax.data.mix import mix
+from cnn_jax.data.augment import mix
 from cnn_jax.errors import UserError
 from cnn_jax.models import build
 from cnn_jax.train.step import ramped, values_of

