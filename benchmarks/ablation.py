@@ -29,8 +29,8 @@ from benchmarks.ablation_contenders import (
 from benchmarks.process import rotated
 from benchmarks.worker import Worker
 from cnn_jax import config as cfg
-from cnn_jax.cores import cores
 from cnn_jax.data.batches import open_batches
+from cnn_jax.runtime import cores
 from cnn_jax.train import setup
 from experiments.regularization import ARMS, get_config
 

@@ -16,8 +16,8 @@ from benchmarks.entrants import interpreter
 from benchmarks.process import pooled, timed
 from cnn_jax import config as cfg
 from cnn_jax import runtime
-from cnn_jax.cores import cores
 from cnn_jax.data.batches import open_batches
+from cnn_jax.runtime import cores
 from experiments.regularization import ARMS, get_config
 
 OURS = 'cnn_jax'
@@ -60,7 +60,7 @@ class Peer:
 
 
 def xla_flags() -> str:
-    """What `runtime.prepare` sets for this jaxlib."""
+    """What `runtime.configure` sets for this jaxlib."""
     major, minor = runtime.jaxlib_version().split('.')[:2]
     return ' '.join(runtime.CPU_FLAGS.get((int(major), int(minor)), {}).values())
 

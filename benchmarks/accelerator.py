@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, help='results file whose section is replaced')
     given = parser.parse_args()
     batches = [int(word) for word in cli.words(given.batches)]
-    runtime.prepare()
+    runtime.configure()
     peaks = {dtype: calibrated_peak(dtype) for dtype in DTYPES}
     rows = []
     for workload in cli.words(given.workloads):

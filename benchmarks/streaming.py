@@ -188,7 +188,7 @@ def read(gigabytes: float, seconds: float) -> dict[str, Any]:
     """
     from cnn_jax import runtime
 
-    runtime.prepare()
+    runtime.configure()
 
     from cnn_jax.data.batches import StreamBatches
 
@@ -233,7 +233,7 @@ def train(images: str, net: str) -> dict[str, float]:
     """
     from cnn_jax import runtime
 
-    runtime.prepare()
+    runtime.configure()
 
     from cnn_jax import config as cfg
     from cnn_jax.data.batches import StreamBatches

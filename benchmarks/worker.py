@@ -64,7 +64,7 @@ class Worker:
     Args:
         module: The contender's, `module` or `module:function`.
         problem: A file of `benchmarks.problem`.
-        settings: Whether `cnn_jax.runtime.prepare` is called first.
+        settings: Whether `cnn_jax.runtime.configure` is called first.
         python: The interpreter of the contender's environment.
         environment: Variables set besides the shell's.
 
@@ -145,7 +145,7 @@ def main(module: str, problem: str, *options: str) -> None:
     if '--settings' in options:
         from cnn_jax import runtime
 
-        runtime.prepare()
+        runtime.configure()
     from benchmarks.problem import read
 
     name, _, function = module.partition(':')

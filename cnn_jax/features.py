@@ -243,7 +243,7 @@ class FeatureBatches:
         self._on_device = None
         if not self.streams:
             whole = np.concatenate(self._pieces) if len(self._pieces) > 1 else self._pieces[0]
-            self._on_device = put(whole, layout and layout.everywhere)
+            self._on_device = put(whole, layout and layout.replicated)
             self._gather = jax.jit(
                 lambda features, rows: features[rows], out_shardings=layout and layout.batch
             )

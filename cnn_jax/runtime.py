@@ -1,7 +1,7 @@
-"""The machine: XLA's settings, allocator, compile cache, devices.
+"""The process: XLA flags, threads, allocator, compilation cache, devices.
 
-Call `prepare` before JAX starts. It changes only what is known to help on this platform and
-version, and respects what the user has set.
+Call `configure` before JAX starts. It changes only what is known to help on this platform and
+jaxlib version, and leaves what the user has set. Importing this module does not import JAX.
 """
 
 import ctypes
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax.cache import cache_folder
-from cnn_jax.cores import cores
 
 # jaxlib 0.10's YNNPACK reductions give wrong results on CPU (jax issue 39103), and its single
 # convolutions are about half as fast as Eigen's. Its compiler drops optimization barriers before
-# it fuses, by a pass that can be left out; `nn.stored` needs them. Later versions do as they are.
+# it fuses, by a pass that can be disabled; `cnn_jax.nn` needs them. Later versions do as they are.
 YNN_FLAG = 'xla_cpu_experimental_ynn_fusion_type'
 PASSES_FLAG = 'xla_disable_hlo_passes'
 CPU_FLAGS = {
@@ -40,7 +39,7 @@ ACCELERATOR_PLUGINS = (*CUDA_PLUGINS, 'jax_rocm7_plugin', 'libtpu')
 
 @dataclass(frozen=True)
 class Settings:
-    """What `prepare` decided; `notes` says it in words."""
+    """The settings that `configure` chose; `notes` describes them, one phrase each."""
 
     xla_flags: str
     threads: int
@@ -52,13 +51,13 @@ class Settings:
         return ' · '.join(self.notes)
 
 
-def prepare(threads: int = 0) -> Settings:
-    """Set up the process for JAX; call once, before JAX is first used.
+def configure(threads: int = 0) -> Settings:
+    """Configure the process for JAX; call once, before JAX is first used.
 
     Args:
-        threads: CPU threads of one computation; 0 takes as many as cores this process may run
-            on. XLA's results on a CPU depend on it and not on the cores, so it belongs to a run's
-            record; more threads than cores are slow, and right.
+        threads: CPU threads of one computation; 0 takes as many as this process may use cores.
+            XLA's results on a CPU depend on the number of threads and not on that of the cores, so
+            it belongs to a run's record; more threads than cores are slow, but correct.
 
     Returns:
         The settings in force.
@@ -66,25 +65,33 @@ def prepare(threads: int = 0) -> Settings:
     if threads:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
     threads = int(os.environ.get('NPROC') or cores())
-    version = jaxlib_version()
-    on_cpu = runs_on_cpu()
-    flags = _set_xla_flags(_wanted(version, on_cpu))
+    version, on_cpu = jaxlib_version(), runs_on_cpu()
+    flags = add_xla_flags(default_flags(version, on_cpu))
     allocator = _keep_freed_memory() if on_cpu else 'the system default'
     cache = _set_compile_cache(version)
-    return Settings(
-        flags,
-        threads,
-        allocator,
-        cache,
-        notes=(
-            f'jaxlib {version}',
-            f'{threads} thread{"s" * (threads > 1)}'
-            + f' on {cores()} core{"s" * (cores() > 1)}' * (threads > cores()),
-            f'XLA_FLAGS {flags or "unset"}',
-            f'allocator {allocator}',
-            f'compile cache {cache}',
-        ),
+    parallel = count(threads, 'thread')
+    if threads > cores():
+        parallel += f' on {count(cores(), "core")}'
+    notes = (
+        f'jaxlib {version}',
+        parallel,
+        f'XLA_FLAGS {flags or "unset"}',
+        f'allocator {allocator}',
+        f'compile cache {cache}',
     )
+    return Settings(flags, threads, allocator, cache, notes)
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun: `1 core`, `2 cores`."""
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
 
 
 def jaxlib_version() -> str:
@@ -93,22 +100,23 @@ def jaxlib_version() -> str:
 
 
 def runs_on_cpu() -> bool:
-    """Whether JAX will choose the CPU, found out without starting it."""
+    """Return whether JAX will choose the CPU, without starting JAX."""
     chosen = os.environ.get('JAX_PLATFORMS', '')
     if chosen:
         return chosen.split(',')[0] == 'cpu'
     return not any(importlib.util.find_spec(name) for name in ACCELERATOR_PLUGINS)
 
 
-def _wanted(version: str, on_cpu: bool) -> dict[str, str]:
-    """The flags for a jaxlib version, by their names."""
+def default_flags(version: str, on_cpu: bool) -> dict[str, str]:
+    """The XLA flags that a jaxlib version needs, by their names."""
     if on_cpu:
         major, minor = version.split('.')[:2]
         return CPU_FLAGS.get((int(major), int(minor)), {})
     return GPU_FLAGS if any(map(importlib.util.find_spec, CUDA_PLUGINS)) else {}
 
 
-def _set_xla_flags(wanted: dict[str, str]) -> str:
+def add_xla_flags(wanted: dict[str, str]) -> str:
+    """Add flags to XLA_FLAGS unless the user has set them; returns the variable's new value."""
     flags = os.environ.get('XLA_FLAGS', '')
     added = [flag for name, flag in wanted.items() if name not in flags]
     if added:
@@ -117,14 +125,13 @@ def _set_xla_flags(wanted: dict[str, str]) -> str:
 
 
 def _keep_freed_memory() -> str:
-    """Make glibc keep freed blocks: else every step maps its large temporaries anew.
+    """Make glibc keep freed blocks; otherwise every step maps its large temporaries anew.
 
     Page faults cost a quarter of a step on CPU. One arena, since another one's 64 MB heaps go back
     to the system whole, whatever the thresholds. Source: mallopt(3).
     """
-    if 'tcmalloc' in os.environ.get('LD_PRELOAD', '') or 'jemalloc' in os.environ.get(
-        'LD_PRELOAD', ''
-    ):
+    preloaded = os.environ.get('LD_PRELOAD', '')
+    if 'tcmalloc' in preloaded or 'jemalloc' in preloaded:
         return 'preloaded by the user'
     if platform.libc_ver()[0] != 'glibc':
         return 'the system default'
@@ -146,7 +153,7 @@ def _set_compile_cache(version: str) -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
-            return 'off (its folder cannot be written)'
+            return 'off (its folder is not writable)'
         os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
         os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
         if 'jax' in sys.modules:  # it has read the environment
@@ -159,18 +166,18 @@ def _set_compile_cache(version: str) -> str:
 
 
 def _processor() -> str:
-    """A short name for the processor: code compiled for another one may not run here."""
+    """A short digest of the processor: code compiled for another one may not run here."""
     info = Path('/proc/cpuinfo')
-    wanted = ('model name', 'flags', 'Features', 'CPU part')
+    fields = ('model name', 'flags', 'Features', 'CPU part')
     text = platform.processor() + platform.machine()
     if info.exists():
         lines = info.read_text(errors='replace').split('\n\n')[0].splitlines()
-        text += ''.join(line for line in lines if line.startswith(wanted))
+        text += ''.join(line for line in lines if line.startswith(fields))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def devices() -> str:
-    """The devices JAX uses, in words: `1 × NVIDIA H100` or `cpu`. Starts JAX."""
+    """The devices that JAX uses: `1 × NVIDIA H100` or `1 × cpu`. Starts JAX."""
     import jax
 
     kinds = [d.device_kind for d in jax.devices()]

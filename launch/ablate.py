@@ -24,8 +24,8 @@ from pathlib import Path
 
 from absl import flags
 
-from cnn_jax.cores import cores
 from cnn_jax.errors import UserError
+from cnn_jax.runtime import cores
 from launch import cli
 
 CONFIG = cli.define_config()
@@ -81,7 +81,7 @@ def main(_) -> int:
     if RETRY.value and (ledger := read_ledger(folder, plan)):
         ledger.forget_failed()
     # JAX is not started here: the devices are the workers'.
-    print(runtime.prepare(threads))
+    print(runtime.configure(threads))
     _introduce(plan, workers, together)
     pool = _start_workers(folder, workers, threads)
     try:

@@ -37,7 +37,7 @@ def define_workdir(text: str, url: bool = False) -> flags.FlagHolder:
 
 
 def define_layout() -> tuple[flags.FlagHolder, flags.FlagHolder]:
-    """The flags --model_parallel and --fsdp, as `mesh.lay_out` takes them."""
+    """The flags --model_parallel and --fsdp, as `mesh.make_mesh` takes them."""
     model = flags.DEFINE_integer(
         'model_parallel', 1, 'How many devices share each large matrix.', lower_bound=1
     )
@@ -110,8 +110,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def _leave(code: int) -> None:
     """End the process after an error."""
-    if (processes := sys.modules.get('cnn_jax.processes')) and processes.joined():
-        processes.end(code)
+    if (mesh := sys.modules.get('cnn_jax.mesh')) and mesh.is_initialized():
+        mesh.exit_now(code)
     sys.exit(code)
 
 
@@ -120,8 +120,8 @@ def _sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f'{error.filename}: {error.strerror}; mend that, and the same command goes on'
-    if processes := sys.modules.get('cnn_jax.processes'):
-        return processes.explained(error)
+    if mesh := sys.modules.get('cnn_jax.mesh'):
+        return mesh.describe_error(error)
     return f'{type(error).__name__}: {error} (--debug shows where)'
 
 
@@ -169,12 +169,12 @@ def start(threads: int = 0, distributed: bool = False):
     """
     from cnn_jax import runtime
 
-    settings = runtime.prepare(threads)
+    settings = runtime.configure(threads)
     if distributed:
-        from cnn_jax import processes
+        from cnn_jax import mesh
 
-        processes.join()
-        if not processes.is_first():
+        mesh.initialize()
+        if not mesh.is_process_zero():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     from cnn_jax.selfcheck import self_check  # which imports JAX: not before it is prepared
 

@@ -22,8 +22,8 @@ from typing import IO
 
 from absl import flags
 
-from cnn_jax.cores import cores
 from cnn_jax.errors import UserError
+from cnn_jax.runtime import cores
 from launch import cli
 
 COUNT = flags.DEFINE_integer('count', 2, 'How many processes.', lower_bound=1)

@@ -78,19 +78,19 @@ def main(_) -> int:
         if DISTRIBUTED.value:
             settings = cli.start(config.train.threads, distributed=True)
 
-            from cnn_jax.processes import from_first
+            from cnn_jax.mesh import on_process_zero
 
-            from_first(claim)
+            on_process_zero(claim)
         else:
             settings = cli.start(claim())
         print(settings)
         if not mirror:
             return train(config, folder, settings)
 
-        from cnn_jax.processes import from_first
+        from cnn_jax.mesh import on_process_zero
 
-        code = train(config, folder, settings, lambda: from_first(mirror.push))
-        from_first(lambda: mirror.push(last=True))
+        code = train(config, folder, settings, lambda: on_process_zero(mirror.push))
+        on_process_zero(lambda: mirror.push(last=True))
         return code
 
 
@@ -99,8 +99,8 @@ def train(
 ) -> int:
     """Run or continue the training in `folder`, printing what a person wants to see."""
     from cnn_jax import runtime
+    from cnn_jax.mesh import is_process_zero, on_process_zero
     from cnn_jax.models import build
-    from cnn_jax.processes import from_first, is_first
     from cnn_jax.summary import layers, summary
     from cnn_jax.train import loop, manifest, metrics, setup, speed
     from cnn_jax.train.checkpoint import digest
@@ -111,8 +111,10 @@ def train(
     options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value}
     layout = setup.layout_of(config, **options)
     images, evaluation, description, weights = setup.open_data(config, layout)
-    from_first(lambda: manifest.check_data(folder, description))
-    if is_first() and (count := write_skipped(folder, {'train': images, 'eval': evaluation})):
+    on_process_zero(lambda: manifest.check_data(folder, description))
+    if is_process_zero() and (
+        count := write_skipped(folder, {'train': images, 'eval': evaluation})
+    ):
         print(f'{count:,} images cannot be read and are left out: {folder}/skipped.csv')
     if weights:
         print(f'weights: {weights.source}, digest {weights.digest[:12]}…, {weights.licence}')
@@ -139,12 +141,12 @@ def train(
             now['initial_state'] = digest(state)
         return manifest.begin(folder, now)
 
-    for note in from_first(begin):
+    for note in on_process_zero(begin):
         print(f'note: {note}')
     rows = layers(net, shape)
     profile = None
     if PROFILE.value:  # each process traces; the first one's is kept
-        traces = folder / 'profile' if is_first() else Path(tempfile.mkdtemp())
+        traces = folder / 'profile' if is_process_zero() else Path(tempfile.mkdtemp())
         profile = Profile(traces, [row.path for row in rows])
     outcome = loop.fit(
         config, task, phases, state, folder, layout=layout, profile=profile, saved=saved
@@ -159,7 +161,7 @@ def train(
         print(f'done: {final}\nresults in {WORKDIR.value}')
     if profile and not profile.taken:
         print('no profile: it needs three steps, the first two of which are not traced')
-    if not is_first():
+    if not is_process_zero():
         return cli.STOPPED if outcome.stopped else cli.OK
     flops = [speed.training_flops(rows, phase.steps) for phase in phases]
     dtype, waited = config.model.dtype, outcome.waited

@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from cnn_jax import runtime
 
-runtime.prepare()
+runtime.configure()
 settings.register_profile('no deadline', deadline=None)  # a busy machine is not a failure
 settings.load_profile('no deadline')
 

@@ -16,7 +16,6 @@ LAYERS = [
     {
         'errors',
         'cache',
-        'cores',
         'locks',
         'sealed',
         'rng',
@@ -25,7 +24,6 @@ LAYERS = [
         'validation',
         'params',
         'mesh',
-        'processes',
         'runtime',
     },
     {'nn', 'losses', 'penalties', 'data', 'pretrained'},
@@ -34,7 +32,6 @@ LAYERS = [
     {'ablation', 'scaling'},
     {'launch'},
 ]
-RUNTIME_USERS = {'train', 'ablation', 'launch', 'selfcheck'}
 SELFCHECK_USERS = {'train', 'ablation', 'launch'}
 
 
@@ -79,8 +76,6 @@ def test_imports_run_downward(path):
         other = group(name)
         assert other != 'experiments'
         assert level(other) <= level(own), f'{own} imports {name}'
-        if other == 'runtime':
-            assert own in RUNTIME_USERS
         if other == 'selfcheck':
             assert own in SELFCHECK_USERS
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from cnn_jax.errors import UserError
-from cnn_jax.mesh import LARGE, Layout, lay_out
+from cnn_jax.mesh import LARGE, Layout, make_mesh
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def specs(layout, *shapes):
 
 
 def test_each_process_has_one_piece_of_every_batch():
-    grid = lay_out(devices(2, 2, 2), [12], model=2).mesh.devices
+    grid = make_mesh(devices(2, 2, 2), [12], model=2).mesh.devices
     assert grid.shape == (3, 2)
     assert [[device.process_index for device in row] for row in grid] == [[0, 0], [1, 1], [2, 2]]
     ids = [device.id for device in grid.ravel()]
@@ -46,7 +46,7 @@ def test_each_process_has_one_piece_of_every_batch():
 
 @given(st.integers(1, 16), st.lists(st.integers(1, 400), min_size=1, max_size=3))
 def test_one_process_uses_the_most_devices_that_divide_all_batches(count, batches):
-    used = lay_out(devices(count), batches).mesh.shape['data']
+    used = make_mesh(devices(count), batches).mesh.shape['data']
     fitting = [n for n in range(1, count + 1) if all(batch % n == 0 for batch in batches)]
     assert used == max(fitting)
 
@@ -54,22 +54,22 @@ def test_one_process_uses_the_most_devices_that_divide_all_batches(count, batche
 @pytest.mark.parametrize('batches', [[12, 8], [7]])
 def test_several_processes_must_divide_the_batches(batches):
     with pytest.raises(UserError, match='multiples of 6'):
-        lay_out(devices(3, 3), batches)
+        make_mesh(devices(3, 3), batches)
 
 
 @pytest.mark.parametrize(('hosts', 'model'), [((8,), 3), ((2, 2), 4), ((1, 1), 2)])
 def test_a_matrix_is_shared_within_a_process(hosts, model):
     with pytest.raises(UserError, match='choose a divisor'):
-        lay_out(devices(*hosts), [16], model=model)
+        make_mesh(devices(*hosts), [16], model=model)
 
 
 def test_small_arrays_are_everywhere():
-    layout = lay_out(devices(8), [16], model=2, fsdp=True)
+    layout = make_mesh(devices(8), [16], model=2, fsdp=True)
     assert specs(layout, (), (7,), (LARGE // 8 - 1, 8)) == [PartitionSpec()] * 3
 
 
 def test_large_matrices_are_divided_by_their_columns():
-    layout = lay_out(devices(8), [16], model=2)
+    layout = make_mesh(devices(8), [16], model=2)
     wide, odd, kernel = specs(layout, (25088, 1024), (25088, 1023), (3, 3, 512, 512))
     assert wide == PartitionSpec(None, 'model')
     assert odd == PartitionSpec(None, None)
@@ -77,7 +77,7 @@ def test_large_matrices_are_divided_by_their_columns():
 
 
 def test_fsdp_divides_large_arrays_by_their_longest_axis_that_can_be():
-    layout = lay_out(devices(8), [16], fsdp=True)
+    layout = make_mesh(devices(8), [16], fsdp=True)
     wide, odd, kernel = specs(layout, (25088, 1024), (25087, 1024), (3, 3, 256, 512))
     assert wide == PartitionSpec('data', None)
     assert odd == PartitionSpec(None, 'data')
@@ -90,7 +90,7 @@ def test_fsdp_divides_large_arrays_by_their_longest_axis_that_can_be():
 )
 def test_what_is_divided_divides_evenly(shape, options):
     model, fsdp = options
-    layout = lay_out(devices(8), [16], model=model, fsdp=fsdp)
+    layout = make_mesh(devices(8), [16], model=model, fsdp=fsdp)
     (spec,) = specs(layout, tuple(shape))
     parts = [layout.mesh.shape[axis] for axis in spec if axis]
     assert all(size % layout.mesh.shape[axis] == 0 for size, axis in zip(shape, spec) if axis)
@@ -98,10 +98,10 @@ def test_what_is_divided_divides_evenly(shape, options):
 
 
 def test_a_placed_state_is_the_state():
-    layout = lay_out(jax.devices()[:1], [4], fsdp=True)
+    layout = make_mesh(jax.devices()[:1], [4], fsdp=True)
     tree = {'a': np.arange(6.0).reshape(2, 3), 'b': jnp.float32(2)}
-    placed = layout.place(tree)
+    placed = layout.shard(tree)
     assert isinstance(layout, Layout)
-    assert str(layout) == 'one device, parameters divided'
+    assert str(layout) == 'one device, sharded parameters'
     np.testing.assert_array_equal(placed['a'], tree['a'])
     assert placed['b'] == 2

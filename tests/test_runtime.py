@@ -21,7 +21,7 @@ def settings(tmp_path):
         script = (
             'import json, os\n'
             'from cnn_jax import runtime\n'
-            f'settings = runtime.prepare({threads})\n'
+            f'settings = runtime.configure({threads})\n'
             f'{code}\n'
             'print(json.dumps([vars(settings), dict(os.environ)]))'
         )
@@ -41,22 +41,22 @@ def test_flags_are_set_for_the_versions_that_need_them(monkeypatch):
     old = ' '.join(runtime.CPU_FLAGS[0, 10].values())
     for version, expected in (('0.10.2', old), ('0.11.0', ''), ('1.0', '')):
         monkeypatch.delenv('XLA_FLAGS', raising=False)
-        assert runtime._set_xla_flags(runtime._wanted(version, on_cpu=True)) == expected
+        assert runtime.add_xla_flags(runtime.default_flags(version, on_cpu=True)) == expected
 
 
 def test_the_users_flags_are_kept_and_their_choice_wins(monkeypatch):
-    wanted = runtime._wanted('0.10.2', on_cpu=True)
+    wanted = runtime.default_flags('0.10.2', on_cpu=True)
     monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_enable_fast_math=false')
-    assert runtime._set_xla_flags(wanted).startswith('--xla_cpu_enable_fast_math=false --xla_cpu')
+    assert runtime.add_xla_flags(wanted).startswith('--xla_cpu_enable_fast_math=false --xla_cpu')
     own = f'--{runtime.YNN_FLAG}=-dot --{runtime.PASSES_FLAG}=algsimp'
     monkeypatch.setenv('XLA_FLAGS', own)
-    assert runtime._set_xla_flags(wanted) == own
+    assert runtime.add_xla_flags(wanted) == own
 
 
 def test_an_nvidia_gpu_adds_in_a_fixed_order(monkeypatch):
     monkeypatch.setattr(runtime, 'CUDA_PLUGINS', ('json',))  # a module that is there
     monkeypatch.delenv('XLA_FLAGS', raising=False)
-    flags = runtime._set_xla_flags(runtime._wanted('0.10.2', on_cpu=False))
+    flags = runtime.add_xla_flags(runtime.default_flags('0.10.2', on_cpu=False))
     assert flags == '--xla_gpu_deterministic_ops=true'
 
 

@@ -24,12 +24,12 @@ from jaxtyping import Array, Bool, Float64, Int32, UInt8
 
 from cnn_jax import config
 from cnn_jax.cache import cache_folder
-from cnn_jax.cores import cores
 from cnn_jax.data import cache
 from cnn_jax.data.decode import RULE, image_shape, parallel_map, resize_image
 from cnn_jax.data.source import Source, digest
 from cnn_jax.data.sources import open_split
 from cnn_jax.errors import UserError
+from cnn_jax.runtime import cores
 
 
 @functools.lru_cache(maxsize=8)

@@ -24,10 +24,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cnn_jax.cache import cache_folder
-from cnn_jax.cores import cores
 from cnn_jax.data import cache
 from cnn_jax.data.source import Source
 from cnn_jax.errors import UserError
+from cnn_jax.runtime import cores
 
 RULE = 1
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif')

@@ -48,7 +48,7 @@ def materialize(x):
     """x, computed once and kept in memory, on a CPU.
 
     XLA's CPU compiler computes cheap arithmetic again in every loop that reads its result, also
-    in a transposition or a sum, where it is not cheap. `runtime.prepare` makes it respect
+    in a transposition or a sum, where it is not cheap. `runtime.configure` makes it respect
     barriers; without that this does nothing.
     """
     if not on_cpu() or x.size * x.dtype.itemsize < _LEAST_BYTES:

@@ -19,7 +19,7 @@ from cnn_jax import config as cfg
 from cnn_jax.data.decode import image_shape
 from cnn_jax.data.sources import open_split
 from cnn_jax.errors import RunFailed, UserError
-from cnn_jax.mesh import Layout, lay_out
+from cnn_jax.mesh import Layout, make_mesh
 from cnn_jax.models import build
 from cnn_jax.nn.cpu import compiling_for
 from cnn_jax.scaling.chips import Topology
@@ -157,15 +157,15 @@ def programs(
         config: A validated config; its batch is that of all chips together.
         described: As `description` gives it.
         devices: As `devices` gives them.
-        model, fsdp: As `mesh.lay_out` takes them.
+        model, fsdp: As `mesh.make_mesh` takes them.
 
     Errors:
-        UserError: What `mesh.lay_out` finds wrong.
+        UserError: What `mesh.make_mesh` finds wrong.
         RunFailed: The step does not fit into a chip's memory.
     """
     data = config.data
     sizes = data.batch // config.optimizer.accumulate, data.eval_batch or data.batch
-    layout = lay_out(devices, sizes, model=model, fsdp=fsdp)
+    layout = make_mesh(devices, sizes, model=model, fsdp=fsdp)
     task = setup.make_task(config, described)
     with compiling_for('tpu'):
         phases = setup.make_phases(config, task)
@@ -176,7 +176,9 @@ def programs(
             start = time.perf_counter()
             train, *_ = jitted(steps, layout, state)
             batch = _batch(config, task, steps, layout)
-            lowered = train.lower(_laid(state, layout.of(state)), batch, values_of(config))
+            lowered = train.lower(
+                _laid(state, layout.state_sharding(state)), batch, values_of(config)
+            )
             compiled = _compiled(lowered)
             seconds = time.perf_counter() - start
             cost: Any = compiled.cost_analysis()

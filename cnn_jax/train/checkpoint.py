@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from cnn_jax import config as cfg
-from cnn_jax import processes
+from cnn_jax import mesh
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.train import seal
 from cnn_jax.train.early_stopping import score_of
@@ -77,7 +77,7 @@ class Checkpoints:
         """Orbax's option for process 0, which saves and restores without the others."""
         from orbax.checkpoint.options import MultiprocessingOptions
 
-        if processes.several():
+        if mesh.is_multiprocess():
             return MultiprocessingOptions(0, {0}, 'first')
         return MultiprocessingOptions()
 

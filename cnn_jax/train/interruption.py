@@ -3,7 +3,7 @@
 import os
 import signal
 
-from cnn_jax import processes
+from cnn_jax import mesh
 
 
 class Interruption:
@@ -18,7 +18,7 @@ class Interruption:
         self._before: dict = {}
 
     def __enter__(self):
-        numbers = (signal.SIGINT,) if processes.several() else (signal.SIGTERM, signal.SIGINT)
+        numbers = (signal.SIGINT,) if mesh.is_multiprocess() else (signal.SIGTERM, signal.SIGINT)
         for number in numbers:
             try:
                 self._before[number] = signal.signal(number, self._note)
@@ -32,7 +32,7 @@ class Interruption:
 
     def stops_after(self, step: int) -> bool:
         """Whether all processes stop after this step; each is to ask after every one."""
-        if processes.several():
+        if mesh.is_multiprocess():
             from jax.experimental import multihost_utils
 
             return multihost_utils.reached_preemption_sync_point(step)
@@ -41,5 +41,5 @@ class Interruption:
     def _note(self, _number, _frame):
         self.requested = True
         self.__exit__()  # whichever comes second finds what was there before
-        if processes.several():
+        if mesh.is_multiprocess():
             os.kill(os.getpid(), signal.SIGTERM)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from cnn_jax import config as cfg
-from cnn_jax import processes
+from cnn_jax import mesh
 from cnn_jax.mesh import Layout
 from cnn_jax.train import early_stopping, metrics, nonfinite, precise_norm
 from cnn_jax.train.early_stopping import Best
@@ -112,7 +112,7 @@ class _Run:
         self.profile, self.saved = profile, saved
         self.values = values_of(config)
         self.checkpoints = open_checkpoints(folder / 'checkpoints', config, layout)
-        self.record = Record(folder) if processes.is_first() else Unrecorded(folder)
+        self.record = Record(folder) if mesh.is_process_zero() else Unrecorded(folder)
         self.meter = Meter(self.checkpoints, self.record, self._explain)
         self.state, self.step, self.current, self.best = placed(state, layout), 0, 0, Best()
         self.notes: list[str] = []
@@ -269,7 +269,7 @@ class _Run:
     def _explain(self, failing: int) -> str:
         """Where a step stopped being finite, from the run repeated up to it."""
         saved = self.checkpoints.latest() or 0
-        if processes.several():
+        if mesh.is_multiprocess():
             return 'only one process can look where; give it a copy of --workdir'
         steps = [phase.steps for phase in self.phases]
         before, number = entered(self.phases, steps[0].init(self.config.seed), saved)

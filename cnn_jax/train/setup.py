@@ -16,11 +16,10 @@ from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import open_batches, statistics
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
-from cnn_jax.mesh import Layout, lay_out
+from cnn_jax.mesh import Layout, make_mesh, on_process_zero
 from cnn_jax.pretrained.insert import insert
 from cnn_jax.pretrained.load import Pretrained, load
 from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
-from cnn_jax.processes import from_first
 from cnn_jax.train.loop import Phase
 from cnn_jax.train.state import State
 from cnn_jax.train.step import Steps, make_steps
@@ -32,13 +31,13 @@ def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layo
 
     Args:
         config: A validated config.
-        model, fsdp: As `mesh.lay_out` takes them.
+        model, fsdp: As `mesh.make_mesh` takes them.
     """
     if jax.device_count() == model == 1:
         return None
     data = config.data
     sizes = data.batch // config.optimizer.accumulate, data.eval_batch or data.batch
-    return lay_out(jax.devices(), sizes, model=model, fsdp=fsdp)
+    return make_mesh(jax.devices(), sizes, model=model, fsdp=fsdp)
 
 
 def open_data(
@@ -65,7 +64,7 @@ def open_data(
     train = open_batches(config.data, 'train', seed=config.seed, **part)
     evaluation = open_batches(config.data, 'eval', **part)
     description, weights = describe(config, train, evaluation), load_weights(config)
-    description['preprocessing'] = from_first(lambda: preprocessing(config, train, weights))
+    description['preprocessing'] = on_process_zero(lambda: preprocessing(config, train, weights))
     return train, evaluation, description, weights
 
 

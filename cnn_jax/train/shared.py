@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from cnn_jax import config as cfg
-from cnn_jax import processes
+from cnn_jax import mesh
 from cnn_jax.mesh import Layout
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.record import Record
@@ -24,7 +24,9 @@ def jitted(steps: Steps, layout: Layout | None, state: State) -> tuple[Any, Any,
             metrics are everywhere.
         state: Any of the phase, or its shapes.
     """
-    of_state, of_sums = (layout.of(state), layout.everywhere) if layout else (None, None)
+    of_state, of_sums = (
+        (layout.state_sharding(state), layout.replicated) if layout else (None, None)
+    )
     return (
         jax.jit(steps.train, donate_argnums=0, out_shardings=layout and (of_state, of_sums)),
         jax.jit(steps.evaluate, out_shardings=of_sums),
@@ -34,14 +36,14 @@ def jitted(steps: Steps, layout: Layout | None, state: State) -> tuple[Any, Any,
 
 def placed(state: State, layout: Layout | None) -> State:
     """A state where it belongs: on several devices, as the layout says."""
-    return layout.place(state) if layout else state
+    return layout.shard(state) if layout else state
 
 
 def open_checkpoints(
     folder: Path, config: cfg.Config, layout: Layout | None
 ) -> 'Checkpoints | SharedCheckpoints':
     """The checkpoints of a run, in whatever process."""
-    if layout and processes.several():
+    if layout and mesh.is_multiprocess():
         return SharedCheckpoints(folder, config, layout)
     return Checkpoints(folder, config)
 
@@ -67,22 +69,22 @@ class SharedCheckpoints:
         self, state: State, progress: dict[str, Any], metrics: dict[str, float] | None = None
     ) -> None:
         """As `Checkpoints.save`; returns, or fails, everywhere once it has in process 0."""
-        whole = processes.gathered(state)
-        processes.from_first(lambda: self._own.save(whole, progress, metrics))
+        whole = mesh.gather_to_host(state)
+        mesh.on_process_zero(lambda: self._own.save(whole, progress, metrics))
 
     def latest(self) -> int | None:
         """As `Checkpoints.latest`."""
-        return processes.from_first(self._own.latest)
+        return mesh.on_process_zero(self._own.latest)
 
     def best(self) -> int | None:
         """As `Checkpoints.best`."""
-        return processes.from_first(self._own.best)
+        return mesh.on_process_zero(self._own.best)
 
     def resumable(
         self, fault: Callable[[dict[str, Any]], str], say: Callable[[str], object]
     ) -> tuple[int, dict[str, Any]] | None:
         """As `Checkpoints.resumable`."""
-        return processes.from_first(lambda: self._own.resumable(fault, say))
+        return mesh.on_process_zero(lambda: self._own.resumable(fault, say))
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """As `Checkpoints.restore`."""
@@ -93,8 +95,8 @@ class SharedCheckpoints:
             read['state'], progress = self._own.restore(step, shapes)
             return progress
 
-        progress = processes.from_first(here)
-        return self._layout.place(processes.spread(read.get('state'), shapes)), progress
+        progress = mesh.on_process_zero(here)
+        return self._layout.shard(mesh.broadcast(read.get('state'), shapes)), progress
 
     def close(self) -> None:
         """As `Checkpoints.close`."""

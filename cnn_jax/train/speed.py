@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cnn_jax.cores import cores
 from cnn_jax.mesh import Layout
+from cnn_jax.runtime import cores
 from cnn_jax.summary import Layer
 from cnn_jax.train.step import Steps
 from cnn_jax.train.waiting import Waiting

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnn_jax.cores import cores
 from cnn_jax.data.decode import CHUNK, parallel_map
+from cnn_jax.runtime import cores
 
 
 @given(st.integers(0, 5 * CHUNK))

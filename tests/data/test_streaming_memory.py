@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cnn_jax.cores import cores
 from cnn_jax.data import batches as module
 from cnn_jax.data.batches import PART, StreamBatches
 from cnn_jax.data.source import Source
+from cnn_jax.runtime import cores
 
 
 def computed(n, read=lambda i: np.full((2, 2, 1), i % 251, np.uint8)) -> Source:

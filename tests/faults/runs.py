@@ -176,7 +176,7 @@ def _train(config: str, folder: Path, kill: Kill) -> None:
     read = cfg.from_json(config)
     with workdir.held(folder):
         workdir.claim(folder, read)
-        code = train(read, folder, runtime.prepare(manifest.threads(folder, read)))
+        code = train(read, folder, runtime.configure(manifest.threads(folder, read)))
     if code:
         sys.exit(code)
     count = operations[0]

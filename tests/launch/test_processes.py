@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_is_looked_into_on_several_devices(launch, tin
 def test_a_run_on_several_devices_is_verified_on_as_many(launch, tiny, tmp_path):
     folder, four = tmp_path / 'run', {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
     done = launch('train', *tiny, f'--workdir={folder}', '--fsdp', check=0, **four)
-    assert '4 × cpu, data 4, parameters divided' in done.stdout
+    assert '4 × cpu, data 4, sharded parameters' in done.stdout
     launch('verify', f'--workdir={folder}', check=0, **four)
     launch('evaluate', f'--workdir={folder}', check=0, **four)
     done = launch('verify', f'--workdir={folder}', check=1)

@@ -25,13 +25,13 @@ def main():
     args = parser.parse_args()
 
     from cnn_jax import config as cfg
-    from cnn_jax import processes, runtime
+    from cnn_jax import mesh, runtime
     from cnn_jax.validation import validate
 
     config = validate(cfg.from_json(args.config.read_text()))
-    runtime.prepare(config.train.threads)
+    runtime.configure(config.train.threads)
     if 'JAX_COORDINATOR_ADDRESS' in os.environ:
-        processes.join()
+        mesh.initialize()
 
     import jax
 
@@ -44,7 +44,7 @@ def main():
     images, split, description, weights = setup.open_data(config, layout)
     task = setup.make_task(config, description, weights)
     (phase, *_), state = setup.open_phases(config, description, task, images, split, layout)
-    state = layout.place(state) if layout else state
+    state = layout.shard(state) if layout else state
     train, evaluate, _ = jitted(phase.steps, layout, state)
     values, found = values_of(config), {}
     trained = [
@@ -55,7 +55,7 @@ def main():
 
     def note(kind, number, state):
         leaves = jax.tree.leaves(state)
-        for leaf, whole in enumerate(processes.gathered([leaves[k] for k in trained])):
+        for leaf, whole in enumerate(mesh.gather_to_host([leaves[k] for k in trained])):
             found[f'{kind}/{number}/{leaf}'] = whole
 
     def objective(kind, number, sums):
@@ -63,7 +63,7 @@ def main():
 
     note('state', 0, state)
     for number, batch in enumerate(itertools.islice(phase.train.train(), STEPS)):
-        found[f'order/{number}'] = processes.gathered(batch['index'])
+        found[f'order/{number}'] = mesh.gather_to_host(batch['index'])
         if number in (0, STEPS - 1):
             found[f'mask/{number}'] = kept(batch['index'], number, layout)
         state, sums = train(state, batch, values)
@@ -81,12 +81,12 @@ def main():
         for number, batch in enumerate(itertools.islice(phase.train.train(), STEPS)):
             leaves, structure = jax.tree.flatten(state)
             before = [given[f'state/{number}/{leaf}'] for leaf in range(len(trained))]
-            for k, leaf in zip(trained, layout.place(before)):
+            for k, leaf in zip(trained, layout.shard(before)):
                 leaves[k] = leaf
             state, sums = train(jax.tree.unflatten(structure, leaves), batch, values)
             objective('forced', number, sums)
             note('after', number, state)
-    if processes.is_first():
+    if mesh.is_process_zero():
         np.savez(args.out, **found)
 
 
@@ -95,7 +95,7 @@ def kept(index, step, layout):
     import jax
     import jax.numpy as jnp
 
-    from cnn_jax import processes, rng
+    from cnn_jax import mesh, rng
     from cnn_jax.nn.noise import Dropout
 
     def apply(index):
@@ -103,7 +103,7 @@ def kept(index, step, layout):
         rngs = {'dropout': rng.key(0, 'dropout', step)}
         return Dropout(0.5).apply({}, images, train=True, rngs=rngs)
 
-    return processes.gathered(jax.jit(apply, out_shardings=layout and layout.batch)(index))
+    return mesh.gather_to_host(jax.jit(apply, out_shardings=layout and layout.batch)(index))
 
 
 if __name__ == '__main__':
