@@ -23,7 +23,7 @@ from benchmarks.problem import Problem
 from cnn_jax import runtime
 from cnn_jax.ablation.compiled import compile_structure
 from cnn_jax.models import build
-from cnn_jax.pretrained.load import load
+from cnn_jax.pretrained.weights import load
 from cnn_jax.summary import layers
 from cnn_jax.train.speed import calibrated_peak
 from cnn_jax.train.step import values_of

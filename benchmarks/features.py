@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import cli, gate, interleaved, problem, results, workloads
 from benchmarks.entrants import Entrant, chosen, keras_on
-from cnn_jax.pretrained.load import load
+from cnn_jax.pretrained.weights import load
 
 # Flax with this project's settings shows what these are worth; nobody has it so.
 OURS = {

@@ -24,7 +24,7 @@ from benchmarks.entrants import Entrant, interpreter, keras_on, matching
 from benchmarks.process import rotated, timed
 from cnn_jax.cache import cache_folder
 from cnn_jax.params import flatten
-from cnn_jax.pretrained.load import Pretrained, load
+from cnn_jax.pretrained.weights import Pretrained, load
 from experiments import finetune_vgg16
 
 COUNT = {'train': 50, 'test': 25}  # of each class

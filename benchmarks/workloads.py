@@ -12,7 +12,7 @@ from benchmarks.problem import Problem
 from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.models import build
-from cnn_jax.pretrained.load import Pretrained
+from cnn_jax.pretrained.weights import Pretrained
 from cnn_jax.summary import layers
 from experiments import finetune_vgg16, small, strided
 

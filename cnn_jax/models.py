@@ -24,7 +24,7 @@ from cnn_jax.nn.noise import (
 )
 from cnn_jax.nn.norm import BatchNorm, BatchRenorm, GhostBatchNorm, GroupNorm
 from cnn_jax.nn.padding import Pair, Size, output_shape, pair
-from cnn_jax.pretrained.layout import BLOCKS, CONVOLUTIONS, TOP
+from cnn_jax.pretrained.formats import BLOCKS, CONVOLUTIONS, TOP
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'relu': nn.relu,  # max(x, 0)

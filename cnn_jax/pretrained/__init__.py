@@ -1,1 +1,1 @@
-"""Published VGG16 weights: where from, which digest, which preprocessing."""
+"""Pretrained VGG16 weights: sources, file formats, digests and preprocessing."""

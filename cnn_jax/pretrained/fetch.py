@@ -1,5 +1,7 @@
 """Bring a source's file to this machine: checked by its hash, nothing of it executed."""
 
+from __future__ import annotations
+
 import hashlib
 import http.client
 import importlib.util
@@ -9,12 +11,15 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
 from cnn_jax.errors import UserError
-from cnn_jax.pretrained.sources import Source
+
+if TYPE_CHECKING:
+    from cnn_jax.pretrained.weights import Source
 
 Show = Callable[[int], object]  # told the bytes that have arrived
 
@@ -103,7 +108,7 @@ def _run(command: list[str], folder: Path, show: Show) -> str:
             while process.poll() is None:
                 if time.monotonic() > deadline:
                     raise subprocess.TimeoutExpired(command, _PIP_SECONDS)
-                show(max((_size(file) for file in unfinished.rglob('*')), default=0))
+                show(_largest(unfinished))
                 time.sleep(0.05)
         finally:
             process.kill()
@@ -111,11 +116,14 @@ def _run(command: list[str], folder: Path, show: Show) -> str:
     return log.read_text(errors='replace')
 
 
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:  # pip has moved it since
-        return 0
+def _largest(folder: Path) -> int:
+    """The size of the largest file below `folder`, from which pip may remove files meanwhile."""
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
+    return largest
 
 
 def _check_hash(source: Source, file: Path) -> None:

@@ -17,9 +17,7 @@ from cnn_jax.data.batches import open_batches, statistics
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
 from cnn_jax.mesh import Layout, make_mesh, on_process_zero
-from cnn_jax.pretrained.insert import insert
-from cnn_jax.pretrained.load import Pretrained, load
-from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
+from cnn_jax.pretrained.weights import PREPROCESSINGS, Pretrained, insert, load
 from cnn_jax.train.loop import Phase
 from cnn_jax.train.state import State
 from cnn_jax.train.step import Steps, make_steps

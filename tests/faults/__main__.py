@@ -43,7 +43,12 @@ KINDS = [
     (
         'disk full, file too large, folder read-only',
         'plain error; goes on when there is room',
-        ['tests/launch/test_survival.py', 'tests/pretrained/test_cache.py', '-k', 'write or full'],
+        [
+            'tests/launch/test_survival.py',
+            'tests/pretrained/test_weights.py',
+            '-k',
+            'write or full',
+        ],
     ),
     (
         'a second process on the work directory, also after a crash of the first',

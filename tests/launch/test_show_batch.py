@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cnn_jax import config as cfg
-from cnn_jax.pretrained.preprocessing import PREPROCESSINGS
+from cnn_jax.pretrained.weights import PREPROCESSINGS
 from cnn_jax.train import setup
 from cnn_jax.validation import validate
 from tests.launch.importing import imported

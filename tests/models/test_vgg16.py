@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cnn_jax.errors import UserError
 from cnn_jax.models import VGG16, vgg16_layers
-from cnn_jax.pretrained.layout import shapes
+from cnn_jax.pretrained.formats import shapes
 
 
 def abstract(model: VGG16, *shape: int):

@@ -14,9 +14,8 @@ from safetensors.numpy import save_file
 
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.fetch import fetch
-from cnn_jax.pretrained.layout import CONVOLUTIONS
-from cnn_jax.pretrained.load import Pretrained, from_file
-from cnn_jax.pretrained.sources import IMAGENET, SOURCES, Source
+from cnn_jax.pretrained.formats import CONVOLUTIONS
+from cnn_jax.pretrained.weights import IMAGENET, SOURCES, Pretrained, Source, from_file
 
 FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's convolutions
 

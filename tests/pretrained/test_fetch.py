@@ -12,9 +12,8 @@ import pytest
 from cnn_jax.errors import UserError
 from cnn_jax.pretrained import fetch as module
 from cnn_jax.pretrained.fetch import fetch
-from cnn_jax.pretrained.layout import digest
-from cnn_jax.pretrained.read import read
-from cnn_jax.pretrained.sources import IMAGENET, SOURCES
+from cnn_jax.pretrained.formats import digest, read
+from cnn_jax.pretrained.weights import IMAGENET, SOURCES
 
 CONTENT = bytes(range(256)) * 10_000
 

