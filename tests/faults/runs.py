@@ -29,7 +29,6 @@ PRELOADED = (
     'cnn_jax.train.speed',
     'cnn_jax.train.restore',
     'orbax.checkpoint',
-    'sklearn.datasets',
     'tensorboardX',
 )
 processes: Any = multiprocessing.get_context('forkserver')

