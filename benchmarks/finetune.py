@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks import cli, gate, interleaved, problem, results, workloads
 from benchmarks.entrants import Entrant, interpreter, keras_on, matching
 from benchmarks.process import rotated, timed
-from cnn_jax.cache import cache_folder
+from cnn_jax.files import cache_folder
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.weights import Pretrained, load
 from experiments import finetune_vgg16

@@ -21,13 +21,12 @@ from jaxtyping import Array, Float
 
 from cnn_jax import config as cfg
 from cnn_jax import params, rng
-from cnn_jax.cache import cache_folder
 from cnn_jax.data import decode
 from cnn_jax.data.augment import shown
 from cnn_jax.data.batches import eval_batches, local_size, put, train_indices
-from cnn_jax.data.cache import cached_array
 from cnn_jax.data.source import digest
 from cnn_jax.errors import UserError
+from cnn_jax.files import cache_folder, cached_array
 from cnn_jax.mesh import Layout
 from cnn_jax.models import build
 from cnn_jax.nn.winograd import transform_kernels, winograd_interceptor

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.cache import cache_folder
+from cnn_jax.files import cache_folder
 
 # jaxlib 0.10's YNNPACK reductions give wrong results on CPU (jax issue 39103), and its single
 # convolutions are about half as fast as Eigen's. Its compiler drops optimization barriers before

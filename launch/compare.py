@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
         raise UserError('no ablation; give the work directories of launch.ablate')
 
     from cnn_jax.ablation import side_by_side
-    from cnn_jax.cache import write_atomically
+    from cnn_jax.files import write_atomically
     from cnn_jax.train.workdir import make_writable
 
     figure, path = side_by_side.draw([Path(each) for each in arguments[1:]]), Path(OUT.value)

@@ -35,6 +35,7 @@ def main(_) -> int:
 
     from cnn_jax import config as cfg
     from cnn_jax.data.batches import open_batches
+    from cnn_jax.files import write_text
     from cnn_jax.train import figures, metrics, restore, setup, step
     from cnn_jax.train.loop import sum_metrics
     from cnn_jax.train.shared import jitted, placed
@@ -67,7 +68,7 @@ def main(_) -> int:
         **metrics.as_json(result),
         'confusion': result['confusion'].tolist(),
     }
-    workdir.write_text(folder / 'evaluation.json', json.dumps(content, indent=2) + '\n')
+    write_text(folder / 'evaluation.json', json.dumps(content, indent=2) + '\n')
     figures.draw_confusion(result['confusion'], names, folder / 'confusion.png')
     figures.draw_reliability(sums, folder / 'reliability.png')
     written = 'evaluation.json', 'confusion.png', 'reliability.png'

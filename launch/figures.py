@@ -26,7 +26,7 @@ PADDINGS = ('VALID', 'SAME', 'SAME_TORCH', 'REFLECT', 'CIRCULAR')
 def main(_) -> int:
     """Draw; returns the exit code."""
     cli.start()
-    from cnn_jax.cache import write_atomically
+    from cnn_jax.files import write_atomically
     from cnn_jax.train.workdir import make_writable
 
     folder = Path(OUT.value)

@@ -121,7 +121,7 @@ def draw(columns: list[dict[str, Any]], class_names: Any, path: Path) -> None:
     """A pair of columns for each step, an image a row: original, and as shown."""
     from matplotlib.figure import Figure
 
-    from cnn_jax.cache import write_atomically
+    from cnn_jax.files import write_atomically
 
     rows = len(columns[0]['label'])
     figure = Figure(figsize=(2.9 * len(columns), 1.55 * rows + 0.5), layout='constrained')

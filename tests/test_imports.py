@@ -16,9 +16,7 @@ LAYERS = [
     {
         'errors',
         'fetch',
-        'cache',
-        'locks',
-        'sealed',
+        'files',
         'rng',
         'fields',
         'config',

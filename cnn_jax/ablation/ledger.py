@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
-from cnn_jax import sealed
 from cnn_jax.ablation.plan import Plan
-from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
-from cnn_jax.locks import holder, locked
+from cnn_jax.files import Corrupt, lock, lock_holder, read_json, write_json, write_text
 
 DEFINITION = 'ablation.json'
 
@@ -74,8 +72,8 @@ class Ledger:
         return [cell for cell in self.cells() if not cell.path.exists()]
 
     def running(self) -> list[Cell]:
-        """The cells without a result that a process has claimed, as far as `locks.holder` sees."""
-        return [cell for cell in self.missing() if holder(self._lock(cell))]
+        """The cells without a result that a process has claimed, as far as `lock_holder` sees."""
+        return [cell for cell in self.missing() if lock_holder(self._lock(cell))]
 
     def _lock(self, cell: Cell) -> Path:
         return self.folder / 'locks' / f'{cell.path.stem}.lock'
@@ -88,8 +86,7 @@ class Ledger:
 
     def write(self, cell: Cell, result: dict[str, Any]) -> None:
         """Record the result of a cell."""
-        text = sealed.dumps({'arm': cell.arm, 'seed': cell.seed, **result})
-        write_atomically(cell.path, lambda file: file.write(text.encode()))
+        write_json(cell.path, {'arm': cell.arm, 'seed': cell.seed, **result})
 
     def forget_failed(self) -> None:
         """Set the results of failed cells aside, so that they run again."""
@@ -103,7 +100,7 @@ class Ledger:
 
         The lock lasts as long as the context, or the process.
         """
-        with locked(self._lock(cell)) as held:
+        with lock(self._lock(cell)) as held:
             yield held and not cell.path.exists()
 
 
@@ -123,7 +120,7 @@ def open_ledger(
             difference is told), or cells of one whose definition is gone: results of both would
             be mixed.
     """
-    with locked(folder / 'locks' / f'{DEFINITION}.lock', wait=True):
+    with lock(folder / 'locks' / f'{DEFINITION}.lock', wait=True):
         return _open_ledger(folder, plan, identity, facts)
 
 
@@ -163,8 +160,7 @@ def _open_ledger(
             f'{folder} has the cells of an ablation, but its {DEFINITION} is gone: which they are '
             'cannot be told; restore it or choose another --workdir'
         )
-    text = json.dumps(facts | now, indent=2) + '\n'
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(facts | now, indent=2) + '\n')
     return Ledger(folder, plan, identity)
 
 
@@ -183,8 +179,8 @@ def read(path: Path) -> dict[str, Any]:
         UserError: The file is damaged.
     """
     try:
-        return sealed.loads(path.read_text())
-    except ValueError as error:
+        return read_json(path)
+    except Corrupt as error:
         mend = 'restore it' if path.name == DEFINITION else 'remove it and run launch.ablate again'
         raise UserError(f'{path} is damaged ({error}); {mend}') from error
 

@@ -13,7 +13,7 @@ from cnn_jax.ablation.comparison import EFFECTS
 from cnn_jax.ablation.summary import cost, summary_of
 from cnn_jax.ablation.theme import themed
 from cnn_jax.ablation.workdir import Results, read_results
-from cnn_jax.cache import write_atomically
+from cnn_jax.files import write_atomically
 
 LABELS = {
     'forest': 'Forest plot of the paired differences from the baseline',

@@ -23,12 +23,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float64, Int32, UInt8
 
 from cnn_jax import config
-from cnn_jax.cache import cache_folder
-from cnn_jax.data import cache
 from cnn_jax.data.decode import RULE, image_shape, parallel_map, resize_image
 from cnn_jax.data.source import Source, digest
 from cnn_jax.data.sources import open_split
 from cnn_jax.errors import UserError
+from cnn_jax.files import cache_folder, cached_array
 from cnn_jax.runtime import cores
 
 
@@ -124,7 +123,7 @@ def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0)
 
     if source.encoded:
         key = digest(source.fingerprint, resize, str(shape), f'{RULE}', PIL.__version__)
-        images = cache.cached_array(cache_folder() / 'images' / f'{key}.npy', shape, fill)
+        images = cached_array(cache_folder() / 'images' / f'{key}.npy', shape, fill)
     else:
         images = np.empty(shape, np.uint8)
         fill(images)

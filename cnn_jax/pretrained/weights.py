@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from cnn_jax.cache import cache_folder, write_atomically
 from cnn_jax.errors import UserError
+from cnn_jax.files import cache_folder, write_atomically
 from cnn_jax.params import flatten, unflatten
 from cnn_jax.pretrained.fetch import fetch
 from cnn_jax.pretrained.formats import CONVOLUTIONS, TOP, Params, digest, read

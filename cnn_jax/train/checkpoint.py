@@ -18,10 +18,9 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import mesh
 from cnn_jax.errors import RunFailed, UserError
-from cnn_jax.train import seal
+from cnn_jax.files import SEAL, Corrupt, read_sealed_folder, seal_folder, write_text
 from cnn_jax.train.early_stopping import score_of
 from cnn_jax.train.state import State
-from cnn_jax.train.workdir import write_text
 
 DELETED = 'deleted'
 OVERHEAD = 1 << 18  # bytes of a checkpoint besides the state's, generously
@@ -108,7 +107,7 @@ class Checkpoints:
             parts = ocp.args.Composite(state=ocp.args.StandardSave(_parts(state)))
             self._manager.save(step, args=parts, metrics=metrics)
             content = self._facts | {'progress': progress, 'metrics': metrics}
-            seal.seal(self._place(step), content)
+            seal_folder(self._place(step), content)
             self._unfinished.unlink()
             self._sweep()
         except (OSError, ValueError) as error:  # ValueError: TensorStore's
@@ -125,14 +124,14 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint that was finished, if there is one."""
-        finished = (step for step in self.steps() if (self._place(step) / seal.NAME).exists())
+        finished = (step for step in self.steps() if (self._place(step) / SEAL).exists())
         return next(finished, None)
 
     def best(self) -> int | None:
         """The step of the best whole checkpoint, if any was saved with metrics; a tie: the last."""
         scores = {}
         for step in self.steps():
-            with contextlib.suppress(seal.Broken):
+            with contextlib.suppress(Corrupt):
                 if metrics := self._opened(step)['metrics']:
                     scores[step] = self._score(metrics)
         return max(scores, key=lambda step: (scores[step], step)) if scores else None
@@ -158,7 +157,7 @@ class Checkpoints:
             try:
                 progress = self._opened(step)['progress']
                 reason = '' if found else fault(progress)
-            except seal.Broken as error:
+            except Corrupt as error:
                 reason = str(error)
             if reason:
                 wrong[step] = reason
@@ -216,18 +215,18 @@ class Checkpoints:
 
     def _opened(self, step: int) -> dict[str, Any]:
         """What was sealed into a checkpoint that is whole and this run's."""
-        content = seal.opened(self._place(step))
+        content = read_sealed_folder(self._place(step))
         if content['format'] != FORMAT:
-            raise seal.Broken('another version of cnn_jax wrote it')
+            raise Corrupt('another version of cnn_jax wrote it')
         if content['config'] != self._facts['config']:
-            raise seal.Broken('it belongs to a run of another config')
+            raise Corrupt('it belongs to a run of another config')
         return content
 
     def _sweep(self) -> None:
         """Remove what Orbax has given up, and what killed saves left behind."""
         with contextlib.suppress(OSError, ValueError):
             place = self._place(int(self._unfinished.read_text()))
-            if not (place / seal.NAME).exists():
+            if not (place / SEAL).exists():
                 shutil.rmtree(place, ignore_errors=True)
             self._unfinished.unlink()
         for place in (self._folder / DELETED, *self._folder.glob('step_*.orbax-checkpoint-tmp*')):

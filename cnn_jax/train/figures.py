@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn_jax.cache import write_atomically
+from cnn_jax.files import write_atomically
 from cnn_jax.train.metrics import BINS, Sums
 
 

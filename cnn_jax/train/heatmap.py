@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
+from cnn_jax.files import write_atomically
 
 
 def grad_cam(

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from cnn_jax import config as cfg
-from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
+from cnn_jax.files import write_atomically
 from cnn_jax.mesh import Layout
 from cnn_jax.train.loop import Phase
 from cnn_jax.train.shared import jitted, placed

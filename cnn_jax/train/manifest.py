@@ -8,7 +8,8 @@ from typing import Any
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.train.workdir import load_config, write_text
+from cnn_jax.files import write_text
+from cnn_jax.train.workdir import load_config
 
 NAME = 'manifest.json'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'pillow')

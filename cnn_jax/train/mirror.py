@@ -24,10 +24,8 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from cnn_jax import locks, sealed
-from cnn_jax.cache import cache_folder
 from cnn_jax.errors import RunFailed, UserError
-from cnn_jax.train import seal
+from cnn_jax.files import SEAL, Corrupt, cache_folder, lock, read_sealed_folder
 from cnn_jax.train.journal import Journal
 from cnn_jax.train.remote import Remote, reason
 
@@ -52,7 +50,7 @@ def opened(workdir: str) -> Path:
     if not is_remote(workdir):
         return Path(workdir)
     mirror = Mirror(workdir, 'read')  # apart from the folder that a run may be at
-    with locks.locked(mirror.base / 'lock', wait=True):
+    with lock(mirror.base / 'lock', wait=True):
         mirror.fetch()
     return mirror.folder
 
@@ -169,7 +167,7 @@ class Mirror:
         seals = dict.fromkeys(step for name in names if (step := _step(name)) is not None)
         for step in seals:
             with contextlib.suppress(FileNotFoundError):
-                seals[step] = self.remote.read(_name(step, seal.NAME))
+                seals[step] = self.remote.read(_name(step, SEAL))
         return names, seals
 
     def _replace(self, names: list[str], seals: Seals, here: int) -> bool:
@@ -196,7 +194,7 @@ class Mirror:
 
     def _goes_on_from(self, step: int) -> bool:
         """Whether the local record goes on from that of a remote checkpoint."""
-        content = sealed.loads((self._there[step] or b'').decode())['content']
+        content = json.loads(self._there[step] or b'')['content']
         positions = content['progress']['record']
         return all(Journal(self.folder / name).holds(at) for name, at in positions.items())
 
@@ -215,7 +213,7 @@ class Mirror:
             if self._there.get(step) != here[step]:
                 self._remove(step)
                 self._there[step] = None  # some of it is there, from now on
-                last = _name(step, seal.NAME)
+                last = _name(step, SEAL)
                 others = [name for name in _files(self.folder, _name(step)) if name != last]
                 self.remote.put(others, self.folder)
                 self.remote.put([last], self.folder)
@@ -226,7 +224,7 @@ class Mirror:
     def _remove(self, step: int) -> None:
         """Remove what is there of a checkpoint, the seal before all else."""
         if self._there.get(step):
-            self.remote.remove(_name(step, seal.NAME))
+            self.remote.remove(_name(step, SEAL))
             self._there[step] = None
         if step in self._there:
             self.remote.remove(_name(step))
@@ -262,14 +260,14 @@ def _plain(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _seals(folder: Path) -> dict[int, bytes]:
     """The seals of the checkpoints in a work directory, by step."""
-    paths = folder.glob(f'checkpoints/step_*/{seal.NAME}')
+    paths = folder.glob(f'checkpoints/step_*/{SEAL}')
     found = {path.parent.name.removeprefix('step_'): path for path in paths}
     return {int(step): path.read_bytes() for step, path in found.items() if step.isdigit()}
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    with contextlib.suppress(seal.Broken):
-        seal.opened(checkpoint)
+    with contextlib.suppress(Corrupt):
+        read_sealed_folder(checkpoint)
         return True
     return False
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from cnn_jax.cache import write_atomically
+from cnn_jax.files import write_atomically
 from cnn_jax.train.figures import draw_curves
 from cnn_jax.train.journal import Journal
 

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.cache import write_atomically
+from cnn_jax.files import write_atomically
 
 FORMULA = ('=', '+', '-', '@', '\t', '\r')  # a spreadsheet would run what begins so
 

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cnn_jax.files import write_text
 from cnn_jax.mesh import Layout
 from cnn_jax.runtime import cores
 from cnn_jax.summary import Layer
 from cnn_jax.train.step import Steps
 from cnn_jax.train.waiting import Waiting
-from cnn_jax.train.workdir import write_text
 
 COMPILING = tuple(
     f'/jax/core/compile/{name}_duration'

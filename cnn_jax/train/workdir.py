@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cnn_jax import config as cfg
-from cnn_jax import locks
-from cnn_jax.cache import write_atomically
 from cnn_jax.errors import UserError
+from cnn_jax.files import lock, lock_holder, write_text
 
 
 def make_writable(folder: Path, what: str = 'the work directory', flag: str = '--workdir') -> None:
@@ -47,11 +46,11 @@ def held(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     make_writable(folder)
     path = folder / 'lock'
-    if wait and (other := locks.holder(path)):
+    if wait and (other := lock_holder(path)):
         print(f'waiting for process {other[1]} on {other[0]}, which trains in {folder}', flush=True)
-    with locks.locked(path, wait) as mine:
+    with lock(path, wait) as mine:
         if not mine:
-            host, process = locks.holder(path) or ('another machine', '?')
+            host, process = lock_holder(path) or ('another machine', '?')
             raise UserError(
                 f'process {process} on {host} is training in {folder}; give --wait to go on after '
                 'it, or choose another --workdir'
@@ -96,8 +95,3 @@ def load_config(folder: Path) -> cfg.Config:
             'give the --workdir that launch.train was given'
         )
     return cfg.from_json(path.read_text())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole."""
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cnn_jax.cache import cache_folder
+from cnn_jax.files import cache_folder
 from cnn_jax.models import build
 from cnn_jax.scaling import chips
 from experiments.baseline import get_config

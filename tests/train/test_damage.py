@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.errors import UserError
-from cnn_jax.train import seal
+from cnn_jax.files import SEAL, Corrupt, read_sealed_folder, seal_folder
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.meter import Meter
 
@@ -68,8 +68,8 @@ def test_any_damaged_file_sends_the_run_back_to_the_checkpoint_before(
     for path in files(place)[::3] if damage is flip else files(place)[::5]:
         kept = path.read_bytes()
         damage(path)
-        with pytest.raises(seal.Broken):
-            seal.opened(place)
+        with pytest.raises(Corrupt):
+            read_sealed_folder(place)
         path.write_bytes(kept)
     damage(max(files(place), key=lambda path: path.stat().st_size))
     outcome = fit_again(config, folder)
@@ -87,12 +87,12 @@ def empty(place):
 
 
 def of_an_older_version(place):
-    (place / seal.NAME).unlink()
+    (place / SEAL).unlink()
 
 
 def of_another_config(place):
-    content = seal.opened(place)
-    seal.seal(place, content | {'config': '0' * 64})
+    content = read_sealed_folder(place)
+    seal_folder(place, content | {'config': '0' * 64})
 
 
 @pytest.mark.parametrize('damage', [empty, of_an_older_version, of_another_config])

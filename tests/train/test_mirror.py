@@ -15,7 +15,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cnn_jax.errors import RunFailed, UserError
-from cnn_jax.train import mirror, seal
+from cnn_jax.files import read_sealed_folder, seal_folder
+from cnn_jax.train import mirror
 from cnn_jax.train.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +116,7 @@ def train(folder, steps, keep=2, run='a'):
         (place / 'state/d' / os.urandom(4).hex()).write_text(f'{run} state {step}')
         (place / '_METADATA').write_text(f'saved at {time.time_ns()}')
         record = {journal.path.name: journal.position() for journal in journals}
-        seal.seal(place, {'progress': {'record': record}})
+        seal_folder(place, {'progress': {'record': record}})
         for old in steps_in(folder)[:-keep]:
             shutil.rmtree(folder / f'checkpoints/step_{old}')
 
@@ -125,7 +126,7 @@ def steps_in(folder):
 
 
 def position(folder, step):
-    return seal.opened(folder / f'checkpoints/step_{step}')['progress']['record']
+    return read_sealed_folder(folder / f'checkpoints/step_{step}')['progress']['record']
 
 
 def resumes_at(folder):
@@ -312,7 +313,7 @@ def test_two_machines_that_saved_the_same_steps_do_not_mix_their_files(machine):
     begin(third)
     assert steps_in(third.folder) == [20, 30]
     assert resumes_at(third.folder) == 30
-    assert seal.opened(third.folder / 'checkpoints/step_20')
+    assert read_sealed_folder(third.folder / 'checkpoints/step_20')
 
 
 @pytest.mark.parametrize('steps', [[10], [20], [20, 30]])
@@ -409,7 +410,7 @@ def test_readers_see_what_is_there_now(machine):
     (folder / 'checkpoints/step_20/_METADATA').write_text('damaged')
     assert mirror.opened(URL) == folder
     assert resumes_at(folder) == 30
-    assert seal.opened(folder / 'checkpoints/step_20')
+    assert read_sealed_folder(folder / 'checkpoints/step_20')
 
 
 def test_readers_do_without_a_checkpoint_that_the_run_removes_meanwhile(machine, monkeypatch):

@@ -1,0 +1,246 @@
+"""Files that appear whole, on the disk, and carry digests; locks that end with their process."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+SEAL = 'seal.json'  # in a sealed folder
+SHA256 = 'sha256'  # the key of a JSON file's own digest
+DIGEST_BYTES = 32  # at the end of a cached array's file
+LEFTOVER_AGE = 24 * 3600  # seconds after which a temporary file has no writer any more
+
+
+class Corrupt(ValueError):
+    """A file or folder is not what was written; the message says in what."""
+
+
+def cache_folder() -> Path:
+    """Return $CNN_JAX_CACHE, else $XDG_CACHE_HOME/cnn_jax, else ~/.cache/cnn_jax."""
+    if chosen := os.environ.get('CNN_JAX_CACHE'):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'cnn_jax'
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, each on the disk when this returns."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some file systems say of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file that takes the name `path`, whole and on the disk, at the end.
+
+    A reader, a second writer, a crash or a power cut never meets half a file. The file's mode is
+    0666 without the umask, as that of any new file.
+
+    Errors:
+        OSError: The disk is full or the folder cannot be written; `path` is as it was before.
+    """
+    make_folder(path.parent)
+    for leftover in path.parent.glob('.*.partial'):  # of killed writers
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
+                leftover.unlink()
+    temporary = path.parent / f'.{secrets.token_hex(8)}.partial'
+    try:
+        temporary.touch(exist_ok=False)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # which says nothing to the user
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a binary file that replaces `path` as `replacing` does."""
+    with replacing(path) as temporary, temporary.open('wb') as file:
+        write(file)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file as `replacing` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def digest(content: bytes | Path) -> str:
+    """Return the SHA-256 of bytes, or of a file's content, in hexadecimal digits."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that carries the digest of its content under the key `sha256`."""
+    write_text(path, json.dumps({**content, SHA256: _json_digest(content)}) + '\n')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what `write_json` wrote; a file without a digest is returned unchecked.
+
+    Errors:
+        Corrupt: It is no JSON object, or its digest is that of another content.
+        OSError: It is missing or cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f'it is not JSON: {error}') from error
+    if not isinstance(content, dict):
+        raise Corrupt('it is not a JSON object')
+    if SHA256 in content and content.pop(SHA256) != _json_digest(content):
+        raise Corrupt('its digest is that of another content')
+    return content
+
+
+def seal_folder(folder: Path, content: dict[str, Any]) -> None:
+    """Write `content` (JSON) and the digest of each file into `seal.json`, and sync them all."""
+    for path in (folder, *folder.rglob('*')):
+        sync(path)
+    write_json(folder / SEAL, {'content': content, 'files': _digests(folder)})
+
+
+def read_sealed_folder(folder: Path) -> dict[str, Any]:
+    """Return the content of a sealed folder once all of its files have proved to be whole.
+
+    Errors:
+        Corrupt: The folder was not sealed, or a file is missing or has other bytes.
+    """
+    try:
+        body = read_json(folder / SEAL)
+        content, files = body['content'], body['files']
+    except FileNotFoundError:
+        raise Corrupt(f'{SEAL} is missing') from None
+    except (OSError, Corrupt, KeyError) as error:
+        raise Corrupt(f'{SEAL} is damaged ({error})') from error
+    found = _digests(folder)
+    for name, sha256 in files.items():
+        if found.get(name) != sha256:
+            raise Corrupt(f'{name} is {"damaged" if name in found else "missing"}')
+    return content
+
+
+def cached_array(
+    path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], dtype=np.uint8
+) -> np.ndarray:
+    """Return the array in `path`, memory-mapped and read-only; `fill` and store it if needed.
+
+    The SHA-256 at the end of the file is checked; a damaged file is made again. Where the cache
+    cannot be written, the array is built in memory, with a warning.
+    """
+    if _ends_in_its_digest(path):
+        with contextlib.suppress(ValueError, OSError):  # whole, but no such array
+            array = np.load(path, mmap_mode='r', allow_pickle=False)
+            if array.shape == shape and array.dtype == dtype:
+                return array
+    try:
+        with replacing(path) as temporary:
+            array = np.lib.format.open_memmap(temporary, 'w+', dtype, shape)
+            with temporary.open('r+b') as file:
+                # A mapped file is sparse: writing to it on a full disk would kill the process.
+                if hasattr(os, 'posix_fallocate'):
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            fill(array)
+            array.flush()
+            with temporary.open('ab') as file:
+                file.write(bytes.fromhex(digest(temporary)))
+        return np.load(path, mmap_mode='r', allow_pickle=False)
+    except OSError as error:
+        warnings.warn(f'what was computed is kept in memory only: {error}', stacklevel=2)
+        array = np.empty(shape, dtype)
+        fill(array)
+        return array
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock `path` for as long as the context lasts, and yield whether this succeeded.
+
+    The operating system holds it (flock), so a process that is killed leaves none behind. On a
+    shared file system it works across machines where that system's locks do (NFS 4, Lustre, GPFS).
+
+    Args:
+        path: The lock's file; created, and never removed.
+        wait: Wait for the process that holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('ab', buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        with contextlib.suppress(OSError):  # for messages; a full disk must not cost the lock
+            file.truncate(0)
+            file.write(json.dumps([socket.gethostname(), os.getpid()]).encode())
+        try:
+            yield True
+        finally:
+            file.truncate(0)
+
+
+def lock_holder(path: Path) -> tuple[str, int] | None:
+    """Return the host and process that hold a lock, as far as can be seen from this machine.
+
+    A process of another machine that died counts until the lock is taken again.
+    """
+    try:
+        host, process = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    if host == socket.gethostname():
+        with contextlib.suppress(PermissionError):  # another user's process
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                return None
+    return host, process
+
+
+def _json_digest(content: dict[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True).encode())
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    paths = [path for path in sorted(folder.rglob('*')) if path.is_file() and path.name != SEAL]
+    return {path.relative_to(folder).as_posix(): digest(path) for path in paths}
+
+
+def _ends_in_its_digest(path: Path) -> bool:
+    try:
+        whole = np.memmap(path, np.uint8, 'r')
+    except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
+        return False
+    return hashlib.sha256(whole[:-DIGEST_BYTES].data).digest() == whole[-DIGEST_BYTES:].tobytes()
