@@ -25,7 +25,7 @@ from cnn_jax.ablation.compiled import compile_structure
 from cnn_jax.models import build
 from cnn_jax.pretrained.weights import load
 from cnn_jax.summary import layers
-from cnn_jax.train.speed import calibrated_peak
+from cnn_jax.tools.profile import measure_peak
 from cnn_jax.train.step import values_of
 
 DTYPES = 'float32', 'bfloat16'
@@ -49,7 +49,7 @@ def main() -> None:
     given = parser.parse_args()
     batches = [int(word) for word in cli.words(given.batches)]
     runtime.configure()
-    peaks = {dtype: calibrated_peak(dtype) for dtype in DTYPES}
+    peaks = {dtype: measure_peak(dtype) for dtype in DTYPES}
     rows = []
     for workload in cli.words(given.workloads):
         for batch in batches:

@@ -237,7 +237,8 @@ def train(images: str, net: str) -> dict[str, float]:
 
     from cnn_jax import config as cfg
     from cnn_jax.data.batches import StreamBatches
-    from cnn_jax.train import loop, setup, speed
+    from cnn_jax.tools import profile
+    from cnn_jax.train import loop, setup
 
     count = round(20e9 / math.prod(SHAPE))
     kernel, stride = STEMS[net]
@@ -262,8 +263,8 @@ def train(images: str, net: str) -> dict[str, float]:
     phases, state = setup.open_phases(config, description, task, *splits)
     with tempfile.TemporaryDirectory() as folder:
         outcome = loop.fit(config, task, phases, state, Path(folder), live=False)
-    facts = speed.measure(
-        outcome.speeds, [0], config.model.dtype, speed.CompileClock(), waited=outcome.waited
+    facts = profile.measure(
+        outcome.speeds, [0], config.model.dtype, profile.CompileClock(), stalls=outcome.stalls
     )
     return {'speed': facts['images_per_second'], 'share': facts['waiting_share']}
 

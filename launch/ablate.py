@@ -148,7 +148,7 @@ def _watch(folder: Path, plan, pool):
     """
     from cnn_jax.ablation.ledger import read_ledger
     from cnn_jax.ablation.progress import Progress
-    from cnn_jax.train.interruption import Interruption
+    from cnn_jax.tools.progress import Interruption
 
     ledger = progress = None
     with Interruption() as interruption, ExitStack() as screen:

@@ -176,7 +176,7 @@ def start(threads: int = 0, distributed: bool = False):
         mesh.initialize()
         if not mesh.is_process_zero():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    from cnn_jax.selfcheck import self_check  # which imports JAX: not before it is prepared
+    from cnn_jax.tools.selfcheck import self_check  # which imports JAX: not before it is prepared
 
     self_check()
     return settings

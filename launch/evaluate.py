@@ -36,7 +36,8 @@ def main(_) -> int:
     from cnn_jax import config as cfg
     from cnn_jax.data.batches import open_batches
     from cnn_jax.files import write_text
-    from cnn_jax.train import figures, metrics, restore, setup, step
+    from cnn_jax.tools import figures
+    from cnn_jax.train import metrics, restore, setup, step
     from cnn_jax.train.loop import sum_metrics
     from cnn_jax.train.shared import jitted, placed
 

@@ -33,7 +33,8 @@ def main(_) -> int:
     folder, out = mirror.opened(WORKDIR.value), Path(OUT.value)
     cli.start(workdir.load_config(folder).train.threads)
 
-    from cnn_jax.train import export, record, restore
+    from cnn_jax.tools import export
+    from cnn_jax.train import record, restore
 
     run = restore.open_run(folder, CHECKPOINT.value)
     lines = record.read_lines(folder / 'metrics.jsonl')

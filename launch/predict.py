@@ -18,7 +18,6 @@ from pathlib import Path
 
 from absl import flags
 
-from cnn_jax.errors import UserError
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
@@ -42,17 +41,15 @@ HEATMAPS = flags.DEFINE_string(
 
 def main(arguments: list[str]) -> int:
     """Predict; returns the exit code."""
-    from cnn_jax.train import mirror, workdir
+    from cnn_jax.tools import predict
+    from cnn_jax.train import mirror, restore, workdir
 
-    paths = list(image_paths(arguments[1:]))
+    paths = predict.image_paths(arguments[1:])
     maps = Path(HEATMAPS.value) if HEATMAPS.value else None
     if maps:
         workdir.make_writable(maps, 'the folder for heat maps', '--heatmaps')
     folder = mirror.opened(WORKDIR.value)
     cli.start(workdir.load_config(folder).train.threads)
-
-    from cnn_jax.train import predict, restore
-
     run = restore.open_run(folder, CHECKPOINT.value)
     rows = predict.predict_files(run, paths, draws=MC.value)
     if JSON.value:
@@ -64,28 +61,6 @@ def main(arguments: list[str]) -> int:
         drawn = predict.draw_heatmaps(run, rows, maps)
         print(f'{len(drawn)} heat maps in {maps}', file=sys.stderr)
     return cli.OK if any(not row.error for row in rows) else cli.FAILED
-
-
-def image_paths(arguments: list[str]) -> list[Path]:
-    """The files named, and those with an image's suffix in the folders named, sorted.
-
-    Errors:
-        UserError: Nothing is named, or a folder holds no image.
-    """
-    from cnn_jax.data.decode import SUFFIXES
-
-    if not arguments:
-        raise UserError('no image is named; give files or folders after the flags')
-    paths: list[Path] = []
-    for argument in map(Path, arguments):
-        if not argument.is_dir():
-            paths.append(argument)
-            continue
-        inside = sorted(p for p in argument.rglob('*') if p.suffix.lower() in SUFFIXES)
-        if not inside:
-            raise UserError(f'the folder {argument} holds no image ({", ".join(SUFFIXES)})')
-        paths += inside
-    return paths
 
 
 if __name__ == '__main__':

@@ -102,12 +102,12 @@ def train(
     from cnn_jax.mesh import is_process_zero, on_process_zero
     from cnn_jax.models import build
     from cnn_jax.summary import layers, summary
-    from cnn_jax.train import loop, manifest, metrics, setup, speed
+    from cnn_jax.tools import profile as profiling
+    from cnn_jax.train import loop, manifest, metrics, setup
     from cnn_jax.train.checkpoint import digest
-    from cnn_jax.train.profile import Profile
     from cnn_jax.train.skipped import write_skipped
 
-    clock = speed.CompileClock()
+    clock = profiling.CompileClock()
     options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value}
     layout = setup.layout_of(config, **options)
     images, evaluation, description, weights = setup.open_data(config, layout)
@@ -147,7 +147,7 @@ def train(
     profile = None
     if PROFILE.value:  # each process traces; the first one's is kept
         traces = folder / 'profile' if is_process_zero() else Path(tempfile.mkdtemp())
-        profile = Profile(traces, [row.path for row in rows])
+        profile = profiling.LayerProfile(traces, [row.path for row in rows])
     outcome = loop.fit(
         config, task, phases, state, folder, layout=layout, profile=profile, saved=saved
     )
@@ -163,11 +163,14 @@ def train(
         print('no profile: it needs three steps, the first two of which are not traced')
     if not is_process_zero():
         return cli.STOPPED if outcome.stopped else cli.OK
-    flops = [speed.training_flops(rows, phase.steps) for phase in phases]
-    dtype, waited = config.model.dtype, outcome.waited
-    facts = speed.measure(outcome.speeds, flops, dtype, clock, waited=waited, layout=layout)
-    speed.write(folder, facts)
-    print(speed.line(facts))
+    flops = [
+        profiling.training_flops(rows, phase.steps.trainable, phase.steps.cached)
+        for phase in phases
+    ]
+    dtype, stalls = config.model.dtype, outcome.stalls
+    facts = profiling.measure(outcome.speeds, flops, dtype, clock, stalls=stalls, layout=layout)
+    profiling.write_speed(folder, facts)
+    print(profiling.speed_line(facts))
     return cli.STOPPED if outcome.stopped else cli.OK
 
 

@@ -13,19 +13,16 @@ import jax
 from cnn_jax import config as cfg
 from cnn_jax import mesh
 from cnn_jax.mesh import Layout
+from cnn_jax.tools.profile import LayerProfile, Stopwatch
+from cnn_jax.tools.progress import Interruption, Progress
 from cnn_jax.train import early_stopping, metrics, nonfinite, precise_norm
 from cnn_jax.train.early_stopping import Best
-from cnn_jax.train.interruption import Interruption
 from cnn_jax.train.meter import Meter
-from cnn_jax.train.profile import Profile
-from cnn_jax.train.progress import Progress
 from cnn_jax.train.record import Record
 from cnn_jax.train.shared import Unrecorded, jitted, open_checkpoints, placed
-from cnn_jax.train.speed import Stopwatch
 from cnn_jax.train.state import State, Values
 from cnn_jax.train.step import Steps, values_of
 from cnn_jax.train.task import Task
-from cnn_jax.train.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Outcome:
     stopped: bool
     compilations: list[dict[str, int]]  # of each phase
     speeds: list[list[float]]  # images/s of the training steps of each phase, between evaluations
-    waited: list[list[float]]  # the share of that time in which the device waited for data
+    stalls: list[list[float]]  # the fraction of that time in which the device waited for data
 
 
 def fit(
@@ -69,7 +66,7 @@ def fit(
     *,
     layout: Layout | None = None,
     live: bool | None = None,
-    profile: Profile | None = None,
+    profile: LayerProfile | None = None,
     saved: Callable[[], object] | None = None,
 ) -> Outcome:
     """Train from the latest checkpoint in `folder`, or from the start, to the last step.
@@ -105,7 +102,7 @@ class _Run:
         folder: Path,
         layout: Layout | None,
         live: bool | None,
-        profile: Profile | None,
+        profile: LayerProfile | None,
         saved: Callable[[], object] | None,
     ):
         self.config, self.task, self.phases, self.layout = config, task, phases, layout
@@ -122,8 +119,7 @@ class _Run:
         self.interruption = Interruption()
         self.stop, self.over = False, self._out_of_patience()
         self.result, self.best_result = None, None  # of the last evaluation, and of the best
-        waits = [Waiting() if phase.train.streams else None for phase in phases]
-        self.watches = [Stopwatch(size, waiting) for waiting in waits]
+        self.watches = [Stopwatch(size, phase.train.streams) for phase in phases]
 
     def to_its_end(self) -> Outcome:
         """Train all phases that are left, until one stops."""
@@ -139,9 +135,9 @@ class _Run:
                     break
         self.record.close()
         self.checkpoints.close()
-        laps, waited = zip(*((watch.laps, watch.waited) for watch in self.watches))
+        laps, stalls = zip(*((watch.laps, watch.stalls) for watch in self.watches))
         return Outcome(
-            self.state, self.result, not self._finished(), compiled, list(laps), list(waited)
+            self.state, self.result, not self._finished(), compiled, list(laps), list(stalls)
         )
 
     def _start(self) -> None:
@@ -170,11 +166,13 @@ class _Run:
         train_step, eval_step, estimate = jitted(phase.steps, self.layout, self.state)
         batches, sums = phase.train.train(self.step), None
         while self.step < phase.end and not self.stop and not self.over:
-            batch = watch.next(batches, sums)
+            with watch.waiting(sums and sums['objective']):
+                batch = next(batches)
             if self.profile:
                 self.profile.before(self.state)
             self.state, sums = train_step(self.state, batch, self.values)
             self.step += 1
+            watch.step(sums)
             self.meter.add(self.step, sums)
             if self.meter.latest:
                 self.progress.step(self.step, *self.meter.latest)
@@ -184,24 +182,22 @@ class _Run:
                 arguments = self.state, batch, self.values
                 if text := self.profile.after(self.step, train_step, arguments, last):
                     self.progress.say(text)
-                    watch.drop()
+                    watch.discard()
             evaluating = due(self.step, config.train.eval_every)
             saving = self.stop or due(self.step, config.train.checkpoint_every)
             scores = None
-            if evaluating or saving:
-                self.meter.drain()
-                watch.stop(self.step)
+            if not evaluating and not saving:
+                continue
+            self.meter.drain()
+            with watch.paused():
                 if config.train.precise_norm:
                     taken = itertools.islice(phase.train.train(0), config.train.precise_norm)
                     self.state = precise_norm.renewed(estimate, self.state, taken, self.values)
-            if evaluating:
-                scores = self._evaluate(eval_step, phase, watch)
-                saving |= self.over or self.best_result is self.result
-            if saving:
-                self._save(scores)
-            if not watch.running:  # it has not seen the first step, which was compiled
-                jax.block_until_ready(sums)
-                watch.start(self.step)
+                if evaluating:
+                    scores = self._evaluate(eval_step, phase, watch)
+                    saving |= self.over or self.best_result is self.result
+                if saving:
+                    self._save(scores)
         watch.lap()
         if self._finished():
             self._conclude(eval_step, phase)
@@ -209,12 +205,11 @@ class _Run:
 
     def _evaluate(self, eval_step, phase: Phase, watch: Stopwatch) -> dict[str, float]:
         """Evaluate, write down and show the metrics of both splits; returns the evaluation's."""
-        whole = self.progress.restart_clock(self.step)
-        speed, began = watch.lap() or whole, time.perf_counter()
+        speed, began = watch.lap(), time.perf_counter()
         self.result = self._metrics(eval_step, phase)
         seconds = time.perf_counter() - began
         timing = {'images_per_second': speed, 'evaluation_seconds': seconds}
-        self.record.timing(self.step, timing | {'waiting_share': watch.share})
+        self.record.timing(self.step, timing | {'waiting_share': watch.stalled})
         train_metrics = metrics.result(self.meter.take())
         epoch = round(self.step / self.task.steps_per_epoch, 6)
         for split, found in (('train', train_metrics), ('eval', self.result)):
@@ -232,7 +227,6 @@ class _Run:
             self.over = self._out_of_patience()
             if score >= self.best.score:
                 self.best_result = self.result
-        self.progress.restart_clock(self.step)
         return scores
 
     def _save(self, scores: dict[str, float] | None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cnn_jax.files import write_atomically
-from cnn_jax.train.figures import draw_curves
+from cnn_jax.tools.figures import draw_curves
 from cnn_jax.train.journal import Journal
 
 STEPS = 'steps.f32'

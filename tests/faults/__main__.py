@@ -83,7 +83,7 @@ KINDS = [
     (
         'wrong arithmetic (also jaxlib 0.10 as it comes)',
         'stopped before the first step',
-        ['tests/test_selfcheck.py'],
+        ['tests/tools/test_selfcheck.py'],
     ),
 ]
 

@@ -26,7 +26,7 @@ PRELOADED = (
     'cnn_jax.data.batches',
     'cnn_jax.train.loop',
     'cnn_jax.train.setup',
-    'cnn_jax.train.speed',
+    'cnn_jax.tools.profile',
     'cnn_jax.train.restore',
     'orbax.checkpoint',
     'tensorboardX',

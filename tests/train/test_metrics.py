@@ -6,7 +6,8 @@ import pytest
 import sklearn.metrics
 
 from cnn_jax import losses
-from cnn_jax.train import figures, metrics
+from cnn_jax.tools import figures
+from cnn_jax.train import metrics
 
 
 def sums_of(logits, labels, mask=None):

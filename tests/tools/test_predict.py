@@ -1,6 +1,7 @@
-"""Monte-Carlo dropout: dropout on and the rest in inference, and what the draws add up to."""
+"""Predictions as text and JSON; Monte-Carlo dropout: dropout on and the rest in inference."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from scipy.stats import entropy
 from cnn_jax.config import Model
 from cnn_jax.errors import UserError
 from cnn_jax.models import StridedNet
-from cnn_jax.train.monte_carlo import sampler, uncertainty, with_dropout
+from cnn_jax.tools.predict import Prediction, mc_dropout, uncertainty, with_dropout
 
 MODEL = Model(stem_width=0, widths=(4,), hidden=(8,), input_noise=1.0, residual=True)
 X = jax.random.normal(jax.random.key(1), (6, 8, 8, 1))
@@ -76,7 +77,7 @@ def test_dropout_of_every_kind_acts(change, variables):
 
 
 def test_draws_differ_by_their_number_and_can_be_repeated(run):
-    draw = sampler(run())(X)
+    draw = mc_dropout(run())(X)
     first, again, other = draw(0), draw(0), draw(1)
     np.testing.assert_array_equal(first, again)
     assert (first != other).any(axis=-1).all()
@@ -85,10 +86,10 @@ def test_draws_differ_by_their_number_and_can_be_repeated(run):
 
 def test_a_network_without_dropout_cannot_be_asked(run):
     with pytest.raises(UserError, match=r'no dropout.*leave --mc out'):
-        sampler(run(dropout=0.0, head_dropout=0.0))
+        mc_dropout(run(dropout=0.0, head_dropout=0.0))
     with pytest.raises(UserError, match='no dropout'):
-        sampler(run(dropout=0.0, hidden=()))
-    sampler(run(dropout=0.0, head_dropout=0.0, stochastic_depth=0.1))
+        mc_dropout(run(dropout=0.0, hidden=()))
+    mc_dropout(run(dropout=0.0, head_dropout=0.0, stochastic_depth=0.1))
 
 
 def test_sure_draws_that_disagree_are_all_information():
@@ -117,6 +118,33 @@ def test_information_is_the_mean_divergence_from_the_mean(draws, classes, seed):
 
 
 def test_float32_answers_are_counted_in_float64(run):
-    log_probs = np.stack([sampler(run())(X)(number) for number in range(4)])
+    log_probs = np.stack([mc_dropout(run())(X)(number) for number in range(4)])
     assert log_probs.dtype == np.float32
     assert uncertainty(log_probs)[1].dtype == np.float64
+
+
+CLASSES = (('cat', 0.75), ('dog', 0.25))
+
+
+def test_a_prediction_without_draws_has_no_uncertainty():
+    row = Prediction(Path('a.png'), CLASSES)
+    assert row.as_text(top=2) == 'a.png: cat 75.0%  dog 25.0%'
+    assert row.as_json(top=1) == {
+        'file': 'a.png',
+        'class': 'cat',
+        'probability': 0.75,
+        'top': [{'class': 'cat', 'probability': 0.75}],
+    }
+
+
+def test_a_prediction_from_draws_says_how_unsure_it_is():
+    unsure = {'entropy': 0.5623, 'mutual_information': 0.125}
+    row = Prediction(Path('a.png'), CLASSES, uncertainty=unsure)
+    assert row.as_text(top=1) == 'a.png: cat 75.0%  entropy 0.562  mutual information 0.125'
+    assert row.as_json(top=1).items() >= unsure.items()
+
+
+def test_a_file_that_was_not_read_says_why():
+    row = Prediction(Path('a.png'), error='it is empty')
+    assert row.as_text(top=1) == 'a.png: not read: it is empty'
+    assert row.as_json(top=1) == {'file': 'a.png', 'error': 'it is empty'}

@@ -21,7 +21,7 @@ def grad_cam(
     classes: Int[Array, ' b'],
     layer: str | None = None,
 ) -> Float[Array, 'b h w']:
-    """Heat maps of the evidence for one class of each image.
+    """Heat maps of the evidence for one class of each image (Grad-CAM).
 
     L = ReLU(Σ_k α_k A_k),  α_k = mean over positions of ∂z_class/∂A_k
 
@@ -34,7 +34,7 @@ def grad_cam(
         images: Prepared as the network expects them.
         classes: Class numbers.
         layer: Path of a module whose output is [b, i, j, k], e.g. `backbone/block4_conv3`; by
-            default `default_layer`.
+            default the last of `image_layers`, which the head reads.
 
     Returns:
         Heat in [0, 1], of the images' height and width.
@@ -53,12 +53,12 @@ def grad_cam(
         )
 
     def logits_and_features(shift):
-        seen = {}
+        outputs = {}
 
         def intercept(call, args, kwargs, context):
             out = call(*args, **kwargs)
             if context.method_name == '__call__' and '/'.join(context.module.path) == layer:
-                seen['features'] = out
+                outputs['features'] = out
                 # Adding zero leaves the output, and its gradient is that of the features.
                 out = out if shift is None else out + shift
             return out
@@ -68,7 +68,7 @@ def grad_cam(
         if logits.shape[-1] == 1:
             logits = jnp.concatenate([-logits, logits], axis=-1)
         score = jnp.take_along_axis(logits, classes[:, None], axis=-1).sum()
-        return score, seen['features']
+        return score, outputs['features']
 
     shape = jax.eval_shape(lambda: logits_and_features(None)[1])
     gradient, features = jax.grad(logits_and_features, has_aux=True)(
@@ -82,17 +82,12 @@ def grad_cam(
     return jax.image.resize(heat, images.shape[:3], 'bilinear')
 
 
-def default_layer(model: nn.Module, images: Float[Array, 'b h w c']) -> str:
-    """The last layer whose output is still an image: what the head reads.
-
-    `backbone` of a fine-tuned VGG16, the last block's dropout of a strided net, which in inference
-    returns the last normalization's output.
-    """
-    return image_layers(model, images)[-1]
-
-
 def image_layers(model: nn.Module, images: Float[Array, 'b h w c']) -> list[str]:
-    """The paths of the modules whose output is [b, i, j, k], in the order in which they return."""
+    """The paths of the modules whose output is [b, i, j, k], in the order in which they return.
+
+    The last is `backbone` in a fine-tuned VGG16, in a strided net the last block's dropout, which
+    in inference returns the last normalization's output.
+    """
     called = []
 
     def intercept(call, args, kwargs, context):
@@ -110,13 +105,13 @@ def image_layers(model: nn.Module, images: Float[Array, 'b h w c']) -> list[str]
 def draw_heatmap(
     image: UInt8[np.ndarray, 'h w c'], heat: Float[np.ndarray, 'h w'], title: str, path: Path
 ) -> None:
-    """A PNG: the image, and the heat over a grey version of it, so that colour means heat alone.
+    """Draw the image, and the heat over a grey version of it, so that colour means heat alone.
 
     Args:
-        image: What the network saw, before its preprocessing; 1 or 3 channels.
-        heat: In [0, 1].
-        title: Shown as it is written.
-        path: The PNG, which appears whole; its folder is created.
+        image: Image before preprocessing; 1 or 3 channels.
+        heat: Heat in [0, 1].
+        title: Title, drawn as it is written.
+        path: PNG to write atomically; its folder is created.
     """
     from matplotlib.figure import Figure
 
@@ -125,8 +120,8 @@ def draw_heatmap(
     grey = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
     left.imshow(image[..., 0] if image.shape[-1] == 1 else image, **grey)
     right.imshow(image.mean(axis=-1), **grey)
-    shown = right.imshow(heat, cmap='inferno', alpha=0.55, vmin=0, vmax=1)
-    scale = figure.colorbar(shown, ax=right, ticks=[0, 1])
+    overlay = right.imshow(heat, cmap='inferno', alpha=0.55, vmin=0, vmax=1)
+    scale = figure.colorbar(overlay, ax=right, ticks=[0, 1])
     scale.ax.set_yticklabels(['no\nevidence', 'most'])
     for axes in (left, right):
         axes.set_axis_off()

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.train.export import PLATFORMS, export, readme
-from cnn_jax.train.predict import predict_files
+from cnn_jax.tools.export import PLATFORMS, export, readme
+from cnn_jax.tools.predict import predict_files
 from cnn_jax.train.restore import Run
 from cnn_jax.train.setup import preparation
 from cnn_jax.train.step import make_steps, values_of

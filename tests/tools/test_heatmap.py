@@ -11,7 +11,7 @@ from PIL import Image
 
 from cnn_jax.errors import UserError
 from cnn_jax.models import Head, build
-from cnn_jax.train.heatmap import default_layer, draw_heatmap, grad_cam, image_layers
+from cnn_jax.tools.heatmap import draw_heatmap, grad_cam, image_layers
 
 SMALL_VGG = {'model__name': 'vgg16', 'model__cut': 'block2_pool', 'model__head_norm': 'none'}
 
@@ -124,7 +124,7 @@ def test_without_evidence_the_map_is_zero_and_not_nan(net):
 
 def test_the_layer_is_the_last_that_is_still_an_image(net, small):
     model, _, images = net
-    assert default_layer(model, images) == 'features'
+    assert image_layers(model, images)[-1] == 'features'
     strided = image_layers(build(small().model, 3), jnp.zeros((1, 8, 8, 1)))
     assert strided[-3:] == ['block2_conv2', 'block2_norm2', 'block2_drop']
     vgg = image_layers(build(small(**SMALL_VGG).model, 3), jnp.zeros((1, 32, 32, 3)))

@@ -1,0 +1,1 @@
+"""Tools around training: speed, traces, prediction, export, heat maps, self-check."""

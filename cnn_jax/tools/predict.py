@@ -1,0 +1,267 @@
+"""Class probabilities of image files, with Monte-Carlo dropout and heat maps on request."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.special import entr
+
+from cnn_jax import losses, rng
+from cnn_jax.data import decode
+from cnn_jax.errors import UserError
+from cnn_jax.models import Classifier
+from cnn_jax.nn import Dropout
+from cnn_jax.tools import heatmap
+from cnn_jax.train.restore import Run
+from cnn_jax.train.setup import shape_text
+from cnn_jax.train.step import values_of
+
+Answer = tuple[np.ndarray, dict[str, float]]  # probabilities of the classes, uncertainty
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The classes of one file, most probable first, or why it could not be read."""
+
+    path: Path
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str = ''
+    uncertainty: dict[str, float] = field(default_factory=dict)  # in nats, of several draws
+
+    def as_json(self, top: int) -> dict[str, Any]:
+        """`{"file", "class", "probability", "top"}` or `{"file", "error"}`.
+
+        With several draws also `"entropy"` and `"mutual_information"`.
+        """
+        if self.error:
+            return {'file': str(self.path), 'error': self.error}
+        name, probability = self.classes[0]
+        ranked = [{'class': c, 'probability': p} for c, p in self.classes[:top]]
+        row = {'file': str(self.path), 'class': name, 'probability': probability, 'top': ranked}
+        return row | self.uncertainty
+
+    def as_text(self, top: int) -> str:
+        """One line: the file, then classes with their probabilities, then the uncertainty."""
+        if self.error:
+            return f'{self.path}: not read: {self.error}'
+        parts = [f'{c} {p:.1%}' for c, p in self.classes[:top]]
+        parts += [f'{k.replace("_", " ")} {v:.3f}' for k, v in self.uncertainty.items()]
+        return f'{self.path}: ' + '  '.join(parts)
+
+
+def image_paths(names: Sequence[str]) -> list[Path]:
+    """The named files, and those with an image's suffix in the named folders, sorted.
+
+    Errors:
+        UserError: Nothing is named, or a folder holds no image.
+    """
+    if not names:
+        raise UserError('no image is named; give files or folders after the flags')
+    paths: list[Path] = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in decode.SUFFIXES)
+            if not inside:
+                suffixes = ', '.join(decode.SUFFIXES)
+                raise UserError(f'the folder {path} holds no image ({suffixes})')
+            paths += inside
+        else:
+            paths.append(path)
+    return paths
+
+
+def predict_files(
+    run: Run, paths: Iterable[Path], batch_size: int = 32, draws: int = 0
+) -> list[Prediction]:
+    """Classify files with the network of a run.
+
+    Args:
+        run: Opened run.
+        paths: Image files; those that cannot be read become predictions with an error.
+        batch_size: Images computed at once.
+        draws: Draws of Monte-Carlo dropout, whose mean is predicted; 0 predicts without dropout.
+
+    Returns:
+        One prediction a path, in their order.
+
+    Errors:
+        UserError: Draws are asked for, but the network has no dropout.
+    """
+    paths = list(paths)
+    size = min(batch_size, max(len(paths), 1))
+    predict = _mc_predictor(run, draws) if draws else _predictor(run)
+    names = run.manifest['data']['class_names']
+
+    def classify(part: list[Path]) -> Iterator[Prediction]:
+        read = [read_image(run, path) for path in part]
+        images = [image for image in read if not isinstance(image, str)]
+        answers: Iterator[Answer] = iter(())
+        if images:  # padded to one size, so that one compilation serves all
+            blank = np.zeros_like(images[0])
+            answers = iter(predict(np.stack(images + [blank] * (size - len(images)))))
+        for path, image in zip(part, read):
+            if isinstance(image, str):
+                yield Prediction(path, error=image)
+            else:
+                probabilities, uncertain = next(answers)
+                ranked = sorted(zip(names, probabilities.tolist()), key=lambda pair: -pair[1])
+                yield Prediction(path, tuple(ranked), uncertainty=uncertain)
+
+    # Part by part, so that the pixels of a large folder are never in memory together.
+    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
+    return [prediction for part in parts for prediction in classify(part)]
+
+
+def read_image(run: Run, path: Path) -> np.ndarray | str:
+    """The pixels of a file at the network's size, resized as in training, or why not."""
+    data, wanted = run.config.data, run.task.image_shape
+    try:
+        pixels = decode.decode(decode.read_file(path))
+    except OSError as error:
+        return error.strerror or str(error)
+    except decode.CorruptImage as error:
+        return str(error)
+    image = decode.resize_image(pixels, data.resize, data.size, wanted[-1])
+    if image.shape != wanted:
+        return f'it is {shape_text(image.shape)}, the network takes {shape_text(wanted)}'
+    return image
+
+
+def draw_heatmaps(run: Run, predictions: Iterable[Prediction], folder: Path) -> list[Path]:
+    """Draw a PNG for each classified file: the evidence for its most probable class (Grad-CAM).
+
+    Args:
+        run: Opened run.
+        predictions: Predictions of `predict_files`.
+        folder: Folder of the PNGs, named `NNN_FILE.png` in the order of the predictions.
+
+    Returns:
+        The PNGs.
+    """
+    names = run.manifest['data']['class_names']
+    blank = np.zeros((1, *run.task.image_shape), np.uint8)
+    layer = heatmap.image_layers(run.model, run.task.prepare(jnp.asarray(blank)))[-1]
+
+    @jax.jit
+    def compute(variables, image, number):
+        return heatmap.grad_cam(run.model, variables, run.task.prepare(image), number, layer)
+
+    written = []
+    for number, prediction in enumerate(predictions):
+        image = read_image(run, prediction.path)
+        if prediction.error or isinstance(image, str):
+            continue
+        name, probability = prediction.classes[0]
+        heat = compute(run.variables, image[None], np.array([names.index(name)]))[0]
+        # A name of a file takes at most 255 bytes, those that are added in writing it included.
+        stem = os.fsencode(prediction.path.stem)[:200].decode(errors='ignore')
+        title = f'{prediction.path.name}: {name} {probability:.1%}'
+        title = title.encode(errors='backslashreplace').decode()
+        written.append(folder / f'{number:03d}_{stem}.png')
+        heatmap.draw_heatmap(image, np.asarray(heat), title, written[-1])
+    return written
+
+
+def _predictor(run: Run) -> Callable[[np.ndarray], Iterable[Answer]]:
+    compute, values = jax.jit(run.steps.predict), values_of(run.config)
+
+    def predict(images: np.ndarray) -> Iterator[Answer]:
+        for probabilities in np.exp(compute(run.state, images, values)):
+            yield probabilities, {}
+
+    return predict
+
+
+def _mc_predictor(run: Run, draws: int) -> Callable[[np.ndarray], Iterable[Answer]]:
+    prepare = mc_dropout(run)
+
+    def predict(images: np.ndarray) -> Iterator[Answer]:
+        draw = prepare(images)
+        log_probs = np.stack([draw(number) for number in range(draws)])
+        for mean, entropy, information in zip(*uncertainty(log_probs)):
+            yield mean, {'entropy': float(entropy), 'mutual_information': float(information)}
+
+    return predict
+
+
+def mc_dropout(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float[Array, 'b k']]]:
+    """Monte-Carlo dropout: images [b, h, w, c] → number of a draw → log class probabilities.
+
+    The draws follow from the run's seed and step, so that they are reproducible. Dropout of every
+    kind acts, and stochastic depth. A backbone, which has none, computes the images once.
+
+    Errors:
+        UserError: The network has no dropout, so that every draw would be the same.
+
+    Source: Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation".
+    """
+    model = run.config.model
+    in_trunk = model.name == 'strided_net' and (model.dropout or model.stochastic_depth)
+    if not in_trunk and not (model.hidden and model.head_dropout):
+        raise UserError(
+            'the network of this run has no dropout, so Monte-Carlo dropout would draw the same '
+            'answer each time; leave --mc out, or train with config.model.head_dropout above 0'
+        )
+    has_backbone = isinstance(run.model, Classifier)
+
+    @jax.jit
+    def features(variables, images) -> Any:
+        x = run.task.prepare(images)
+        if has_backbone:
+            return run.model.apply(variables, x, train=False, method='features')
+        return x
+
+    @jax.jit
+    def sample(variables, x, number):
+        rngs = {'dropout': rng.key(run.config.seed, 'dropout', run.step + number)}
+        method = 'classify' if has_backbone else None
+        with nn.intercept_methods(with_dropout):
+            logits: Any = run.model.apply(variables, x, train=False, rngs=rngs, method=method)
+        return losses.log_probabilities(logits)
+
+    def prepare(images):
+        x = features(run.variables, jnp.asarray(images))
+        return lambda number: sample(run.variables, x, number)
+
+    return prepare
+
+
+def with_dropout(call, args, kwargs, context):
+    """A Linen interceptor that lets every `Dropout` act as in training, and nothing else.
+
+    In a network called with `train=False`, normalization stays in inference mode, and noise on the
+    images off.
+    """
+    if isinstance(context.module, Dropout) and context.method_name == '__call__':
+        kwargs = kwargs | {'train': True}
+    return call(*args, **kwargs)
+
+
+def uncertainty(
+    log_probs: Float[np.ndarray, 's b k'],
+) -> tuple[Float[np.ndarray, 'b k'], Float[np.ndarray, ' b'], Float[np.ndarray, ' b']]:
+    """Mean, predictive entropy and mutual information of a network's draws, in nats.
+
+    p̄ = mean_s p_s,   H = −Σ_k p̄ log p̄,   I = H − mean_s(−Σ_k p_s log p_s)
+
+    H is the uncertainty of the answer for whatever reason, I the part of it on which the draws
+    disagree: of two images with the same H, more data of its kind would help the one with the
+    larger I.
+
+    Args:
+        log_probs: Log class probabilities, one answer a draw.
+
+    Source: Gal 2016, "Uncertainty in Deep Learning", section 3.3.1.
+    """
+    probabilities = np.exp(np.asarray(log_probs, np.float64))
+    mean = probabilities.mean(axis=0)
+    entropy = entr(mean).sum(axis=-1)
+    within = entr(probabilities).sum(axis=-1).mean(axis=0)
+    return mean, entropy, np.maximum(entropy - within, 0)

@@ -1,0 +1,349 @@
+"""Speed, input stalls and the profile: on clocks that tests set, and on real runs."""
+
+import json
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.data.batches import DeviceBatches, StreamBatches
+from cnn_jax.models import build
+from cnn_jax.summary import layers
+from cnn_jax.tools import profile
+from cnn_jax.tools.profile import CompileClock, LayerProfile, Stopwatch, measure, training_flops
+
+VGG = {'model__name': 'vgg16', 'model__cut': 'block1_pool', 'train__frozen': ('backbone/*',)}
+LAYERS = ['block1_conv1', 'block1_conv2', 'block1_norm1', 'head/dense1', 'head/dense10']
+
+
+class Clock:
+    """Stands still unless it is told to go on."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Results:
+    """The results of a step that ends at a time; also the future of that time."""
+
+    def __init__(self, clock, at):
+        self._clock, self._at = clock, at
+
+    def is_ready(self):
+        return self._at <= self._clock.now
+
+    done = is_ready
+
+    def result(self):
+        assert self.is_ready()
+        return self._at
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(profile.time, 'perf_counter', made)
+    return made
+
+
+@pytest.fixture
+def watch(clock):
+    """Makes a running stopwatch of a run that streams; its thread is the fake future itself."""
+
+    def make(**options):
+        made = Stopwatch(8, streams=True, **options)
+        made._pool = SimpleNamespace(submit=lambda _, results: results)
+        made.step({})
+        return made
+
+    return make
+
+
+@pytest.fixture
+def peak(monkeypatch):
+    """No matrix product is timed."""
+    monkeypatch.setattr(profile, 'measure_peak', lambda dtype: 2e11)
+
+
+def test_laps_count_running_time_alone_and_not_the_first_step(clock):
+    watch = Stopwatch(8)
+    clock.now += 2.0
+    watch.step({})  # compiles
+    for seconds in (3.0, 4.0):
+        clock.now += seconds
+        watch.step({})
+    with watch.paused():
+        clock.now += 100.0
+        assert watch.lap() == 2 * 8 / 7
+    clock.now += 2.0
+    watch.step({})
+    watch.discard()  # a profile
+    clock.now += 4.0
+    watch.step({})
+    assert watch.lap() == 2
+    assert watch.laps == [16 / 7, 2]
+
+
+def test_a_lap_of_the_first_step_alone_is_told_and_not_kept(clock):
+    watch = Stopwatch(8)
+    clock.now += 2.0
+    watch.step({})
+    assert watch.lap() == 4
+    assert watch.laps == watch.stalls == []
+
+
+@pytest.mark.parametrize(
+    ('busy', 'stalled'),
+    [(None, 7.0), (0.0, 7.0), (3.0, 4.0), (7.0, 0.0), (9.0, 0.0)],
+    ids=['before the first step', 'idle', 'busy at first', 'busy until then', 'busy longer'],
+)
+def test_a_stall_is_the_time_in_which_the_device_has_nothing_to_do(clock, watch, busy, stalled):
+    running = watch()
+    with running.waiting(None if busy is None else Results(clock, busy)):
+        clock.now += 7.0
+    clock.now += 3.0
+    running.step({})
+    running.lap()
+    assert running.stalled == stalled / 10
+
+
+@pytest.mark.parametrize(('read', 'stalled'), [(0.0, 0.0), (2.0, 0.0), (4.0, 0.25), (30.0, 0.9)])
+def test_a_source_slower_than_the_steps_is_found(clock, watch, read, stalled):
+    """Steps of 3 s, begun when both their batch and the device are there."""
+    running, free = watch(), 0.0
+    for _ in range(50):
+        free = max(free, clock.now) + 3.0
+        with running.waiting(Results(clock, free)):
+            clock.now += read
+        clock.now = max(clock.now, free - 3.0)  # the loop is at most a step ahead
+        running.step({})
+    running.lap()
+    assert running.stalls == [pytest.approx(stalled, abs=0.01)]
+
+
+def test_pauses_and_images_on_the_device_are_no_stalls(clock, watch):
+    assert (DeviceBatches.streams, StreamBatches.streams) == (False, True)
+    streaming, resident = watch(), Stopwatch(8)
+    resident.step({})
+    for running in (streaming, resident):
+        with running.waiting(Results(clock, 0.0)):
+            clock.now += 1.0
+        clock.now += 3.0
+        running.step({})
+        with running.paused():
+            clock.now += 50.0
+        running.lap()
+    assert (streaming.stalls, resident.stalls) == ([0.25], [0.0])
+
+
+def test_a_real_array_is_waited_for_in_a_thread():
+    watch, big = Stopwatch(8, streams=True), jnp.ones((600, 600))
+    for _ in range(5):
+        big = big @ big / 600
+        with watch.waiting(big):
+            pass
+        watch.step(big)
+    watch.lap()
+    assert 0 <= watch.stalled <= 1
+
+
+def test_a_run_has_a_lap_for_each_evaluation(small, fit):
+    config = small(train__epochs=3.0, train__eval_every=1.0)
+    outcome = fit(config, count=40)
+    assert [len(laps) for laps in outcome.speeds] == [len(laps) for laps in outcome.stalls] == [3]
+    assert all(lap > 0 for lap in outcome.speeds[0])
+    assert fit(config, count=40).speeds == [[]]  # nothing was left to train
+
+
+@pytest.mark.usefixtures('peak')
+@pytest.mark.parametrize(
+    ('laps', 'stalled'), [([0.9], 0.9), ([0.9, 0.1], 0.1), ([0.9, 0.3, 0.05, 0.2], 0.2)]
+)
+def test_stalls_are_reported_without_the_first_lap_where_there_are_others(laps, stalled):
+    speeds, clock = [[5.0] * len(laps), []], CompileClock()
+    facts = measure(speeds, [1, 1], 'float32', clock, stalls=[laps, []])
+    assert facts['waiting_share'] == stalled
+    assert 'waiting_share' not in measure(speeds, [1, 1], 'float32', clock)
+    *advice, line = profile.speed_line(facts).splitlines()
+    assert line.startswith('speed: ')
+    assert ('config.data.memory_gb' in ''.join(advice)) == (stalled > profile.STALLED)
+
+
+@pytest.mark.usefixtures('peak')
+def test_the_line_tells_all_and_the_file_keeps_it(tmp_path):
+    clock = CompileClock()
+    clock.hits = 2
+    facts = measure([[3.0], [900.0, 1000.0, 5000.0]], [7, 50_000_000], 'bfloat16', clock)
+    line = profile.speed_line(facts)
+    assert '1,000 images/s · 50.0 GFLOP/s, 25% of the 200 of a float32 matrix product' in line
+    assert 'compiling 0.0 s, all from the compile cache' in line
+    assert 0.05e9 < facts['peak_memory_bytes'] < 1e12
+    nothing = measure([[], []], [7, 9], 'float32', clock)
+    assert profile.speed_line(nothing).startswith('speed: no step trained')
+    for each in (facts, nothing):
+        profile.write_speed(tmp_path, each)
+    assert json.loads((tmp_path / 'speed.json').read_text()) == facts
+
+
+@pytest.mark.usefixtures('peak')
+@pytest.mark.parametrize(('platform', 'units'), [('cpu', 2), ('gpu', 8)])
+def test_the_peak_is_that_of_all_devices_of_the_layout(platform, units, monkeypatch):
+    """Eight devices of two processes: on CPUs, those of a process share its threads."""
+    devices = np.array([SimpleNamespace(process_index=k // 4) for k in range(8)]).reshape(4, 2)
+    layout: Any = SimpleNamespace(mesh=SimpleNamespace(devices=devices))
+    monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+    facts = measure([[10.0]], [10**10], 'float32', CompileClock(), layout=layout)
+    assert facts['fraction_of_peak'] == 0.5 / units
+
+
+def test_the_peak_is_that_of_a_matrix_product():
+    assert 1e9 < profile.measure_peak(seconds=0.05) < 1e14
+
+
+def test_compiling_is_timed_once_however_deep():
+    clock = CompileClock()
+    inner = jax.jit(lambda x: x * 3.25 + 1.0)
+    began = time.perf_counter()
+    jax.block_until_ready(jax.jit(lambda x: inner(inner(x)) - 0.125)(jnp.ones(3)))
+    assert 0 < clock.seconds <= time.perf_counter() - began
+    before = clock.seconds
+    jax.block_until_ready(jnp.ones(3))
+    assert clock.seconds == before
+
+
+@pytest.fixture
+def rows():
+    """Makes the layers of a config's net."""
+    return lambda config, shape: layers(build(config.model, 3), shape)
+
+
+def test_the_count_is_what_xla_counts_in_the_compiled_step(small, run, batch, rows):
+    # VALID: XLA does not count the products with padding.
+    config = small(model__widths=(48, 64), model__hidden=(8,), model__padding='VALID')
+    steps, state, values = run(config, (32, 32, 3), prepare=lambda images: images / 255.0)
+    lowered = jax.jit(steps.train).lower(state, batch(shape=(32, 32, 3)), values)
+    counted: Any = lowered.compile().cost_analysis()
+    flops = 8 * training_flops(rows(config, (32, 32, 3)), steps.trainable)
+    assert flops == pytest.approx(counted['flops'], rel=0.1)
+
+
+def test_gradients_that_nobody_needs_are_not_counted(small, run, rows):
+    f = {row.path: row.flops for row in rows(small(), (8, 8, 1))}
+    total, first = sum(f.values()), f['block1_conv1']
+
+    def flops(**changes):
+        config = small(**changes)
+        return training_flops(rows(config, (8, 8, 1)), run(config)[0].trainable)
+
+    assert flops() == 3 * total - first
+    head = f['head/dense1'] + f['head/logits']
+    assert flops(train__frozen=('block*',)) == total + 2 * head - f['head/dense1']
+    unfrozen = total - first - f['block1_conv2']
+    assert flops(train__frozen=('block1_*',)) == total + 2 * unfrozen - f['block2_conv1']
+
+
+def test_on_cached_features_the_head_alone_counts(small, run, rows):
+    config = small(**VGG)
+    table = rows(config, (32, 32, 3))
+    f = {row.path: row.flops for row in table}
+    steps, *_ = run(config, (32, 32, 3), prepare=lambda images: images / 255.0)
+    head = 2 * f['head/dense1'] + 3 * f['head/logits']
+    backbone = sum(flops for path, flops in f.items() if path.startswith('backbone/'))
+    assert training_flops(table, steps.trainable, cached=True) == head
+    assert training_flops(table, steps.trainable) == head + backbone
+
+
+@pytest.mark.parametrize(
+    ('op_name', 'row'),
+    [
+        ('jit(train)/jvp(StridedNet)/block1_conv2/mul', ('block1_conv2', 'forward')),
+        ('jit(train)/transpose(jvp(StridedNet))/block1_norm1/sub', ('block1_norm1', 'backward')),
+        ('jit(train)/jvp(StridedNet)/head/dense1/dot_general', ('head/dense1', 'forward')),
+        ('jit(train)/jvp(StridedNet)/head/dense10', ('head/dense10', 'forward')),
+        ('jit(train)/jvp(StridedNet)/jit(relu)/max', ('activations and loss', 'forward')),
+        ('jit(train)/sqrt', ('optimizer and rest', '')),
+        ('', ('optimizer and rest', '')),
+    ],
+)
+def test_an_operation_belongs_to_a_layer_and_a_pass(op_name, row):
+    assert profile.layer_of(op_name, LAYERS) == row
+
+
+def test_the_times_of_a_row_add_up_and_other_programs_stand_apart():
+    """A convolution, whose end is not recorded, lasts until the next operation."""
+    program = """HloModule jit_train, is_scheduled=true
+      %convolution.1 = f32[] convolution(a, b), metadata={op_name="jit(t)/jvp(N)/block1_conv1/mul"}
+      ROOT add.2 = f32[] add(a, b), metadata={op_type="add" op_name="jit(train)/add" stack=3}
+    """
+    events = [
+        ('jit_train', 'convolution.1', 0.0, 0.1),
+        ('jit_train', 'add.2', 4.0, 5.0),
+        ('jit_train', 'convolution.1', 6.0, 6.1),
+        ('jit_train', 'add.2', 8.0, 9.5),
+        ('jit_gather', 'add.2', 9.0, 10.0),
+    ]
+    assert profile.layer_times(events, program, LAYERS) == {
+        ('block1_conv1', 'forward'): 6.0,
+        ('optimizer and rest', ''): 2.0,
+        ('batches, evaluation', ''): 1.0,
+    }
+
+
+def test_the_table_shows_the_largest_and_sums_up_the_others():
+    rows = {(f'layer{k}', 'forward'): (20 - k) / 1e3 for k in range(20)}
+    lines = profile.table(rows, steps=2)
+    assert lines[1].split() == ['layer0', 'forward', '10.00', '9.5%']
+    assert lines[-2].split() == ['5', 'more', '7.50', '7.1%']
+    assert lines[-1].split() == ['total', '105.00', '100.0%']
+    assert len(lines) == 1 + profile.ROWS + 2
+    assert 'no operation in the trace' in profile.table({}, 5)[0]
+
+
+@pytest.fixture
+def profiled(small, run, batch, tmp_path):
+    """Trains some steps under a profile and returns what it said."""
+
+    def make(count):
+        steps, state, values = run(small())
+        train_step, said = jax.jit(steps.train, donate_argnums=0), []
+        traced = LayerProfile(tmp_path / 'profile', ['block1_conv1', 'block2_norm1', 'head/dense1'])
+        for step in range(1, count + 1):
+            traced.before(state)
+            state, _ = train_step(state, batch(step), values)
+            arguments = state, batch(step), values
+            said.append(traced.after(step, train_step, arguments, step == count))
+        return traced, said
+
+    return make
+
+
+def test_a_real_run_names_its_layers(profiled, tmp_path):
+    traced, said = profiled(10)
+    assert traced.taken
+    assert [step for step, text in enumerate(said, start=1) if text] == [7]
+    lines = said[6].splitlines()
+    [wall] = re.findall(r'profile of steps 3 to 7, ([\d.]+) ms a step:', lines[0])
+    rows = {tuple(line.split()[:-2]) for line in lines[2:]}
+    for layer in ('block1_conv1', 'block2_norm1', 'head/dense1'):
+        assert (layer, 'forward') in rows or (layer, 'backward') in rows, layer
+    total = float(next(line for line in lines if line.startswith('  total')).split()[1])
+    assert 0 < total <= float(wall) * 1.02
+    [trace] = re.findall(r'open (\S+) in https', said[6])
+    assert trace.startswith(str(tmp_path))
+    assert Path(trace).name in {path.name for path in tmp_path.glob('profile/plugins/profile/*/*')}
+
+
+@pytest.mark.parametrize(('steps', 'last'), [(4, 'profile of steps 3 to 4,'), (2, '')])
+def test_a_phase_that_ends_early_ends_the_trace(profiled, steps, last):
+    traced, said = profiled(steps)
+    assert traced.taken == bool(last)
+    assert said[-1].startswith(last)
