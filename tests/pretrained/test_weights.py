@@ -42,9 +42,9 @@ from cnn_jax.pretrained.weights import (
 # Another process that loads from the source on its command line.
 LOAD = """
 import json, sys
-from cnn_jax.pretrained.weights import IMAGENET, Source, load
-source = Source(weights=IMAGENET, **json.loads(sys.argv[1]))
-print(load(sources=[source]).digest)
+from cnn_jax.fetch import File
+from cnn_jax.pretrained.weights import load
+print(load(sources={'local': File(**json.loads(sys.argv[1]))}).digest)
 """
 
 
@@ -56,25 +56,22 @@ def h5_bytes(write, imagenet) -> bytes:
 @pytest.fixture
 def closed():
     """A source that nobody answers for."""
-    return dataclasses.replace(SOURCES[0], name='closed', location='http://127.0.0.1:9/w.h5')
+    return dataclasses.replace(SOURCES['keras'], location='http://127.0.0.1:9/w.h5')
 
 
-def start(source) -> subprocess.Popen:
-    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
-    del fields['weights']
-    command = [sys.executable, '-c', LOAD, json.dumps(fields)]
+def start(file) -> subprocess.Popen:
+    command = [sys.executable, '-c', LOAD, json.dumps(dataclasses.asdict(file))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def test_every_source_is_pinned():
-    assert [source.name for source in SOURCES] == ['keras', 'pypi']
-    for source in SOURCES:
-        assert len(bytes.fromhex(source.hash)) == {'md5': 16, 'sha256': 32}[source.algorithm]
-        assert source.weights.preprocessing is CAFFE
+    assert list(SOURCES) == ['keras', 'pypi']
+    for file in SOURCES.values():
+        assert len(bytes.fromhex(file.hash)) == {'md5': 16, 'sha256': 32}[file.algorithm]
 
 
 def test_next_source_when_one_fails(serve, h5_bytes, closed, caplog):
-    found, errors = published('auto', [closed, serve(h5_bytes)])
+    found, errors = published('auto', {'closed': closed, 'local': serve(h5_bytes)})
     assert (found.digest, found.source, found.preprocessing) == (IMAGENET.digest, 'local', CAFFE)
     assert {name: bool(error) for name, error in errors.items()} == {
         'cache': True,
@@ -86,34 +83,32 @@ def test_next_source_when_one_fails(serve, h5_bytes, closed, caplog):
 
 def test_next_source_when_one_holds_other_weights(serve, h5_bytes, write, random_params):
     other = serve(write('weights.h5', random_params).read_bytes())
-    other = dataclasses.replace(other, name='other')
-    found, errors = published('auto', [other, serve(h5_bytes)])
+    found, errors = published('auto', {'other': other, 'local': serve(h5_bytes)})
     assert found.digest == IMAGENET.digest
     assert f'other weights: their digest is {digest(random_params)}' in errors['other']
 
 
 def test_cache_answers_from_then_on(serve, h5_bytes, closed):
-    load(sources=[serve(h5_bytes)])
-    found, errors = published('auto', [closed])
+    load(sources={'local': serve(h5_bytes)})
+    found, errors = published('auto', {'closed': closed})
     assert (found.digest, found.source) == (IMAGENET.digest, 'local')
     assert errors == {'cache': ''}
 
 
 def test_damaged_cache_is_replaced(serve, h5_bytes, caplog):
-    source = serve(h5_bytes)
-    load(sources=[source])
-    os.truncate(cache_path(IMAGENET), 1_000_000)
-    assert load(sources=[source]).digest == IMAGENET.digest
+    sources = {'local': serve(h5_bytes)}
+    load(sources=sources)
+    os.truncate(cache_path(), 1_000_000)
+    assert load(sources=sources).digest == IMAGENET.digest
     assert 'fetching the weights again' in caplog.text
-    assert load_cached(IMAGENET).digest == IMAGENET.digest
+    assert load_cached().digest == IMAGENET.digest
 
 
 def test_nowhere_says_what_was_tried(closed, cache_folder):
-    another = dataclasses.replace(closed, name='another')
     with pytest.raises(
         UserError, match=r'cache: .* does not exist.*; closed: .*; another: .*refused'
     ):
-        load(sources=[closed, another])
+        load(sources={'closed': closed, 'another': closed})
     assert not cache_folder.exists()
 
 
@@ -122,8 +117,8 @@ def test_two_processes_at_once(serve, h5_bytes, cache_folder):
     processes = [start(source), start(source)]
     outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert outputs == [IMAGENET.digest] * 2
-    assert os.listdir(cache_folder) == [cache_path(IMAGENET).name]
-    assert load_cached(IMAGENET).digest == IMAGENET.digest
+    assert os.listdir(cache_folder) == [cache_path().name]
+    assert load_cached().digest == IMAGENET.digest
 
 
 def test_killed_in_a_download(serve, h5_bytes, cache_folder, tmp_path, monkeypatch):
@@ -135,7 +130,7 @@ def test_killed_in_a_download(serve, h5_bytes, cache_folder, tmp_path, monkeypat
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not cache_folder.exists()
-    assert load(sources=[serve(h5_bytes)]).digest == IMAGENET.digest
+    assert load(sources={'local': serve(h5_bytes)}).digest == IMAGENET.digest
 
 
 def test_weights_and_their_preprocessing_are_one(imagenet):
@@ -223,12 +218,12 @@ def test_a_file_that_names_an_unknown_preprocessing_is_refused(random_params, tm
 
 @pytest.fixture
 def cached(imagenet) -> Path:
-    save_cached(imagenet.params, IMAGENET, 'here')
-    return cache_path(IMAGENET)
+    save_cached(imagenet.params, 'here')
+    return cache_path()
 
 
 def test_what_is_saved_is_loaded(cached, cache_folder):
-    found = load_cached(IMAGENET)
+    found = load_cached()
     assert (found.digest, found.source) == (IMAGENET.digest, 'here')
     assert os.listdir(cache_folder) == [cached.name]
 
@@ -244,21 +239,21 @@ def test_file_says_what_it_is(cached):
 def test_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv('CNN_JAX_CACHE')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    assert cache_path(IMAGENET).parent == tmp_path / 'cnn_jax'
+    assert cache_path().parent == tmp_path / 'cnn_jax'
     monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'chosen'))
-    assert cache_path(IMAGENET).parent == tmp_path / 'chosen'
+    assert cache_path().parent == tmp_path / 'chosen'
 
 
 def test_empty_cache():
     with pytest.raises(UserError, match='does not exist'):
-        load_cached(IMAGENET)
+        load_cached()
 
 
 @pytest.mark.parametrize('fraction', [0, 0.5, 0.999])
 def test_truncated(cached, fraction):
     os.truncate(cached, int(cached.stat().st_size * fraction))
     with pytest.raises(UserError):
-        load_cached(IMAGENET)
+        load_cached()
 
 
 @pytest.mark.parametrize('fraction', [0.1, 0.5, 0.9])
@@ -270,14 +265,14 @@ def test_one_flipped_bit(cached, fraction):
         file.seek(at)
         file.write(bytes([byte ^ 1]))
     with pytest.raises(UserError, match='is damaged'):
-        load_cached(IMAGENET)
+        load_cached()
 
 
 def test_foreign_tensor(cached, imagenet):
     tensors = flatten(imagenet.params)
     save_file(tensors | {'head/logits/bias': tensors['block1_conv1/bias']}, cached)
     with pytest.raises(UserError, match=r'foreign tensors \(head/logits/bias\)'):
-        load_cached(IMAGENET)
+        load_cached()
 
 
 @pytest.mark.parametrize('step', ['fsync', 'replace'])
@@ -287,7 +282,7 @@ def test_full_disk_leaves_nothing(monkeypatch, imagenet, cache_folder, step):
 
     monkeypatch.setattr(os, step, full)
     with pytest.raises(UserError, match='No space left on device; make room, or set CNN_JAX_CACHE'):
-        save_cached(imagenet.params, IMAGENET, 'here')
+        save_cached(imagenet.params, 'here')
     assert os.listdir(cache_folder) == []
 
 
@@ -295,7 +290,7 @@ def test_folder_that_cannot_be_made(monkeypatch, tmp_path, imagenet):
     (tmp_path / 'file').write_text('in the way')
     monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'file' / 'cache'))
     with pytest.raises(UserError, match='Not a directory'):
-        save_cached(imagenet.params, IMAGENET, 'here')
+        save_cached(imagenet.params, 'here')
 
 
 # Into a model: every tensor used, every mismatch listed.

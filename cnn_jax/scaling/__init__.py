@@ -1,1 +1,0 @@
-"""What a training step costs on chips that are not here: compiled, read, and estimated."""
