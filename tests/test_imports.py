@@ -28,7 +28,7 @@ LAYERS = [
     {'nn', 'losses', 'penalties', 'data', 'pretrained'},
     {'models', 'summary', 'optim'},
     {'features', 'train', 'tools'},
-    {'ablation', 'scaling'},
+    {'ablation'},
     {'launch'},
 ]
 
