@@ -22,11 +22,14 @@ def main(arguments: list[str]) -> int:
     if not arguments[1:]:
         raise UserError('no ablation; give the work directories of launch.ablate')
 
-    from cnn_jax.ablation import side_by_side
+    from cnn_jax.ablation import figures
     from cnn_jax.files import write_atomically
     from cnn_jax.train.workdir import make_writable
 
-    figure, path = side_by_side.draw([Path(each) for each in arguments[1:]]), Path(OUT.value)
+    figure, path = (
+        figures.draw_side_by_side([Path(each) for each in arguments[1:]]),
+        Path(OUT.value),
+    )
     make_writable(path.parent, 'the folder of the picture', '--out')
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=100))
     print(f'written: {path}')

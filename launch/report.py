@@ -15,15 +15,11 @@ WORKDIR = cli.define_workdir('Folder of a run of launch.ablate.')
 
 def main(_) -> int:
     """Render; returns the exit code."""
-    from cnn_jax.ablation.report import write_report
-    from cnn_jax.ablation.summary import summarize
+    from cnn_jax.ablation.report import Ablation, write_report
 
-    folder = Path(WORKDIR.value)
-    path = write_report(folder)
-    for arm in summarize(folder)['arms'].values():
-        if arm['verdict']:
-            print(arm['verdict']['sentence'])
-    print(f'written: {path}')
+    path = write_report(Path(WORKDIR.value))
+    print(Ablation(path.parent))
+    print(f'report: {path}')
     return cli.OK
 
 

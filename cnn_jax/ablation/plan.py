@@ -1,7 +1,10 @@
-"""What an ablation compares: a baseline, arms as differences from it, seeds."""
+"""The plan of an ablation: a baseline, arms as differences from it, seeds, a metric."""
 
+import dataclasses
 import hashlib
 import itertools
+import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +12,56 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation.wording import METRICS
 from cnn_jax.errors import UserError
 from cnn_jax.validation import validate
 
-Changes = dict[str, Any]  # {'model.dropout': 0.25, …}
+Changes = Mapping[str, Any]  # {'model.dropout': 0.25, …}
 
 TRAINING = ('ablation/cell.py', 'ablation/compiled.py')  # what decides a result in this package
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and how its values are printed.
+
+    Attributes:
+        name: Key in the results.
+        scale: Factor from its value to the printed number.
+        unit: Unit of a difference.
+        suffix: Unit of a value.
+        sign: 1 where higher is better, −1 where lower is.
+        most: The largest possible value; the smallest is 0.
+    """
+
+    name: str
+    scale: float
+    unit: str
+    suffix: str
+    sign: int
+    most: float
+
+    @property
+    def title(self) -> str:
+        """The name as a reader sees it."""
+        return self.name.replace('_', ' ')
+
+
+METRICS = {
+    'accuracy': Metric('accuracy', 100, 'points', '%', 1, 1.0),
+    'top5': Metric('top5', 100, 'points', '%', 1, 1.0),
+    'calibration_error': Metric('calibration_error', 100, 'points', '%', -1, 1.0),
+    'loss': Metric('loss', 1, 'nats', '', -1, math.inf),
+}
+
+
+def number(value: float | None, decimals: int, signed: bool = False) -> str:
+    """A number with a true minus sign; an en dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return '–'
+    text = f'{value:+.{decimals}f}' if signed else f'{value:.{decimals}f}'
+    if float(text) == 0:
+        text = text.lstrip('+-')
+    return text.replace('-', '−')
 
 
 @dataclass(frozen=True)
@@ -23,15 +69,15 @@ class Plan:
     """An ablation before it runs.
 
     Attributes:
-        name: Of the experiment file.
-        question: Its docstring.
+        name: Name of the ablation, such as that of its experiment file.
+        question: The question that it answers; the docstring of its file.
         baseline: Name of the arm that the others are compared with.
         configs: The validated config of each arm, by name, with seed 0.
-        changes: What each arm changes in the experiment's config.
-        seeds: Each arm runs once with each.
-        metric: What is compared, of the evaluation split: a key of `wording.METRICS`.
+        changes: The changes of each arm to the experiment's config.
+        seeds: Seeds; each arm runs once with each.
+        metric: The metric that is compared, of the evaluation split: a key of `METRICS`.
         factors: Levels of each factor of a factorial grid, or None.
-        levels: Of each arm in the grid.
+        levels: The levels of each arm of the grid.
     """
 
     name: str
@@ -44,9 +90,26 @@ class Plan:
     factors: dict[str, list[str]] | None
     levels: dict[str, dict[str, str]]
 
-    def cell_config(self, arm: str, seed: int) -> cfg.Config:
-        """The config of one cell."""
+    @property
+    def threads(self) -> int:
+        """CPU threads of a run; 0: one for each core."""
+        return self.configs[self.baseline].train.threads
+
+    def config(self, arm: str, seed: int) -> cfg.Config:
+        """The config of one run."""
         return cfg.replace(self.configs[arm], {'seed': seed})
+
+    def to_json(self) -> str:
+        """The plan as text, for another process."""
+        configs = {arm: cfg.to_flat(config) for arm, config in self.configs.items()}
+        return json.dumps({**vars(self), 'configs': configs})
+
+    @classmethod
+    def from_json(cls, text: str) -> 'Plan':
+        """The plan that `to_json` wrote."""
+        content = json.loads(text)
+        configs = {a: cfg.replace(cfg.Config(), flat) for a, flat in content['configs'].items()}
+        return cls(**{**content, 'configs': configs, 'seeds': tuple(content['seeds'])})
 
 
 def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) -> Plan:
@@ -60,49 +123,88 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) ->
     Args:
         experiment: The loaded file.
         config: Its config with the command line's overrides; arms change it further.
-        seeds: How many instead of `SEEDS`; 0 keeps them.
+        seeds: Number of seeds instead of `SEEDS`; 0 keeps them.
 
     Errors:
         UserError: There are no arms, one is not a valid config, or two are the same.
     """
     name = Path(experiment.__file__ or 'ablation').stem
-    factors = getattr(experiment, 'FACTORS', None)
-    arms = getattr(experiment, 'ARMS', None) or (factors and grid(factors)[0])
-    if not arms:
+    arms, factors = (getattr(experiment, each, None) for each in ('ARMS', 'FACTORS'))
+    if not arms and not factors:
         raise UserError(
             f'experiments/{name}.py is not an ablation: it has neither ARMS nor FACTORS; '
             'train it with launch.train'
         )
+    return make_plan(
+        arms or {},
+        config,
+        seeds=seeds or getattr(experiment, 'SEEDS', 5),
+        metric=getattr(experiment, 'METRIC', 'accuracy'),
+        factors=None if arms else factors,
+        name=name,
+        question=(experiment.__doc__ or '').strip(),
+        where=f' of experiments/{name}.py',
+    )
+
+
+def make_plan(
+    arms: Mapping[str, Changes],
+    config: cfg.Config,
+    *,
+    seeds: int = 5,
+    metric: str = 'accuracy',
+    factors: Mapping[str, Mapping[str, Changes]] | None = None,
+    name: str = 'ablation',
+    question: str = '',
+    where: str = '',
+) -> Plan:
+    """The plan of these arms, the first of which is the baseline.
+
+    Args:
+        arms: The changes of each arm to the config, `{name: {config path: value}}`.
+        config: The config that the arms change; its seed is the first one.
+        seeds: Number of seeds.
+        metric: A key of `METRICS`.
+        factors: The factors of a grid that gives the arms instead, as in an experiment file.
+        name, question: Headings of the report.
+        where: The place of the arms, for errors.
+
+    Errors:
+        UserError: An arm is not a valid config, two are the same, or the metric is unknown.
+    """
+    levels: dict[str, dict[str, str]] = {}
+    if factors:
+        arms, levels = grid(factors)
     configs = {}
     for arm, changes in arms.items():
         if not arm.isprintable():
-            raise UserError(
-                f'arm {arm!r} of experiments/{name}.py has characters that cannot be shown; '
-                'rename it'
-            )
+            raise UserError(f'arm {arm!r}{where} has characters that cannot be printed; rename it')
         try:
-            configs[arm] = validate(cfg.replace(config, changes))
+            configs[arm] = validate(cfg.replace(config, dict(changes)))
         except UserError as error:
-            raise UserError(f'arm {arm!r} of experiments/{name}.py: {error}') from error
+            raise UserError(f'arm {arm!r}{where}: {error}') from error
+        data = configs[arm].data
+        first = next(iter(configs.values())).data
+        if dataclasses.replace(data, batch=first.batch) != first:
+            raise UserError(
+                f'arm {arm!r}{where} changes config.data; all arms must see the same images, and '
+                'only config.data.batch may differ'
+            )
     for one, other in itertools.combinations(configs, 2):
         if configs[one] == configs[other]:
-            raise UserError(f'the arms {one!r} and {other!r} of experiments/{name}.py are the same')
-    metric = getattr(experiment, 'METRIC', 'accuracy')
+            raise UserError(f'the arms {one!r} and {other!r}{where} are the same')
     if metric not in METRICS:
-        raise UserError(
-            f'METRIC of experiments/{name}.py is {metric!r}; it can be {", ".join(METRICS)}'
-        )
-    count = seeds or getattr(experiment, 'SEEDS', 5)
+        raise UserError(f'the metric{where} is {metric!r}; it can be {", ".join(METRICS)}')
     return Plan(
         name=name,
-        question=(experiment.__doc__ or '').strip(),
+        question=question,
         baseline=next(iter(arms)),
         configs=configs,
         changes={arm: dict(changes) for arm, changes in arms.items()},
-        seeds=tuple(config.seed + i for i in range(count)),
+        seeds=tuple(config.seed + i for i in range(seeds)),
         metric=metric,
-        factors={f: list(levels) for f, levels in factors.items()} if factors else None,
-        levels=grid(factors)[1] if factors else {},
+        factors={f: list(each) for f, each in factors.items()} if factors else None,
+        levels=levels,
     )
 
 
@@ -119,7 +221,7 @@ def grid(
 
 
 def by_structure(plan: Plan) -> list[list[str]]:
-    """The arms in groups that share one compilation: they differ in values only."""
+    """The arms in groups that share one compilation: they differ in traced numbers only."""
     groups: dict[str, list[str]] = {}
     for arm, config in plan.configs.items():
         groups.setdefault(repr(sorted(cfg.structure(config).items())), []).append(arm)
@@ -127,7 +229,7 @@ def by_structure(plan: Plan) -> list[list[str]]:
 
 
 def budget(config: cfg.Config, examples: int) -> str:
-    """What an arm may spend, in words; no arm's hyper-parameters are tuned apart."""
+    """The training budget of an arm in words; no arm's hyperparameters are tuned separately."""
     epochs, batch = config.train.epochs + config.unfreeze.epochs, config.data.batch
     steps = int(epochs * examples / batch + 1e-9)
     rate = config.optimizer.learning_rate
@@ -138,7 +240,7 @@ def budget(config: cfg.Config, examples: int) -> str:
 
 
 def code_digest() -> str:
-    """SHA-256 of the source files that a cell's result depends on: all but the analysis."""
+    """SHA-256 of the source files that a result depends on: all but the analysis."""
     root = Path(__file__).resolve().parents[1]
     total = hashlib.sha256()
     for path in sorted(root.rglob('*.py')):

@@ -1,18 +1,22 @@
 """The report of an ablation: one HTML file without network, and the files behind it."""
 
+import csv
+import functools
 import inspect
+import io
 import itertools
 import json
 import math
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.ablation import figures, tables, wording
-from cnn_jax.ablation.comparison import EFFECTS
+from cnn_jax.ablation import figures
+from cnn_jax.ablation import summary as words
+from cnn_jax.ablation.plan import METRICS, Metric, number
+from cnn_jax.ablation.results import DEFINITION, Results, read_results
 from cnn_jax.ablation.summary import cost, summary_of
-from cnn_jax.ablation.theme import themed
-from cnn_jax.ablation.workdir import Results, read_results
 from cnn_jax.files import write_atomically
 
 LABELS = {
@@ -22,13 +26,96 @@ LABELS = {
     'gap': 'Results on training and test images of each arm',
     'calibration': 'Expected calibration error of each arm',
 }
+COLUMNS: tuple[str, ...] = (
+    'arm',
+    'n',
+    'mean',
+    'sd',
+    'low',
+    'high',
+    'pairs',
+    'difference',
+    'difference_low',
+    'difference_high',
+    'p_t',
+    'p_t_corrected',
+    'p_sign_flip',
+    'p_sign_flip_corrected',
+    'effect_size',
+    'hedges_g',
+    'detectable',
+    'gap',
+    'calibration_error',
+    'parameters',
+    'verdict',
+)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The results of an ablation, read from its work directory.
+
+    >>> result = Ablation(Path('runs/regularization'))
+    >>> print(result)                          # the verdicts
+    >>> result.table[1]['difference']          # a row per arm: pandas.DataFrame(result.table)
+    >>> result.plot()                          # paired differences with their intervals
+
+    Attributes:
+        workdir: The work directory.
+        interrupted: True where training was asked to stop before its end.
+    """
+
+    workdir: Path
+    interrupted: bool = False
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """The content of `summary.json`, as `summary_of` describes it."""
+        return summary_of(read_results(self.workdir))
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """A sentence on each arm but the baseline."""
+        arms = self.summary['arms'].items()
+        return {name: arm['verdict']['sentence'] for name, arm in arms if arm['verdict']}
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row per arm with the columns of `summary.csv`, in natural units."""
+        return rows_of(self.summary)
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """The failed runs: `arm`, `seed`, `reason`."""
+        return self.summary['cells']['failed']
+
+    def plot(self):
+        """Draw the paired differences from the baseline; returns a matplotlib figure."""
+        from matplotlib import rc_context
+
+        with rc_context(figures.STYLE):
+            return figures.draw_forest(self.summary)
+
+    def __repr__(self) -> str:
+        if not (self.workdir / DEFINITION).exists():
+            return f'Ablation in {self.workdir}: nothing was trained'
+        runs, summary = self.summary['cells'], self.summary
+        baseline, metric = summary['arms'][summary['baseline']], METRICS[summary['metric']]
+        lines = [
+            f'Ablation {summary["name"]} in {self.workdir}: {runs["done"]} of {runs["planned"]} '
+            f'runs, {len(runs["failed"])} failed',
+            f'{summary["baseline"]} (baseline): {metric.title} '
+            f'{words.estimate(baseline["eval"][metric.name], metric)}{metric.suffix}',
+            *self.verdicts.values(),
+        ]
+        return '\n'.join(lines)
 
 
 def write_report(workdir: Path) -> Path:
-    """Write what an ablation found, from what is on disk.
+    """Write the report of an ablation from what is on disk.
 
     `report.html`, `summary.json`, `summary.csv`, `summary.tex`, `cost.json`, and SVG and PNG
-    under `figures/`. The same cells give the same bytes of everything but report and cost, which
+    under `figures/`. The same results give the same bytes of everything but report and cost, which
     hold times.
 
     Returns:
@@ -43,8 +130,8 @@ def write_report(workdir: Path) -> Path:
     drawn = figures.draw(summary)
     files: dict[str, str | bytes] = {
         'summary.json': to_json(summary),
-        'summary.csv': tables.to_csv(summary),
-        'summary.tex': tables.to_latex(summary),
+        'summary.csv': to_csv(summary),
+        'summary.tex': to_latex(summary),
         'cost.json': to_json(spent),
     }
     for name, figure in drawn.items():
@@ -75,10 +162,10 @@ def render(
         lstrip_blocks=True,
     )
     headline, *details = inspect.cleandoc(summary['question']).split('\n\n')
-    arms = summary['arms'].values()
+    definition, arms = results.definition, summary['arms'].values()
     methods = {arm['eval'][summary['metric']]['interval_method'] for arm in arms} - {None}
     return environment.get_template('report.jinja').render(
-        ablation=results.ablation,
+        ablation=definition,
         summary=summary,
         cost=spent,
         headline=headline or summary['name'],
@@ -87,19 +174,20 @@ def render(
             block.strip('\n')
             for block in itertools.takewhile(lambda each: not each.startswith('Answer'), details)
         ],
-        data=results.ablation['configs'][summary['baseline']],
+        data=definition['configs'][summary['baseline']],
         examples=max((arm['examples'] or 0 for arm in arms), default=0),
         methods=sorted(methods),
-        effects=EFFECTS,
-        manifest=json.dumps(results.ablation['manifest'], indent=2, ensure_ascii=False),
+        effects=words.EFFECTS,
+        manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
         figures={
-            name: Markup(themed(figure['svg'], LABELS[name])) for name, figure in drawn.items()
+            name: Markup(figures.themed(figure['svg'], LABELS[name]))
+            for name, figure in drawn.items()
         },
-        metrics=wording.METRICS,
+        metrics=METRICS,
         dedent=textwrap.dedent,
-        number=wording.number,
-        estimate=wording.estimate,
-        p_value=wording.p_value,
+        number=number,
+        estimate=words.estimate,
+        p_value=words.p_value,
     )
 
 
@@ -116,3 +204,100 @@ def _finite(content: Any) -> Any:
     if isinstance(content, float) and not math.isfinite(content):
         return None
     return content
+
+
+def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per arm, in natural units; what does not exist is None."""
+    rows = []
+    for name, arm in summary['arms'].items():
+        metric, compared = arm['eval'][summary['metric']], arm['against_baseline'] or {}
+        low, high = metric['interval'] or (None, None)
+        difference_low, difference_high = compared.get('interval', (None, None))
+        row = dict.fromkeys(COLUMNS) | {key: compared[key] for key in COLUMNS if key in compared}
+        rows.append(
+            row
+            | {
+                'arm': name,
+                'n': arm['n'],
+                'mean': metric['mean'],
+                'sd': metric['sd'],
+                'low': low,
+                'high': high,
+                'pairs': compared.get('n'),
+                'difference': compared.get('mean'),
+                'difference_low': difference_low,
+                'difference_high': difference_high,
+                'p_t_corrected': compared.get('p_corrected'),
+                'gap': arm['gap']['mean'],
+                'calibration_error': arm['eval'].get('calibration_error', {}).get('mean'),
+                'parameters': arm['parameters'],
+                'verdict': arm['verdict']['kind'] if arm['verdict'] else 'baseline',
+            }
+        )
+    return rows
+
+
+def to_csv(summary: dict[str, Any]) -> str:
+    """One line per arm, in natural units; what does not exist is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows_of(summary))
+    return text.getvalue()
+
+
+def to_latex(summary: dict[str, Any]) -> str:
+    """A table for a paper; needs the package booktabs."""
+    metric = METRICS[summary['metric']]
+    unit = r'\%' if metric.suffix else metric.unit
+    rows = [_latex_row(name, arm, metric) for name, arm in summary['arms'].items()]
+    decision = summary['decision']
+    caption = (
+        f'{_escape(metric.title.capitalize())} on the evaluation split: mean and 95\\% confidence '
+        f'interval over seeds; $\\Delta$: paired difference from {_escape(summary["baseline"])} '
+        f'with 95\\% confidence interval; $p$: paired $t$ test, Holm-corrected for '
+        f'{decision["comparisons"]} comparisons; gap: how much worse on the evaluation than on '
+        'the training split.'
+    )
+    lines = [
+        r'\begin{table}',
+        r'  \centering',
+        f'  \\caption{{{caption}}}',
+        r'  \begin{tabular}{lrllrr}',
+        r'    \toprule',
+        f'    Arm & $n$ & {_escape(metric.title.capitalize())} ({unit}) & '
+        f'$\\Delta$ ({metric.unit}) & $p$ & Gap \\\\',
+        r'    \midrule',
+        # {}: the line before looks for a [ or * at the beginning of an arm's name.
+        *(f'    {{}}{row} \\\\' for row in rows),
+        r'    \bottomrule',
+        r'  \end{tabular}',
+        r'\end{table}',
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def _latex_row(name: str, arm: dict[str, Any], metric: Metric) -> str:
+    compared = arm['against_baseline']
+    numbers = [
+        str(arm['n']),
+        words.estimate(arm['eval'][metric.name], metric),
+        words.estimate(compared, metric, signed=True) if compared else '–',
+        words.p_value(compared['p_corrected']).removeprefix('= ') if compared else '–',
+        words.estimate({**arm['gap'], 'interval': None}, metric),
+    ]
+    signs = str.maketrans({'−': '$-$', '–': '--', '<': '$<$'})
+    return ' & '.join([_escape(name), *(each.translate(signs) for each in numbers)])
+
+
+def _escape(text: str) -> str:
+    """Text with LaTeX's special characters made harmless."""
+    special = {
+        '\\': r'\textbackslash{}',
+        '~': r'\textasciitilde{}',
+        '^': r'\textasciicircum{}',
+        '<': r'\textless{}',
+        '>': r'\textgreater{}',
+        **{character: f'\\{character}' for character in '&%$#_{}'},
+    }
+    return text.translate(str.maketrans(special))

@@ -1,19 +1,22 @@
-"""The results of an ablation as one plain dict: what is claimed, and all it rests on.
+"""The summary of an ablation as one plain dict: all that is claimed, and all it rests on.
 
-It holds nothing that depends on the machine's speed, so that the same cells give the same file;
+It holds nothing that depends on the machine's speed, so that the same results give the same file;
 times are in `cost`.
 """
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cnn_jax.ablation import comparison, factorial, statistics, wording
-from cnn_jax.ablation.comparison import values
-from cnn_jax.ablation.wording import METRICS
-from cnn_jax.ablation.workdir import Cell, Results, read_results
+from cnn_jax.ablation import statistics
+from cnn_jax.ablation.plan import METRICS, Metric, number
+from cnn_jax.ablation.results import Result, Results, read_results
 from cnn_jax.errors import UserError
+
+EFFECTS = (0.002, 0.005, 0.01, 0.02)  # whose needed seeds are reported, in natural units
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -31,23 +34,24 @@ def summary_of(results: Results) -> dict[str, Any]:
     `decision` says how verdicts are reached, `arms` holds per arm its results, the comparison
     with the baseline and the verdict, `factorial` the effects of a grid (else None).
     """
-    ablation = results.ablation
+    ablation = results.definition
     metric, baseline, seeds = ablation['metric'], ablation['baseline'], ablation['seeds']
     if metric not in METRICS:
         raise UserError(f'the metric of the ablation is {metric!r}; it can be {", ".join(METRICS)}')
     reference = results.of_arm(baseline)
     compared = {
-        arm: comparison.compare(reference, results.of_arm(arm), metric)
+        arm: compare(reference, results.of_arm(arm), metric)
         for arm in ablation['arms']
         if arm != baseline
     }
-    comparisons = comparison.correct(compared)
+    comparisons = correct(compared)
+    pairs = [each['n'] for each in compared.values() if each is not None]
     arms = {
         arm: {
             **definition,
             **describe(results.of_arm(arm), metric),
             'against_baseline': compared.get(arm),
-            'verdict': wording.verdict(arm, baseline, compared[arm], METRICS[metric], len(seeds))
+            'verdict': verdict(arm, baseline, compared[arm], METRICS[metric], len(seeds))
             if arm in compared
             else None,
         }
@@ -61,39 +65,149 @@ def summary_of(results: Results) -> dict[str, Any]:
         'seeds': seeds,
         'cells': {
             'planned': len(ablation['arms']) * len(seeds),
-            'done': len(results.cells),
+            'done': len(results.done),
             'failed': results.failed,
             'missing': results.missing,
             'unplanned': results.unplanned,
         },
-        'decision': _decision(compared, comparisons),
+        'decision': {
+            'test': 'paired t over seeds, two-sided, Holm-corrected',
+            'significance': statistics.SIGNIFICANCE,
+            'comparisons': comparisons,
+            'pairs': [min(pairs), max(pairs)] if pairs else None,
+            'smallest_sign_flip_p': statistics.smallest_sign_flip_p(max(pairs)) if pairs else None,
+        },
         'arms': arms,
-        'baseline_disagreement': comparison.churn(reference),
-        'factorial': grid_effects(results),
+        'baseline_disagreement': prediction_churn(reference),
+        'factorial': factor_effects(results),
     }
 
 
-def describe(cells: dict[int, Cell], metric: str) -> dict[str, Any]:
-    """The results of one arm over its finished seeds.
+def metric_values(runs: dict[int, Result], seeds: list[int], split: str, metric: str) -> np.ndarray:
+    """A metric of the given seeds on a split, `train` or `eval`."""
+    return np.array([runs[seed]['metrics'][split][metric] for seed in seeds])
 
-    `gap` is the generalization gap (`comparison.gaps`).
+
+def generalization_gaps(runs: dict[int, Result], seeds: list[int], metric: str) -> np.ndarray:
+    """The amount by which each network does worse on unseen images, in inference mode.
+
+    train − test for accuracies, test − train for losses.
     """
-    seeds = list(cells)
-    measured = [m for m in METRICS if all(m in c['metrics']['eval'] for c in cells.values())]
+    train, test = (metric_values(runs, seeds, split, metric) for split in ('train', 'eval'))
+    return METRICS[metric].sign * (train - test)
+
+
+def compare(
+    baseline: dict[int, Result], arm: dict[int, Result], metric: str
+) -> dict[str, Any] | None:
+    """Compare an arm with the baseline over the seeds that both finished; None below two."""
+    seeds = [seed for seed in baseline if seed in arm]
+    if len(seeds) < 2:
+        return None
+    of_arm, of_baseline = (metric_values(runs, seeds, 'eval', metric) for runs in (arm, baseline))
+    result = infer(of_arm - of_baseline)
+    per_seed = {
+        str(seed): statistics.mcnemar(correct_mask(baseline[seed]), correct_mask(arm[seed]))
+        for seed in seeds
+    }
+    gaps, baseline_gaps = (generalization_gaps(runs, seeds, metric) for runs in (arm, baseline))
+    change = gaps - baseline_gaps
+    return {
+        'seeds': seeds,
+        **result,
+        'seeds_needed': {
+            str(effect): statistics.seeds_needed(effect / result['sd']) if result['sd'] else None
+            for effect in EFFECTS
+        },
+        'gap_change': float(change.mean()),
+        'gap_change_interval': [float(end) for end in statistics.t_interval(change)],
+        'mcnemar': per_seed,
+        'disagreement': float(np.mean([m['disagreement'] for m in per_seed.values()])),
+        'only_baseline': sum(m['only_baseline'] for m in per_seed.values()),
+        'only_arm': sum(m['only_arm'] for m in per_seed.values()),
+    }
+
+
+def infer(differences: np.ndarray) -> dict[str, Any]:
+    """Estimate, interval, tests, effect size and detectable effect of paired differences.
+
+    `p` decides: the paired t test's, or the sign-flip test's where all differences are equal and
+    t does not exist.
+    """
+    n = len(differences)
+    constant = bool(statistics.is_constant(differences))
+    deviation = 0.0 if constant else float(differences.std(ddof=1))
+    t, p_t = map(float, statistics.paired_t(differences))
+    d, g = map(float, statistics.effect_size(differences))
+    p_flip = float(statistics.sign_flip_test(differences))
+    return {
+        'n': n,
+        'mean': float(differences.mean()),
+        'sd': deviation,
+        'interval': [float(end) for end in statistics.t_interval(differences)],
+        't': _finite(t),
+        'p_t': _finite(p_t),
+        'p_sign_flip': p_flip,
+        'p': p_flip if constant else p_t,
+        'effect_size': _finite(d),
+        'hedges_g': _finite(g),
+        'detectable': statistics.detectable_effect(n) * deviation,
+    }
+
+
+def correct(compared: Mapping[str, dict[str, Any] | None]) -> int:
+    """Correct the p values of a family in place (Holm); returns the family's size."""
+    family = [each for each in compared.values() if each is not None]
+    for name in ('p', 'p_sign_flip'):
+        corrected = statistics.holm(np.array([each[name] for each in family]))
+        for each, p in zip(family, corrected):
+            each[f'{name}_corrected'] = float(p)
+    for each in family:
+        level = statistics.SIGNIFICANCE / len(family)
+        each['significant'] = each['p_corrected'] < statistics.SIGNIFICANCE
+        detectable = statistics.detectable_effect(each['n'], level)
+        each['detectable_corrected'] = detectable * each['sd']
+    return len(family)
+
+
+def correct_mask(run: Result) -> np.ndarray:
+    """The evaluation examples that a run classified correctly, as booleans in their order."""
+    packed = np.frombuffer(bytes.fromhex(run['correct']), np.uint8)
+    return np.unpackbits(packed, count=run['metrics']['eval']['count']).astype(bool)
+
+
+def prediction_churn(runs: dict[int, Result]) -> float | None:
+    """The fraction of examples on which two seeds disagree, averaged over all pairs of seeds."""
+    rows = [correct_mask(run) for run in runs.values()]
+    pairs = [np.mean(a != b) for i, a in enumerate(rows) for b in rows[:i]]
+    return float(np.mean(pairs)) if pairs else None
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def describe(runs: dict[int, Result], metric: str) -> dict[str, Any]:
+    """The results of one arm over its finished seeds."""
+    seeds, results = list(runs), list(runs.values())
+    measured = [m for m in METRICS if all(m in run['metrics']['eval'] for run in results)]
 
     def spreads(split: str) -> dict[str, Any]:
-        return {m: spread(values(cells, seeds, split, m), 0, METRICS[m].most) for m in measured}
+        return {
+            m: spread(metric_values(runs, seeds, split, m), 0, METRICS[m].most) for m in measured
+        }
 
+    first = results[0] if results else None
     return {
         'n': len(seeds),
-        'per_seed': {str(s): cells[s]['metrics']['eval'][metric] for s in seeds},
+        'per_seed': {str(s): runs[s]['metrics']['eval'][metric] for s in seeds},
         'eval': spreads('eval'),
         'train': spreads('train'),
-        'gap': spread(comparison.gaps(cells, seeds, metric)),
-        'examples': next((c['metrics']['eval']['count'] for c in cells.values()), None),
-        'parameters': next((c['parameters'] for c in cells.values()), None),
-        'steps': next((c['steps'] for c in cells.values()), None),
-        'curves': curves(list(cells.values())),
+        'gap': spread(generalization_gaps(runs, seeds, metric)),
+        'examples': first['metrics']['eval']['count'] if first else None,
+        'parameters': first['parameters'] if first else None,
+        'steps': first['steps'] if first else None,
+        'curves': curves(results),
     }
 
 
@@ -114,15 +228,14 @@ def spread(sample: np.ndarray, least: float = -np.inf, most: float = np.inf) -> 
     }
 
 
-def curves(cells: list[Cell]) -> dict[str, list[dict[str, float]]]:
+def curves(runs: list[Result]) -> dict[str, list[dict[str, float]]]:
     """Per split and epoch the mean and the range over seeds of loss and accuracy."""
     result: dict[str, list[dict[str, float]]] = {}
     for split in ('train', 'eval'):
         points: dict[float, list[dict[str, Any]]] = {}
-        for cell in cells:
-            for point in cell['curves']:
-                if point['split'] == split:
-                    points.setdefault(point['epoch'], []).append(point)
+        for point in (point for run in runs for point in run['curves']):
+            if point['split'] == split:
+                points.setdefault(point['epoch'], []).append(point)
         result[split] = [
             {'epoch': epoch, 'n': len(points[epoch])}
             | {
@@ -135,16 +248,16 @@ def curves(cells: list[Cell]) -> dict[str, list[dict[str, float]]]:
     return result
 
 
-def grid_effects(results: Results) -> dict[str, Any] | None:
+def factor_effects(results: Results) -> dict[str, Any] | None:
     """Main effects and interactions of a factorial grid, over the seeds all its arms finished.
 
     None without factors; `effects` is None when fewer than two seeds are complete.
     """
-    ablation = results.ablation
+    ablation = results.definition
     if not ablation.get('factors'):
         return None
     arms = {arm: spec['levels'] for arm, spec in ablation['arms'].items() if spec.get('levels')}
-    complete = [s for s in ablation['seeds'] if all((arm, s) in results.cells for arm in arms)]
+    complete = [s for s in ablation['seeds'] if all((arm, s) in results.done for arm in arms)]
     first = {factor: levels[0] for factor, levels in ablation['factors'].items()}
     reference = arms.get(ablation['baseline'], first)
     answer = {'seeds': complete, 'reference': reference, 'effects': None}
@@ -152,45 +265,109 @@ def grid_effects(results: Results) -> dict[str, Any] | None:
         return answer
     outcomes = np.array(
         [
-            [results.cells[arm, s]['metrics']['eval'][ablation['metric']] for arm in arms]
+            [results.done[arm, s]['metrics']['eval'][ablation['metric']] for arm in arms]
             for s in complete
         ]
     )
-    weights = factorial.contrasts(ablation['factors'], list(arms.values()), reference)
-    effects = {name: outcomes @ w for name, w in weights.items()}
-    rounding = {name: 1e-12 * np.abs(outcomes) @ np.abs(w) for name, w in weights.items()}
-    answer['effects'] = {
-        name: comparison.inference(np.where(np.abs(effect) < rounding[name], 0, effect))
-        for name, effect in effects.items()
-    }
-    comparison.correct(answer['effects'])
-    return answer
+    effects = {}
+    weights = statistics.contrasts(ablation['factors'], list(arms.values()), reference)
+    for name, w in weights.items():
+        effect, rounding = outcomes @ w, 1e-12 * np.abs(outcomes) @ np.abs(w)
+        effects[name] = infer(np.where(np.abs(effect) < rounding, 0, effect))
+    correct(effects)
+    return {**answer, 'effects': effects}
 
 
 def cost(results: Results) -> dict[str, Any]:
     """Seconds and compilations, which are not part of the result.
 
-    A cell records how often its structure had been compiled when it ended; arms of one structure
+    A run records how often its structure had been compiled when it ended; arms of one structure
     share these compilations, so they are not added up.
     """
     arms = {}
-    for arm in results.ablation['arms']:
-        cells = results.of_arm(arm).values()
-        seconds = [cell['seconds'] for cell in cells]
+    for arm in results.definition['arms']:
+        runs = results.of_arm(arm).values()
+        seconds = [run['seconds'] for run in runs]
         arms[arm] = {
             'seconds_a_run': float(np.median(seconds)) if seconds else None,
             'seconds': sum(seconds),
-            'compilations': max((cell['compilations'] for cell in cells), default=0),
+            'compilations': max((run['compilations'] for run in runs), default=0),
         }
     return {'arms': arms, 'seconds': sum(arm['seconds'] for arm in arms.values())}
 
 
-def _decision(compared: dict[str, Any], comparisons: int) -> dict[str, Any]:
-    pairs = [c['n'] for c in compared.values() if c is not None]
-    return {
-        'test': 'paired t over seeds, two-sided, Holm-corrected',
-        'significance': statistics.SIGNIFICANCE,
-        'comparisons': comparisons,
-        'pairs': [min(pairs), max(pairs)] if pairs else None,
-        'smallest_sign_flip_p': statistics.smallest_sign_flip_p(max(pairs)) if pairs else None,
-    }
+def decimals(half_width: float, scale: float = 1) -> int:
+    """Decimals at which an uncertainty of this half-width shows its first digit, 1 to 4."""
+    width = abs(half_width) * scale
+    if not (math.isfinite(width) and width > 0):
+        return 2
+    return min(max(-math.floor(math.log10(width)), 1), 4)
+
+
+def p_value(p: float | None) -> str:
+    """`= 0.012`, `= 0.61`, `< 0.001`; empty where there is none."""
+    if p is None:
+        return ''
+    if p < 0.001:
+        return '< 0.001'
+    rounded = p + 1e-9  # so that 0.0625 is rounded up
+    return f'= {rounded:.3f}' if p < 0.1 else f'= {rounded:.2f}'
+
+
+def interval(low: float, high: float, metric: Metric) -> str:
+    """`0.3 to 1.3`, in the metric's unit."""
+    places = decimals((high - low) / 2, metric.scale)
+    return f'{number(low * metric.scale, places)} to {number(high * metric.scale, places)}'
+
+
+def estimate(found: dict[str, Any], metric: Metric, signed: bool = False) -> str:
+    """`97.1 (96.8 to 97.4)`, in the metric's unit; without an interval the mean alone."""
+    if found['mean'] is None:
+        return '–'
+    if found['interval'] is None:
+        return number(found['mean'] * metric.scale, 2, signed)
+    low, high = found['interval']
+    places = decimals((high - low) / 2, metric.scale)
+    return f'{number(found["mean"] * metric.scale, places, signed)} ({interval(low, high, metric)})'
+
+
+def verdict(
+    arm: str, baseline: str, compared: dict[str, Any] | None, metric: Metric, planned: int
+) -> dict[str, str]:
+    """The verdict on an arm against the baseline.
+
+    Args:
+        arm, baseline: Their names.
+        compared: The entry `against_baseline` of the summary; `None` without two pairs of seeds.
+        metric: The metric.
+        planned: Seeds of the experiment.
+
+    Returns:
+        `kind` (better | worse | inconclusive | no claim) and `sentence`.
+    """
+    if compared is None:
+        return {
+            'kind': 'no claim',
+            'sentence': f'{arm}: no claim can be made, since fewer than 2 seeds finished both '
+            f'here and in {baseline}; one run says nothing about the next.',
+        }
+    low, high = compared['interval']
+    places = decimals((high - low) / 2, metric.scale)
+    n = f'{compared["n"]} of {planned}' if compared['n'] < planned else f'{compared["n"]}'
+    start = (
+        f'{arm}: {number(compared["mean"] * metric.scale, places, signed=True)} {metric.unit}, '
+        f'95% CI {interval(low, high, metric)}, p {p_value(compared["p_corrected"])} corrected, '
+        f'n = {n}'
+    )
+    if compared['significant']:
+        kind = 'better' if compared['mean'] * metric.sign > 0 else 'worse'
+        return {'kind': kind, 'sentence': f'{start}: {kind} than {baseline}.'}
+    detectable = compared['detectable_corrected']
+    if detectable == 0:
+        limit = 'all seeds differ by the same amount, which tells nothing about the next seed'
+    elif detectable > metric.most:
+        limit = 'these seeds are too few and too different to find any possible difference'
+    else:
+        size = number(detectable * metric.scale, decimals(detectable, metric.scale))
+        limit = f'these seeds would have found a difference of {size} {metric.unit} with 80% power'
+    return {'kind': 'inconclusive', 'sentence': f'{start}: inconclusive; {limit}.'}

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cnn_jax.ablation.factorial import contrasts
+from cnn_jax.ablation.statistics import contrasts
 
 FACTORS = {'dropout': [0.0, 0.25, 0.5], 'norm': ['none', 'batch']}
 LEVELS = [dict(zip(FACTORS, levels)) for levels in itertools.product(*FACTORS.values())]

@@ -8,8 +8,8 @@ import types
 import pytest
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation.ledger import open_ledger
 from cnn_jax.ablation.plan import plan_of
+from cnn_jax.ablation.results import open_store
 from cnn_jax.errors import UserError
 
 IDENTITY = {'code': 'c0de', 'training data': 'da7a', 'jaxlib': '1'}
@@ -25,13 +25,13 @@ def ledger(tmp_path):
         module.ARMS = {'plain': {}, 'drop, 0.3/x': {'model.dropout': 0.3}}
         module.METRIC = metric
         config = cfg.replace(cfg.Config(), {k.replace('__', '.'): v for k, v in changes.items()})
-        return open_ledger(tmp_path, plan_of(module, config, seeds), identity, {'command': command})
+        return open_store(tmp_path, plan_of(module, config, seeds), identity, {'command': command})
 
     return make
 
 
 def test_cells_come_seed_by_seed_with_names_of_their_own(ledger):
-    cells = ledger().cells()
+    cells = ledger().runs
     assert [(c.arm, c.seed) for c in cells] == [
         ('plain', 0), ('drop, 0.3/x', 0), ('plain', 1), ('drop, 0.3/x', 1)
     ]  # fmt: skip
@@ -42,24 +42,24 @@ def test_cells_come_seed_by_seed_with_names_of_their_own(ledger):
 
 def test_a_result_is_found_again_and_failed_is_not_done(ledger):
     book = ledger()
-    first, second, *_ = book.cells()
+    first, second, *_ = book.runs
     book.write(first, {'status': 'done'})
     book.write(second, {'status': 'failed', 'reason': 'why'})
     again = ledger()
-    assert [c.status() for c in again.cells()] == ['done', 'failed', 'missing', 'missing']
+    assert [c.status() for c in again.runs] == ['done', 'failed', 'missing', 'missing']
     assert first.result()['seed'] == 0
-    again.forget_failed()
-    assert [c.status() for c in again.cells()] == ['done', 'missing', 'missing', 'missing']
+    again.retry_failed()
+    assert [c.status() for c in again.runs] == ['done', 'missing', 'missing', 'missing']
 
 
 def test_a_claimed_cell_is_not_claimed_again_until_it_is_let_go(ledger):
     book = ledger()
-    cell = book.cells()[0]
+    cell = book.runs[0]
     with book.claim(cell) as mine:
         assert mine
         with ledger().claim(cell) as theirs:
             assert not theirs
-        with book.claim(book.cells()[1]) as other:
+        with book.claim(book.runs[1]) as other:
             assert other
     with book.claim(cell) as mine:
         assert mine
@@ -67,7 +67,7 @@ def test_a_claimed_cell_is_not_claimed_again_until_it_is_let_go(ledger):
 
 def test_a_done_cell_cannot_be_claimed(ledger):
     book = ledger()
-    cell = book.cells()[0]
+    cell = book.runs[0]
     book.write(cell, {'status': 'done'})
     with book.claim(cell) as mine:
         assert not mine
@@ -75,7 +75,7 @@ def test_a_done_cell_cannot_be_claimed(ledger):
 
 def test_the_claim_of_a_killed_process_is_free(ledger, tmp_path):
     book = ledger()
-    cell = book.cells()[0]
+    cell = book.runs[0]
     lock = tmp_path / 'locks' / f'{cell.path.stem}.lock'
     code = (
         'import fcntl, sys, time\n'
@@ -98,10 +98,10 @@ def test_the_claim_of_a_killed_process_is_free(ledger, tmp_path):
 
 def test_more_seeds_go_on_with_the_same_results(ledger):
     book = ledger(seeds=1)
-    book.write(book.cells()[0], {'status': 'done'})
+    book.write(book.runs[0], {'status': 'done'})
     more = ledger(seeds=3)
-    assert [c.status() for c in more.cells()].count('done') == 1
-    assert len(more.cells()) == 6
+    assert [c.status() for c in more.runs].count('done') == 1
+    assert len(more.runs) == 6
 
 
 def test_the_definition_follows_the_last_command_and_no_seed_is_forgotten(ledger):
@@ -114,9 +114,9 @@ def test_the_definition_follows_the_last_command_and_no_seed_is_forgotten(ledger
 
 def test_cells_without_their_definition_are_not_mixed_with_new_ones(ledger, tmp_path):
     book = ledger()
-    book.write(book.cells()[0], {'status': 'done'})
+    book.write(book.runs[0], {'status': 'done'})
     (tmp_path / 'ablation.json').unlink()
-    with pytest.raises(UserError, match=r'its ablation\.json is gone'):
+    with pytest.raises(UserError, match=r'ablation\.json is missing'):
         ledger()
 
 
@@ -136,7 +136,7 @@ def test_another_config_data_or_code_is_refused_with_the_difference(ledger, chan
 
 def test_a_result_with_one_digit_changed_is_found_out(ledger):
     book = ledger()
-    cell = book.cells()[0]
+    cell = book.runs[0]
     book.write(cell, {'status': 'done', 'metrics': {'accuracy': 0.81}})
     cell.path.write_text(cell.path.read_text().replace('0.81', '0.91'))
     with pytest.raises(UserError, match='is damaged'):

@@ -31,7 +31,7 @@ def test_arms_are_the_config_with_their_changes():
     assert made.baseline == 'none'
     assert made.seeds == (10, 11, 12)
     assert made.configs['some'].model.dropout == 0.3
-    assert made.cell_config('BN', 12).seed == 12
+    assert made.config('BN', 12).seed == 12
     assert made.question == 'Which one?'
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cnn_jax.ablation import power, statistics
+from cnn_jax.ablation import statistics
+from cnn_jax.ablation import statistics as power
 
 
 @pytest.mark.parametrize(('effect', 'seeds'), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])

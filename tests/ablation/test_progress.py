@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation.ledger import open_ledger
 from cnn_jax.ablation.plan import plan_of
-from cnn_jax.ablation.progress import Progress
+from cnn_jax.ablation.results import open_store
+from cnn_jax.ablation.run import Progress
 
 
 @pytest.fixture
@@ -18,7 +18,9 @@ def ledger(tmp_path):
     module = types.ModuleType('made_up', 'Question?')
     module.__file__ = 'experiments/made_up.py'
     module.ARMS = {'plain': {}, 'drop': {'model.dropout': 0.3}}
-    return open_ledger(tmp_path, plan_of(module, cfg.Config(), seeds=2), {'code': 'x'}, {})
+    return open_store(
+        tmp_path, plan_of(module, cfg.Config(), seeds=2), {'code': 'x'}, {'budgets': {}}
+    )
 
 
 def done(accuracy):
@@ -35,10 +37,10 @@ def rows(progress):
 def test_a_line_tells_each_cell_once(ledger, capsys):
     with Progress(ledger, live=False) as progress:
         progress.update()
-        assert capsys.readouterr().out == ''
-        ledger.write(ledger.cells()[0], done(0.9))
+        capsys.readouterr()
+        ledger.write(ledger.runs[0], done(0.9))
         progress.update()
-        ledger.write(ledger.cells()[1], {'status': 'failed', 'reason': 'why'})
+        ledger.write(ledger.runs[1], {'status': 'failed', 'reason': 'why'})
         progress.update()
         progress.update()
     first, second = capsys.readouterr().out.splitlines()
@@ -47,7 +49,7 @@ def test_a_line_tells_each_cell_once(ledger, capsys):
 
 
 def test_the_table_has_running_means_and_paired_differences(ledger):
-    plain0, drop0, plain1, drop1 = ledger.cells()
+    plain0, drop0, plain1, drop1 = ledger.runs
     for cell, accuracy in ((plain0, 0.90), (plain1, 0.92), (drop1, 0.95)):
         ledger.write(cell, done(accuracy))
     with ledger.claim(drop0):
@@ -59,7 +61,7 @@ def test_the_table_has_running_means_and_paired_differences(ledger):
 
 
 def test_what_was_done_before_is_told(ledger, capsys):
-    ledger.write(ledger.cells()[0], done(0.9))
+    ledger.write(ledger.runs[0], done(0.9))
     with Progress(ledger, live=False):
         pass
-    assert capsys.readouterr().out == '1 of 4 cells are done already\n'
+    assert '1 of 4 runs were done before' in capsys.readouterr().out

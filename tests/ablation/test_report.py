@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cnn_jax.ablation import figures, theme
+from cnn_jax.ablation import figures
 from cnn_jax.ablation.report import write_report
 from cnn_jax.ablation.summary import summarize
 
@@ -249,7 +249,7 @@ def test_figures_hold_text_not_outlines(ablation):
 
 def test_every_colour_of_a_figure_belongs_to_the_theme(ablation):
     for name, figure in figures.draw(summarize(ablation())).items():
-        text = theme.themed(figure['svg'], name)
+        text = figures.themed(figure['svg'], name)
         assert re.findall(r'#[0-9a-fA-F]{6}\b', text) == []
 
 

@@ -10,9 +10,9 @@ from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.ablation.cell import train_cells
 from cnn_jax.ablation.compiled import compile_structure
-from cnn_jax.ablation.ledger import open_ledger
 from cnn_jax.ablation.plan import plan_of
-from cnn_jax.ablation.runner import run_cells
+from cnn_jax.ablation.results import open_store
+from cnn_jax.ablation.workers import run_missing
 from cnn_jax.data.batches import Arrays, DeviceBatches, reordered
 from cnn_jax.train import setup
 
@@ -51,8 +51,8 @@ def study(tmp_path_factory):
     batches = [DeviceBatches(arrays, batch=8) for arrays in (made_up(0), made_up(1, 21))]
     description = setup.describe(config, *batches)
     description['preprocessing'] = setup.preprocessing(config, batches[0], None)
-    ledger = open_ledger(tmp_path_factory.mktemp('study'), plan, {'code': 'x'}, {})
-    totals = run_cells(ledger, description, *batches)
+    ledger = open_store(tmp_path_factory.mktemp('study'), plan, {'code': 'x'}, {})
+    totals = run_missing(ledger, (description, *batches))
     return ledger, (description, *batches), totals
 
 
@@ -62,14 +62,14 @@ def result(cell):
 
 def test_every_cell_is_done_and_each_structure_compiled_once(study):
     ledger, _, totals = study
-    assert [cell.status() for cell in ledger.cells()] == ['done'] * 6
+    assert [cell.status() for cell in ledger.runs] == ['done'] * 6
     assert totals == {'cells': 6, 'compilations': 2}
 
 
 def test_a_cell_alone_gives_the_bits_it_gave_in_company(study):
     ledger, data, _ = study
-    for cell in ledger.cells()[3:]:
-        config = ledger.plan.cell_config(cell.arm, cell.seed)
+    for cell in ledger.runs[3:]:
+        config = ledger.plan.config(cell.arm, cell.seed)
         [alone] = train_cells([config], compile_structure(config, data[0]), *data[1:])
         before = result(cell)
         for name in ('metrics', 'curves', 'correct', 'parameters'):
@@ -78,18 +78,16 @@ def test_a_cell_alone_gives_the_bits_it_gave_in_company(study):
 
 def test_finished_cells_are_not_run_again(study):
     ledger, data, _ = study
-    totals = run_cells(ledger, *data, tell=lambda *_: pytest.fail('a cell ran again'))
+    totals = run_missing(ledger, data, go_on=lambda: pytest.fail('a run was repeated'))
     assert totals == {'cells': 0, 'compilations': 0}
 
 
 def test_a_missing_cell_alone_is_run_again_to_the_same_result(study):
     ledger, data, _ = study
-    cell = ledger.cells()[4]
+    cell = ledger.runs[4]
     before = result(cell)
     cell.path.unlink()
-    told = []
-    run_cells(ledger, *data, tell=lambda cell, _: told.append(cell))
-    assert told == [cell]
+    assert run_missing(ledger, data)['cells'] == 1
     after = result(cell)
     before.pop('compilations'), after.pop('compilations')
     assert after == before
@@ -101,9 +99,9 @@ def test_a_diverging_cell_fails_alone_with_its_reason(study, tmp_path):
     module.__file__ = 'experiments/made_up.py'
     module.ARMS = {'fine': {}, 'wild': {'optimizer.learning_rate': 1e30}}
     config = cfg.replace(ledger.plan.configs['none'], {'optimizer.name': 'sgd'})
-    other = open_ledger(tmp_path, plan_of(module, config, seeds=1), {'code': 'x'}, {})
-    run_cells(other, *data)
-    fine, wild = other.cells()
+    other = open_store(tmp_path, plan_of(module, config, seeds=1), {'code': 'x'}, {})
+    run_missing(other, data)
+    fine, wild = other.runs
     assert fine.status() == 'done'
     assert wild.status() == 'failed'
     assert 'not finite' in wild.result()['reason']
@@ -113,7 +111,7 @@ def test_a_seed_gives_every_arm_the_same_start_and_order(study):
     ledger, data, _ = study
     starts = {}
     for arm in ARMS:
-        config = ledger.plan.cell_config(arm, 1)
+        config = ledger.plan.config(arm, 1)
         compiled = compile_structure(config, data[0])
         starts[arm] = params.flatten(compiled.phases[0].steps.init(1).params)
     for arm in ('dropout', 'batch norm'):
@@ -135,7 +133,7 @@ def test_a_seed_gives_every_arm_the_same_start_and_order(study):
 
 def test_correct_examples_and_accuracy_agree(study):
     ledger, _, _ = study
-    for cell in ledger.cells():
+    for cell in ledger.runs:
         found = result(cell)
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(found['correct']), np.uint8))[:21]
         assert bits.mean() == pytest.approx(found['metrics']['eval']['accuracy'])

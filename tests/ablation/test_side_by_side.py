@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cnn_jax.ablation import side_by_side
+from cnn_jax.ablation import figures
 from cnn_jax.ablation.summary import summarize
 from cnn_jax.errors import UserError
 
@@ -35,7 +35,7 @@ def test_a_block_for_each_experiment_and_a_column_for_each_data_set(write):
         write('b', DIGITS, name='penalties'),
         write('c', GARMENTS, {'none': 0.0, 'B': 0.02, 'C': 0.04}, name='noise'),
     ]
-    figure = side_by_side.draw(folders)
+    figure = figures.draw_side_by_side(folders)
     noise, noise_on_garments, penalties, nothing = figure.axes
     assert [axes.get_title() for axes in figure.axes[:2]] == [
         'mnist_5k train[:500]',
@@ -56,9 +56,9 @@ def test_a_block_for_each_experiment_and_a_column_for_each_data_set(write):
 
 def test_two_in_one_place_are_refused(write):
     with pytest.raises(UserError, match='b is a second ablation regularization on mnist_5k'):
-        side_by_side.draw([write('a', DIGITS), write('b', DIGITS)])
+        figures.draw_side_by_side([write('a', DIGITS), write('b', DIGITS)])
 
 
 def test_metrics_that_differ_are_refused(write):
     with pytest.raises(UserError, match=r'accuracy in .*a, loss in .*b; give ablations of one'):
-        side_by_side.draw([write('a', DIGITS), write('b', GARMENTS, metric='loss')])
+        figures.draw_side_by_side([write('a', DIGITS), write('b', GARMENTS, metric='loss')])

@@ -85,7 +85,7 @@ def test_family_of_four_arms_keeps_its_level_after_holm():
     generator = np.random.default_rng(4)
     baseline = generator.normal(size=(TRIALS, 1, 5))
     _, p = s.paired_t(generator.normal(size=(TRIALS, 4, 5)) - baseline)
-    assert np.mean((s.holm(p) < 0.05).any(-1)) <= 0.06
+    assert np.mean((np.apply_along_axis(s.holm, -1, p) < 0.05).any(-1)) <= 0.06
     assert np.mean((p < 0.05).any(-1)) > 0.08  # what the correction is for
 
 
@@ -97,7 +97,7 @@ def test_paired_t_is_scipys():
     np.testing.assert_allclose(p, expected.pvalue, rtol=1e-12)
 
 
-@pytest.mark.parametrize('n', [1, 2, 5, 9])
+@pytest.mark.parametrize('n', [2, 5, 9])
 def test_sign_flip_test_counts_every_sign(n):
     d = np.random.default_rng(6).normal(0.5, 1, n)
     sums = [abs(np.dot(signs, d)) for signs in itertools.product((-1, 1), repeat=n)]
@@ -115,9 +115,9 @@ def test_sign_flip_test_of_many_pairs_draws_its_signs():
     exact = stats.permutation_test(
         (d,), np.mean, permutation_type='samples', n_resamples=50_000, rng=0
     ).pvalue
-    assert s.sign_flip_test(d) == pytest.approx(exact, abs=0.01)
+    assert s.sign_flip_test(d) == pytest.approx(exact, abs=0.02)
     assert s.sign_flip_test(d) == s.sign_flip_test(d)
-    assert s.sign_flip_test(np.full(30, 1.0)) == s.smallest_sign_flip_p(30) == 1e-4
+    assert s.sign_flip_test(np.full(30, 1.0)) == s.smallest_sign_flip_p(30) == 2e-4
 
 
 def test_constant_differences_have_no_t():

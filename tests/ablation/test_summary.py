@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from cnn_jax.ablation import tables, wording
-from cnn_jax.ablation.comparison import right
-from cnn_jax.ablation.summary import cost, spread, summarize
-from cnn_jax.ablation.workdir import read_results
+from cnn_jax.ablation import plan, report
+from cnn_jax.ablation import summary as words
+from cnn_jax.ablation.results import read_results
+from cnn_jax.ablation.summary import correct_mask, cost, spread, summarize
 from cnn_jax.errors import UserError
 
 
@@ -191,7 +191,7 @@ def test_two_results_of_one_place_are_refused(ablation):
 
 
 def test_correct_examples_are_unpacked():
-    assert right({'correct': 'a080', 'metrics': {'eval': {'count': 9}}}).tolist() == [
+    assert correct_mask({'correct': 'a080', 'metrics': {'eval': {'count': 9}}}).tolist() == [
         *(True, False, True, False, False, False, False, False),
         True,
     ]
@@ -206,25 +206,25 @@ def test_intervals_end_where_the_metric_does():
 
 
 @pytest.mark.parametrize(
-    ('p', 'words'),
+    ('p', 'text'),
     [(1e-9, '< 0.001'), (0.0123, '= 0.012'), (0.0625, '= 0.063'), (0.611, '= 0.61'), (1, '= 1.00')],
 )
-def test_p_values(p, words):
-    assert wording.p_value(p) == words
+def test_p_values(p, text):
+    assert words.p_value(p) == text
 
 
 def test_numbers():
-    assert wording.number(-0.04, 1, signed=True) == '0.0'
-    assert wording.number(-0.06, 1, signed=True) == '−0.1'
-    assert wording.number(None, 1) == '–'
-    accuracy = wording.METRICS['accuracy']
-    assert wording.interval(0.003, 0.013, accuracy) == '0.3 to 1.3'
-    assert wording.interval(0.9712, 0.9716, accuracy) == '97.12 to 97.16'
+    assert plan.number(-0.04, 1, signed=True) == '0.0'
+    assert plan.number(-0.06, 1, signed=True) == '−0.1'
+    assert plan.number(None, 1) == '–'
+    accuracy = plan.METRICS['accuracy']
+    assert words.interval(0.003, 0.013, accuracy) == '0.3 to 1.3'
+    assert words.interval(0.9712, 0.9716, accuracy) == '97.12 to 97.16'
 
 
 def test_csv_holds_one_line_per_arm(ablation):
     summary = summarize(ablation())
-    rows = list(csv.DictReader(tables.to_csv(summary).splitlines()))
+    rows = list(csv.DictReader(report.to_csv(summary).splitlines()))
     assert [row['arm'] for row in rows] == list(summary['arms'])
     assert rows[0]['difference'] == ''
     assert float(rows[1]['difference']) == summary['arms']['dropout']['against_baseline']['mean']
@@ -233,7 +233,7 @@ def test_csv_holds_one_line_per_arm(ablation):
 
 def test_latex_escapes_names(ablation):
     name = r'50% of {a_b} & \c'
-    text = tables.to_latex(summarize(ablation({'none': 0.0, name: 0.01})))
+    text = report.to_latex(summarize(ablation({'none': 0.0, name: 0.01})))
     assert r'50\% of \{a\_b\} \& \textbackslash{}c & 5 &' in text
     assert text.count(r'\\') == 3
     for rule in (r'\toprule', r'\midrule', r'\bottomrule'):
@@ -241,7 +241,7 @@ def test_latex_escapes_names(ablation):
 
 
 def test_latex_takes_no_arm_for_an_option(ablation):
-    text = tables.to_latex(summarize(ablation({'none': 0.0, '[a]': 0.01, '*b': 0.02})))
+    text = report.to_latex(summarize(ablation({'none': 0.0, '[a]': 0.01, '*b': 0.02})))
     assert r'{}[a] &' in text
     assert r'{}*b &' in text
 

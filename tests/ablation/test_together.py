@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation import runner
+from cnn_jax.ablation import cell, workers
 from cnn_jax.ablation.cell import train_cells
 from cnn_jax.ablation.compiled import compile_structure
-from cnn_jax.ablation.ledger import open_ledger
 from cnn_jax.ablation.plan import plan_of
+from cnn_jax.ablation.results import open_store
 from cnn_jax.data.batches import Arrays, DeviceBatches
 from cnn_jax.train import setup
 
@@ -98,15 +98,15 @@ def test_where_memory_is_short_fewer_are_trained_together(monkeypatch, tmp_path)
             raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
         return train_cells(configs, compiled, *data)
 
-    monkeypatch.setattr(runner, 'train_cells', train)
+    monkeypatch.setattr(cell, 'train_cells', train)
     module = types.ModuleType('made_up', 'Question?')
     module.__file__ = 'experiments/made_up.py'
     module.ARMS = {'none': {}, 'some': {'model.dropout': 0.1}}
-    ledger = open_ledger(tmp_path, plan_of(module, CONFIGS[0], seeds=5), {'code': 'x'}, {})
-    totals = runner.run_cells(ledger, *opened(), together=6)
+    ledger = open_store(tmp_path, plan_of(module, CONFIGS[0], seeds=5), {'code': 'x'}, {})
+    totals = workers.run_missing(ledger, opened(), together=6)
     assert widths == [5, 2, 2, 1, 2, 2, 1]
     assert totals['cells'] == 10
-    assert [cell.status() for cell in ledger.cells()] == ['done'] * 10
+    assert [run.status() for run in ledger.runs] == ['done'] * 10
 
 
 if __name__ == '__main__':  # by test_devices_share_the_cells

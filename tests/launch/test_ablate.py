@@ -37,7 +37,7 @@ def test_the_same_command_again_runs_nothing(launch, study, study_flags):
     folder, _ = study
     before = {path: path.stat().st_mtime_ns for path in (folder / 'cells').iterdir()}
     done = launch('ablate', *study_flags, f'--workdir={folder}', check=0)
-    assert '15 of 15 cells are done already' in done.stdout
+    assert '15 of 15 runs were done before' in done.stdout
     assert {path: path.stat().st_mtime_ns for path in (folder / 'cells').iterdir()} == before
 
 
@@ -50,7 +50,7 @@ def test_another_config_is_refused_with_the_difference(launch, study, study_flag
 def test_more_seeds_add_cells(launch, study, tmp_path, study_flags, summary):
     shutil.copytree(study[0], tmp_path / 'more')
     done = launch('ablate', *study_flags[:-1], '--seeds=4', f'--workdir={tmp_path}/more', check=0)
-    assert '15 of 20 cells are done already' in done.stdout
+    assert '15 of 20 runs were done before' in done.stdout
     assert summary(tmp_path / 'more')['seeds'] == [0, 1, 2, 3]
 
 
@@ -60,7 +60,7 @@ def test_a_failed_cell_is_run_again_on_request(launch, study, tmp_path, study_fl
     cell = next((folder / 'cells').glob('L2-0-*.json'))
     cell.write_text(json.dumps({'arm': 'L2', 'seed': 0, 'status': 'failed', 'reason': 'made up'}))
     done = launch('ablate', *study_flags, f'--workdir={folder}', check=1)
-    assert '1 cells failed; --retry_failed runs them again' in done.stdout
+    assert '1 runs failed; --retry_failed repeats them' in done.stdout
     launch('ablate', *study_flags, f'--workdir={folder}', '--retry_failed', check=0)
     assert summary(folder) == summary(study[0])
     assert 'made up' in cell.with_suffix('.failed').read_text()

@@ -122,6 +122,6 @@ def test_a_signal_to_all_of_its_processes_is_a_request_to_stop(
     os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == os.EX_TEMPFAIL, printed
-    assert 'the same command goes on' in printed
+    assert 'rerun the same command' in printed
     launch('ablate', *study_flags, f'--workdir={tmp_path}', check=0)
     assert summary(tmp_path) == summary(study[0])

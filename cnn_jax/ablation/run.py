@@ -1,0 +1,327 @@
+"""Running an ablation: in worker processes, on a Ray cluster, or in this process."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnn_jax import config as cfg
+from cnn_jax import runtime
+from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan, number
+from cnn_jax.ablation.report import Ablation, write_report
+from cnn_jax.ablation.results import Result, Run, Store, read_store
+from cnn_jax.ablation.workers import LocalWorkers, RayWorkers, Task, open_ablation, run_missing
+from cnn_jax.errors import UserError
+from cnn_jax.tools.progress import Interruption
+from cnn_jax.train.workdir import make_writable
+
+TOGETHER_ON_ACCELERATORS = 16
+
+
+def ablate(
+    arms: Mapping[str, Changes] | Plan,
+    baseline: cfg.Config | None = None,
+    *,
+    workdir: str | Path,
+    seeds: int = 5,
+    metric: str = 'accuracy',
+    name: str = 'ablation',
+    question: str = '',
+    workers: int | None = None,
+    together: int = 0,
+    retry_failed: bool = False,
+    executor: str = 'local',
+    ray: Mapping[str, Any] | None = None,
+    command: str = '',
+    parts: Any = None,
+) -> Ablation:
+    """Train every arm with every seed, compare the arms with the baseline, write the report.
+
+    The same call again trains only what is missing, and more seeds add to what is there. The
+    work directory holds `ablation.json`, `cells/` (a result for each run), `logs/`, `report.html`,
+    `figures/`, `cost.json`, and `summary.json`, `.csv` and `.tex`.
+
+    >>> config = Config(data=Data(source='mnist_5k', train='train[:500]', eval='test'))
+    >>> arms = {'dropout': {'model.dropout': 0.25}, 'L2': {'loss.l2': 5e-4}}
+    >>> result = ablate(arms, baseline=config, seeds=20, workdir='runs/regularizers')
+    >>> result.verdicts['dropout']
+    'dropout: +0.4 percentage points, 95% CI …'
+
+    Args:
+        arms: The changes of each arm to the baseline, `{name: {config path: value}}`; an arm
+            without changes is the baseline, and one of that name is added where there is none.
+            Or a `Plan`, which an experiment file gives.
+        baseline: The config that the arms change.
+        workdir: Folder of the ablation; created if missing.
+        seeds: Number of seeds; each arm is trained once with each.
+        metric: The metric that is compared: accuracy, top5, calibration_error or loss.
+        name, question: Headings of the report.
+        workers: Worker processes; 0 trains in this process. By default one for each core on a
+            CPU; 0 on an accelerator, whose memory this process may hold, and where `parts` are
+            given, which live in this process.
+        together: The most runs that a process trains at once as one program on all its devices;
+            0: 1 on a CPU, up to 16 on an accelerator.
+        retry_failed: True to repeat failed runs.
+        executor: `local`, or `ray`.
+        ray: Options of `workers.RayWorkers`: `address`, `gpus`, `tpus`.
+        command: The command that the user typed, for the report.
+        parts: The model, data and optimizer that the user brings.
+
+    Errors:
+        UserError: An arm is not a valid config, the data cannot be opened, or the folder holds
+            another ablation.
+        RunFailed: Every worker died.
+    """
+    on_cpu = runtime.runs_on_cpu()
+    if workers is None and (parts is not None or not on_cpu):
+        workers = 0
+    if isinstance(arms, Plan):
+        plan = arms
+    else:
+        config = baseline or cfg.Config()
+        if workers != 0:  # one thread a run: results do not depend on the number of workers
+            config = cfg.replace(config, {'train.threads': config.train.threads or 1})
+        unchanged = {arm: {} for arm, changes in arms.items() if not changes} or {'baseline': {}}
+        plan = make_plan(
+            {**unchanged, **arms}, config, seeds=seeds, metric=metric, name=name, question=question
+        )
+    if workers is None:
+        workers = max(1, runtime.cores() // plan.threads)
+    folder = Path(workdir)
+    make_writable(folder)
+    if (folder / 'config.json').exists():
+        raise UserError(f'{folder} holds a run of launch.train; choose another --workdir')
+    if retry_failed and (store := read_store(folder, plan)):
+        store.retry_failed()
+    together = together or (1 if on_cpu else TOGETHER_ON_ACCELERATORS)
+    settings = runtime.configure(
+        plan.threads
+    )  # JAX is not started here: the devices are the workers'
+    print(settings)
+    print(_introduction(plan, workers, together))
+    if workers:
+        task = Task(plan.to_json(), command, workers, together, executor == 'local')
+        options = dict(ray or {}, cpus=plan.threads) if executor == 'ray' else None
+        finished = _run_in_workers(folder, plan, task, options)
+    else:
+        finished = _run_here(folder, plan, settings, command, together, parts)
+    if finished:
+        write_report(folder)
+    return Ablation(folder, interrupted=not finished)
+
+
+def _introduction(plan: Plan, workers: int, together: int) -> str:
+    """The arms, where they are trained, and which share a compilation."""
+    place = f'{workers} worker{"s" if workers > 1 else ""}' if workers else 'this process'
+    at_once = f', up to {together} runs at once in each' if together > 1 else ''
+    lines = [f'{plan.name}: {len(plan.configs)} arms × {len(plan.seeds)} seeds in {place}{at_once}']
+    for arm, changes in plan.changes.items():
+        listed = ', '.join(f'{path}={value}' for path, value in changes.items())
+        lines.append(f'  {arm:<24} {listed or "no changes"}')
+    lines += [f'  one compilation: {", ".join(arms)}' for arms in by_structure(plan)]
+    return '\n'.join(lines)
+
+
+def _run_in_workers(folder: Path, plan: Plan, task: Task, ray: dict[str, Any] | None) -> bool:
+    """Start the workers and follow them to their end; False if asked to stop before it."""
+    logs = folder / 'logs'
+    logs.mkdir(exist_ok=True)
+    path = logs / f'task-{time.time_ns()}.json'
+    path.write_text(json.dumps(asdict(task)))
+    module = 'cnn_jax.ablation.workers'
+    command = [sys.executable, '-m', module, f'--workdir={folder}', f'--task={path}']
+    if ray is None:
+        pool = LocalWorkers(command, task.workers, logs)
+    else:
+        pool = RayWorkers(command, task.workers, **ray)
+    try:
+        with Interruption() as interruption, ExitStack() as screen:
+            progress, going = None, True
+            while going:
+                time.sleep(0.2)
+                if interruption.requested:  # the workers may have had the same signal
+                    return False
+                going = pool.running()
+                if not progress and (store := read_store(folder, plan)):
+                    progress = screen.enter_context(Progress(store))
+                if progress:
+                    progress.update()
+        outputs = pool.outputs()
+    finally:
+        pool.stop()
+        path.unlink(missing_ok=True)
+    if len(outputs) < task.workers:
+        print(f'{task.workers - len(outputs)} of {task.workers} workers died; see {logs}')
+    totals = [json.loads(text.splitlines()[-1]) for text in outputs]
+    print(f'compilations of the training step: {sum(t["compilations"] for t in totals)}')
+    return True
+
+
+def _run_here(
+    folder: Path,
+    plan: Plan,
+    settings: runtime.Settings,
+    command: str,
+    together: int,
+    parts: Any,
+) -> bool:
+    """Train all runs in this process; False if asked to stop."""
+    from cnn_jax.selfcheck import self_check
+
+    self_check()
+    store, data = open_ablation(folder, plan, settings, command, parts)
+    with Interruption() as interruption, Progress(store) as progress:
+
+        def after_each() -> bool:
+            progress.update()
+            return not interruption.requested
+
+        run_missing(store, data, together=together, go_on=after_each, parts=parts)
+    return not interruption.requested
+
+
+class Progress:
+    """The progress of an ablation, whoever trains: a live table on a terminal, lines elsewhere.
+
+    Use as a context manager.
+
+    Args:
+        store: The runs.
+        live: True to draw a table; by default where standard output is a terminal.
+    """
+
+    def __init__(self, store: Store, live: bool | None = None):
+        self._store, self._metric = store, METRICS[store.plan.metric]
+        self._results: dict[Run, Result] = {}
+        self._began = time.perf_counter()
+        self._live = None
+        self._read_new()
+        self._before = len(self._results)
+        if sys.stdout.isatty() if live is None else live:
+            from rich.live import Live
+
+            self._live = Live(auto_refresh=False)
+
+    def __enter__(self):
+        budgets = self._store.definition()['budgets']
+        if len(set(budgets.values())) == 1:
+            print(f'budget of every arm: {next(iter(budgets.values()))}')
+        else:  # then the comparison is not fair
+            print('the arms have DIFFERENT budgets:')
+            for arm, each in budgets.items():
+                print(f'  {arm:<24} {each}')
+        if self._before:
+            print(f'{self._before} of {len(self._store.runs)} runs were done before')
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_):
+        if self._live:
+            self._live.stop()
+
+    def update(self) -> None:
+        """Print or draw what was finished since the last call."""
+        new = self._read_new()
+        if self._live:
+            self._live.update(self._screen(), refresh=True)
+        else:
+            for run in new:
+                print(self._line(run), flush=True)
+
+    def table(self) -> Any:
+        """The progress of each arm, with the mean of its results so far."""
+        from rich.table import Table
+
+        metric, baseline = self._metric, self._store.plan.baseline
+        table = Table(box=None, pad_edge=False, header_style='bold')
+        unit = f', {metric.suffix}' if metric.suffix else ''
+        heads = ('done', 'running', 'failed', f'test {metric.title}{unit}', f'− {baseline}')
+        table.add_column('arm', no_wrap=True)
+        for head in heads:
+            table.add_column(head, justify='right')
+        running = [run.arm for run in self._store.running()]
+        failed = [run.arm for run, each in self._results.items() if each['status'] == 'failed']
+        for arm in self._store.plan.configs:
+            values, reference = self._values(arm), self._values(baseline)
+            pairs = [values[seed] - reference[seed] for seed in values.keys() & reference.keys()]
+            table.add_row(
+                arm,
+                f'{len(values)}/{len(self._store.plan.seeds)}',
+                str(running.count(arm) or ''),
+                str(failed.count(arm) or ''),
+                _mean_sd(list(values.values()), metric.scale),
+                '' if arm == baseline else _mean_sd(pairs, metric.scale, signed=True),
+            )
+        return table
+
+    def _read_new(self) -> list[Run]:
+        new = [run for run in self._store.runs if run not in self._results and run.path.exists()]
+        self._results |= {run: run.result() for run in new}
+        return new
+
+    def _values(self, arm: str) -> dict[int, float]:
+        return {
+            run.seed: each['metrics']['eval'].get(self._metric.name, math.nan)
+            for run, each in self._results.items()  # top5 needs six classes
+            if run.arm == arm and each['status'] == 'done'
+        }
+
+    def _screen(self) -> Any:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        done, total = len(self._results), len(self._store.runs)
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            f'{done}/{total} runs',
+            ProgressBar(total=total, completed=done, width=30),
+            f'{_clock(time.perf_counter() - self._began)} elapsed',
+            self._left(),
+        )
+        return Group(head, self.table())
+
+    def _line(self, run: Run) -> str:
+        result, metric = self._results[run], self._metric
+        if result['status'] == 'done':
+            values = self._values(run.arm)
+            text = (
+                f'{metric.title} {number(values[run.seed] * metric.scale, 2)}{metric.suffix} '
+                f'(mean of {len(values)}: {_mean_sd(list(values.values()), metric.scale)})  '
+                f'{result["wall_seconds"]:.1f} s'
+            )
+        else:
+            text = f'FAILED: {result["reason"]}'
+        place = f'[{len(self._results)}/{len(self._store.runs)}]'
+        return f'{place} {run.arm}, seed {run.seed}: {text}, {self._left()}'
+
+    def _left(self) -> str:
+        """The time left, if the rest runs as fast as since the start."""
+        here, total = len(self._results) - self._before, len(self._store.runs)
+        if not here:
+            return 'time left unknown yet'
+        each = (time.perf_counter() - self._began) / here
+        return f'{_clock(each * (total - len(self._results)))} left'
+
+
+def _mean_sd(sample: list[float], scale: float, signed: bool = False) -> str:
+    """`97.12 ± 0.40`, the standard deviation only of two or more."""
+    if not sample:
+        return '–'
+    mean = number(float(np.mean(sample)) * scale, 2, signed)
+    if len(sample) < 2:
+        return mean
+    return f'{mean} ± {number(float(np.std(sample, ddof=1)) * scale, 2)}'
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f'{minutes} min {rest:02d} s' if minutes else f'{rest} s'

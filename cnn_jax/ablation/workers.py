@@ -1,0 +1,369 @@
+"""The workers of an ablation: processes of this machine, or tasks of a Ray cluster.
+
+`python -m cnn_jax.ablation.workers --workdir=FOLDER --task=FILE --worker=N` is a worker; it takes
+runs from the store in the work directory until none is left. Both kinds of workers are used alike:
+`running`, `outputs`, `stop`. When a worker dies the others take over its run; only the death of all
+is an error. JAX is imported by the workers alone: the process that starts them needs no device.
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import config as cfg
+from cnn_jax import runtime
+from cnn_jax.ablation.plan import Plan, budget, by_structure, code_digest
+from cnn_jax.ablation.results import Result, Run, Store, open_store
+from cnn_jax.errors import RunFailed, UserError
+
+RETRIES = 10  # of a Ray worker, for nodes that die
+MISTAKE = 2  # a worker's exit code when the user must mend something
+OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # in XLA's message
+WAIT = 0.5  # seconds between looks at runs that other processes have claimed
+
+Data = tuple[dict[str, Any], Any, Any]  # the description, the training and the evaluation batches
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker must know.
+
+    Attributes:
+        plan: The plan, as JSON.
+        command: The command that the user typed, for the report.
+        workers: Number of workers.
+        together: The most runs that a process trains at once.
+        pinned: True to give each worker cores of its own.
+    """
+
+    plan: str
+    command: str
+    workers: int
+    together: int
+    pinned: bool
+
+
+def _check(ended: list[tuple[int, str]], any_left: bool) -> None:
+    """Raise the error that the exit codes and outputs of ended workers call for."""
+    last_lines = [
+        (code, (text.strip().splitlines() or ['nothing on its standard error'])[-1])
+        for code, text in ended
+    ]
+    for code, line in last_lines:
+        if code == MISTAKE:
+            raise UserError(line.removeprefix('error: '))
+    if not any_left and all(code for code, _ in last_lines):
+        code, line = last_lines[-1]
+        raise RunFailed(f'every worker died, the last one with exit code {code}: {line}')
+
+
+class LocalWorkers:
+    """Processes of this machine; their output goes to `logs/`.
+
+    Args:
+        command: The command of a worker.
+        workers: Number of workers.
+        logs: Folder of the logs.
+    """
+
+    def __init__(self, command: list[str], workers: int, logs: Path):
+        name = f'{socket.gethostname()}-{os.getpid()}'  # another launcher may use the folder
+        self._logs = [logs / f'{name}-{number}.log' for number in range(workers)]
+        self._processes = []
+        for number, log in enumerate(self._logs):
+            with log.open('w') as file:
+                process = subprocess.Popen(
+                    [*command, f'--worker={number}'], stdout=file, stderr=subprocess.STDOUT
+                )
+            self._processes.append(process)
+
+    def running(self) -> bool:
+        """Tell whether any worker is still at work.
+
+        Errors:
+            UserError: A worker cannot work, for a reason that the user must mend.
+            RunFailed: All have ended with errors.
+        """
+        codes = [process.poll() for process in self._processes]
+        ended = [(code, log) for code, log in zip(codes, self._logs) if code is not None]
+        _check([(code, log.read_text()) for code, log in ended], None in codes)
+        return None in codes
+
+    def outputs(self) -> list[str]:
+        """The output of each worker that ended well."""
+        ended = zip(self._processes, self._logs)
+        return [log.read_text() for process, log in ended if process.returncode == 0]
+
+    def stop(self) -> None:
+        """End the workers; their unfinished runs are free again."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.wait()
+
+
+class RayWorkers:
+    """Ray tasks. All nodes must see the work directory and this checkout under the same paths.
+
+    Ray starts a worker again when its process or its node dies; the run it had claimed is free
+    again then, and finished ones are not repeated.
+
+    Args:
+        command: The command of a worker, run in the current folder.
+        workers: Number of workers.
+        address: Address of a cluster, as `ray.init` takes it; '' starts one here.
+        cpus, gpus, tpus: Devices that each worker reserves.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        workers: int,
+        *,
+        address: str = '',
+        cpus: float = 1,
+        gpus: float = 0,
+        tpus: float = 0,
+    ):
+        import ray
+
+        self._ray = ray
+        ray.init(address=address or None, log_to_driver=False, include_dashboard=False)
+        folder = str(Path.cwd())
+
+        @ray.remote(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            resources={'TPU': tpus} if tpus else {},
+            max_retries=RETRIES,
+        )
+        def work(number: int) -> tuple[int, str]:
+            line = [*command, f'--worker={number}']
+            done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
+            return done.returncode, done.stdout if done.returncode == 0 else done.stderr
+
+        self._tasks = [work.remote(number) for number in range(workers)]
+
+    def running(self) -> bool:
+        """Tell whether any worker is still at work; errors as those of `LocalWorkers`."""
+        ready, waiting = self._ray.wait(self._tasks, num_returns=len(self._tasks), timeout=0)
+        _check(self._ray.get(ready), bool(waiting))
+        return bool(waiting)
+
+    def outputs(self) -> list[str]:
+        """The output of each worker that ended well."""
+        return [text for code, text in self._ray.get(self._tasks) if code == 0]
+
+    def stop(self) -> None:
+        """End the workers and leave the cluster."""
+        for task in self._tasks:
+            self._ray.cancel(task, force=True)
+        self._ray.shutdown()
+
+
+def work(folder: Path, task: Task, worker: int) -> None:
+    """Train runs in this process, a worker's, and print what was done."""
+    from cnn_jax.selfcheck import self_check
+
+    end_with_parent()
+    plan = Plan.from_json(task.plan)
+    if task.pinned:
+        pin(worker, task.workers, plan.threads)
+    settings = runtime.configure(plan.threads)
+    self_check()
+    store, data = open_ablation(folder, plan, settings, task.command)
+    print(json.dumps(run_missing(store, data, start=worker, together=task.together)))
+
+
+def open_ablation(
+    folder: Path, plan: Plan, settings: runtime.Settings, command: str, parts: Any = None
+) -> tuple[Store, Data]:
+    """Open the data of an ablation and its store.
+
+    Args:
+        folder: The work directory.
+        plan: The plan.
+        settings: Settings of this process.
+        command: The command that the user typed, for the report.
+        parts: As in `ablate`.
+
+    Errors:
+        UserError: The data cannot be opened, or the folder holds an ablation with other configs,
+            data or code.
+    """
+    from cnn_jax.train import manifest, setup
+
+    first = plan.configs[plan.baseline]
+    train, evaluation, description, _ = setup.open_data(first)
+    provenance = {
+        'code': code_digest(),
+        'training data': description['train']['fingerprint'],
+        'evaluation data': description['eval']['fingerprint'],
+        'jaxlib': runtime.jaxlib_version(),
+        'devices': runtime.devices(),
+        'XLA_FLAGS': settings.xla_flags,
+    }
+    if not first.train.threads:  # as many as the cores of this machine
+        provenance['threads'] = str(settings.threads)
+    machine = runtime.machine(settings)
+    facts = {
+        'command': command,
+        'manifest': manifest.manifest(cfg.content_hash(first), machine, description),
+        'budgets': {arm: budget(config, train.n) for arm, config in plan.configs.items()},
+    }
+    return open_store(folder, plan, provenance, facts), (description, train, evaluation)
+
+
+def run_missing(
+    store: Store,
+    data: Data,
+    *,
+    start: int = 0,
+    together: int = 1,
+    go_on: Callable[[], bool] = lambda: True,
+    parts: Any = None,
+) -> dict[str, int]:
+    """Train every run that no other process has, until all have a result.
+
+    Runs of one structure follow each other and share one compilation. A run that another process
+    has claimed is waited for, and taken over if that process dies.
+
+    Args:
+        store: The runs.
+        data: The data's description, as `train.setup.describe` gives it, with `preprocessing`;
+            the opened batches of both splits.
+        start: Number of the structure to begin with, so that several workers begin with
+            different ones.
+        together: The most runs that are trained together; fewer where memory is short.
+        go_on: Called after each; False stops.
+        parts: As in `ablate`.
+
+    Returns:
+        `cells`, the runs that were trained here, and `compilations` of the training step.
+    """
+    groups = by_structure(store.plan)
+    shift = start % len(groups)
+    structures = [
+        _Structure(store, arms, data, together) for arms in groups[shift:] + groups[:shift]
+    ]
+    done, stopped = 0, False
+    while store.missing() and not stopped:
+        before = done
+        for structure in structures:
+            while not stopped and (count := structure.run_some()):
+                done += count
+                stopped = not go_on()
+        if done == before:
+            time.sleep(WAIT)
+            stopped = not go_on()
+    return {'cells': done, 'compilations': sum(s.compilations() for s in structures)}
+
+
+class _Structure:
+    """The arms that share one compilation."""
+
+    def __init__(self, store: Store, arms: list[str], data: Data, together: int):
+        self._store, self._arms, self._data = store, arms, data
+        self._together = together
+        self._compiled: Any = None
+        self._past = 0
+
+    def compilations(self) -> int:
+        """The number of times that the training step was compiled for these arms."""
+        return self._past + (self._compiled.compilations() if self._compiled else 0)
+
+    def run_some(self) -> int:
+        """Claim, train and record as many runs as are trained together; returns their number."""
+        missing = [run for run in self._store.missing() if run.arm in self._arms]
+        with ExitStack() as claims:
+            runs = []
+            for run in missing:
+                if claims.enter_context(self._store.claim(run)):
+                    runs.append(run)
+                if len(runs) == self._width(len(missing)):
+                    break
+            results = self._train(runs) if runs else []
+            for run, result in zip(runs, results):
+                self._store.write(run, result)
+        return len(runs)
+
+    def _width(self, missing: int) -> int:
+        """The number of runs to train together: as compiled, else so that all rounds are full."""
+        if self._compiled:
+            return self._compiled.together
+        rounds = math.ceil(missing / self._together)
+        return math.ceil(missing / rounds)
+
+    def _train(self, runs: list[Run]) -> list[Result]:
+        """The results of claimed runs."""
+        from cnn_jax.ablation.cell import train_cells
+        from cnn_jax.ablation.compiled import compile_structure
+
+        description, train, evaluation = self._data
+        configs = [self._store.plan.config(run.arm, run.seed) for run in runs]
+        began = time.perf_counter()
+        results: list[Result]
+        try:
+            if not self._compiled:
+                self._compiled = compile_structure(configs[0], description, len(runs))
+            results = train_cells(configs, self._compiled, train, evaluation)
+        except Exception as error:  # one arm's failure must not stop the others
+            if OUT_OF_MEMORY in str(error) and len(runs) > 1:
+                return self._train_fewer(runs)
+            reason = f'{type(error).__name__}: {error}'
+            results = [{'status': 'failed', 'reason': reason} for _ in runs]
+        for result in results:
+            result['wall_seconds'] = (time.perf_counter() - began) / len(runs)
+            result['compilations'] = self.compilations()
+        return results
+
+    def _train_fewer(self, runs: list[Run]) -> list[Result]:
+        """Train the same, half as many at a time, and so those that follow."""
+        self._past, self._compiled = self.compilations(), None
+        self._together = len(runs) // 2
+        results = []
+        while len(results) < len(runs):
+            results += self._train(runs[len(results) :][: self._together])
+        return results
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends, however it does."""
+    if sys.platform == 'linux':
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def pin(number: int, workers: int, threads: int) -> None:
+    """Give a worker cores of its own, one a thread, where the workers take all cores."""
+    if not hasattr(os, 'sched_setaffinity'):  # macOS
+        return
+    mine = sorted(os.sched_getaffinity(0))
+    if workers == len(mine) // threads > 1:  # fewer may have another launcher beside them
+        os.sched_setaffinity(0, mine[number * threads : (number + 1) * threads])
+
+
+def main() -> None:
+    """Be a worker; a `UserError` is one line on standard error and exit code 2."""
+    options = dict(argument.lstrip('-').split('=', 1) for argument in sys.argv[1:])
+    task = Task(**json.loads(Path(options['task']).read_text()))
+    try:
+        work(Path(options['workdir']), task, int(options['worker']))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(MISTAKE)
+
+
+if __name__ == '__main__':
+    main()
