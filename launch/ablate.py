@@ -60,6 +60,7 @@ def main(_) -> int:
     config = cli.read_config(CONFIG)
     # One thread a run: results then do not depend on the number of workers.
     threads = config.train.threads = config.train.threads or 1
+    workers = max(1, runtime.cores() // threads) if runtime.runs_on_cpu() else 1
     arguments = [each for each in sys.argv[1:] if not each.startswith(('--workers=', '--retry'))]
     result = ablate(
         plan_of(_experiment(), config, SEEDS.value),

@@ -114,7 +114,7 @@ def paired_t(
     """
     undefined = is_constant(differences)[..., None]
     t, p = stats.ttest_1samp(np.where(undefined, np.nan, differences), 0, axis=-1)
-    return t, p
+    return np.asarray(t), np.asarray(p)
 
 
 def sign_flip_test(differences: Float[np.ndarray, '*b n']) -> Float[np.ndarray, '*b']:
