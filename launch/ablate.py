@@ -65,8 +65,7 @@ def main(_) -> int:
     result = ablate(
         plan_of(_experiment(), config, SEEDS.value),
         workdir=WORKDIR.value,
-        workers=WORKERS.value
-        or (max(1, runtime.cores() // threads) if runtime.runs_on_cpu() else 1),
+        workers=WORKERS.value or workers,
         together=TOGETHER.value,
         retry_failed=RETRY.value,
         executor=EXECUTOR.value,
