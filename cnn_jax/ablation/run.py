@@ -173,7 +173,7 @@ def _run_here(
     parts: Any,
 ) -> bool:
     """Train all runs in this process; False if asked to stop."""
-    from cnn_jax.selfcheck import self_check
+    from cnn_jax.tools.selfcheck import self_check
 
     self_check()
     store, data = open_ablation(folder, plan, settings, command, parts)

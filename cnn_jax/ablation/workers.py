@@ -174,7 +174,7 @@ class RayWorkers:
 
 def work(folder: Path, task: Task, worker: int) -> None:
     """Train runs in this process, a worker's, and print what was done."""
-    from cnn_jax.selfcheck import self_check
+    from cnn_jax.tools.selfcheck import self_check
 
     end_with_parent()
     plan = Plan.from_json(task.plan)
