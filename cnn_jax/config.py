@@ -273,3 +273,8 @@ def content_hash(config: Config) -> str:
     defaults = to_flat(Config())
     chosen = {path: given for path, given in to_flat(config).items() if given != defaults[path]}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def is_on(value: Any) -> bool:
+    """Return whether an optional field of a bound config is compiled in: it is traced, or not 0."""
+    return not (isinstance(value, (int, float)) and value == 0)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from cnn_jax import config as cfg
 from cnn_jax import params, rng
 from cnn_jax.data import decode
-from cnn_jax.data.augment import shown
+from cnn_jax.data.augment import augment_and_normalize
 from cnn_jax.data.batches import eval_batches, local_size, put, train_indices
 from cnn_jax.data.source import digest
 from cnn_jax.errors import UserError
@@ -141,7 +141,7 @@ class Extractor:
                 x = self.prepare(images)
             else:
                 key = rng.key(self.config.seed, 'augment', view)
-                x = shown(augment, augment, key, images, index, self.prepare)
+                x = augment_and_normalize(augment, key, images, index, self.prepare)
             variables = {'params': {'backbone': weights}}
             with nn.intercept_methods(winograd_interceptor):
                 out: Any = model.apply(variables, x, train=False, method='features')

@@ -56,7 +56,7 @@ def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict
     import numpy as np
 
     from cnn_jax import rng
-    from cnn_jax.data.augment import mix, shown
+    from cnn_jax.data.augment import augment_and_normalize, mix
     from cnn_jax.data.batches import open_batches
     from cnn_jax.features import views_at
     from cnn_jax.train import setup
@@ -68,10 +68,10 @@ def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict
     @jax.jit
     def seen(batch, step):
         key, index, label = rng.key(config.seed, 'augment', step), batch['index'], batch['label']
-        images = shown(augment, augment, key, batch['image'], index, prepare)
+        images = augment_and_normalize(augment, key, batch['image'], index, prepare)
         mixed = images, label, np.ones(label.shape, np.float32)
         if augment.mixup or augment.cutmix:
-            mixed = mix(augment, augment, key, images, label, index)
+            mixed = mix(augment, key, images, label, index)
         return dict(zip(('shown', 'other_label', 'share'), mixed))
 
     views = config.features.views if caches_views(config) else 0

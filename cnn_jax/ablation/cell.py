@@ -10,7 +10,7 @@ import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax.ablation.compiled import Compiled, Phase
-from cnn_jax.data.batches import reordered
+from cnn_jax.data.batches import with_order
 from cnn_jax.params import flatten
 from cnn_jax.train import early_stopping, metrics, precise_norm, setup
 from cnn_jax.train.early_stopping import Best
@@ -191,10 +191,10 @@ class _Data:
         for config, state in zip(configs, states):
             size = config.data.eval_batch or config.data.batch
             splits = (
-                reordered(train, batch=config.data.batch, seed=config.seed),
+                with_order(train, batch=config.data.batch, seed=config.seed),
                 # Evaluated, too: its gap to the evaluation split is part of the result.
-                reordered(train, batch=size),
-                reordered(evaluation, batch=size),
+                with_order(train, batch=size),
+                with_order(evaluation, batch=size),
             )
             if phase.steps.cached:
                 task, description = compiled.task, compiled.description

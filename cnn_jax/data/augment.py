@@ -1,69 +1,27 @@
 """Random changes to training images, on the device, keyed by example.
 
 The key of an example depends on its index and not on its place in a batch, so an image is changed
-in the same way whatever the batch size, the process or the device that it lands on.
+in the same way whatever the batch size, the process or the device.
+
+Functions that take an `Augment` take a bound one: a field that is off is the number 0 and is not
+compiled in; one that is on may be traced, and then 0 changes no bit (`cnn_jax.config.is_on`).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32, Key, Num, UInt8
 
-from cnn_jax.config import Augment
+from cnn_jax.config import Augment, is_on
 from cnn_jax.data import policies
 
-Number = Float[Array, ''] | float
-
-
-class Erasing(NamedTuple):
-    """Of random erasing, all numbers; defaults are the paper's."""
-
-    rate: Number = 0.5  # probability that an image is erased at all
-    least: Number = 0.02  # area, as a share of the image's
-    most: Number = 0.4
-    aspect: Number = 0.3  # least height : width; the largest is its inverse
-
-
-def erase(
-    key: Key[Array, ''],
-    image: Num[Array, 'h w c'],
-    erasing: Erasing,
-    fill: Num[Array, '1 1 c'],
-) -> Num[Array, 'h w c']:
-    """With a probability, sets a rectangle to the mean.
-
-    height = √(s·h·w·a), width = √(s·h·w / a), rounded; s ~ U(least, most),
-    log a ~ U(log aspect, −log aspect), its place uniform over where it fits
-
-    Deviations: the paper draws again until the rectangle fits, here a is drawn from where it
-    does; a is log-uniform as in torchvision, so that tall and wide are equally likely; the
-    paper's variant RE-M (the mean), for random pixels have no right scale in all
-    preprocessings.
-
-    Source: Zhong et al. 2020, "Random erasing data augmentation".
-    """
-    height, width, _ = image.shape
-    happens, size, shape, vertical, horizontal = jax.random.uniform(key, (5,))
-    share = jnp.maximum(erasing.least + size * (erasing.most - erasing.least), 1e-6)
-    low = jnp.log(jnp.maximum(erasing.aspect, share * height / width))
-    high = jnp.log(jnp.minimum(1 / erasing.aspect, height / (share * width)))
-    aspect = jnp.exp(low + shape * (high - low))
-    area = share * height * width
-    tall = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 0, height)
-    wide = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 0, width)
-    top = jnp.floor(vertical * (height - tall + 1))
-    left = jnp.floor(horizontal * (width - wide + 1))
-    row = jnp.arange(height, dtype=jnp.float32)[:, None, None]
-    column = jnp.arange(width, dtype=jnp.float32)[None, :, None]
-    inside = (top <= row) & (row < top + tall) & (left <= column) & (column < left + wide)
-    return jnp.where(inside & (happens < erasing.rate), fill, image)
-
-
-# Each draws from a key of its own, so none depends on whether the others are on. A number is
-# part of every result ever reported; flip, crop and cutout share the key without one.
+Images = Float[Array, 'b h w c']
+Lambdas = Float[Array, ' b']
+JITTERS = 'brightness', 'contrast', 'saturation'
+# Each change draws from a key of its own, so none depends on whether the others are on. A number
+# is part of every result ever reported; flip, crop and cutout share the key without one.
 STREAMS = {
     'rotation': 16,
     'erasing': 17,
@@ -74,86 +32,65 @@ STREAMS = {
 }
 
 
-def shown(
-    on: Augment,
-    strengths: Augment,
+def augment_and_normalize(
+    augment: Augment,
     key: Key[Array, ''],
     images: UInt8[Array, 'b h w c'],
     index: Int32[Array, ' b'],
-    prepare: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']],
+    normalize: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']],
 ) -> Float[Array, 'b h w d']:
-    """What the network is shown of images: colours changed, prepared, then changed in the plane.
+    """Return the network's input: colours changed, normalized, then changed in the plane.
 
-    Colour, and the policies, act on 8-bit pixels; flip, rotation, crop, cutout and erasing on
+    Colours and the policies act on 8-bit pixels; flip, rotation, crop, cutout and erasing on
     normalized ones, where the mean that they fill with is 0.
 
     Args:
-        on: Says which changes are on.
-        strengths: The same with traced values.
-        key: Folded with the seed and the step, not with anything of the batch.
-        images: As the source has them.
+        augment: The bound settings.
+        key: The key of the seed and the step, without anything of the batch.
+        images: The source's images.
         index: The examples' positions in the source.
-        prepare: From uint8 images to the network's floats.
+        normalize: The function from uint8 images to the network's floats.
     """
-    images = prepare(recoloured(on, strengths, key, images, index))
-    erasing = Erasing(
-        strengths.erasing, strengths.erase_least, strengths.erase_most, strengths.erase_aspect
-    )
-    return augment(
-        key,
-        images,
-        index,
-        flip=on.flip,
-        crop=on.crop,
-        cutout=on.cutout,
-        rotation=strengths.rotation if on.rotation else None,
-        erasing=erasing if on.erasing else None,
-    )
+    images = augment_uint8(augment, key, images, index)
+    return augment_plane(augment, key, normalize(images), index)
 
 
-def recoloured(
-    on: Augment,
-    strengths: Augment,
+def augment_uint8(
+    augment: Augment,
     key: Key[Array, ''],
     images: UInt8[Array, 'b h w c'],
     index: Int32[Array, ' b'],
 ) -> UInt8[Array, 'b h w c']:
-    """8-bit images after RandAugment, TrivialAugment and colour jitter; arguments as in `shown`."""
+    """Apply RandAugment, TrivialAugment and colour jitter; arguments: `augment_and_normalize`."""
+    jitters = {n: getattr(augment, n) for n in JITTERS if is_on(getattr(augment, n))}
 
     def one(image, index):
-        if on.randaugment:
+        if is_on(augment.randaugment):
             k = example_key(key, index, 'randaugment')
-            image = policies.rand_augment(
-                k, image, on.randaugment_operations, strengths.randaugment
-            )
-        if on.trivialaugment:
+            count = augment.randaugment_operations
+            image = policies.rand_augment(k, image, count, augment.randaugment)
+        if is_on(augment.trivialaugment):
             k = example_key(key, index, 'trivialaugment')
-            image = policies.trivial_augment(k, image, strengths.trivialaugment)
-        if any(getattr(on, name) for name in policies.JITTERS):
+            image = policies.trivial_augment(k, image, augment.trivialaugment)
+        if jitters:
             k = example_key(key, index, 'colour')
-            chosen = {n: getattr(strengths, n) for n in policies.JITTERS if getattr(on, n)}
-            pixels = policies.jitter(k, image.astype(jnp.float32), **chosen)
+            pixels = policies.jitter(k, image.astype(jnp.float32), **jitters)
             image = policies.as_type(pixels, image.dtype)
         return image
 
     return jax.vmap(one)(images, index)
 
 
-def augment(
+def augment_plane(
+    augment: Augment,
     key: Key[Array, ''],
     images: Num[Array, 'b h w c'],
     index: Int32[Array, ' b'],
-    *,
-    flip: bool = False,
-    crop: int = 0,
-    cutout: int = 0,
-    rotation: Float[Array, ''] | float | None = None,
-    erasing: Erasing | None = None,
     fill: Num[Array, ' c'] | float = 0,
 ) -> Num[Array, 'b h w c']:
-    """Flip, rotation, pad-and-crop, cutout, erasing, in this order; what is off costs nothing.
+    """Apply flip, rotation, pad-and-crop, cutout and erasing, in this order.
 
-    - flip: with probability 1/2.
+    - flip: left to right, with probability 1/2.
     - rotation: about the centre, by an angle uniform in ±rotation, bilinear, corners `fill`.
     - crop: pad by `crop` pixels on each side, then cut a window of the old size at a uniformly
       random place (He et al. 2016, Deep residual learning, section 4.2).
@@ -162,16 +99,11 @@ def augment(
     - erasing: see `erase`.
 
     Args:
-        key: Folded with the seed and the step, not with anything of the batch.
+        augment: The bound settings.
+        key: The key of the seed and the step, without anything of the batch.
         images: uint8 or float; normalized ones for the published zero padding.
         index: The examples' positions in the source.
-        flip: Whether to flip at all.
-        crop: Padding, in pixels.
-        cutout: Side of the square, in pixels.
-        rotation: Largest angle, in degrees; 0 changes no bit, None is off.
-        erasing: Its numbers; a rate of 0 changes no bit, None is off.
-        fill: The channel mean in the images' units, a number or one a channel; of normalized
-            images it is 0.
+        fill: The channel means in the images' units; 0 for normalized images.
 
     Returns:
         Images of the same shape and type.
@@ -181,16 +113,18 @@ def augment(
     def one(image, index):
         # Each change has bits of its own, so none depends on whether the others are on.
         bits = jax.random.bits(jax.random.fold_in(key, index), (5,))
-        if flip:
+        if augment.flip:
             image = jnp.where(bits[0] % 2 == 1, image[:, ::-1], image)
-        if rotation is not None:
-            image = _rotated(example_key(key, index, 'rotation'), image, rotation, fill)
-        if crop:
-            image = _crop(bits[1], bits[2], image, crop, fill)
-        if cutout:
-            image = _cut_out(bits[3], bits[4], image, cutout, fill)
-        if erasing is not None:
-            image = erase(example_key(key, index, 'erasing'), image, erasing, fill)
+        if is_on(augment.rotation):
+            k = example_key(key, index, 'rotation')
+            angle = augment.rotation * (2 * jax.random.uniform(k) - 1)
+            image = policies.affine(image, policies.rotation(angle), fill)
+        if augment.crop:
+            image = _crop(bits[1], bits[2], image, augment.crop, fill)
+        if augment.cutout:
+            image = _cut_out(bits[3], bits[4], image, augment.cutout, fill)
+        if is_on(augment.erasing):
+            image = erase(augment, example_key(key, index, 'erasing'), image, fill)
         return image
 
     return jax.vmap(one)(images, index)
@@ -199,11 +133,6 @@ def augment(
 def example_key(key: Key[Array, ''], index: Int32[Array, ''], stream: str) -> Key[Array, '']:
     """The key of one example for one of `STREAMS`."""
     return jax.random.fold_in(jax.random.fold_in(key, index), STREAMS[stream])
-
-
-def _rotated(key: Array, image: Array, degrees, fill: Array) -> Array:
-    angle = degrees * (2 * jax.random.uniform(key) - 1)
-    return policies.affine(image, policies.rotation(angle), fill)
 
 
 def _crop(row_bits: Array, column_bits: Array, image: Array, pad: int, fill: Array) -> Array:
@@ -227,6 +156,42 @@ def _below(n: int, bits: Array) -> Array:
     return (bits % n).astype(jnp.int32)
 
 
+def erase(
+    augment: Augment,
+    key: Key[Array, ''],
+    image: Num[Array, 'h w c'],
+    fill: Num[Array, '1 1 c'],
+) -> Num[Array, 'h w c']:
+    """Set a random rectangle to the mean, with probability `augment.erasing`.
+
+    height = √(s·h·w·a), width = √(s·h·w / a), rounded; s ~ U(erase_least, erase_most),
+    log a ~ U(log erase_aspect, −log erase_aspect), its place uniform over where it fits
+
+    Deviations: the paper draws again until the rectangle fits, here a is drawn from where it
+    does; a is log-uniform as in torchvision, so that tall and wide are equally likely; the
+    paper's variant RE-M (the mean), for random pixels have no right scale in all
+    preprocessings.
+
+    Source: Zhong et al. 2020, "Random erasing data augmentation".
+    """
+    height, width, _ = image.shape
+    least, most, least_aspect = augment.erase_least, augment.erase_most, augment.erase_aspect
+    happens, size, shape, vertical, horizontal = jax.random.uniform(key, (5,))
+    fraction = jnp.maximum(least + size * (most - least), 1e-6)
+    low = jnp.log(jnp.maximum(least_aspect, fraction * height / width))
+    high = jnp.log(jnp.minimum(1 / least_aspect, height / (fraction * width)))
+    aspect = jnp.exp(low + shape * (high - low))
+    area = fraction * height * width
+    rows = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 0, height)
+    columns = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 0, width)
+    top = jnp.floor(vertical * (height - rows + 1))
+    left = jnp.floor(horizontal * (width - columns + 1))
+    row = jnp.arange(height, dtype=jnp.float32)[:, None, None]
+    column = jnp.arange(width, dtype=jnp.float32)[None, :, None]
+    inside = (top <= row) & (row < top + rows) & (left <= column) & (column < left + columns)
+    return jnp.where(inside & (happens < augment.erasing), fill, image)
+
+
 def normalize(
     images: UInt8[Array, 'b h w c'],
     mean: Float[Array, ' c'],
@@ -239,63 +204,57 @@ def normalize(
     return (images.astype(jnp.float32) * scale - shift).astype(dtype)
 
 
-Images = Float[Array, 'b h w c']
-Shares = Float[Array, ' b']
-
-
 def mix(
-    on: Augment,
-    strengths: Augment,
+    augment: Augment,
     key: Key[Array, ''],
     images: Images,
     labels: Int[Array, ' b'],
     index: Int32[Array, ' b'],
-) -> tuple[Images, Int[Array, ' b'], Shares]:
-    """Each image mixed with another of its batch, by mixup or by CutMix.
+) -> tuple[Images, Int[Array, ' b'], Lambdas]:
+    """Mix each image with another of its batch, by mixup or by CutMix, one of which is on.
 
-    The loss of an example is share·ℓ(label) + (1 − share)·ℓ(other label).
+    The loss of an example is λ·ℓ(label) + (1 − λ)·ℓ(other label).
 
-    The share is λ ~ Beta(α, α) for mixup; for CutMix it is what is left after a rectangle of
-    about 1 − λ of the pixels. With α = 0 nothing changes, not a bit, and the share is 1. Where
-    both are on, a coin decides for each example.
+    λ ~ Beta(α, α) for mixup; for CutMix it is what is left after a rectangle of about 1 − λ of
+    the pixels. With α = 0 nothing changes, not a bit, and λ is 1. Where both are on, a coin
+    decides for each example.
 
     λ is drawn for each example, as the equations of both papers have it; their code draws one
     for a batch, which has the same mean and more noise. It follows from the example's index; the
     partner follows from the batch's examples, not from their order.
 
     Args:
-        on: Says whether mixup or CutMix is on; one of them is.
-        strengths: The same with traced values: `mixup` and `cutmix` are α.
-        key: Folded with the seed and the step, not with anything of the batch.
-        images: Prepared, and augmented as each is alone.
+        augment: The bound settings; `mixup` and `cutmix` are α.
+        key: The key of the seed and the step, without anything of the batch.
+        images: Normalized, and augmented one by one.
         labels: Class numbers.
         index: The examples' positions in the source.
 
     Returns:
-        The mixed images; the labels of the partners; the share of the own label, in [0, 1].
+        The mixed images; the labels of the partners; λ, in [0, 1].
 
     Source: Zhang et al. 2018, "mixup: beyond empirical risk minimization"; Yun et al. 2019,
     "CutMix".
     """
-    of_partner, of_share, of_place, of_coin = jax.vmap(
+    k_partner, k_lam, k_box, k_coin = jax.vmap(
         lambda i: jax.random.split(example_key(key, i, 'mix'), 4), out_axes=1
     )(index)
-    partner = partners(of_partner)
+    partner = partners(k_partner)
     others, other_labels = images[partner], labels[partner]
-    if not on.cutmix:
-        share = shares(of_share, strengths.mixup)
-        return mixup(images, others, share), other_labels, share
-    cut, kept = cutmix(of_place, images, others, shares(of_share, strengths.cutmix))
-    if not on.mixup:
-        return cut, other_labels, kept
-    share = shares(of_share, strengths.mixup)
-    heads = jax.vmap(jax.random.bernoulli)(of_coin)
-    mixed = jnp.where(heads[:, None, None, None], cut, mixup(images, others, share))
-    return mixed, other_labels, jnp.where(heads, kept, share)
+    if not is_on(augment.cutmix):
+        lam = sample_lambda(k_lam, augment.mixup)
+        return mixup(images, others, lam), other_labels, lam
+    cut, lam_cut = cutmix(k_box, images, others, sample_lambda(k_lam, augment.cutmix))
+    if not is_on(augment.mixup):
+        return cut, other_labels, lam_cut
+    lam = sample_lambda(k_lam, augment.mixup)
+    heads = jax.vmap(jax.random.bernoulli)(k_coin)
+    mixed = jnp.where(heads[:, None, None, None], cut, mixup(images, others, lam))
+    return mixed, other_labels, jnp.where(heads, lam_cut, lam)
 
 
 def partners(keys: Key[Array, ' b']) -> Int32[Array, ' b']:
-    """For each example another one: the next in a random cycle through the whole batch.
+    """Another example for each: the next in a random cycle through the whole batch.
 
     A permutation in which nothing stays in its place, from two examples on.
     """
@@ -304,8 +263,8 @@ def partners(keys: Key[Array, ' b']) -> Int32[Array, ' b']:
     return jnp.zeros_like(order).at[order].set(jnp.roll(order, -1))
 
 
-def shares(keys: Key[Array, ' b'], alpha: Array | float) -> Shares:
-    """λ ~ Beta(α, α); 1 for α = 0.
+def sample_lambda(keys: Key[Array, ' b'], alpha: Array | float) -> Lambdas:
+    """Draw λ ~ Beta(α, α); 1 for α = 0.
 
     Without a loop, for any α > 0, from uniform u: with cos = cos 2πu₂,
     Y = 1/2 + 1/2·√(1 − u₁^(2/(2α+1)))·cos is Beta(α + 1, α + 1), and
@@ -327,39 +286,39 @@ def shares(keys: Key[Array, ' b'], alpha: Array | float) -> Shares:
     return jax.vmap(one)(keys)
 
 
-def mixup(images: Images, others: Images, share: Shares) -> Images:
+def mixup(images: Images, others: Images, lam: Lambdas) -> Images:
     """λ·x + (1 − λ)·other."""
-    weight = share.astype(images.dtype)[:, None, None, None]
+    weight = lam.astype(images.dtype)[:, None, None, None]
     return jnp.where(weight == 1, images, weight * images + (1 - weight) * others)
 
 
 def cutmix(
-    keys: Key[Array, ' b'], images: Images, others: Images, share: Shares
-) -> tuple[Images, Shares]:
-    """A rectangle of the other image in place of the own pixels.
+    keys: Key[Array, ' b'], images: Images, others: Images, lam: Lambdas
+) -> tuple[Images, Lambdas]:
+    """Replace a rectangle of each image by the other's pixels.
 
     Its sides are ⌊h·√(1 − λ)⌋ and ⌊w·√(1 − λ)⌋, its centre uniform over the image, and it is cut
     off at the borders.
 
     Returns:
-        The images, and the exact share of pixels that each keeps, in place of λ.
+        The images, and the exact fraction of pixels that each keeps, in place of λ.
     """
     _, height, width, _ = images.shape
 
-    def inside(key, share):
+    def inside(key, lam):
         vertical, horizontal = jax.random.uniform(key, (2,))
-        rows = _interval(vertical, jnp.sqrt(1 - share), height)
-        columns = _interval(horizontal, jnp.sqrt(1 - share), width)
+        rows = _interval(vertical, jnp.sqrt(1 - lam), height)
+        columns = _interval(horizontal, jnp.sqrt(1 - lam), width)
         return rows[:, None] & columns[None, :]
 
-    cut = jax.vmap(inside)(keys, share)
-    kept = (height * width - cut.sum(axis=(1, 2))).astype(jnp.float32) / (height * width)
-    return jnp.where(cut[..., None], others, images), kept
+    cut = jax.vmap(inside)(keys, lam)
+    own = (height * width - cut.sum(axis=(1, 2))).astype(jnp.float32) / (height * width)
+    return jnp.where(cut[..., None], others, images), own
 
 
-def _interval(draw: Array, share: Array, size: int) -> Array:
-    """Which of the pixels of an axis lie in an interval about a random centre."""
-    side = jnp.floor(size * share)
+def _interval(draw: Array, fraction: Array, size: int) -> Array:
+    """A mask of the pixels of an axis that lie in an interval about a random centre."""
+    side = jnp.floor(size * fraction)
     first = jnp.floor(draw * size) - side // 2
-    place = jnp.arange(size, dtype=jnp.float32)
-    return (first <= place) & (place < first + side)
+    pixel = jnp.arange(size, dtype=jnp.float32)
+    return (first <= pixel) & (pixel < first + side)

@@ -148,7 +148,7 @@ def statistics(
 ) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
     """Mean and standard deviation of each channel, of pixels in [0, 1].
 
-    Taken from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
+    Indices from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
     224×224×3), else from the first that do, in a fixed shuffled order: the same numbers whether
     the set streams or not, whatever the seed, the batch or the machine. Sums of integers are
     exact. A channel that hardly varies has a standard deviation of one grey level, 1/255.
@@ -168,7 +168,7 @@ def statistics(
 
 
 Batch = dict[str, Array]
-Taken = tuple[np.ndarray, np.ndarray]  # index, mask
+Indices = tuple[np.ndarray, np.ndarray]  # index, mask
 PART = 32  # images that a thread reads at a time: large enough to hide the cost of handing it over
 
 
@@ -176,6 +176,7 @@ def open_batches(
     data: config.Data,
     which: str,
     *,
+    source: Any = None,
     seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -186,6 +187,8 @@ def open_batches(
     Args:
         data: Sets larger than `memory_gb` (10⁹ bytes, decoded) stream, unless `stream` decides.
         which: train or eval.
+        source: The split itself, as `as_source` takes it, in the place of the one that `data`
+            names; its slice and classes are still those that `data` names.
         seed: Of the order of the training examples.
         process_index, process_count: Which contiguous part of every batch is this process's.
         sharding: The layout of batches that are global arrays; without it, a batch is the
@@ -195,12 +198,12 @@ def open_batches(
         UserError: The training batch is larger than the data, `process_count` does not divide
             it, or what `open_split` finds wrong.
     """
-    source = open_split(data, which)
+    source = open_split(data, which, source)
     batch = data.batch if which == 'train' else data.eval_batch or data.batch
     if which == 'train' and batch > len(source):
         raise UserError(
-            f'config.data.batch is {batch}, but {data.source} has {len(source)} examples in '
-            f'{data.train}; lower it'
+            f'config.data.batch is {batch}, but {source.name} has {len(source)} examples for '
+            'training; lower it'
         )
     shape = image_shape(source, data.resize, data.size, data.channels)
     fits = len(source) * math.prod(shape) <= data.memory_gb * 1e9
@@ -216,7 +219,7 @@ def open_batches(
     return StreamBatches(source, data.resize, data.size, data.channels, **options)
 
 
-def reordered(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: int = 0) -> Any:
+def with_order(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: int = 0) -> Any:
     """The same images in batches of another size and in the order of another seed.
 
     The images are shared with `batches`, on the device, too.
@@ -269,7 +272,7 @@ class DeviceBatches:
         """The images at the given positions, on the host."""
         return self._arrays.images[index]
 
-    def _batches(self, taken: Iterable[Taken]) -> Iterator[Batch]:
+    def _batches(self, taken: Iterable[Indices]) -> Iterator[Batch]:
         for index_and_mask in taken:
             if self._sharding:  # else the jitted call takes them over, in a tenth of the time
                 index_and_mask = put(index_and_mask, self._sharding)
@@ -344,7 +347,7 @@ class StreamBatches:
         parts = -(-local // PART)
         return local, parts, max(cores() + 1, 2 * parts)
 
-    def _batches(self, taken: Callable[[int], Taken], count: int) -> Iterator[Batch]:
+    def _batches(self, taken: Callable[[int], Indices], count: int) -> Iterator[Batch]:
         """The batches of what is `taken` at 0…count−1.
 
         One is on its way to the device while the one before it is in use.
@@ -360,7 +363,7 @@ class StreamBatches:
             yield placed
 
     def _read_ahead(
-        self, taken: Callable[[int], Taken], count: int
+        self, taken: Callable[[int], Indices], count: int
     ) -> Generator[dict[str, np.ndarray], None, None]:
         from grain import MapDataset, ReadOptions
 
@@ -407,12 +410,12 @@ class _Order:
     def __post_init__(self):
         local_size(self.batch, self.process_count)  # refuses a batch that cannot be shared
 
-    def train(self, step: int) -> Taken:
+    def train(self, step: int) -> Indices:
         share = (self.process_index, self.process_count)
         mask = np.ones(local_size(self.batch, self.process_count), bool)
         return train_indices(self.n, self.batch, self.seed, step, *share), mask
 
-    def evaluate(self) -> Iterator[Taken]:
+    def evaluate(self) -> Iterator[Indices]:
         return eval_batches(self.n, self.batch, self.process_index, self.process_count)
 
 

@@ -90,7 +90,6 @@ def as_type(x: Float[Array, '...'], dtype) -> Num[Array, '...']:
     return jnp.clip(jnp.round(x), limits.min, limits.max).astype(dtype)
 
 
-JITTERS = 'brightness', 'contrast', 'saturation'
 GREY = 0.2989, 0.587, 0.114  # ITU-R BT.601, with torchvision's digits
 
 

@@ -1,8 +1,9 @@
 """A source of labelled images: random access, uint8 pixels, integer labels, class names."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -70,12 +71,97 @@ def from_arrays(
         channels=channels,
         read=lambda i: images[i],
         describe=lambda i: f'example {i}',
-        fingerprint=digest(repr((images.shape, class_names)), images.tobytes(), labels.tobytes()),
+        fingerprint=digest(
+            repr((images.shape, class_names)), images.ravel().data, labels.tobytes()
+        ),
     )
 
 
-def digest(*parts: str | bytes) -> str:
-    """SHA-256, in hex, of the parts, each preceded by its length (so that borders count)."""
+def as_source(data: Any, name: str = 'the data', class_names: Sequence[str] = ()) -> Source:
+    """Return the user's images and labels as a `Source`.
+
+    Args:
+        data: A `Source`, which is returned as it is; `(images, labels)`; or
+            `(images, labels, class_names)`. Images are [n, height, width, channels], grey or RGB,
+            uint8 or floats: those from 0 to 1 become round(255·x), whole numbers from 0 to 255
+            are taken as they are. Labels are integers from 0, [n] or [n, 1].
+        name: The name of the data, for messages.
+        class_names: The names of classes 0, 1, … of data that bring none, such as those of the
+            training data for the evaluation data; by default '0', '1', … up to the largest label.
+
+    Returns:
+        A source whose fingerprint is of all pixels and labels.
+
+    Errors:
+        UserError: A wrong type, shape, length or range; see also `Source`.
+
+    >>> import numpy as np
+    >>> source = as_source((np.zeros((4, 8, 8, 1), np.uint8), [0, 1, 1, 0], ('cat', 'dog')))
+    >>> len(source), source.class_names, source[1][1]
+    (4, ('cat', 'dog'), 1)
+    """
+    if isinstance(data, Source):
+        return data
+    if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
+        raise UserError(
+            f'{name} must be a Source, (images, labels) or (images, labels, class_names), not '
+            f'{type(data).__name__}'
+        )
+    images, labels = _pixels(data[0], name), _labels(data[1], name)
+    if len(images) != len(labels):
+        raise UserError(
+            f'{name} has {len(images)} images but {len(labels)} labels; give a label for each'
+        )
+    names = tuple(data[2]) if len(data) == 3 else tuple(class_names)
+    if not names:
+        names = tuple(str(k) for k in range(int(labels.max(initial=0)) + 1))
+    return from_arrays(name, images, labels, names)
+
+
+def _pixels(images: Any, name: str) -> UInt8[np.ndarray, 'n h w c']:
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        hint = 'use images[..., None] if they are grey and lack the last axis'
+        if images.ndim == 4 and images.shape[1] in (1, 3):
+            hint = 'use images.transpose(0, 2, 3, 1) to move the channels there'
+        raise UserError(
+            f'the images of {name} have the shape {list(images.shape)}; they must be '
+            f'[n, height, width, channels] with 1 or 3 channels; {hint}'
+        )
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise UserError(
+            f'the images of {name} are {images.dtype}; they must be uint8, or floats from 0 to 1'
+        )
+    low, high = images.min(initial=0), images.max(initial=0)
+    if low >= 0 and high <= 1:
+        return np.round(images * 255).astype(np.uint8)
+    if low >= 0 and high <= 255 and (images == np.round(images)).all():
+        return images.astype(np.uint8)
+    raise UserError(
+        f'the images of {name} are floats from {low:g} to {high:g}; they must lie between 0 and 1, '
+        'or be whole numbers between 0 and 255, before any normalization, which the run does itself'
+    )
+
+
+def _labels(labels: Any, name: str) -> Int32[np.ndarray, ' n']:
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in 'iub':
+        raise UserError(
+            f'the labels of {name} are {labels.dtype} of the shape {list(labels.shape)}; they must '
+            'be integers from 0, one for each image (of one-hot labels take labels.argmax(1))'
+        )
+    return labels.astype(np.int32)
+
+
+def digest(*parts: str | bytes | memoryview) -> str:
+    """SHA-256, in hex, of the parts, each preceded by its length (so that borders count).
+
+    A memoryview is one of bytes, in one dimension.
+    """
     total = hashlib.sha256()
     for part in parts:
         part = part.encode('utf-8', 'surrogateescape') if isinstance(part, str) else part

@@ -9,14 +9,14 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from cnn_jax import config
 from cnn_jax.data import folder, splits, tfds
 from cnn_jax.data.decode import MAX_PIXELS
-from cnn_jax.data.source import Source, from_arrays
+from cnn_jax.data.source import Source, as_source, from_arrays
 from cnn_jax.errors import UserError
 from cnn_jax.fetch import File, fetch
 from cnn_jax.files import cache_folder, cached_array
@@ -77,9 +77,19 @@ def _table(content: bytes, dtype) -> np.ndarray:
     return np.loadtxt(text.splitlines(), dtype, delimiter=',')
 
 
-def open_split(data: config.Data, which: str) -> Source:
-    """The training (`which` is `train`) or evaluation (`eval`) examples that a config names."""
+def open_split(data: config.Data, which: str, source: Any = None) -> Source:
+    """Open the training or evaluation examples that a config names.
+
+    Args:
+        data: The config.
+        which: train or eval.
+        source: The whole split, as `as_source` takes it, in the place of `data.source`.
+    """
     split = {'train': data.train, 'eval': data.eval}[which]
+    if source is not None:
+        name = {'train': 'the training data', 'eval': 'the evaluation data'}[which]
+        whole = as_source(source, name)
+        return splits.cut(splits.of_classes(whole, data.classes) if data.classes else whole, split)
     return open_source(
         data.source,
         split=split,

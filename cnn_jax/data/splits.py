@@ -37,20 +37,34 @@ def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> 
     Errors:
         UserError: The part is unknown; the slice is malformed, too long or empty.
     """
-    part, first, last = _parse(split)
+    part, *_ = _parse(split)
     names = [*parts, 'all'] if len(parts) > 1 else ['train', 'test', 'all']
     if part not in names:
         near = difflib.get_close_matches(part, names, 1, cutoff=0)[0]
         raise UserError(
             f'{name} has no split {part!r}; it has {", ".join(names)}; did you mean {near}?'
         )
-    source = _part(name, parts, part)
+    return cut(_part(name, parts, part), split, name)
+
+
+def cut(source: Source, split: str, name: str = '') -> Source:
+    """The slice, if any, that `split` names of a part.
+
+    Args:
+        source: The whole part.
+        split: `NAME` or `NAME[from:to]`.
+        name: The name of the part's source, for messages; by default that of `source`.
+
+    Errors:
+        UserError: The slice is malformed, too long or empty.
+    """
+    _, first, last = _parse(split)
     if first is None and last is None:
         return source
-    n = len(source)
+    n, name = len(source), name or source.name
     start, stop = _position(first, n, 0, split), _position(last, n, n, split)
     if start >= stop:
-        raise UserError(f'{split} of {name} is empty: {part} has {n} examples; widen the slice')
+        raise UserError(f'{split} of {name} is empty: there are {n} examples; widen the slice')
     return subset(source, interleaved(source.labels)[start:stop], f'{name} {split}')
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from cnn_jax import config as cfg
 from cnn_jax import losses, optim, params, rng
-from cnn_jax.data.augment import mix, shown
+from cnn_jax.data.augment import augment_and_normalize, mix
 from cnn_jax.data.batches import Batch
 from cnn_jax.models import build
 from cnn_jax.train import averaging, metrics, precise_norm
@@ -152,10 +152,11 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
         if not cached:
             key = rng.key(current.seed, 'augment', state.step)
             images, index = batch['image'], batch['index']
-            images = shown(config.augment, current.augment, key, images, index, task.prepare)
+            augment = bound_augment(config.augment, current.augment)
+            images = augment_and_normalize(augment, key, images, index, task.prepare)
             batch = batch | {'image': images}
             if config.augment.mixup or config.augment.cutmix:
-                mixed = mix(config.augment, current.augment, key, images, batch['label'], index)
+                mixed = mix(augment, key, images, batch['label'], index)
                 batch |= dict(zip(('image', 'other_label', 'share'), mixed))
         key = rng.key(current.seed, 'dropout', state.step)
         grads, batch_stats, sums = gradients(
@@ -227,6 +228,13 @@ def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = Fa
         decayed,
         cached,
     )
+
+
+def bound_augment(static: cfg.Augment, traced: cfg.Augment) -> cfg.Augment:
+    """The traced settings, with 0 for every switch that is off."""
+    fields = cfg.fields_by_path(static)
+    off = {n: 0.0 for n, f in fields.items() if f.metadata.get('switch') and not getattr(static, n)}
+    return dataclasses.replace(traced, **off)
 
 
 def ramped(config: cfg.Config, done: Array) -> cfg.Config:

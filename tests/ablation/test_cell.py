@@ -6,7 +6,7 @@ import pytest
 from cnn_jax import config as cfg
 from cnn_jax.ablation.cell import train_cells
 from cnn_jax.ablation.compiled import compile_structure
-from cnn_jax.data.batches import Arrays, DeviceBatches, reordered
+from cnn_jax.data.batches import Arrays, DeviceBatches, with_order
 from cnn_jax.train import loop, setup
 from cnn_jax.validation import validate
 
@@ -66,7 +66,7 @@ def test_it_trains_as_launch_train_does(case, tmp_path):
     [cell] = train_cells([config], compile_structure(config, description), train, evaluation)
 
     task = setup.make_task(config, description)
-    ordered = reordered(train, batch=config.data.batch, seed=config.seed)
+    ordered = with_order(train, batch=config.data.batch, seed=config.seed)
     phases, state = setup.open_phases(config, description, task, ordered, evaluation)
     run = loop.fit(config, task, phases, state, tmp_path / 'run', live=False)
 

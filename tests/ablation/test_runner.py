@@ -13,7 +13,7 @@ from cnn_jax.ablation.compiled import compile_structure
 from cnn_jax.ablation.plan import plan_of
 from cnn_jax.ablation.results import open_store
 from cnn_jax.ablation.workers import run_missing
-from cnn_jax.data.batches import Arrays, DeviceBatches, reordered
+from cnn_jax.data.batches import Arrays, DeviceBatches, with_order
 from cnn_jax.train import setup
 
 ARMS = {
@@ -121,12 +121,12 @@ def test_a_seed_gives_every_arm_the_same_start_and_order(study):
             np.testing.assert_array_equal(starts['none'][path], starts[arm][path], err_msg=path)
     orders = [
         [np.asarray(batch['index']) for _, batch in zip(range(5), stream.train(0))]
-        for stream in (reordered(data[1], batch=8, seed=1) for _ in range(2))
+        for stream in (with_order(data[1], batch=8, seed=1) for _ in range(2))
     ]
     np.testing.assert_array_equal(*orders)
     other = [
         np.asarray(b['index'])
-        for _, b in zip(range(5), reordered(data[1], batch=8, seed=2).train(0))
+        for _, b in zip(range(5), with_order(data[1], batch=8, seed=2).train(0))
     ]
     assert not np.array_equal(orders[0], other)
 

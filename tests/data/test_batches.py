@@ -147,6 +147,19 @@ def test_a_training_batch_larger_than_the_data(folder):
     assert batch['mask'].sum() == 4
 
 
+@pytest.mark.parametrize('stream', PROVIDERS)
+def test_a_source_of_ones_own(stream, random_image):
+    images, labels = random_image((20, 5, 4, 3)), np.arange(20) % 4
+    data = config.Data(stream=stream, batch=6)
+    for which in ('train', 'eval'):
+        batches = open_batches(data, which, source=(images, labels))
+        (batch,) = first(batches.train() if which == 'train' else batches.evaluate(), 1)
+        np.testing.assert_array_equal(batch['image'], images[batch['index']])
+        np.testing.assert_array_equal(batch['label'], labels[batch['index']])
+    images[3, 0, 0, 0] ^= 1
+    assert open_batches(data, 'eval', source=(images, labels)).fingerprint != batches.fingerprint
+
+
 def test_both_providers_skip_the_same_images(folder, tmp_path):
     whole = (tmp_path / 'b/1.png').read_bytes()
     (tmp_path / 'b/1.png').write_bytes(whole[:-30])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.config import Augment
-from cnn_jax.data.augment import shown
+from cnn_jax.data.augment import augment_and_normalize
 from cnn_jax.data.batches import DeviceBatches, StreamBatches, load, order
 from cnn_jax.data.source import Source, from_arrays
 
@@ -119,7 +119,8 @@ def test_any_number_of_processes_goes_on_with_the_same_batches(provider, seed, s
 @jax.jit
 def augmented(images, index):
     changes = Augment(flip=True, crop=1, cutout=2)
-    return shown(changes, changes, jax.random.key(9), images, index, lambda x: x / jnp.float32(255))
+    key = jax.random.key(9)
+    return augment_and_normalize(changes, key, images, index, lambda x: x / jnp.float32(255))
 
 
 @pytest.mark.parametrize('provider', PROVIDERS)

@@ -1,11 +1,12 @@
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cnn_jax import config
-from cnn_jax.data.source import digest, from_arrays
+from cnn_jax.data.source import as_source, digest, from_arrays
 from cnn_jax.data.sources import open_source, open_split
 from cnn_jax.errors import UserError
 
@@ -61,9 +62,72 @@ def test_digest_respects_borders():
     assert digest('ab') == digest(b'ab')
 
 
-def test_open_split_reads_the_split_of_the_config():
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), np.uint8)
+LABELS = np.array([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ('images', 'labels'),
+    [
+        (IMAGES, LABELS),
+        (IMAGES / 255, LABELS.tolist()),
+        (jnp.asarray(IMAGES / 255, jnp.float32), jnp.asarray(LABELS)),
+        (IMAGES.astype(np.float32), LABELS[:, None].astype(np.uint8)),
+    ],
+    ids=['uint8', 'floats to 1', 'JAX', 'floats to 255'],
+)
+def test_arrays_are_a_source(images, labels):
+    source = as_source((images, labels))
+    np.testing.assert_array_equal(np.stack([source[i][0] for i in range(6)]), IMAGES)
+    assert source.labels.tolist() == LABELS.tolist()
+    assert source.class_names == ('0', '1', '2')
+    assert source.fingerprint == as_source((IMAGES, LABELS)).fingerprint
+
+
+def test_class_names_are_given_or_taken_from_elsewhere():
+    assert as_source((IMAGES, LABELS, 'abc')).class_names == ('a', 'b', 'c')
+    assert as_source((IMAGES, LABELS * 0), class_names=('x', 'y')).class_names == ('x', 'y')
+
+
+def test_a_source_is_a_source():
+    source = two_classes([0, 1])
+    assert as_source(source) is source
+
+
+@pytest.mark.parametrize(
+    ('data', 'word'),
+    [
+        (IMAGES, 'ndarray'),
+        ((IMAGES,), 'tuple'),
+        ((IMAGES[..., 0], LABELS), r'images\[\.\.\., None\]'),
+        ((IMAGES.transpose(0, 3, 1, 2), LABELS), 'transpose'),
+        ((IMAGES[..., :2], LABELS), 'channels'),
+        ((IMAGES.astype(np.int64), LABELS), 'int64'),
+        ((IMAGES / 128 - 1, LABELS), 'normalization'),
+        ((IMAGES * 1.5, LABELS), 'between'),
+        ((IMAGES * np.nan, LABELS), 'nan'),
+        ((IMAGES, LABELS[:5]), '6 images but 5 labels'),
+        ((IMAGES, np.eye(3)[LABELS]), 'argmax'),
+        ((IMAGES, LABELS.astype(float)), 'integers'),
+        ((IMAGES, LABELS - 1), 'label -1'),
+        ((IMAGES, LABELS, ('a', 'b')), 'label 2'),
+        ((IMAGES, LABELS * 0), 'one class'),
+        ((IMAGES[:0], LABELS[:0]), 'no images'),
+    ],
+)
+def test_arrays_that_are_no_source(data, word):
+    with pytest.raises(UserError, match=word):
+        as_source(data, 'the training data')
+
+
+def test_a_split_of_the_config_or_of_ones_own():
     data = config.Data(source='digits', train='train[:100]', eval='test[:50]')
     assert [len(open_split(data, which)) for which in ('train', 'eval')] == [100, 50]
+    data = config.Data(train='train[:50%]', classes=('2', '0'))
+    source = open_split(data, 'train', (IMAGES, LABELS))
+    assert (source.class_names, source.labels.tolist()) == (('2', '0'), [1, 0])
+    whole = open_split(data, 'eval', (IMAGES, LABELS))
+    assert (len(whole), whole.fingerprint != source.fingerprint) == (4, True)
 
 
 def test_importing_costs_no_library_of_a_source():

@@ -215,9 +215,7 @@ def test_the_loss_of_mixed_images_is_shared_as_the_pixels_are(small, run, batch,
 
     key = rng.key(jnp.uint32(config.seed), 'augment', state.step)
     one, index = batch(), batch()['index']
-    images, other, share = mix(
-        config.augment, config.augment, key, one['image'] / 127.5 - 1, one['label'], index
-    )
+    images, other, share = mix(config.augment, key, one['image'] / 127.5 - 1, one['label'], index)
     net = build(config.model, 3)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     rngs = {'dropout': jax.random.key(0)}
