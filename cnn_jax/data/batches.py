@@ -1,6 +1,11 @@
 """Batches on the device, from arrays that live there or streamed from a source.
 
-Both providers yield the same batches in the same order, which `order` decides:
+The order is a pure function of (seed, step), so nothing has to be saved. Training reads the
+endless concatenation of the epochs' permutations, `batch` examples a step: no batch is partial,
+each example comes once an epoch, and the position in the data *is* the step. Evaluation reads
+the examples in order and pads the last batch.
+
+Both providers yield the same batches in the same order:
 `{'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B], 'mask': bool [B]}`, where
 `index` is the example's position in the source and `mask` is False for padding.
 """
@@ -30,6 +35,12 @@ from cnn_jax.errors import UserError
 from cnn_jax.files import cache_folder, cached_array
 from cnn_jax.runtime import cores
 
+Batch = dict[str, Array]
+Indices = tuple[Int32[np.ndarray, ' b'], Bool[np.ndarray, ' b']]  # index, mask
+PART = 32  # images that a thread reads at a time: large enough to hide the cost of handing it over
+SAMPLE_BYTES = 2**30  # decoded pixels that the statistics are computed from, at most
+SAMPLE_CHUNK = 1024  # images read at once for them, so that memory stays flat
+
 
 @functools.lru_cache(maxsize=8)
 def order(n: int, seed: int, epoch: int) -> Int32[np.ndarray, ' n']:
@@ -56,18 +67,18 @@ def train_indices(
     """
     local = local_size(batch, process_count)
     start = step * batch + process_index * local
-    taken = []
+    pieces = []
     while local:
         epoch, position = divmod(start, n)
-        taken.append(order(n, seed, epoch)[position : position + local])
-        start += len(taken[-1])
-        local -= len(taken[-1])
-    return np.concatenate(taken)
+        pieces.append(order(n, seed, epoch)[position : position + local])
+        start += len(pieces[-1])
+        local -= len(pieces[-1])
+    return np.concatenate(pieces)
 
 
 def eval_batches(
     n: int, batch: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[tuple[Int32[np.ndarray, ' b'], Bool[np.ndarray, ' b']]]:
+) -> Iterator[Indices]:
     """`(index, mask)` of each evaluation batch; the last is filled up with index 0, mask False.
 
     Of several processes, each gets its contiguous part of every global batch.
@@ -83,7 +94,7 @@ def eval_batches(
 
 
 def local_size(batch: int, process_count: int) -> int:
-    """The examples that each process takes of a global batch; a remainder is a `UserError`."""
+    """The number of a global batch's examples on each process; a remainder is a `UserError`."""
     if batch % process_count:
         raise UserError(
             f'a batch of {batch} examples cannot be divided among {process_count} processes; set '
@@ -94,7 +105,7 @@ def local_size(batch: int, process_count: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """A decoded set. `fingerprint` is the source's: of the content, before any resizing."""
+    """A decoded set, with the fingerprint of its source: of the content before any resizing."""
 
     images: UInt8[np.ndarray, 'n h w c']
     labels: Int32[np.ndarray, ' n']
@@ -104,7 +115,7 @@ class Arrays:
 
 
 def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0) -> Arrays:
-    """Every image of `source`, decoded and prepared on all cores.
+    """Decode and resize every image of `source`, on all cores.
 
     Sources that decode are decoded once: the pixels are kept in the user's cache folder, keyed
     by content, `resize`, `size`, `channels`, the rule of decoding and Pillow's version, and
@@ -130,12 +141,8 @@ def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0)
     return Arrays(images, source.labels, source.class_names, source.fingerprint, source.skipped)
 
 
-SAMPLE_BYTES = 2**30  # decoded pixels that the statistics are taken from, at most
-CHUNK = 1024  # images read at once, so that memory stays flat
-
-
 class Readable(Protocol):
-    """What `statistics` needs of a provider of batches."""
+    """Images that can be read by position."""
 
     n: int
     image_shape: tuple[int, ...]
@@ -148,7 +155,7 @@ def statistics(
 ) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
     """Mean and standard deviation of each channel, of pixels in [0, 1].
 
-    Indices from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
+    Computed from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
     224×224×3), else from the first that do, in a fixed shuffled order: the same numbers whether
     the set streams or not, whatever the seed, the batch or the machine. Sums of integers are
     exact. A channel that hardly varies has a standard deviation of one grey level, 1/255.
@@ -157,19 +164,14 @@ def statistics(
     count = min(batches.n, max(1, SAMPLE_BYTES // (height * width * channels)))
     chosen = np.sort(order(batches.n, 0, 0)[:count]) if count < batches.n else np.arange(batches.n)
     total, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
-    for start in range(0, count, CHUNK):
-        pixels = batches.read(chosen[start : start + CHUNK]).reshape(-1, channels)
+    for start in range(0, count, SAMPLE_CHUNK):
+        pixels = batches.read(chosen[start : start + SAMPLE_CHUNK]).reshape(-1, channels)
         total += pixels.sum(axis=0, dtype=np.int64)
         squares += np.square(pixels, dtype=np.uint16).sum(axis=0, dtype=np.int64)
     pixels = count * height * width
     mean = total / pixels
     variance = np.maximum(squares / pixels - mean**2, 1)
     return mean / 255, np.sqrt(variance) / 255
-
-
-Batch = dict[str, Array]
-Indices = tuple[np.ndarray, np.ndarray]  # index, mask
-PART = 32  # images that a thread reads at a time: large enough to hide the cost of handing it over
 
 
 def open_batches(
@@ -182,21 +184,21 @@ def open_batches(
     process_count: int = 1,
     sharding: NamedSharding | None = None,
 ) -> 'DeviceBatches | StreamBatches':
-    """The provider of the training or evaluation batches.
+    """Open the provider of the training or evaluation batches.
 
     Args:
         data: Sets larger than `memory_gb` (10⁹ bytes, decoded) stream, unless `stream` decides.
         which: train or eval.
-        source: The split itself, as `as_source` takes it, in the place of the one that `data`
-            names; its slice and classes are still those that `data` names.
-        seed: Of the order of the training examples.
-        process_index, process_count: Which contiguous part of every batch is this process's.
+        source: The examples of this split, as `as_source` takes them, in the place of
+            `data.source`; a slice and classes that `data` names are taken of them.
+        seed: The seed of the training order.
+        process_index, process_count: The contiguous part of every batch that this process reads.
         sharding: The layout of batches that are global arrays; without it, a batch is the
             process's own part, on the default device.
 
     Errors:
         UserError: The training batch is larger than the data, `process_count` does not divide
-            it, or what `open_split` finds wrong.
+            it, or `open_split` refuses the data.
     """
     source = open_split(data, which, source)
     batch = data.batch if which == 'train' else data.eval_batch or data.batch
@@ -205,8 +207,7 @@ def open_batches(
             f'config.data.batch is {batch}, but {source.name} has {len(source)} examples for '
             'training; lower it'
         )
-    shape = image_shape(source, data.resize, data.size, data.channels)
-    fits = len(source) * math.prod(shape) <= data.memory_gb * 1e9
+    size = data.resize, data.size, data.channels
     options = {
         'batch': batch,
         'seed': seed,
@@ -214,9 +215,10 @@ def open_batches(
         'process_count': process_count,
         'sharding': sharding,
     }
+    fits = len(source) * math.prod(image_shape(source, *size)) <= data.memory_gb * 1e9
     if data.stream == 'never' or (data.stream == 'auto' and fits):
-        return DeviceBatches(load(source, data.resize, data.size, data.channels), **options)
-    return StreamBatches(source, data.resize, data.size, data.channels, **options)
+        return DeviceBatches(load(source, *size), **options)
+    return StreamBatches(source, *size, **options)
 
 
 def with_order(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: int = 0) -> Any:
@@ -229,17 +231,44 @@ def with_order(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: in
     return other
 
 
-class DeviceBatches:
-    """Batches gathered from arrays that were put on the device once: only indices cross.
+@dataclass(frozen=True)
+class _Order:
+    """The indices that a process reads, step by step."""
 
-    With `sharding`, every device holds all images and gathers its own part of a batch.
+    n: int
+    batch: int
+    seed: int
+    process_index: int
+    process_count: int
+
+    @property
+    def local(self) -> int:
+        """The number of a batch's examples on this process."""
+        return local_size(self.batch, self.process_count)
+
+    def train(self, step: int) -> Indices:
+        part = self.process_index, self.process_count
+        return train_indices(self.n, self.batch, self.seed, step, *part), np.ones(self.local, bool)
+
+    def evaluate(self) -> Iterator[Indices]:
+        return eval_batches(self.n, self.batch, self.process_index, self.process_count)
+
+
+class _Batches:
+    """The facts and options that both providers have in common.
+
+    Args:
+        data: A source, or a decoded one.
+        image_shape: Height, width and channels of the batches' images.
+        batch, seed, process_index, process_count, sharding: As in `open_batches`.
     """
 
-    streams = False  # the next batch is never waited for
+    streams: bool  # whether the next batch may have to be waited for
 
     def __init__(
         self,
-        arrays: Arrays,
+        data: Source | Arrays,
+        image_shape: tuple[int, ...],
         *,
         batch: int,
         seed: int = 0,
@@ -247,18 +276,34 @@ class DeviceBatches:
         process_count: int = 1,
         sharding: NamedSharding | None = None,
     ):
-        self.n = len(arrays.labels)
-        self.labels = arrays.labels
-        self.class_names = arrays.class_names
-        self.image_shape = arrays.images.shape[1:]
-        self.fingerprint = arrays.fingerprint
-        self.skipped = arrays.skipped
-        self._arrays = arrays
+        local_size(batch, process_count)  # refuses a batch that cannot be divided
+        self.n = len(data.labels)
+        self.labels = data.labels
+        self.class_names = data.class_names
+        self.image_shape = image_shape
+        self.fingerprint = data.fingerprint
+        self.skipped = data.skipped
         self._order = _Order(self.n, batch, seed, process_index, process_count)
         self._sharding = sharding
-        everywhere = sharding and NamedSharding(sharding.mesh, PartitionSpec())
+
+
+class DeviceBatches(_Batches):
+    """Batches gathered from arrays that were put on the device once: only indices cross.
+
+    With `sharding`, every device holds all images and gathers its own part of a batch.
+    """
+
+    streams = False
+
+    def __init__(self, arrays: Arrays, **options: Any):
+        super().__init__(arrays, arrays.images.shape[1:], **options)
+        self._arrays = arrays
+        sharding, gather, everywhere = self._sharding, _gather, None
+        if sharding:
+            gather = _gather_on_each_device(sharding)
+            everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         self._images, self._labels = put((arrays.images, arrays.labels), everywhere)
-        self._gather = jax.jit(_shard(_gather, sharding) if sharding else _gather)
+        self._gather = jax.jit(gather)
 
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training batches from step `start_step` on."""
@@ -272,56 +317,37 @@ class DeviceBatches:
         """The images at the given positions, on the host."""
         return self._arrays.images[index]
 
-    def _batches(self, taken: Iterable[Indices]) -> Iterator[Batch]:
-        for index_and_mask in taken:
+    def _batches(self, indices: Iterable[Indices]) -> Iterator[Batch]:
+        for index_and_mask in indices:
             if self._sharding:  # else the jitted call takes them over, in a tenth of the time
                 index_and_mask = put(index_and_mask, self._sharding)
             yield self._gather(self._images, self._labels, *index_and_mask)
 
 
-class StreamBatches:
-    """Batches read, decoded and prepared by Grain's threads, ahead of the step that needs them.
+class StreamBatches(_Batches):
+    """Batches read, decoded and resized by Grain's threads, ahead of the step that needs them.
 
     The threads share the work in parts of `PART` images, written to where the batch is put
     together. So a first batch takes all cores, and what is alive at once depends on the batch
     and the cores, not on the source (see `images_at_once`).
-
-    Attributes:
-        streams: Whether the next batch may have to be waited for.
     """
 
     streams = True
 
     def __init__(
-        self,
-        source: Source,
-        resize: str = 'none',
-        size: int = 0,
-        channels: int = 0,
-        *,
-        batch: int,
-        seed: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
-        sharding: NamedSharding | None = None,
+        self, source: Source, resize: str = 'none', size: int = 0, channels: int = 0, **options: Any
     ):
-        self.n = len(source)
-        self.labels = source.labels
-        self.class_names = source.class_names
-        self.image_shape = image_shape(source, resize, size, channels)
-        self.fingerprint = source.fingerprint
-        self.skipped = source.skipped
-        self._order = _Order(self.n, batch, seed, process_index, process_count)
-        self._sharding = sharding
-        self._image = lambda i: resize_image(
+        super().__init__(source, image_shape(source, resize, size, channels), **options)
+        self._read_image = lambda i: resize_image(
             source.read(int(i)), resize, size, self.image_shape[-1]
         )
 
     @property
     def images_at_once(self) -> int:
-        """The most images of this process that exist at any time, on the host and its devices.
+        """The largest number of this process's images, on the host and its devices, at any time.
 
-        Of the batches that threads work at or have ready, one on its way to the device, one in use.
+        They belong to the batches that threads fill or have ready, to one on its way to the device
+        and to one in use.
         """
         local, parts, ahead = self._plan()
         return (-(-ahead // parts) + 1 + 2) * local
@@ -332,38 +358,38 @@ class StreamBatches:
 
     def evaluate(self) -> Iterator[Batch]:
         """Each example once, the last batch padded."""
-        taken = list(self._order.evaluate())
-        return self._batches(taken.__getitem__, len(taken))
+        indices = list(self._order.evaluate())
+        return self._batches(indices.__getitem__, len(indices))
 
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
         """The images at the given positions, on the host."""
         return np.stack(
-            parallel_map(lambda k: self._image(index[k]), len(index), 'Decoding images')
+            parallel_map(lambda k: self._read_image(index[k]), len(index), 'Decoding images')
         )
 
     def _plan(self) -> tuple[int, int, int]:
-        """Images of a batch here, the parts that they make, and how many parts are read ahead."""
-        local = local_size(self._order.batch, self._order.process_count)
+        """The images of a batch here, the parts that they make, and the parts read ahead."""
+        local = self._order.local
         parts = -(-local // PART)
         return local, parts, max(cores() + 1, 2 * parts)
 
-    def _batches(self, taken: Callable[[int], Indices], count: int) -> Iterator[Batch]:
-        """The batches of what is `taken` at 0…count−1.
+    def _batches(self, indices: Callable[[int], Indices], count: int) -> Iterator[Batch]:
+        """The batches of `indices(0)`, …, `indices(count − 1)`.
 
         One is on its way to the device while the one before it is in use.
         """
-        placed = None
-        with contextlib.closing(self._read_ahead(taken, count)) as batches:
+        following = None
+        with contextlib.closing(self._read_ahead(indices, count)) as batches:
             for batch in batches:
-                before, placed = placed, put(batch, self._sharding)
+                current, following = following, put(batch, self._sharding)
                 del batch  # the host's copy, as soon as the device has its own
-                if before is not None:
-                    yield before
-        if placed is not None:
-            yield placed
+                if current is not None:
+                    yield current
+        if following is not None:
+            yield following
 
     def _read_ahead(
-        self, taken: Callable[[int], Indices], count: int
+        self, indices: Callable[[int], Indices], count: int
     ) -> Generator[dict[str, np.ndarray], None, None]:
         from grain import MapDataset, ReadOptions
 
@@ -375,48 +401,26 @@ class StreamBatches:
             number, first = part // parts, part % parts * PART
             with lock:
                 if number not in begun:
-                    begun[number] = self._unread(*taken(number))
+                    begun[number] = self._empty(*indices(number))
                 batch = begun[number]
             for row in range(first, min(first + PART, local)):
-                batch['image'][row] = self._image(batch['index'][row])
-            return part  # of None, Grain thinks that it was filtered out
+                batch['image'][row] = self._read_image(batch['index'][row])
+            return part  # Grain takes None for an element that was filtered out
 
         whole = MapDataset.range(min(count * parts, sys.maxsize)).map(read)
         options = ReadOptions(num_threads=cores(), prefetch_buffer_size=ahead)
         done = iter(whole.to_iter_dataset(options))
         try:
-            for part, _ in enumerate(done):  # in order, whichever is read first
+            for part, _ in enumerate(done):  # in order, in whatever order they are read
                 if (part + 1) % parts == 0:
                     yield begun.pop(part // parts)
         finally:
             done.close()
 
-    def _unread(self, index: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    def _empty(self, index: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
         """A batch with room for its images."""
         images = np.empty((len(index), *self.image_shape), np.uint8)
         return {'image': images, 'label': self.labels[index], 'index': index, 'mask': mask}
-
-
-@dataclass(frozen=True)
-class _Order:
-    """The examples that a process takes, step by step: what both providers share."""
-
-    n: int
-    batch: int
-    seed: int
-    process_index: int
-    process_count: int
-
-    def __post_init__(self):
-        local_size(self.batch, self.process_count)  # refuses a batch that cannot be shared
-
-    def train(self, step: int) -> Indices:
-        share = (self.process_index, self.process_count)
-        mask = np.ones(local_size(self.batch, self.process_count), bool)
-        return train_indices(self.n, self.batch, self.seed, step, *share), mask
-
-    def evaluate(self) -> Iterator[Indices]:
-        return eval_batches(self.n, self.batch, self.process_index, self.process_count)
 
 
 def _gather(images: Array, labels: Array, index: Array, mask: Array) -> Batch:
@@ -428,15 +432,15 @@ def _gather(images: Array, labels: Array, index: Array, mask: Array) -> Batch:
     }
 
 
-def _shard(gather: Callable, sharding: NamedSharding) -> Callable:
-    """`gather` on every device for itself: all images, its part of the indices."""
+def _gather_on_each_device(sharding: NamedSharding) -> Callable:
+    """`_gather` on every device for itself: all images, its part of the indices."""
     whole, part = PartitionSpec(), sharding.spec
     in_specs = (whole, whole, part, part)
-    return jax.shard_map(gather, mesh=sharding.mesh, in_specs=in_specs, out_specs=part)
+    return jax.shard_map(_gather, mesh=sharding.mesh, in_specs=in_specs, out_specs=part)
 
 
 def put(tree: Any, sharding: NamedSharding | None) -> Any:
-    """The process's arrays on its device, or as its part of global ones."""
+    """Put the process's arrays on its device, or as its part of global ones."""
     if sharding is None:
         return jax.device_put(tree)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)

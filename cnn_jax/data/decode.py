@@ -1,6 +1,6 @@
-"""An encoded image (PNG, JPEG, WebP, BMP, GIF) to uint8 pixels, the same on every machine.
+"""Encoded images (PNG, JPEG, WebP, BMP, GIF) to uint8 pixels, the same on every machine.
 
-The rule, which `RULE` numbers (a change of it makes cached pixels stale):
+The rule of decoding, which `RULE` numbers (a change of it makes cached pixels stale):
 
 - EXIF orientation is applied; of an animation the first frame is taken; colour profiles are not
   applied.
@@ -36,6 +36,8 @@ MAX_PIXELS = 89_478_485
 MAX_BYTES = 1 << 30  # more than any image of MAX_PIXELS takes
 GREY = ('1', 'L', 'LA', 'I', 'I;16', 'I;16L', 'I;16B')
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+CHUNK = 32  # items a task of `parallel_map`: large enough to hide the cost of handing it over
+T = TypeVar('T')
 
 
 class CorruptImage(ValueError):
@@ -43,7 +45,7 @@ class CorruptImage(ValueError):
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of an image file; a link is followed to whatever file it names.
+    """Read an image file; a link is followed to whatever file it names.
 
     Errors:
         CorruptImage: It is a pipe, a device or a folder, which might never end, or is larger
@@ -59,7 +61,7 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, 'h w c']:
-    """The pixels of an encoded image, height × width × 1 (grey) or 3 (RGB).
+    """Decode an image to pixels, height × width × 1 (grey) or 3 (RGB).
 
     Errors:
         CorruptImage: The bytes are damaged, cut off, of another format, or announce more than
@@ -69,9 +71,9 @@ def decode(data: bytes) -> UInt8[np.ndarray, 'h w c']:
 
 
 def examine(data: bytes) -> tuple[int, int, int]:
-    """`decode(data).shape`, or its error; of JPEG all bytes are read but few pixels made.
+    """Return `decode(data).shape`, or raise its error; few pixels of a JPEG are made.
 
-    Whatever `decode` refuses is refused here too, so that a set leaves out the same images
+    Anything that `decode` refuses is refused here, too, so that a set leaves out the same images
     whether it is streamed or decoded at once.
     """
     return _read(data, _shape)
@@ -141,13 +143,13 @@ def _shape(image) -> tuple[int, int, int]:
 def resize_image(
     image: UInt8[np.ndarray, 'h w c'], resize: str = 'none', size: int = 0, channels: int = 0
 ) -> UInt8[np.ndarray, 'size size channels']:
-    """One image with the wanted channels and size.
+    """Convert one image to the wanted channels and size.
 
     Scaling is Pillow's bilinear filter, whose support grows with the reduction, so that nothing
     aliases.
 
     Args:
-        image: Of any size, with 1 or 3 channels.
+        image: An image of any size, with 1 or 3 channels.
         resize: none (as it is), stretch (each side scaled on its own), or crop (the short side
             scaled to `size`, then the centre square).
         size: Height and width of the result, in pixels.
@@ -169,7 +171,7 @@ def resize_image(
 def image_shape(
     source: Source, resize: str = 'none', size: int = 0, channels: int = 0
 ) -> tuple[int, int, int]:
-    """Height, width and channels of every image of `source` after `resize_image` of `source`.
+    """Height, width and channels of every image of `source` after `resize_image`.
 
     Errors:
         UserError: `resize` is none, and images differ in size; two of them are named.
@@ -192,7 +194,7 @@ def image_shape(
 
 
 class Finding(NamedTuple):
-    """What `scan` learnt of one image; `reason` is '' for a readable one."""
+    """The facts of one encoded image; `reason` is '' for a readable one."""
 
     height: int
     width: int
@@ -202,7 +204,11 @@ class Finding(NamedTuple):
 
 
 def scan(data: bytes) -> Finding:
-    """The finding of one encoded image."""
+    """Examine one encoded image.
+
+    What is found makes a streamed set and a decoded one the same: both leave out the same images,
+    and both know their number and sizes before the first batch.
+    """
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         return Finding(*examine(data), '', sha256)
@@ -215,7 +221,8 @@ def skipped(
 ) -> tuple[tuple[str, str], ...]:
     """The `(path, reason)` of each unreadable image.
 
-    Raises `UserError`, with the first of them, where they are more than the share `max_corrupt`.
+    Errors:
+        UserError: They are more than the fraction `max_corrupt`; the first of them are named.
     """
     wrong = [(path, found.reason) for path, found in zip(paths, findings) if found.reason]
     if wrong and len(wrong) / len(paths) > max_corrupt:
@@ -227,7 +234,7 @@ def skipped(
     return tuple(wrong)
 
 
-def remembered(key: str) -> list[Any]:
+def load_findings(key: str) -> list[Any]:
     """The rows stored under `key` by the present rule of decoding, or none."""
     try:
         stored = read_json(_location(key))
@@ -236,7 +243,7 @@ def remembered(key: str) -> list[Any]:
     return stored['rows'] if stored.get('rule') == RULE else []
 
 
-def remember(key: str, rows: Sequence[Any]) -> None:
+def store_findings(key: str, rows: Sequence[Any]) -> None:
     """Store rows of JSON values under `key`."""
     try:
         write_json(_location(key), {'rule': RULE, 'rows': rows})
@@ -248,12 +255,8 @@ def _location(key: str) -> Path:
     return cache_folder() / 'index' / f'{key}.json'
 
 
-T = TypeVar('T')
-CHUNK = 32  # items a task: large enough to hide the cost of handing it over
-
-
 def parallel_map(function: Callable[[int], T], n: int, label: str) -> list[T]:
-    """`[function(0), …, function(n − 1)]`, by threads: Pillow decodes without holding the GIL.
+    """Compute `[function(0), …, function(n − 1)]` by threads; Pillow releases the GIL.
 
     The first error ends the work and is raised here. `label` stands before the progress bar.
     """

@@ -14,33 +14,34 @@ from cnn_jax.data import decode
 from cnn_jax.data.decode import (
     CorruptImage,
     Finding,
+    load_findings,
     parallel_map,
     read_file,
-    remember,
-    remembered,
     scan,
     skipped,
+    store_findings,
 )
 from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
 
 
 class File(NamedTuple):
-    """An image file: where it is, when it last changed, and what it contains."""
+    """An image file: its path, the stamp of its last change, and its content."""
 
     path: str  # below the root, with slashes
     stamp: tuple[int, int, int]  # size, and times of the last change of content and of inode
     finding: Finding
 
 
-def examined(root: Path, paths: Sequence[str]) -> dict[str, File]:
+def examine_files(root: Path, paths: Sequence[str]) -> dict[str, File]:
     """The given files, each with its `Finding`; `{path: File}` in the same order.
 
-    A file is read when its stamp differs from the one in the index, as in git. One that could not
-    be read at all is not indexed: what stood in the way may be gone the next time.
+    The findings are kept in an index in the cache. A file is read when its stamp differs from the
+    one there, as in git. One that could not be read at all is not indexed: the obstacle may be gone
+    the next time.
     """
     key = digest(os.fsencode(root.resolve()))
-    rows = (File(path, tuple(stamp), Finding(*found)) for path, stamp, found in remembered(key))
+    rows = (File(path, tuple(stamp), Finding(*found)) for path, stamp, found in load_findings(key))
     known = {file.path: file for file in rows}
     stamps = [_stamp(root / path) for path in paths]
     stale = [
@@ -51,7 +52,7 @@ def examined(root: Path, paths: Sequence[str]) -> dict[str, File]:
     read = parallel_map(lambda i: _examine(root, *stale[i]), len(stale), 'Examining images')
     known |= {file.path: file for file in read}
     if stale:
-        remember(key, [known[path] for path in paths if known[path].finding.sha256])
+        store_findings(key, [known[path] for path in paths if known[path].finding.sha256])
     return {path: known[path] for path in paths}
 
 
@@ -84,15 +85,15 @@ Listing = list[tuple[str, int]]  # path below the root, with slashes, and label
 def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
     """The parts of a folder: `all`, or those of train/, test/ and validation/ (val/, valid/).
 
-    Class names are the sub-folders' names, sorted; images are sought below them at any depth.
-    Hidden files and files whose names do not end as images' do are left out.
+    Class names are the sub-folders' names, sorted; images lie below them at any depth. Hidden files
+    and files without the suffix of an image are left out.
 
     A part, a class or an image may be a link, also to elsewhere. Below a class, links to folders
     are not followed, so that none leads round in a circle.
 
     Args:
         folder: The path; ~ is the home folder.
-        max_corrupt: The largest share of images, over all parts, that may be unreadable.
+        max_corrupt: The largest fraction of images, over all parts, that may be unreadable.
 
     Errors:
         UserError: The folder is missing, has no sub-folders or cannot be listed; parts are named
@@ -112,7 +113,7 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
             f'{error.filename} cannot be listed: {error.strerror}; make it readable or remove it'
         ) from error
     # All parts are read for any of them: that the images are grey or RGB is decided by all.
-    files = examined(root, [path for listing in listings.values() for path, _ in listing])
+    files = examine_files(root, [path for listing in listings.values() for path, _ in listing])
     skipped(name, list(files), [file.finding for file in files.values()], max_corrupt)
     channels = max(file.finding.channels for file in files.values())
 

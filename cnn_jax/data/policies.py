@@ -1,9 +1,9 @@
-"""RandAugment and TrivialAugment: operations drawn at random from one list, on 8-bit images.
+"""Operations on single images, and RandAugment and TrivialAugment, which draw from them.
 
-The list is RandAugment's; grey images have no saturation to change. Deviations from the papers'
-code: maps of the plane are sampled bilinearly instead of by the nearest pixel, and shears keep
-the centre, not the corner; solarize starts from 256, so that level 0 changes nothing; what is
-fractional is rounded, not truncated. What lies beyond the image is black, as in torchvision.
+The list of operations is RandAugment's; grey images have no saturation to change. Deviations from
+the papers' code: maps of the plane are sampled bilinearly instead of by the nearest pixel, and
+shears keep the centre, not the corner; solarize starts from 256, so that level 0 changes nothing;
+fractions are rounded, not truncated. Beyond the image lies black, as in torchvision.
 
 All operations of one kind are one computation with drawn arguments (one resampling, one blend),
 for under `vmap` a choice costs the sum of what it chooses from.
@@ -25,7 +25,7 @@ Number = Float[Array, ''] | float
 def affine(
     image: Num[Array, 'h w c'], matrix: Float[Array, '2 3'], fill: Num[Array, '1 1 c'] | float = 0
 ) -> Num[Array, 'h w c']:
-    """Each pixel becomes what lies where the matrix sends it.
+    """Resample an image along an affine map about its centre.
 
     y[r, c] = x(centre + M·(r, c, 1)ᵀ), with r and c measured from the centre
 
@@ -33,8 +33,9 @@ def affine(
     over the width of a pixel. The identity changes no bit.
 
     Args:
-        image: Integers are rounded to the nearest.
-        matrix: From places in the result to places in the image, (row, column), in pixels.
+        image: The image; integers are rounded to the nearest.
+        matrix: The map from positions in the result to positions in the image, (row, column), in
+            pixels.
         fill: A value for each channel, in the image's units.
     """
     height, width, channels = image.shape
@@ -58,11 +59,11 @@ def affine(
     return as_type((1 - down) * upper + down * lower, image.dtype)
 
 
-def _neighbours(place: Array, size: int) -> tuple[Array, Array]:
-    """The padded image's pixel before a place, and how far beyond it the place is, 0 to 1."""
-    place = jnp.clip(place + 1, 0, size + 1)
-    before = jnp.minimum(jnp.floor(place), size)
-    return before.astype(jnp.int32), place - before
+def _neighbours(position: Array, size: int) -> tuple[Array, Array]:
+    """The padded image's pixel before a position, and the distance from it, 0 to 1."""
+    position = jnp.clip(position + 1, 0, size + 1)
+    before = jnp.minimum(jnp.floor(position), size)
+    return before.astype(jnp.int32), position - before
 
 
 def rotation(degrees: Float[Array, '']) -> Float[Array, '2 3']:
@@ -83,7 +84,7 @@ def shear(rows: Float[Array, ''] | float, columns: Float[Array, ''] | float) -> 
 
 
 def as_type(x: Float[Array, '...'], dtype) -> Num[Array, '...']:
-    """In another type; to an integer it is rounded and kept in its range."""
+    """Convert to another type; for an integer type, round and clip to its range."""
     if not jnp.issubdtype(dtype, jnp.integer):
         return x.astype(dtype)
     limits = jnp.iinfo(dtype)
@@ -106,7 +107,7 @@ def jitter(
     bit. Grey images have no saturation.
 
     Args:
-        key: Of this image.
+        key: The key of this image.
         x: Pixels, 0 to 255.
         brightness, contrast, saturation: Strengths, ≥ 0; None is off.
 
@@ -124,29 +125,36 @@ def jitter(
 
 
 def blend(x: Pixels, without: Pixels, factor: Float[Array, ''] | float) -> Pixels:
-    """f·x + (1 − f)·without, kept in 0…255."""
+    """f·x + (1 − f)·without, clipped to 0…255; f = 1 is the identity, f > 1 exaggerates.
+
+    `without` is the image without brightness (`black`), contrast (`mean_grey`), saturation (`grey`)
+    or sharpness (`smooth`). The bounds and the black mean nothing in normalized units.
+
+    Source: torchvision's `adjust_brightness`, `adjust_contrast`, `adjust_saturation` and
+    `adjust_sharpness` on float images; Pillow's `ImageEnhance` for all four.
+    """
     return jnp.clip(factor * x + (1 - factor) * without, 0, 255)
 
 
 def black(x: Pixels) -> Pixels:
-    """No brightness."""
+    """The image without brightness."""
     return jnp.zeros_like(x)
 
 
 def grey(x: Pixels) -> Pixels:
-    """No saturation: 0.2989·R + 0.587·G + 0.114·B in every channel; grey images stay."""
+    """The image without saturation: 0.2989·R + 0.587·G + 0.114·B in every channel."""
     if x.shape[-1] == 1:
         return x
     return jnp.broadcast_to((x * jnp.array(GREY)[None, None]).sum(-1, keepdims=True), x.shape)
 
 
 def mean_grey(x: Pixels) -> Pixels:
-    """No contrast: the mean of the grey image, everywhere."""
+    """The image without contrast: the mean of the grey image, everywhere."""
     return jnp.broadcast_to(grey(x)[..., :1].mean(), x.shape)
 
 
 def smooth(x: Pixels) -> Pixels:
-    """No sharpness: the mean of 3×3 pixels, the middle one five times; border pixels stay."""
+    """The image without sharpness: means of 3×3 pixels, the middle one 5 times; borders stay."""
     height, width, _ = x.shape
     around = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))
     rows = around[:-2] + around[1:-1] + around[2:]
@@ -157,18 +165,18 @@ def smooth(x: Pixels) -> Pixels:
 
 
 def posterize(x: Image, dropped: Int[Array, ''] | int) -> Image:
-    """Sets the lowest bits of each pixel, 0 to 8 of them, to zero."""
+    """Set the lowest bits of each pixel, 0 to 8 of them, to zero."""
     dropped = jnp.asarray(dropped, jnp.int32)
     return (x.astype(jnp.int32) >> dropped << dropped).astype(jnp.uint8)
 
 
 def solarize(x: Image, threshold: Array | float) -> Image:
-    """Inverts the pixels from a threshold on: x < t ? x : 255 − x; t = 256 is the identity."""
+    """Invert the pixels from a threshold on: x < t ? x : 255 − x; t = 256 is the identity."""
     return jnp.where(x.astype(jnp.float32) < threshold, x, 255 - x)
 
 
 def autocontrast(x: Image) -> Image:
-    """Stretches each channel to 0…255: ⌊255·(x − low) / (high − low)⌋; a constant one stays."""
+    """Stretch each channel to 0…255: ⌊255·(x − low) / (high − low)⌋; a constant one stays."""
     pixels = x.astype(jnp.int32)
     low, high = (f(pixels, axis=(0, 1), keepdims=True) for f in (jnp.min, jnp.max))
     stretched = 255 * (pixels - low) // jnp.maximum(high - low, 1)
@@ -176,31 +184,31 @@ def autocontrast(x: Image) -> Image:
 
 
 def equalize(x: Image) -> Image:
-    """Spreads the grey levels of each channel evenly, by their cumulative histogram H.
+    """Spread the grey levels of each channel evenly, by their cumulative histogram H.
 
     y = ⌊(H(x − 1) + ⌊s/2⌋) / s⌋,  s = ⌊(pixels − count of the highest level) / 255⌋
 
     H(x − 1) counts the pixels darker than x. Where s is 0 the channel stays as it is.
     """
     channels = x.shape[-1]
-    # One table of all channels: a level's place in it is 256·channel + level.
-    place = x.reshape(-1, channels).astype(jnp.int32) + 256 * jnp.arange(channels)[None]
-    count = jnp.zeros(256 * channels, jnp.int32).at[place].add(1, mode='promise_in_bounds')
+    # One table of all channels: a level's position in it is 256·channel + level.
+    position = x.reshape(-1, channels).astype(jnp.int32) + 256 * jnp.arange(channels)[None]
+    count = jnp.zeros(256 * channels, jnp.int32).at[position].add(1, mode='promise_in_bounds')
     count = count.reshape(channels, 256)
     darker = jnp.cumsum(count, axis=1) - count
     step = darker.max(axis=1, keepdims=True, where=count > 0, initial=0) // 255
     curve = jnp.minimum((darker + step // 2) // jnp.maximum(step, 1), 255)
     curve = jnp.where(step > 0, curve, jnp.arange(256)[None]).astype(jnp.uint8)
-    return curve.reshape(-1).at[place].get(mode='promise_in_bounds').reshape(x.shape)
+    return curve.reshape(-1).at[position].get(mode='promise_in_bounds').reshape(x.shape)
 
 
 class Space(NamedTuple):
-    """How strong each operation is at level 1; level 0 changes nothing."""
+    """The strength of each operation at level 1; level 0 changes nothing."""
 
     degrees: float  # of a rotation
     shear: float
-    share: float  # of the side: how far a translation goes
-    pixels: float  # what it goes at most
+    fraction: float  # of the side: the distance of a translation
+    pixels: float  # its largest distance
     enhance: float  # 1 ± this: factor of brightness, saturation, contrast, sharpness
     bits: int  # dropped by posterize
 
@@ -209,7 +217,7 @@ RANDAUGMENT = Space(30, 0.3, 150 / 331, jnp.inf, 0.9, 4)  # torchvision's, from 
 TRIVIALAUGMENT = Space(135, 0.99, 1, 32, 0.99, 6)  # the paper's wide space
 LEVELS = 30  # magnitudes are 0 to 30
 
-PLANE: dict[str, Callable] = {  # of the signed level, the space, and the sides
+PLANE: dict[str, Callable] = {  # functions of the signed level, the space, and the sides
     'rotate': lambda s, space, h, w: rotation(s * space.degrees),
     'shear_x': lambda s, space, h, w: shear(0.0, s * space.shear),
     'shear_y': lambda s, space, h, w: shear(s * space.shear, 0.0),
@@ -222,8 +230,8 @@ ENHANCE = {
     'contrast': mean_grey,
     'sharpness': smooth,
 }
-TONE: dict[str, Callable] = {  # of the image, the level and the space
-    'posterize': lambda x, level, space: posterize(x, _whole(level * space.bits)),
+TONE: dict[str, Callable] = {  # functions of the image, the level and the space
+    'posterize': lambda x, level, space: posterize(x, _rounded(level * space.bits)),
     'solarize': lambda x, level, space: solarize(x, 256 * (1 - level)),
     'autocontrast': lambda x, level, space: autocontrast(x),
     'equalize': lambda x, level, space: equalize(x),
@@ -231,44 +239,44 @@ TONE: dict[str, Callable] = {  # of the image, the level and the space
 
 
 def operations(channels: int) -> tuple[str, ...]:
-    """The list that an operation is drawn from."""
+    """The names of the operations that are drawn from, for images of so many channels."""
     names = ('identity', *PLANE, *ENHANCE, *TONE)
     return names if channels == 3 else tuple(name for name in names if name != 'saturation')
 
 
 def rand_augment(key: Key[Array, ''], image: Image, count: int, magnitude: Number) -> Image:
-    """`count` operations, each drawn uniformly, all of one magnitude, their signs random.
+    """Apply `count` operations, drawn uniformly, all of one magnitude, their signs random.
 
     Args:
-        key: Of this image.
-        image: 8-bit.
+        key: The key of this image.
+        image: 8-bit pixels.
         count: n.
         magnitude: m, 0 to 30; autocontrast and equalize know none, so that m = 0 still changes.
 
     Source: Cubuk et al. 2020, "RandAugment"; magnitudes as in torchvision's `RandAugment`.
     """
     for one in jax.random.split(key, count):
-        image = _drawn(one, image, magnitude / LEVELS, 1.0, RANDAUGMENT)
+        image = _apply_random(one, image, magnitude / LEVELS, 1.0, RANDAUGMENT)
     return image
 
 
 def trivial_augment(key: Key[Array, ''], image: Image, rate: Number = 1.0) -> Image:
-    """One operation, drawn uniformly, of a magnitude drawn uniformly from 0, 1, … 30.
+    """Apply one operation, drawn uniformly, of a magnitude drawn uniformly from 0, 1, … 30.
 
     Args:
-        key: Of this image.
-        image: 8-bit.
-        rate: Probability that it happens; 0 changes no bit. The paper has 1.
+        key: The key of this image.
+        image: 8-bit pixels.
+        rate: The probability that it happens; 0 changes no bit. The paper has 1.
 
     Source: Müller & Hutter 2021, "TrivialAugment", TA (Wide); as torchvision's
     `TrivialAugmentWide`.
     """
-    of_level, of_rest = jax.random.split(key)
-    magnitude = jax.random.randint(of_level, (), 0, LEVELS + 1).astype(jnp.float32)
-    return _drawn(of_rest, image, magnitude / LEVELS, rate, TRIVIALAUGMENT)
+    k_level, k_rest = jax.random.split(key)
+    magnitude = jax.random.randint(k_level, (), 0, LEVELS + 1).astype(jnp.float32)
+    return _apply_random(k_rest, image, magnitude / LEVELS, rate, TRIVIALAUGMENT)
 
 
-def _drawn(key, image: Image, level: Number, rate: Number, space: Space) -> Image:
+def _apply_random(key, image: Image, level: Number, rate: Number, space: Space) -> Image:
     names = operations(image.shape[-1])
     bits = jax.random.bits(key, (2,))
     chosen = (bits[0] % len(names)).astype(jnp.int32)
@@ -280,14 +288,14 @@ def _drawn(key, image: Image, level: Number, rate: Number, space: Space) -> Imag
 def operate(
     image: Image, chosen: Int[Array, ''], level: Number, sign: Number, space: Space
 ) -> Image:
-    """One operation.
+    """Apply one operation.
 
     Args:
-        image: 8-bit.
-        chosen: Its place in `operations`.
+        image: 8-bit pixels.
+        chosen: The position of the operation in `operations`.
         level: Its strength, 0 to 1.
-        sign: 1 or −1: the direction in the plane, or whether a property is more or less.
-        space: What level 1 is.
+        sign: 1 or −1: the direction in the plane, or more or less of a property.
+        space: The strengths at level 1.
     """
     height, width, channels = image.shape
     number = {name: i for i, name in enumerate(operations(channels))}
@@ -313,13 +321,13 @@ def operate(
 
 
 def _once(x: Array) -> Array:
-    """x, not computed again for each pixel of what is chosen from it: a third of the time."""
+    """x, computed once and not for each pixel that is selected from it: a third of the time."""
     return lax.optimization_barrier(x)
 
 
 def _far(space: Space, side: int) -> float:
-    return min(space.share * side, space.pixels)
+    return min(space.fraction * side, space.pixels)
 
 
-def _whole(x: Number) -> Int[Array, '']:
+def _rounded(x: Number) -> Int[Array, '']:
     return jnp.round(x).astype(jnp.int32)

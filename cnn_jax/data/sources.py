@@ -107,17 +107,17 @@ def open_source(
     classes: tuple[str, ...] = (),
     max_corrupt: float = config.Data.max_corrupt,
 ) -> Source:
-    """The examples of one split of a named source.
+    """Open the examples of one split of a named source.
 
     Args:
         name: One of `KINDS`.
         split: A part or a slice of one, see `cnn_jax.data.splits.select`.
-        data_dir: Where TFDS keeps prepared sets; '' is its default.
-        classes: Only these, renumbered in this order; () is all.
-        max_corrupt: The share of unreadable images, from 0 to 1, above which it is an error.
+        data_dir: The folder of TFDS's prepared sets; '' is its default.
+        classes: The classes that are kept, renumbered in this order; () is all.
+        max_corrupt: The fraction of unreadable images, from 0 to 1, above which it is an error.
 
     Errors:
-        UserError: The name is unknown, or what the source's own module finds wrong.
+        UserError: The name is unknown, or the source cannot be read.
     """
     kind, _, argument = name.partition(':')
     if name in ('mnist_5k', 'digits'):
@@ -134,16 +134,18 @@ def open_source(
             f'config.data.source is {name!r}; it can be {", ".join(KINDS)}; did you mean {near}?'
         )
     if classes:
-        parts = {
-            part: lambda open_part=open_part: splits.of_classes(open_part(), classes)
-            for part, open_part in parts.items()
-        }
+        parts = {part: _only(classes, open_part) for part, open_part in parts.items()}
     return splits.select(name, parts, split)
 
 
-PREFIXES = {'train': 'train', 'test': 't10k'}
+IDX_PREFIXES = {'train': 'train', 'test': 't10k'}
 # Deflate makes at most 1,032 bytes of one. Of sets beyond 1 GiB, photographs stay far below 100.
 PACKED, LARGE, PACKED_LARGE = 1032, 1 << 30, 100
+
+
+def _only(classes: tuple[str, ...], open_part: Callable[[], Source]) -> Callable[[], Source]:
+    """A function that opens a part with some of its classes."""
+    return lambda: splits.of_classes(open_part(), classes)
 
 
 def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
@@ -162,26 +164,26 @@ def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
     root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise UserError(f'{root} is not a folder; give the folder that holds the IDX files')
-    if not _find(root, 'train', 'images', 3):
+    if not _find_idx(root, 'train', 'images', 3):
         raise UserError(f'{root} has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz')
 
-    def part(name: str) -> Source:
-        images = _read(root, PREFIXES[name], 'images', 3)
-        labels = _read(root, PREFIXES[name], 'labels', 1)
+    def open_part(name: str) -> Source:
+        images = _read_idx(root, IDX_PREFIXES[name], 'images', 3)
+        labels = _read_idx(root, IDX_PREFIXES[name], 'labels', 1)
         if len(images) != len(labels):
             raise UserError(
                 f'{root} has {len(images)} {name} images but {len(labels)} {name} labels; '
                 'fetch both files again'
             )
-        known = labels if name == 'train' else _read(root, 'train', 'labels', 1)
-        classes = tuple(str(k) for k in range(int(known.max(initial=0)) + 1))
+        training = labels if name == 'train' else _read_idx(root, 'train', 'labels', 1)
+        classes = tuple(str(k) for k in range(int(training.max(initial=0)) + 1))
         return from_arrays(f'idx:{folder} {name}', images[..., None], labels, classes)
 
-    found = [name for name, prefix in PREFIXES.items() if _find(root, prefix, 'images', 3)]
-    return {name: functools.partial(part, name) for name in found}
+    names = [name for name, prefix in IDX_PREFIXES.items() if _find_idx(root, prefix, 'images', 3)]
+    return {name: functools.partial(open_part, name) for name in names}
 
 
-def _find(root: Path, prefix: str, what: str, dims: int) -> Path | None:
+def _find_idx(root: Path, prefix: str, what: str, dims: int) -> Path | None:
     for name in (f'{prefix}-{what}-idx{dims}-ubyte', f'{prefix}-{what}.idx{dims}-ubyte'):
         for path in (root / name, root / f'{name}.gz'):
             if path.is_file():
@@ -189,20 +191,20 @@ def _find(root: Path, prefix: str, what: str, dims: int) -> Path | None:
     return None
 
 
-def _read(root: Path, prefix: str, what: str, dims: int) -> np.ndarray:
-    path = _find(root, prefix, what, dims)
+def _read_idx(root: Path, prefix: str, what: str, dims: int) -> np.ndarray:
+    path = _find_idx(root, prefix, what, dims)
     if path is None:
         raise UserError(f'{root} has no {prefix}-{what}-idx{dims}-ubyte; add the file')
     try:
         with open(path, 'rb') as file:
             gzipped = file.read(2) == b'\x1f\x8b'
             file.seek(0)
-            return _array(path, gzip.open(file) if gzipped else file, what, dims, gzipped)
+            return _idx_array(path, gzip.open(file) if gzipped else file, what, dims, gzipped)
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f'{path} is not whole ({error}); fetch it again') from error
 
 
-def _array(
+def _idx_array(
     path: Path, file: IO[bytes] | gzip.GzipFile, what: str, dims: int, gzipped: bool
 ) -> np.ndarray:
     """The values in an open file; a header that lies about their number costs no memory."""

@@ -18,19 +18,19 @@ from jaxtyping import Int32, Int64
 from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
 
-# Of each class of a source that is not divided yet, rounded down, but one example at least.
+# The part of each class of a source that is not divided yet; at least one example.
 TRAIN_PERCENT = 80
-# Which example goes where is part of every published number: never change this.
+# The order of the examples is part of every published number: never change this.
 ORDER_KEY = 0x5EED_0F_5A11CE
 
 
 def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> Source:
-    """The examples that `split` names.
+    """Select the examples that `split` names.
 
     Args:
-        name: The source's, for messages.
+        name: The source's name, for messages.
         parts: Functions that open the parts. A source with a single part is divided, class by
-            class, into `train` (80%) and `test` (20%); of others the parts keep their names.
+            class, into `train` (80%) and `test` (20%).
         split: A part, or `all`, or a slice of either, `NAME[from:to]`: numbers of examples or
             whole percents, each of them optional.
 
@@ -104,31 +104,31 @@ def _position(border: str | None, n: int, default: int, split: str) -> int:
 
 
 def interleaved(labels: Int32[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
-    """A shuffled order of which every prefix holds each class in proportion.
+    """A shuffled order in which every prefix holds each class in proportion.
 
     Of the first m of n examples, class c with n_c in all has x_c, and |x_c − m·n_c/n| < 1.
 
     To that end the r-th example of a class stands between ⌊r·n/n_c⌋ and ⌈(r+1)·n/n_c⌉ − 1. Giving
-    each place to the example whose time runs out first always succeeds (Baruah et al. 1996,
+    each position to the example whose deadline is the earliest always succeeds (Baruah et al. 1996,
     Proportionate progress; Tijdeman 1980, The chairman assignment problem).
     """
     n = len(labels)
     by_class, rank, size = _shuffled_classes(labels)
-    opens, closes = rank * n // size, -(-(rank + 1) * n // size)
-    by_opening = np.argsort(opens, kind='stable').tolist()
-    opens, closes = opens.tolist(), closes.tolist()
+    release, deadline = rank * n // size, -(-(rank + 1) * n // size)
+    by_release = np.argsort(release, kind='stable').tolist()
+    release, deadline = release.tolist(), deadline.tolist()
     order, waiting, coming = [], [], 0
     for position in range(n):
-        while coming < n and opens[by_opening[coming]] <= position:
-            job = by_opening[coming]
-            heapq.heappush(waiting, (closes[job], job))
+        while coming < n and release[by_release[coming]] <= position:
+            job = by_release[coming]
+            heapq.heappush(waiting, (deadline[job], job))
             coming += 1
         order.append(heapq.heappop(waiting)[1])
     return by_class[order]
 
 
 def _shuffled_classes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions class after class, each class shuffled; the rank and the size within the class.
+    """Positions, class after class and each class shuffled; ranks in the class; class sizes.
 
     The shuffle ranks Philox's raw output, which NumPy keeps across versions and machines.
     """
@@ -175,12 +175,12 @@ def of_classes(source: Source, classes: tuple[str, ...]) -> Source:
     chosen = np.flatnonzero(np.isin(source.labels, old))
     new = np.full(len(source.class_names), -1, np.int32)
     new[old] = np.arange(len(old))
-    kept = subset(source, chosen, f'{source.name} ({", ".join(classes)})')
+    selected = subset(source, chosen, f'{source.name} ({", ".join(classes)})')
     return dataclasses.replace(
-        kept,
+        selected,
         class_names=classes,
-        labels=new[kept.labels],
-        fingerprint=digest(kept.fingerprint, *classes),
+        labels=new[selected.labels],
+        fingerprint=digest(selected.fingerprint, *classes),
     )
 
 

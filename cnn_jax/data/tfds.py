@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cnn_jax.data import decode
-from cnn_jax.data.decode import Finding, parallel_map, remember, remembered, scan, skipped
+from cnn_jax.data.decode import Finding, load_findings, parallel_map, scan, skipped, store_findings
 from cnn_jax.data.source import Source, digest
 from cnn_jax.errors import UserError
 
@@ -24,9 +24,9 @@ def parts(name: str, data_dir: str, max_corrupt: float) -> dict[str, Callable[[]
     """The splits of a TFDS image classification set (`NAME`, `NAME/CONFIG`, `NAME:VERSION`).
 
     Args:
-        name: The set's.
-        data_dir: Where prepared sets are kept; '' is TFDS's default.
-        max_corrupt: The largest share of a split's images that may be unreadable.
+        name: The name of the set.
+        data_dir: The folder of prepared sets; '' is TFDS's default.
+        max_corrupt: The largest fraction of a split's images that may be unreadable.
 
     Errors:
         UserError: The set is unknown, lacks an image or a class label, cannot be prepared here,
@@ -47,7 +47,7 @@ def _builder(name: str, data_dir: str):
     import tensorflow_datasets as tfds
 
     try:
-        with _whole(f'tfds:{name}', data_dir or 'its default folder'):
+        with _refusing_damage(f'tfds:{name}', data_dir or 'its default folder'):
             return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
@@ -59,8 +59,8 @@ def _builder(name: str, data_dir: str):
 
 
 @contextlib.contextmanager
-def _whole(what: str, folder) -> Iterator[None]:
-    """Whatever TFDS and ArrayRecord raise at damaged files becomes a `UserError`."""
+def _refusing_damage(what: str, folder) -> Iterator[None]:
+    """Turn anything that TFDS and ArrayRecord raise at damaged files into a `UserError`."""
     import tensorflow_datasets as tfds
 
     try:
@@ -122,9 +122,9 @@ def _feature_keys(name: str, builder) -> tuple[str, str]:
 def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: float) -> Source:
     import tensorflow_datasets as tfds
 
-    with _whole(f'tfds:{name} {part}', builder.data_path):
+    with _refusing_damage(f'tfds:{name} {part}', builder.data_path):
         records = builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
-        rows = _examined(records, builder, part, image, label)
+        rows = _examine(records, builder, part, image, label)
     class_names = tuple(builder.info.features[label].names)
     channels = 1 if builder.info.features[image].shape[-1] in (1, 2) else 3
     where = [f'tfds:{name} {part} record {i}' for i in range(len(records))]
@@ -133,7 +133,7 @@ def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: 
     content = [value for i in kept for value in (str(rows[i][0]), rows[i][1].sha256)]
 
     def read(i: int) -> np.ndarray:
-        with _whole(where[kept[i]], builder.data_path):
+        with _refusing_damage(where[kept[i]], builder.data_path):
             return decode.with_channels(decode.decode(records[kept[i]][image]), channels)
 
     return Source(
@@ -150,7 +150,7 @@ def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: 
     )
 
 
-def _examined(records, builder, part: str, image: str, label: str) -> list[tuple[int, Finding]]:
+def _examine(records, builder, part: str, image: str, label: str) -> list[tuple[int, Finding]]:
     """The label and finding of every record, from the cache or by reading all of them once."""
     files = [(file, file.stat()) for file in builder.info.splits[part].filepaths]
     key = digest(*(f'{file} {stat.length} {stat.mtime}' for file, stat in files))
@@ -159,8 +159,8 @@ def _examined(records, builder, part: str, image: str, label: str) -> list[tuple
         record = records[i]
         return int(record[label]), scan(record[image])
 
-    if known := remembered(key):
+    if known := load_findings(key):
         return [(number, Finding(*found)) for number, found in known]
     rows = parallel_map(examine, len(records), 'Examining images')
-    remember(key, rows)
+    store_findings(key, rows)
     return rows

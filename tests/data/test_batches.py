@@ -1,3 +1,11 @@
+"""Order, decoded sets, statistics, and both providers: the same batches whoever makes them.
+
+Training reads the endless concatenation of the epochs' permutations. So a run of E epochs takes
+⌊E·n/batch⌋ batches, and leaves out the E·n mod batch last examples of its last epoch's
+permutation: no batch is partial, and a longer run takes those first. Evaluation takes each example
+once; what fills the last batch up has mask False.
+"""
+
 import itertools
 import json
 import os
@@ -5,31 +13,49 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cnn_jax import config
+from cnn_jax.data import batches as module
+from cnn_jax.data.augment import augment_and_normalize, normalize
 from cnn_jax.data.batches import (
+    PART,
     DeviceBatches,
     StreamBatches,
     eval_batches,
+    load,
     open_batches,
+    order,
+    statistics,
     train_indices,
+    with_order,
 )
 from cnn_jax.data.decode import resize_image
+from cnn_jax.data.source import Source, from_arrays
 from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
+from cnn_jax.runtime import cores
 
 PROVIDERS = {'never': DeviceBatches, 'always': StreamBatches}
+sizes = st.integers(1, 60)
+seeds = st.integers(0, 2**32 - 1)
+process_counts = st.sampled_from([1, 2, 3, 5])
 
 
 def first(batches, count):
     """The first batches, as NumPy arrays; the iterator is closed."""
-    taken = [jax.device_get(batch) for batch in itertools.islice(batches, count)]
+    arrays = [jax.device_get(batch) for batch in itertools.islice(batches, count)]
     batches.close()
-    return taken
+    return arrays
 
 
 def assert_same(a, b):
@@ -37,10 +63,162 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+# The order.
+
+
+@given(sizes, seeds, st.integers(0, 1000))
+def test_an_epoch_is_a_permutation(n, seed, epoch):
+    permutation = order(n, seed, epoch)
+    assert permutation.dtype == np.int32
+    assert sorted(permutation.tolist()) == list(range(n))
+
+
+def test_the_order_is_the_same_for_ever():
+    assert order(10, 0, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert order(10, 7, 3).tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
+    assert len({tuple(order(50, seed, epoch)) for seed in range(5) for epoch in range(5)}) == 25
+
+
+def test_every_position_is_as_likely():
+    n, draws = 5, 2000
+    counts = np.zeros((n, n))
+    for epoch in range(draws):
+        counts[np.arange(n), order(n, 0, epoch)] += 1
+    deviation = (counts - draws / n) / np.sqrt(draws / n * (1 - 1 / n))
+    assert np.abs(deviation).max() < 4
+
+
+@given(sizes, st.integers(1, 70), seeds, process_counts)
+def test_training_is_the_epochs_one_after_the_other(n, batch, seed, process_count):
+    batch *= process_count
+    steps = -(-3 * n // batch)
+    parts = [
+        train_indices(n, batch, seed, step, process, process_count)
+        for step in range(steps)
+        for process in range(process_count)
+    ]
+    stream = np.concatenate(parts)
+    epochs = [order(n, seed, epoch) for epoch in range(-(-len(stream) // n))]
+    np.testing.assert_array_equal(stream, np.concatenate(epochs)[: len(stream)])
+
+
+@given(sizes, st.integers(1, 70), process_counts)
+def test_evaluation_takes_every_example_once_and_pads_the_last_batch(n, batch, process_count):
+    batch *= process_count
+    seen = []
+    each = [
+        list(eval_batches(n, batch, process, process_count)) for process in range(process_count)
+    ]
+    for number, processes in enumerate(zip(*each)):
+        index, mask = (np.concatenate(parts) for parts in zip(*processes))
+        assert (index.shape, index.dtype, mask.dtype) == ((batch,), np.int32, bool)
+        assert (index[~mask] == 0).all()
+        assert mask.all() or number == len(each[0]) - 1
+        seen += index[mask].tolist()
+    assert seen == list(range(n))
+
+
+def test_a_batch_that_processes_cannot_share():
+    with pytest.raises(UserError, match=r'batch of 10 examples .* 3 processes'):
+        train_indices(100, 10, 0, 0, 0, 3)
+    with pytest.raises(UserError, match='3 processes'):
+        open_batches(config.Data(source='digits'), 'train', process_count=3)
+
+
+# Decoded sets.
+
+
 @pytest.fixture
 def folder(tmp_path, write_images) -> config.Data:
     write_images(tmp_path, {'a': 9, 'b': 8}, size=(8, 12))
     return config.Data(source=f'folder:{tmp_path}', resize='crop', size=5, batch=4)
+
+
+@pytest.mark.parametrize('how', [('none', 0, 0), ('stretch', 5, 0), ('crop', 5, 1), ('crop', 9, 3)])
+def test_every_example_is_decoded_and_resized(folder, how):
+    source = open_source(folder.source, split='all')
+    arrays = load(source, *how)
+    expected = np.stack([resize_image(source[i][0], *how) for i in range(len(source))])
+    np.testing.assert_array_equal(arrays.images, expected)
+    assert arrays.images.dtype == np.uint8
+    assert arrays.labels.tolist() == [0] * 9 + [1] * 8
+    assert (arrays.class_names, arrays.fingerprint) == (('a', 'b'), source.fingerprint)
+
+
+def test_arrays_are_loaded_without_a_file(cache_dir, random_image):
+    images = random_image((40, 3, 4, 1))
+    arrays = load(from_arrays('set', images, np.arange(40) % 2, ('a', 'b')))
+    np.testing.assert_array_equal(arrays.images, images)
+    assert list(cache_dir.iterdir()) == []
+
+
+def test_files_are_decoded_once_by_each_rule(folder, monkeypatch, cache_dir):
+    source = open_source(folder.source, split='all')
+    first = load(source, 'crop', 5)
+    (path,) = cache_dir.glob('images/*.npy')
+    written = path.stat().st_mtime_ns
+    np.testing.assert_array_equal(load(source, 'crop', 5).images, first.images)
+    assert path.stat().st_mtime_ns == written
+    for other in (('stretch', 5), ('crop', 6), ('crop', 5, 1)):
+        load(source, *other)
+    monkeypatch.setattr(module, 'RULE', module.RULE + 1)
+    load(source, 'crop', 5)
+    monkeypatch.setattr('PIL.__version__', 'another')
+    load(source, 'crop', 5)
+    assert len(list(cache_dir.glob('images/*.npy'))) == 6
+
+
+# Statistics.
+
+
+class Images:
+    """The least that `statistics` reads."""
+
+    def __init__(self, images):
+        self.images, self.n, self.image_shape = images, len(images), images.shape[1:]
+
+    def read(self, index):
+        return self.images[index]
+
+
+shapes = st.tuples(*(st.integers(1, n) for n in (9, 4, 4)), st.sampled_from([1, 3]))
+
+
+@given(hnp.arrays(np.uint8, shapes))
+def test_statistics_are_numpys(images):
+    mean, std = statistics(Images(images))
+    pixels = images.astype(np.float64) / 255
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-12)
+    expected = np.maximum(pixels.std(axis=(0, 1, 2)), 1 / 255)
+    np.testing.assert_allclose(std, expected, rtol=1e-6)
+
+
+def test_large_sets_are_sampled_by_a_fixed_order(random_image, monkeypatch):
+    images = random_image((50, 2, 2, 1))
+    monkeypatch.setattr(module, 'SAMPLE_BYTES', 20 * 4 + 3)
+    monkeypatch.setattr(module, 'SAMPLE_CHUNK', 7)
+    mean, _ = statistics(Images(images))
+    assert mean.item() == pytest.approx((images[order(50, 0, 0)[:20]] / 255).mean(), rel=1e-12)
+
+
+def test_normalized_training_images_are_standard_for_both_providers(random_image):
+    images = random_image((20, 8, 8, 3))
+    source = from_arrays('noise', images, np.arange(20) % 2, ('a', 'b'))
+    device, stream = DeviceBatches(load(source), batch=8), StreamBatches(source, batch=8)
+    np.testing.assert_array_equal(statistics(device), statistics(stream))
+    normal = np.asarray(normalize(jnp.asarray(images), *statistics(device)))
+    np.testing.assert_allclose(normal.mean(axis=(0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(normal.std(axis=(0, 1, 2)), 1, atol=1e-5)
+
+
+# Providers.
+
+
+def both(data: config.Data, which: str):
+    """The same data, on the device and streamed."""
+    whole = config.Config(data=data)
+    kinds = (config.replace(whole, {'data.stream': kind}).data for kind in PROVIDERS)
+    return [open_batches(kind, which) for kind in kinds]
 
 
 @pytest.fixture(params=['digits', 'folder'])
@@ -52,8 +230,7 @@ def data(request, folder) -> config.Data:
 def test_batches_are_the_sources_examples_in_order(folder, stream):
     folder.stream = stream
     source = open_source(folder.source, split='train')
-    train = open_batches(folder, 'train', seed=3)
-    for step, batch in enumerate(first(train.train(), 5)):
+    for step, batch in enumerate(first(open_batches(folder, 'train', seed=3).train(), 5)):
         index = train_indices(len(source), 4, 3, step)
         np.testing.assert_array_equal(batch['index'], index)
         np.testing.assert_array_equal(batch['label'], source.labels[index])
@@ -69,10 +246,7 @@ def test_batches_are_the_sources_examples_in_order(folder, stream):
 
 
 def test_both_providers_give_the_same_batches(data):
-    device, stream = (
-        open_batches(config.replace(config.Config(data=data), {'data.stream': kind}).data, 'train')
-        for kind in PROVIDERS
-    )
+    device, stream = both(data, 'train')
     for start in (0, 1, device.n // data.batch - 1, 1000):
         assert_same(first(device.train(start), 4), first(stream.train(start), 4))
     index = np.array([3, 0, 3])
@@ -83,19 +257,11 @@ def test_both_providers_give_the_same_batches(data):
 
 
 @pytest.mark.parametrize('stream', PROVIDERS)
-def test_a_start_in_the_middle_is_the_same_run(data, stream):
-    data.stream = stream
-    batches = open_batches(data, 'train', seed=1)
-    whole = first(batches.train(), 7)
-    assert_same(first(batches.train(3), 4), whole[3:])
-
-
-@pytest.mark.parametrize('stream', PROVIDERS)
 def test_evaluation_takes_every_example_once(data, stream):
     data.stream = stream
     batches = open_batches(data, 'eval')
-    taken = list(map(jax.device_get, batches.evaluate()))
-    for batch, (index, mask) in zip(taken, eval_batches(batches.n, data.batch), strict=True):
+    found = list(map(jax.device_get, batches.evaluate()))
+    for batch, (index, mask) in zip(found, eval_batches(batches.n, data.batch), strict=True):
         np.testing.assert_array_equal(batch['index'], index)
         np.testing.assert_array_equal(batch['mask'], mask)
         np.testing.assert_array_equal(batch['image'], batches.read(index))
@@ -103,23 +269,11 @@ def test_evaluation_takes_every_example_once(data, stream):
 
 
 @pytest.mark.parametrize('stream', PROVIDERS)
-@pytest.mark.parametrize('count', [2, 3, 5])
-def test_the_processes_batches_make_the_global_one(stream, count):
-    data = config.Data(source='digits', stream=stream, batch=30)
-    for which in ('train', 'eval'):
-        start = {'train': lambda batches: batches.train(46), 'eval': lambda b: b.evaluate()}[which]
-        whole = first(start(open_batches(data, which)), 3)
-        parts = [
-            first(start(open_batches(data, which, process_index=p, process_count=count)), 3)
-            for p in range(count)
-        ]
-        joined = [jax.tree.map(lambda *xs: np.concatenate(xs), *batch) for batch in zip(*parts)]
-        assert_same(joined, whole)
-
-
-def test_a_batch_that_processes_cannot_share():
-    with pytest.raises(UserError, match='batch of 32 examples cannot be divided among 3'):
-        open_batches(config.Data(source='digits'), 'train', process_count=3)
+def test_another_order_is_that_of_another_provider(data, stream):
+    data.stream = stream
+    other = with_order(open_batches(data, 'train', seed=1), batch=5, seed=2)
+    data.batch = 5
+    assert_same(first(other.train(3), 2), first(open_batches(data, 'train', seed=2).train(3), 2))
 
 
 def test_the_decoded_size_decides(folder):
@@ -164,13 +318,10 @@ def test_both_providers_skip_the_same_images(folder, tmp_path):
     whole = (tmp_path / 'b/1.png').read_bytes()
     (tmp_path / 'b/1.png').write_bytes(whole[:-30])
     (tmp_path / 'a/3.png').write_bytes(b'')
-    with pytest.raises(UserError, match=r'2 of the 17 images .* --config.data.max_corrupt from'):
+    with pytest.raises(UserError, match=r'2 of the 17 images .*max_corrupt'):
         open_batches(folder, 'train')
     folder.max_corrupt = 2 / 17
-    device, stream = (
-        open_batches(config.replace(config.Config(data=folder), {'data.stream': kind}).data, 'eval')
-        for kind in PROVIDERS
-    )
+    device, stream = both(folder, 'eval')
     assert [path for path, _ in device.skipped] == ['a/3.png', 'b/1.png']
     assert (device.skipped, device.fingerprint) == (stream.skipped, stream.fingerprint)
     assert_same(list(device.evaluate()), list(stream.evaluate()))
@@ -180,7 +331,7 @@ def test_an_error_while_streaming_reaches_the_consumer(folder, tmp_path):
     folder.stream = 'always'
     batches = open_batches(folder, 'train')
     (tmp_path / 'a/0.png').unlink()
-    with pytest.raises(UserError, match=r'a/0\.png has changed since the run began'):
+    with pytest.raises(UserError, match=r'a/0\.png has changed'):
         first(batches.train(), 4)
 
 
@@ -199,6 +350,90 @@ def test_a_stream_that_is_left_ends_its_threads(folder):
     while readers() - others and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not readers() - others
+
+
+# Several processes and devices.
+
+N, BATCH, EPOCHS, SEED = 47, 30, 3, 5
+COUNTS = [1, 2, 3, 5]
+
+
+def numbered() -> Source:
+    """Images whose first pixel is their position."""
+    images = np.random.default_rng(0).integers(0, 256, (N, 6, 4, 1), np.uint8)
+    images[:, 0, 0, 0] = np.arange(N)
+    return from_arrays('numbered', images, np.arange(N) % 3, tuple('abc'))
+
+
+def processes(stream, count, seed=SEED):
+    """The batches that each of `count` processes opens."""
+    parts = [{'process_index': p, 'process_count': count} for p in range(count)]
+    if stream == 'always':
+        return [StreamBatches(numbered(), batch=BATCH, seed=seed, **part) for part in parts]
+    return [DeviceBatches(load(numbered()), batch=BATCH, seed=seed, **part) for part in parts]
+
+
+def joined(each):
+    """The global batches: those of all processes, one after the other."""
+    return [jax.tree.map(lambda *xs: np.concatenate(xs), *b) for b in zip(*each, strict=True)]
+
+
+@pytest.mark.parametrize('stream', PROVIDERS)
+@pytest.mark.parametrize('count', COUNTS)
+def test_three_epochs_take_each_example_three_times(stream, count):
+    steps = EPOCHS * N // BATCH
+    seen = np.zeros(N, int)
+    for process in processes(stream, count):
+        for batch in first(process.train(), steps):
+            assert len(batch['index']) == BATCH // count
+            assert batch['mask'].all()
+            np.testing.assert_array_equal(batch['image'][:, 0, 0, 0], batch['index'])
+            np.testing.assert_array_equal(batch['label'], batch['index'] % 3)
+            np.add.at(seen, batch['index'], 1)
+    left_out = order(N, SEED, EPOCHS - 1)[steps * BATCH - EPOCHS * N :]
+    assert len(left_out) == EPOCHS * N % BATCH == 21
+    expected = np.full(N, EPOCHS)
+    expected[left_out] -= 1
+    np.testing.assert_array_equal(seen, expected)
+
+
+@settings(max_examples=12, derandomize=True)
+@given(
+    stream=st.sampled_from(list(PROVIDERS)),
+    seed=seeds,
+    step=st.integers(0, 10**6),
+    before=st.sampled_from(COUNTS),
+    after=st.sampled_from(COUNTS),
+)
+def test_any_number_of_processes_resumes_with_the_same_batches(stream, seed, step, before, after):
+    run = joined([first(p.train(step), 3) for p in processes(stream, before, seed)])
+    resumed = joined([first(p.train(step + 1), 2) for p in processes(stream, after, seed)])
+    assert_same(run[1:], resumed)
+    evaluated = [
+        joined([list(p.evaluate()) for p in processes(stream, n)]) for n in (before, after)
+    ]
+    assert_same(*evaluated)
+
+
+@jax.jit
+def augmented(images, index):
+    changes = config.Augment(flip=True, crop=1, cutout=2)
+    key = jax.random.key(9)
+    return augment_and_normalize(changes, key, images, index, lambda x: x / jnp.float32(255))
+
+
+@pytest.mark.parametrize('stream', PROVIDERS)
+def test_an_augmented_image_is_the_same_in_any_number_of_processes(stream):
+    results = []
+    for count in COUNTS:
+        images = {}
+        for process in processes(stream, count):
+            (batch,) = first(process.train(), 1)
+            changed = np.asarray(augmented(batch['image'], batch['index']))
+            images |= {i: image.tobytes() for i, image in zip(batch['index'].tolist(), changed)}
+            assert not np.array_equal(changed, batch['image'] / np.float32(255))
+        results.append(images)
+    assert all(images == results[0] for images in results[1:])
 
 
 SHARDED = """
@@ -242,3 +477,82 @@ def test_a_sharded_batch_is_the_same_batch(axis_type):
     same = json.loads(ran.stdout)
     assert len(same) == 2 * 2 * 3 * 8
     assert all(same)
+
+
+# The memory of streaming.
+
+
+def computed(n, read=lambda i: np.full((2, 2, 1), i % 251, np.uint8)) -> Source:
+    """A source whose images are computed when they are read: none is kept."""
+    return Source(
+        name='computed',
+        class_names=('a', 'b'),
+        labels=np.broadcast_to(np.int32(1), (n,)),
+        sizes=np.broadcast_to(np.int32(2), (n, 2)),
+        channels=1,
+        read=read,
+        describe=str,
+        fingerprint='computed',
+    )
+
+
+@pytest.mark.parametrize('batch', [8, 3 * PART + 1], ids=['one part', 'several parts'])
+@pytest.mark.parametrize('n', [1_000, 1_000_000])
+def test_the_images_at_once_do_not_depend_on_how_many_there_are(n, batch):
+    count, changed = 0, threading.Condition()
+
+    def read(i):
+        nonlocal count
+        with changed:
+            count += 1
+            changed.notify_all()
+        return np.zeros((2, 2, 1), np.uint8)
+
+    stream = StreamBatches(computed(n, read), batch=batch)
+    parts = -(-batch // PART)
+    ahead = -(-max(cores() + 1, 2 * parts) // parts) + 1
+    assert stream.images_at_once == (ahead + 2) * batch
+    batches: Any = stream.train()
+    for step in range(40):
+        next(batches)  # step + 1 were handed out
+        with changed:  # the following are read without being asked for
+            assert changed.wait_for(lambda n=step: count >= (n + 3) * batch, timeout=30)
+            assert count - step * batch <= stream.images_at_once
+    batches.close()
+
+
+@pytest.mark.parametrize('sharded', [False, True])
+def test_the_next_batch_goes_to_the_device_before_the_last_is_used(sharded, monkeypatch):
+    mesh = jax.make_mesh((1,), ('data',))
+    sharding = NamedSharding(mesh, PartitionSpec('data')) if sharded else None
+    events, put = [], module.put
+
+    def recorded(batch, where):
+        assert where is sharding
+        events.append(('put', int(batch['index'][0]) // 10))
+        return put(batch, where)
+
+    monkeypatch.setattr(module, 'put', recorded)
+    for number, batch in enumerate(
+        StreamBatches(computed(50), batch=10, sharding=sharding).evaluate()
+    ):
+        assert isinstance(batch['image'], jax.Array)
+        assert sharding is None or batch['image'].sharding == sharding
+        events.append(('used', number))
+    expected = [('put', 0)]
+    for number in range(4):
+        expected += [('put', number + 1), ('used', number)]
+    assert events == [*expected, ('used', 4)]
+
+
+def test_only_the_images_of_the_process_are_read():
+    asked = set()
+
+    def read(i):
+        asked.add(i)
+        return np.zeros((2, 2, 1), np.uint8)
+
+    stream = StreamBatches(computed(100, read), batch=20, process_index=3, process_count=5)
+    own = {int(i) for batch in stream.evaluate() for i in batch['index'][batch['mask']]}
+    assert own == {i for i in range(100) if 12 <= i % 20 < 16}
+    assert asked == own

@@ -189,13 +189,13 @@ def test_a_file_that_changes_while_it_is_used(root, change):
 
 
 def test_a_file_that_vanishes_while_the_set_is_examined(root, monkeypatch):
-    examine = folder.examined
+    examine = folder.examine_files
 
     def vanish(*arguments):
         (root / 'b/1.png').unlink()
         return examine(*arguments)
 
-    monkeypatch.setattr(folder, 'examined', vanish)
+    monkeypatch.setattr(folder, 'examine_files', vanish)
     source = open_folder(root, max_corrupt=0.5)
     assert source.skipped == (('b/1.png', 'No such file or directory'),)
     assert pixels(source).shape == (3, 8, 6, 3)
