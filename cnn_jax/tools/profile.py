@@ -159,7 +159,7 @@ class CompileClock:
 
     @property
     def seconds(self) -> float:
-        """Wall time so far: what is traced inside of another function counts once."""
+        """Wall time so far: a function traced inside of another one counts once."""
         total, end = 0.0, 0.0
         for start, stop in sorted(self._spans):
             total += max(stop - max(start, end), 0.0)
@@ -171,13 +171,11 @@ def training_flops(rows: Iterable[Layer], trainable: Collection[str], cached: bo
     """Multiplications and additions of a training step's matrix products, for one example.
 
     Σ f·(1 + [its kernel is trained] + [a layer before it is trained]), f those of a layer's
-    forward pass: a kernel's gradient costs as much as the forward pass, and so does the gradient
-    of the layer's input, which is needed only where something before it is trained. A net that
-    is trained whole has 3·Σf less the first layer's f.
+    forward pass: the gradients of a layer's kernel and of its input cost as much each, and the
+    latter is needed only where something before it is trained.
 
     Args:
-        rows: Layers in the order of their calls (`summary.layers`); padding counts, while bias,
-            norm, activation, augmentation and optimizer do not.
+        rows: Layers in the order of their calls (`summary.layers`).
         trainable: Paths of the trained parameters.
         cached: The backbone's features are cached, so that it computes nothing.
     """
@@ -191,15 +189,8 @@ def training_flops(rows: Iterable[Layer], trainable: Collection[str], cached: bo
 
 
 def measure_peak(dtype: str = 'float32', seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product on the first device, the best in some seconds.
-
-    Args:
-        dtype: Type of its elements, multiplied as JAX multiplies them by default.
-        seconds: Time to spend, besides compiling.
-
-    The matrices have 2048 rows on a CPU, and 8192 elsewhere, where smaller ones end too soon.
-    """
-    size = 2048 if jax.default_backend() == 'cpu' else 8192
+    """FLOP/s of a square matrix product on the first device, the best in some seconds."""
+    size = 2048 if jax.default_backend() == 'cpu' else 8192  # smaller ones end too soon
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(a, a))
@@ -246,14 +237,14 @@ def measure(
 ) -> dict[str, Any]:
     """The facts about a run's speed; measures the machine's peak, so call it after training.
 
+    The last phase that was timed counts: the median of its laps, for stalls without the first
+    one, in which files are read for the first time, if there are others.
+
     Args:
-        speeds: `Stopwatch.laps` of each phase. The run's speed is the median of the last phase
-            that has any; where none has, only the cost is told.
+        speeds, stalls: `Stopwatch.laps` and `Stopwatch.stalls` of each phase.
         flops: `training_flops` of each phase.
         dtype: Type of the net's computation.
         clock: Clock that has been running since the process began.
-        stalls: `Stopwatch.stalls` of each phase; the run's is the median of the same phase,
-            without its first lap, in which files are read for the first time, if there are others.
         layout: Layout of the run, on several devices.
     """
     memory, holder = peak_memory()
