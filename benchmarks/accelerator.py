@@ -21,12 +21,13 @@ import numpy as np
 from benchmarks import cli, flax_features, ours, ours_features, results, stock_flax, workloads
 from benchmarks.problem import Problem
 from cnn_jax import runtime
-from cnn_jax.ablation.compiled import compile_structure
+from cnn_jax.ablation.training import compile_structure
 from cnn_jax.models import build
 from cnn_jax.pretrained.weights import load
 from cnn_jax.summary import layers
 from cnn_jax.tools.profile import measure_peak
-from cnn_jax.train.step import values_of
+from cnn_jax.train import setup
+from cnn_jax.train.program import traced_values
 
 DTYPES = 'float32', 'bfloat16'
 FEATURES = 'features'
@@ -122,17 +123,17 @@ def runs_together(made: Problem, count: int) -> Callable[[int], None]:
         'image_shape': list(made.images.shape[2:]),
         'preprocessing': made.preprocessing,
     }
-    compiled = compile_structure(config, description, count)
+    compiled = compile_structure(config, setup.Data(None, None, description, None), count)
     (phase,) = compiled.phases
     seeds = [dataclasses.replace(config, seed=seed) for seed in range(compiled.together)]
-    state = compiled.stack([phase.steps.init(each.seed) for each in seeds])
-    values = compiled.stack([values_of(each) for each in seeds])
+    state = compiled.stack([compiled.init(each.seed) for each in seeds])
+    values = compiled.stack([traced_values(each) for each in seeds])
     batch = compiled.stack([ours.batches_of(made)[0]] * len(seeds))
 
     def run(times: int) -> None:
         nonlocal state
         for _ in range(times):
-            state, _ = phase.train(state, batch, values)
+            state, _ = phase.train_step(state, batch, values)
         jax.block_until_ready(state)
 
     return run

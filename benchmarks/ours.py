@@ -1,5 +1,6 @@
 """The contender that this project is: the very step that `launch.train` runs."""
 
+import functools
 import itertools
 import json
 
@@ -10,33 +11,36 @@ from benchmarks.problem import Problem
 from benchmarks.worker import Contender
 from cnn_jax import __version__, params
 from cnn_jax import config as cfg
+from cnn_jax.train.program import RunSpec, make_program, state_maker, traced_values
 from cnn_jax.train.setup import preparation
-from cnn_jax.train.step import make_steps, values_of
-from cnn_jax.train.task import Task
+from cnn_jax.train.step import train_step
 
 
 def start(problem: Problem) -> Contender:
     """The training step of the problem's config."""
     config = config_of(problem)
-    task = Task(
+    spec = RunSpec(
         image_shape=problem.images.shape[2:],
         num_classes=problem.classes,
         prepare=preparation(problem.preprocessing),
         steps_per_epoch=1.0,
-        ends=(1,),
-        initial=lambda _: params.unflatten(
+        phase_ends=(1,),
+        pretrained=lambda _: params.unflatten(
             {path: jax.numpy.array(value) for path, value in problem.weights.items()}
         ),
     )
-    steps = make_steps(config, task)
-    step = jax.jit(steps.train, donate_argnums=0)
+    program = make_program(config, spec)
+    init, step = (
+        state_maker(program),
+        jax.jit(functools.partial(train_step, program), donate_argnums=0),
+    )
     batches = batches_of(problem)
-    values = values_of(config)
+    values = traced_values(config)
     without_dropout = {**values, 'model.dropout': 0.0, 'model.head_dropout': 0.0}
-    state, endless = steps.init(0), itertools.cycle(batches)
+    state, endless = init(0), itertools.cycle(batches)
 
     def losses(count: int) -> list[float]:
-        state, found = steps.init(0), []
+        state, found = init(0), []
         for batch in itertools.islice(itertools.cycle(batches), count):
             state, sums = step(state, batch, without_dropout)
             found.append(float(sums['objective']))

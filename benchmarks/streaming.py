@@ -253,16 +253,17 @@ def train(images: str, net: str) -> dict[str, float]:
     opened = functools.partial(StreamBatches, resize='crop', size=SHAPE[0], batch=BATCH)
     splits = opened(source(count)), opened(source(2 * BATCH))
     description = setup.describe(config, *splits)
+    data = setup.Data(*splits, description, None)
     description['preprocessing'] = {
         'kind': 'standardize',
         'mean': [0.5] * 3,
         'std': [0.29] * 3,
         'channels': 3,
     }
-    task = setup.make_task(config, description)
-    phases, state = setup.open_phases(config, description, task, *splits)
+    spec = setup.make_spec(config, description)
+    phases, state = setup.open_phases(config, data, spec)
     with tempfile.TemporaryDirectory() as folder:
-        outcome = loop.fit(config, task, phases, state, Path(folder), live=False)
+        outcome = loop.train(config, spec, phases, state, Path(folder), live=False)
     facts = profile.measure(
         outcome.speeds, [0], config.model.dtype, profile.CompileClock(), stalls=outcome.stalls
     )

@@ -1,27 +1,68 @@
-"""What an experiment is: typed fields, content hash, difference.
+"""The configuration of an experiment: typed fields, validation, hash, JSON.
 
 An experiment file holds one function, `get_config() -> Config`. A launcher applies the
-`--config.a.b=value` overrides to the object, validates it (`cnn_jax.validation`), and writes it to
-the work directory as `config.json`.
+`--config.a.b=value` overrides to the object, validates it, and writes it to the work directory as
+`config.json`.
 
-Fields declared with `value()` or `switched()` are *values, not structure*: they enter the compiled
-step as arguments, so runs that differ only in them share one compilation (see `values`).
+A field says itself what it may hold and what it applies to. *Traced* fields enter the compiled
+step as arguments, so runs that differ only in them share one compilation; of an *optional* one
+it is static whether it is 0, so that what is off costs nothing.
+
+  config = Config(model=Model(widths=(32, 64)), loss=Loss(l2=5e-4))
+  config = replace(config, {'optimizer.learning_rate': 1e-3})
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar, get_args, get_origin
 
 from cnn_jax.errors import UserError
-from cnn_jax.fields import choice, number, switched, value
-from cnn_jax.fields import fields_by_path as fields_by_path
-from cnn_jax.fields import get as get
-from cnn_jax.fields import replace as replace
-from cnn_jax.fields import to_flat as to_flat
-from cnn_jax.fields import unknown_key as unknown_key
+
+C = TypeVar('C')
+OWN = 'own'  # the name of a model, source or optimizer that the user brings
+
+
+def setting(default: Any, **facts: Any) -> Any:
+    """A field with facts about it.
+
+    Args:
+        default: Its default.
+        facts: `only_for`, the one `model.name` that reads the field; `noiseless`, the value under
+            which the network adds no noise to what it computes (or a table of such values);
+            and what the functions below set.
+    """
+    return field(default=default, metadata=facts)
+
+
+def choice(default: Any, *others: Any, **facts: Any) -> Any:
+    """One of the listed values."""
+    return setting(default, choices=(default, *others), **facts)
+
+
+def number(default: Any, *, low: float = 0, high: float = math.inf, **facts: Any) -> Any:
+    """A number from `low` to `high`, both included, or a tuple of such numbers."""
+    return setting(default, range=(low, high), **facts)
+
+
+def traced(default: float, *, low: float = 0, high: float = math.inf, **facts: Any) -> Any:
+    """A number that a compiled step takes as an argument instead of baking it in."""
+    return number(default, low=low, high=high, traced=True, **facts)
+
+
+def optional(default: float, *, low: float = 0, high: float = math.inf, **facts: Any) -> Any:
+    """A traced number; whether it is 0 is static, so it costs nothing when off."""
+    return traced(default, low=low, high=high, optional=True, **facts)
+
+
+STRIDED: dict[str, Any] = {'only_for': 'strided_net'}
+VGG: dict[str, Any] = {'only_for': 'vgg16'}
+GHOST_AS_BATCH = {'ghost': 'batch'}  # pooled statistics lack the variance between the groups
 
 
 @dataclass
@@ -33,57 +74,88 @@ class Model:
     normalization, then dropout; then Flatten, the hidden Dense layers with activation,
     normalization and dropout, and the output Dense layer.
 
-    `vgg16` is the 13 convolutions of VGG16 up to `cut`, then the same head.
+    `vgg16` is the 13 convolutions of VGG16 up to `cut`, then the same head. `own` is a Flax module
+    that the caller of `fit` or the experiment file brings; it may read any of these fields.
     """
 
-    name: str = choice('strided_net', 'vgg16')
+    name: str = choice('strided_net', 'vgg16', OWN)
     outputs: int = number(0)  # 0: one per class (softmax); 1: one sigmoid for two classes
     dtype: str = choice('float32', 'bfloat16')  # of computations; parameters are always float32
 
     # strided_net
-    stem_width: int = number(16)  # 0: no stem
-    stem_kernel: int = number(7, low=1)
-    stem_stride: int = number(2, low=1)
-    stem_padding: str = choice('VALID', 'SAME', 'SAME_TORCH', 'CIRCULAR', 'REFLECT')
-    widths: tuple[int, ...] = number((32, 64, 128), low=1)
-    kernel: int = number(3, low=1)
-    stride: int = number(2, low=1)  # of the second convolution of each pair
-    padding: str = choice('SAME', 'SAME_TORCH', 'VALID', 'CIRCULAR', 'REFLECT')
-    downsample: str = choice('stride', 'max_pool', 'avg_pool')  # how a pair shrinks its input
+    stem_width: int = number(16, **STRIDED)  # 0: no stem
+    stem_kernel: int = number(7, low=1, **STRIDED)
+    stem_stride: int = number(2, low=1, **STRIDED)
+    stem_padding: str = choice('VALID', 'SAME', 'SAME_TORCH', 'CIRCULAR', 'REFLECT', **STRIDED)
+    widths: tuple[int, ...] = number((32, 64, 128), low=1, **STRIDED)
+    kernel: int = number(3, low=1, **STRIDED)
+    stride: int = number(2, low=1, **STRIDED)  # of the second convolution of each pair
+    padding: str = choice('SAME', 'SAME_TORCH', 'VALID', 'CIRCULAR', 'REFLECT', **STRIDED)
+    downsample: str = choice(
+        'stride', 'max_pool', 'avg_pool', **STRIDED
+    )  # how a pair shrinks its input
     activation: str = choice('relu', 'leaky_relu', 'elu', 'gelu', 'silu', 'tanh')
-    weight_standardization: bool = False  # of the convolutions' kernels, filter by filter
-    residual: bool = False  # a shortcut around each pair
-    norm: str = choice('batch', 'ghost', 'renorm', 'group', 'layer', 'instance', 'none')
+    weight_standardization: bool = setting(
+        False, **STRIDED
+    )  # of the convolutions' kernels, filter by filter
+    residual: bool = setting(False, **STRIDED)  # a shortcut around each pair
+    norm: str = choice(
+        'batch',
+        'ghost',
+        'renorm',
+        'group',
+        'layer',
+        'instance',
+        'none',
+        **STRIDED,
+        noiseless=GHOST_AS_BATCH,
+    )
     norm_position: str = choice('after', 'before')  # the activation
-    norm_momentum: float = value(0.99, high=1)  # share of the old moving average that is kept
+    norm_momentum: float = traced(
+        0.99, high=1, noiseless=0.0
+    )  # share of the old moving average that is kept
     norm_epsilon: float = number(1e-3)
     norm_groups: int = number(8, low=1)  # group: parts of the channels that share statistics
     ghost_batch: int = number(16, low=1)  # ghost: examples that share their statistics
-    renorm_r: float = value(3.0, low=1, high=1e6)  # renorm: the scale's correction is in [1/r, r]
-    renorm_d: float = value(5.0, high=1e6)  # renorm: the mean's correction is in [-d, d]
-    dropout: float = value(0.25, high=1)  # after each pair
-    drop_kind: str = choice('element', 'channel', 'block', 'gaussian')
-    drop_block: int = number(7, low=1)  # block: side of the squares, in pixels of the feature map
-    drop_ramp: float = switched(0.0, high=1)  # share of training in which dropout grows from 0
-    stochastic_depth: float = value(0.0, high=1)  # rate at which the last pair is skipped
-    input_noise: float = value(0.0)  # deviation of noise added to the normalized images
+    renorm_r: float = traced(
+        3.0, low=1, high=1e6, noiseless=1.0
+    )  # renorm: the scale's correction is in [1/r, r]
+    renorm_d: float = traced(
+        5.0, high=1e6, noiseless=0.0
+    )  # renorm: the mean's correction is in [-d, d]
+    dropout: float = traced(0.25, high=1, **STRIDED, noiseless=0.0)  # after each pair
+    drop_kind: str = choice('element', 'channel', 'block', 'gaussian', **STRIDED)
+    drop_block: int = number(
+        7, low=1, **STRIDED
+    )  # block: side of the squares, in pixels of the feature map
+    drop_ramp: float = optional(
+        0.0, high=1, **STRIDED
+    )  # share of training in which dropout grows from 0
+    stochastic_depth: float = traced(
+        0.0, high=1, **STRIDED, noiseless=0.0
+    )  # rate at which the last pair is skipped
+    input_noise: float = traced(
+        0.0, **STRIDED, noiseless=0.0
+    )  # deviation of noise added to the normalized images
 
     # vgg16
-    weights: str = 'random'  # random | imagenet | a file (.h5, .onnx, .safetensors)
-    cut: str = 'block5_pool'  # the layer whose output the head sees
+    weights: str = setting('random', **VGG)  # random | imagenet | a file (.h5, .onnx, .safetensors)
+    cut: str = setting('block5_pool', **VGG)  # the layer whose output the head sees
     pool: str = choice('flatten', 'average')  # what joins backbone and head
 
     # head
     hidden: tuple[int, ...] = number((512,), low=1)
-    head_norm: str = choice('batch', 'ghost', 'renorm', 'group', 'layer', 'none')
-    head_dropout: float = value(0.5, high=1)
+    head_norm: str = choice(
+        'batch', 'ghost', 'renorm', 'group', 'layer', 'none', noiseless=GHOST_AS_BATCH
+    )
+    head_dropout: float = traced(0.5, high=1, noiseless=0.0)
 
 
 @dataclass
 class Data:
     """Where the images come from, and how they reach the network."""
 
-    source: str = 'mnist_5k'  # mnist_5k | digits | tfds:NAME | folder:PATH | idx:PATH
+    source: str = 'mnist_5k'  # mnist_5k | digits | tfds:NAME | folder:PATH | idx:PATH | own
     data_dir: str = ''  # where TFDS keeps prepared sets; '' is TFDS's default
     train: str = 'train'  # a split, e.g. train, train[:80%], train[:500]
     eval: str = 'test'
@@ -105,60 +177,66 @@ class Augment:
     flip: bool = False  # left-right, with probability 1/2
     crop: int = number(0)  # pad by this many pixels on each side, then crop back at random
     cutout: int = number(0)  # side of a square set to the mean, in pixels
-    rotation: float = switched(0.0, high=180)  # largest angle either way, in degrees
-    erasing: float = switched(0.0, high=1)  # probability that a rectangle is lost
-    erase_least: float = value(0.02, high=1)  # its area, as a share of the image's
-    erase_most: float = value(0.4, high=1)
-    erase_aspect: float = value(0.3, low=0.01, high=1)  # least height : width; at most its inverse
-    brightness: float = switched(0.0)  # the factor is uniform in 1 ± this, at least 0
-    contrast: float = switched(0.0)
-    saturation: float = switched(0.0)  # of images with three channels
-    randaugment: float = switched(0.0, high=30)  # magnitude of its operations
+    rotation: float = optional(0.0, high=180)  # largest angle either way, in degrees
+    erasing: float = optional(0.0, high=1)  # probability that a rectangle is lost
+    erase_least: float = traced(0.02, high=1)  # its area, as a share of the image's
+    erase_most: float = traced(0.4, high=1)
+    erase_aspect: float = traced(0.3, low=0.01, high=1)  # least height : width; at most its inverse
+    brightness: float = optional(0.0)  # the factor is uniform in 1 ± this, at least 0
+    contrast: float = optional(0.0)
+    saturation: float = optional(0.0)  # of images with three channels
+    randaugment: float = optional(0.0, high=30)  # magnitude of its operations
     randaugment_operations: int = number(2)  # an image
-    trivialaugment: float = switched(0.0, high=1)  # probability of its one operation
-    mixup: float = switched(0.0)  # α of λ ~ Beta(α, α), the share of the own image
-    cutmix: float = switched(0.0)  # α; with both on, each has half of the examples
+    trivialaugment: float = optional(0.0, high=1)  # probability of its one operation
+    mixup: float = optional(0.0)  # α of λ ~ Beta(α, α), the share of the own image
+    cutmix: float = optional(0.0)  # α; with both on, each has half of the examples
 
 
 @dataclass
 class Loss:
-    """Task loss and penalties (equations in `cnn_jax.losses`, `cnn_jax.penalties`)."""
+    """Task loss and regularizers (equations in `cnn_jax.regularizers`)."""
 
-    label_smoothing: float = value(0.0, high=1)
-    confidence_penalty: float = switched(0.0)  # β of −β·H(p), H the prediction's entropy
-    l2: float = value(0.0)  # λ of λ·Σw² added to the loss (Keras's definition, no 1/2)
+    label_smoothing: float = traced(0.0, high=1)
+    confidence_penalty: float = optional(0.0)  # β of −β·H(p), H the prediction's entropy
+    l2: float = traced(0.0)  # λ of λ·Σw² added to the loss (Keras's definition, no 1/2)
     l2_on: tuple[str, ...] = ('*conv*/kernel',)  # parameter path patterns
-    l1: float = switched(0.0)  # λ of λ·Σ|w|
+    l1: float = optional(0.0)  # λ of λ·Σ|w|
     l1_on: tuple[str, ...] = ('*conv*/kernel',)
-    orthogonality: float = switched(0.0)  # λ of λ·Σ‖WᵀW − I‖², a filter a column of W
+    orthogonality: float = optional(0.0)  # λ of λ·Σ‖WᵀW − I‖², a filter a column of W
     orthogonality_on: tuple[str, ...] = ('*conv*/kernel',)
-    l2_sp: float = switched(0.0)  # λ of λ·Σ(w − w⁰)², w⁰ the weights at the start
+    l2_sp: float = optional(0.0)  # λ of λ·Σ(w − w⁰)², w⁰ the weights at the start
     l2_sp_on: tuple[str, ...] = ('*conv*/*',)  # not the new head, which `l2_on` may name
+    activity_l1: float = optional(0.0)  # λ of λ·Σ|a|, a an example's layer outputs
+    activity_l1_on: tuple[str, ...] = ('*conv*', '*dense*')  # layer path patterns
+    input_gradient: float = optional(0.0)  # λ of λ·‖∂ℓ/∂x‖², x the prepared image
+    r_drop: float = optional(0.0)  # α: two dropout masks shall predict alike
+    own: float = optional(1.0)  # factor of the regularizers that an experiment file brings
 
 
 @dataclass
 class Optimizer:
     """Update rule and learning-rate schedule (equations in `cnn_jax.optim`)."""
 
-    name: str = choice('adam', 'sgd', 'adamw')
-    learning_rate: float = value(1e-4)
+    name: str = 'adam'  # adam | sgd | adamw | any in optax or optax.contrib | own
+    arguments: tuple[str, ...] = ()  # of one that Optax names, e.g. ('b1=0.95', 'weight_decay=0.1')
+    learning_rate: float = traced(1e-4)
     schedule: str = choice('constant', 'cosine', 'step', 'inverse_time')
     warmup_epochs: float = number(0.0)
-    decay_rate: float = value(0.0)  # inverse_time: rate; step: factor at each boundary
+    decay_rate: float = traced(0.0)  # inverse_time: rate; step: factor at each boundary
     decay_steps: int = number(1, low=1)  # inverse_time: steps between decays
     boundaries: tuple[float, ...] = number(())  # step: epochs at which the rate is multiplied
-    momentum: float = value(0.9, high=1)  # sgd
+    momentum: float = traced(0.9, high=1)  # sgd
     nesterov: bool = False
-    b1: float = value(0.9, high=1)
-    b2: float = value(0.999, high=1)
-    epsilon: float = value(1e-7)  # Keras's default
-    weight_decay: float = value(0.0)  # decoupled: w ← w − lr·weight_decay·w
+    b1: float = traced(0.9, high=1)
+    b2: float = traced(0.999, high=1)
+    epsilon: float = traced(1e-7)  # Keras's default
+    weight_decay: float = traced(0.0)  # decoupled: w ← w − lr·weight_decay·w
     decay_on: tuple[str, ...] = ('*/kernel',)
     clip_norm: float = number(0.0)  # 0: no clipping of the global gradient norm
-    gradient_noise: float = switched(0.0)  # η of the noise's variance η/(1 + t)^0.55
-    max_norm: float = switched(0.0)  # largest norm of an output unit's weights; 0: any
+    gradient_noise: float = optional(0.0)  # η of the noise's variance η/(1 + t)^0.55
+    max_norm: float = optional(0.0)  # largest norm of an output unit's weights; 0: any
     max_norm_on: tuple[str, ...] = ('*/kernel',)
-    sam: float = switched(0.0)  # ρ: the gradient is taken this far uphill; two passes
+    sam: float = optional(0.0)  # ρ: the gradient is taken this far uphill; two passes
     accumulate: int = number(1, low=1)  # micro-batches a step
 
 
@@ -168,8 +246,8 @@ class Train:
 
     epochs: float = number(10.0)
     frozen: tuple[str, ...] = ()  # parameter path patterns that are not trained
-    ema: float = switched(0.0, high=1)  # decay of the weights' moving average; 0: none
-    swa_from: float = switched(0.0)  # epochs after which weights are averaged equally
+    ema: float = optional(0.0, high=1)  # decay of the weights' moving average; 0: none
+    swa_from: float = optional(0.0)  # epochs after which weights are averaged equally
     precise_norm: int = number(0)  # batches for the evaluated weights' batch statistics
     eval_every: float = number(1.0)  # epochs
     checkpoint_every: float = number(1.0)  # epochs
@@ -189,8 +267,8 @@ class Unfreeze:
 
     epochs: float = number(0.0)  # 0: there is no second phase
     frozen: tuple[str, ...] = ()  # parameter path patterns that stay frozen
-    learning_rate: float = value(1e-5)  # of what is newly trained
-    depth_decay: float = value(1.0)  # its factor for each block further from the head
+    learning_rate: float = traced(1e-5)  # of what is newly trained
+    depth_decay: float = traced(1.0)  # its factor for each block further from the head
 
 
 @dataclass
@@ -207,6 +285,7 @@ class Config:
     """One run. `seed` decides initial weights, data order, augmentation and dropout."""
 
     seed: int = number(0, high=2**32 - 1)
+    own: str = ''  # digest of what the user brings (`cnn_jax.components`), set when the run starts
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -217,20 +296,129 @@ class Config:
     features: Features = field(default_factory=Features)
 
 
-def values(config: Config) -> dict[str, float]:
-    """The fields that enter the compiled step as arguments, `{dotted path: number}`."""
+def fields_by_path(config: Any, prefix: str = '') -> dict[str, dataclasses.Field]:
+    """The leaf fields of a configuration (or of one of its groups), by dotted path."""
+    leaves = {}
+    for f in dataclasses.fields(config):
+        inner = getattr(config, f.name)
+        if dataclasses.is_dataclass(inner):
+            leaves |= fields_by_path(inner, f'{prefix}{f.name}.')
+        else:
+            leaves[prefix + f.name] = f
+    return leaves
+
+
+def get(config: Any, path: str) -> Any:
+    """Return the value at a dotted path; an unknown path is a `UserError` with a suggestion."""
+    known = fields_by_path(config)
+    if path not in known:
+        raise UserError(unknown_key(path, known))
+    return attrgetter(path)(config)
+
+
+def to_flat(config: Any) -> dict[str, Any]:
+    """Return the configuration as `{dotted path: value}`."""
+    return {path: attrgetter(path)(config) for path in fields_by_path(config)}
+
+
+def replace(config: C, changes: dict[str, Any]) -> C:
+    """Return a copy of a configuration with the fields at the given dotted paths changed.
+
+    Errors:
+        UserError: A path is unknown, or a value does not have its field's type.
+    """
+    known = fields_by_path(config)
+    new = type(config)()
+    for path, value in (to_flat(config) | changes).items():
+        if path not in known:
+            raise UserError(unknown_key(path, known))
+        group, _, name = path.rpartition('.')
+        owner = attrgetter(group)(new) if group else new
+        setattr(owner, name, _coerce(path, known[path].type, value))
+    return new
+
+
+def unknown_key(path: str, known: Iterable[str]) -> str:
+    """Return the sentence for a key that does not exist, with a near one that does."""
+    near = difflib.get_close_matches(path, list(known), n=1)
+    if not near:  # the right name in the wrong group
+        name = path.rpartition('.')[2]
+        near = [other for other in known if other.rpartition('.')[2] == name]
+    hint = f'; did you mean config.{near[0]}?' if near else ''
+    return f'config.{path} is not a field of the configuration{hint}'
+
+
+def _coerce(path: str, kind: Any, value: Any) -> Any:
+    """Return the value as the field's type, or raise; a traced array passes as a number."""
+    if hasattr(value, 'dtype') and kind in (int, float):
+        return value
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        if isinstance(value, (list, tuple)):
+            return tuple(_coerce(path, item, each) for each in value)
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    items = get_args(kind)
+    name = f'a list of {items[0].__name__}' if items else kind.__name__
+    raise UserError(f'config.{path} must be {name}, not {value!r}')
+
+
+def traced_values(config: Config) -> dict[str, float]:
+    """The fields that enter the compiled step as arguments, `{dotted path: number}`.
+
+    >>> traced_values(Config())['optimizer.learning_rate']
+    0.0001
+    """
     flat, fields = to_flat(config), fields_by_path(config)
-    return {path: flat[path] for path, f in fields.items() if f.metadata.get('value')}
+    return {path: flat[path] for path, f in fields.items() if f.metadata.get('traced')}
+
+
+def bind(config: C, values: dict[str, Any]) -> C:
+    """Return the config with (perhaps traced) numbers in it; optional fields that are 0 stay 0.0.
+
+    Code inside a compiled step takes this one object: `is_on` tells which optional parts are
+    compiled in, and the numbers are arguments of the program.
+
+    Args:
+        config: Says what is on.
+        values: `{dotted path: number}`, as `traced_values` names them.
+    """
+    fields, flat = fields_by_path(config), to_flat(config)
+    off = {path for path, f in fields.items() if f.metadata.get('optional') and not flat[path]}
+    return replace(config, {path: v for path, v in values.items() if path not in off})
+
+
+def is_on(value: Any) -> bool:
+    """Return whether an optional field of a bound config is compiled in: it is traced, or not 0."""
+    return not (isinstance(value, (int, float)) and value == 0)
+
+
+def without_noise(config: Config) -> dict[str, Any]:
+    """Return the changes under which the network in training computes without any noise.
+
+    Batch statistics are then the batch's own, and each layer sees what it sees in inference.
+    """
+    changes = {}
+    for path, f in fields_by_path(config).items():
+        value = f.metadata.get('noiseless')
+        if isinstance(value, dict):
+            value = value.get(get(config, path))
+        if value is not None:
+            changes[path] = value
+    return changes
 
 
 def structure(config: Config) -> dict[str, Any]:
-    """What a compilation depends on: every field but the values and the seed; switches that are on.
+    """The fields that determine the compiled program, `{dotted path: value}`.
 
-    Of a switch only that it is on: `{dotted path: True}`.
+    These are all but the seed and the traced fields; an optional field that is on contributes True.
     """
     flat, fields = to_flat(config), fields_by_path(config)
-    fixed = {p: v for p, v in flat.items() if p != 'seed' and not fields[p].metadata.get('value')}
-    on = {p: True for p, v in flat.items() if v and fields[p].metadata.get('switch')}
+    fixed = {p: v for p, v in flat.items() if p != 'seed' and not fields[p].metadata.get('traced')}
+    on = {p: True for p, v in flat.items() if v and fields[p].metadata.get('optional')}
     return fixed | on
 
 
@@ -241,12 +429,16 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def to_json(config: Config) -> str:
-    """The config as indented JSON with sorted keys, ending in a newline."""
+    """Return the config as indented JSON with sorted keys, ending in a newline."""
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + '\n'
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote, of this version or an older one; else a `UserError`."""
+    """Return the config that `to_json` wrote, in this version or an older one.
+
+    Errors:
+        UserError: The text is not such a config.
+    """
     try:
         tree = json.loads(text)
         if not isinstance(tree, dict):
@@ -271,10 +463,147 @@ def content_hash(config: Config) -> str:
     A field that a later version adds leaves the hashes of earlier runs as they are.
     """
     defaults = to_flat(Config())
-    chosen = {path: given for path, given in to_flat(config).items() if given != defaults[path]}
+    chosen = {path: value for path, value in to_flat(config).items() if value != defaults[path]}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
-def is_on(value: Any) -> bool:
-    """Return whether an optional field of a bound config is compiled in: it is traced, or not 0."""
-    return not (isinstance(value, (int, float)) and value == 0)
+def validate(config: Config) -> Config:
+    """Return the config with its types, choices, ranges and combinations checked.
+
+    Errors:
+        UserError: The first thing that is wrong, and how to mend it.
+    """
+    config = replace(config, to_flat(config))
+    check_fields(config)
+    _check_data(config)
+    _check_training(config)
+    _check_model(config)
+    return config
+
+
+def check_fields(config: Any) -> None:
+    """Compare each field with its choices or range; the first that fails is a `UserError`."""
+    for path, f in fields_by_path(config).items():
+        value = attrgetter(path)(config)
+        if 'choices' in f.metadata and value not in f.metadata['choices']:
+            choices = [str(each) for each in f.metadata['choices']]
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise UserError(f'config.{path} is {value!r}; it can be {", ".join(choices)}{hint}')
+        if 'range' in f.metadata:
+            low, high = f.metadata['range']
+            for each in value if isinstance(value, tuple) else (value,):
+                if not math.isfinite(each):
+                    raise UserError(f'config.{path} is {value}; it must be finite')
+                if not low <= each <= high:
+                    wanted = f'at least {low}' if high == math.inf else f'from {low} to {high}'
+                    raise UserError(f'config.{path} is {value}; it must be {wanted}')
+
+
+def _check_data(config: Config) -> None:
+    if config.data.resize == 'none' and config.data.size:
+        raise UserError(
+            f'config.data.size is {config.data.size} but config.data.resize is none; '
+            'set config.data.resize to stretch or crop'
+        )
+    if config.data.resize != 'none' and not config.data.size:
+        raise UserError(
+            f'config.data.resize is {config.data.resize} but config.data.size is 0; '
+            'say the size in pixels'
+        )
+    augment = config.augment
+    if augment.erase_least > augment.erase_most:
+        raise UserError(
+            f'config.augment.erase_least ({augment.erase_least:g}) is above '
+            f'config.augment.erase_most ({augment.erase_most:g}); lower it'
+        )
+
+
+def _check_training(config: Config) -> None:
+    if config.data.batch % config.optimizer.accumulate:
+        raise UserError(
+            f'config.optimizer.accumulate ({config.optimizer.accumulate}) must divide '
+            f'config.data.batch ({config.data.batch})'
+        )
+    if config.optimizer.schedule == 'step' and not config.optimizer.boundaries:
+        raise UserError(
+            'config.optimizer.schedule is step but config.optimizer.boundaries is empty; '
+            'say the epochs at which the learning rate drops'
+        )
+    if config.optimizer.schedule in ('step', 'inverse_time') and not config.optimizer.decay_rate:
+        raise UserError(
+            f'config.optimizer.schedule is {config.optimizer.schedule} but '
+            'config.optimizer.decay_rate is 0; say the factor at each boundary (step), e.g. 0.1, '
+            'or the rate of decay (inverse_time)'
+        )
+    if config.train.ema == 1:
+        raise UserError(
+            'config.train.ema is 1, with which the average stays the first weights; set it below 1'
+        )
+    if config.train.ema and config.train.swa_from:
+        raise UserError(
+            'config.train.ema and config.train.swa_from both average the weights; set one to 0'
+        )
+    epochs = config.train.epochs + config.unfreeze.epochs
+    if config.train.swa_from >= epochs > 0:
+        raise UserError(
+            f'config.train.swa_from is {config.train.swa_from:g}, but the run has {epochs:g} '
+            'epochs, so nothing would be averaged; lower it'
+        )
+    if config.train.patience and config.unfreeze.epochs:
+        raise UserError(
+            'config.train.patience ends a run of one phase, but config.unfreeze.epochs asks for a '
+            'second; set one of them to 0'
+        )
+    if config.train.patience and not config.train.eval_every:
+        raise UserError(
+            'config.train.patience needs evaluations, but config.train.eval_every is 0; set it to '
+            'the epochs between them'
+        )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.name == OWN:  # which reads what it likes
+        return
+    for f in dataclasses.fields(model):
+        value, reader = getattr(model, f.name), f.metadata.get('only_for', model.name)
+        if reader != model.name and value != f.default:
+            raise UserError(
+                f'config.model.{f.name} is {value}, but only {reader} has it, so it would change '
+                f'nothing; leave it at {f.default}'
+            )
+    if model.residual and model.padding == 'VALID':
+        raise UserError(
+            'config.model.residual needs convolutions that keep the size of their input, and '
+            'config.model.padding is VALID; set it to SAME'
+        )
+    if model.stochastic_depth and not model.residual:
+        raise UserError(
+            f'config.model.stochastic_depth is {model.stochastic_depth}, but there is no branch '
+            'to skip; set config.model.residual to True'
+        )
+    if model.drop_kind == 'gaussian' and model.dropout == 1:
+        raise UserError(
+            'config.model.dropout is 1, at which gaussian noise has an infinite variance; '
+            'set it below 1'
+        )
+    for kind, widths in (('norm', model.widths), ('head_norm', model.hidden)):
+        uneven = [width for width in widths if width % model.norm_groups]
+        if getattr(model, kind) == 'group' and uneven:
+            raise UserError(
+                f'config.model.{kind} is group, but config.model.norm_groups '
+                f'({model.norm_groups}) does not divide the width {uneven[0]}'
+            )
+    batch = config.data.batch // config.optimizer.accumulate
+    alike = {'batch': batch, 'renorm': batch, 'ghost': model.ghost_batch}
+    if model.hidden and alike.get(model.head_norm) == 1:
+        raise UserError(
+            f'config.model.head_norm is {model.head_norm} over one example, which would make all '
+            'examples equal; raise config.data.batch or config.model.ghost_batch, or set it to none'
+        )
+    if 'ghost' in (model.norm, model.head_norm) and batch % model.ghost_batch:
+        raise UserError(
+            f'config.model.ghost_batch ({model.ghost_batch}) must divide the {batch} examples '
+            'that the network sees at once (config.data.batch / config.optimizer.accumulate)'
+        )

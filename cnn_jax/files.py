@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from cnn_jax.errors import UserError
 
 SEAL = 'seal.json'  # in a sealed folder
 SHA256 = 'sha256'  # the key of a JSON file's own digest
@@ -39,6 +42,28 @@ def make_folder(folder: Path) -> None:
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
+
+
+def make_writable(folder: Path, what: str = 'the work directory', flag: str = '--workdir') -> None:
+    """Create a folder, or check that files can be made in the one that is there.
+
+    Args:
+        folder: The folder.
+        what: Its name in the error.
+        flag: The flag that names it, for the error.
+
+    Errors:
+        UserError: It cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'{what} {folder} cannot be written ({os.strerror(error.errno or 0)}); '
+            f'choose another {flag}'
+        ) from error
 
 
 def sync(path: Path) -> None:

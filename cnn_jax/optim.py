@@ -1,11 +1,11 @@
-"""The learning-rate schedule and the Optax chain over the trainable leaves.
+"""Learning-rate schedules, the optimizer, and what else changes gradients or weights in a step.
 
-The chain only ever sees the trainable parameters (a flat dict), never a mask over all of them:
-`optax.masked` passes the gradients of unmasked leaves through unchanged, and setting updates to
-zero still allocates optimizer memory for them. Numbers may be traced, so nothing here branches
-on one.
+The optimizer is one `optax.partition` over all parameters: frozen ones have no memory in it, no
+decay and no update. Numbers may be traced, so nothing here branches on one.
 """
 
+import ast
+import inspect
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +14,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Key
 
 from cnn_jax.config import Optimizer
-from cnn_jax.params import Flat
+from cnn_jax.errors import UserError
+from cnn_jax.freezing import FROZEN, keep
+from cnn_jax.params import Flat, map_paths
+
+# These need more than a training step gives them, or weights other than the trained ones to
+# evaluate.
+UNFIT = ('sam', 'schedule_free', 'schedule_free_adamw', 'schedule_free_sgd', 'lbfgs', 'dpsgd')
+# Fields that only the built-in rules read, and their defaults.
+OURS = {
+    name: getattr(Optimizer, name)
+    for name in ('momentum', 'nesterov', 'b1', 'b2', 'epsilon', 'weight_decay')
+}
 
 
 def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Callable:
-    """The learning rate at a step.
+    """The learning rate as a function of the step.
 
     constant:      lr
     cosine:        lr · ½(1 + cos(π·t/T))
@@ -64,7 +76,7 @@ def global_norm(tree: Any) -> Array:
     return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
 
 
-def uphill(params: Flat, gradients: Flat, radius: float | Array) -> Flat:
+def sam_perturb(params: Flat, gradients: Flat, radius: float | Array) -> Flat:
     """The point at which sharpness-aware minimization (SAM) takes the gradient.
 
     w + ρ·g/‖g‖, ‖g‖ over all parameters: the worst point within ρ of w, to first order
@@ -80,7 +92,7 @@ def uphill(params: Flat, gradients: Flat, radius: float | Array) -> Flat:
     return jax.tree.map(lambda w, g: w + scale * g, params, gradients)
 
 
-def clipped(gradients: Flat, bound: float) -> Flat:
+def clip_by_norm(gradients: Flat, bound: float) -> Flat:
     """The gradients, scaled down to a norm that they may have: g · min(1, c/‖g‖).
 
     Args:
@@ -95,7 +107,7 @@ def clipped(gradients: Flat, bound: float) -> Flat:
     return result[0]
 
 
-def with_noise(
+def add_gradient_noise(
     key: Key[Array, ''], gradients: Flat, strength: float | Array, step: int | Array
 ) -> Flat:
     """The gradients plus Gaussian noise that fades as training goes on.
@@ -103,7 +115,7 @@ def with_noise(
     g + N(0, σ²), σ² = η/(1 + t)^0.55
 
     Args:
-        key: Of the step; each parameter's noise depends on it and on the path alone.
+        key: The step's key; the noise of a parameter depends on it and on the path alone.
         gradients: g.
         strength: η ≥ 0; may be traced.
         step: t, from 0.
@@ -114,13 +126,13 @@ def with_noise(
     deviation = jnp.sqrt(strength / (1.0 + step) ** 0.55)
 
     def noise(path: str, leaf: Array) -> Array:
-        of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return deviation * jax.random.normal(of_path, leaf.shape, leaf.dtype)
+        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return deviation * jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
 
     return {path: leaf + noise(path, leaf) for path, leaf in gradients.items()}
 
 
-def bounded(kernel: Float[Array, '... o'], bound: float | Array) -> Float[Array, '... o']:
+def project_max_norm(kernel: Float[Array, '... o'], bound: float | Array) -> Float[Array, '... o']:
     """Max-norm constraint: the weights into an output unit, scaled down to a norm they may have.
 
     w_j ← w_j · min(1, c/‖w_j‖₂), over all axes but the last
@@ -139,7 +151,7 @@ def bounded(kernel: Float[Array, '... o'], bound: float | Array) -> Float[Array,
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are updated together: by one rule, with a state and a step count of its own.
+    """Parameters that one rule updates, with a state and a step count of its own.
 
     Attributes:
         paths: The parameters.
@@ -152,50 +164,103 @@ class Group:
     scales: Mapping[str, float | Array] = field(default_factory=dict)
 
 
-def chain(
-    config: Optimizer, groups: Sequence[Group], decayed: Iterable[str]
-) -> optax.GradientTransformation:
-    """The update rule for a flat dict of trainable parameters.
+def make_optimizer(
+    config: Optimizer,
+    groups: Sequence[Group],
+    decayed: Iterable[str] = (),
+    own: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The update rule: `optax.partition` with one part a group, and one that keeps the frozen rest.
 
     sgd:          u = m ← momentum·m + g                      (Nesterov: u = momentum·m + g)
     adam, adamw:  u = m̂ / (√v̂ + epsilon)                      (Kingma & Ba 2015)
     w ← w − scale·rate(t)·(u + weight_decay·w [w decayed])    (Loshchilov & Hutter 2019)
 
+    Any other name is one of `optax` or `optax.contrib`, made with `config.arguments`.
+
     Args:
         config: Names and numbers; the numbers may be traced.
-        groups: Each parameter is in exactly one.
+        groups: Each trained parameter is in exactly one; what is in none is frozen.
         decayed: Paths that decoupled decay applies to.
+        own: A transformation in the place of the rule that the config names.
 
     Returns:
-        An Optax transformation. Its state is a tuple with one entry a group, which has leaves for
-        the group's parameters and no others.
+        A transformation of any tree that has these paths. Frozen leaves have no state and no
+        update.
     """
-    decayed = set(decayed)
+    label = {path: f'group {i}' for i, group in enumerate(groups) for path in group.paths}
+    parts = {f'group {i}': own or _rule(config, group, decayed) for i, group in enumerate(groups)}
+    return optax.partition(
+        {**parts, FROZEN: keep()},
+        lambda tree: map_paths(lambda path, _: label.get(path, FROZEN), tree),
+    )
 
-    def part(tree: Flat, group: Group) -> Flat:
-        return {path: tree[path] for path in group.paths}
 
-    def is_decayed(params: Any) -> dict[str, bool]:
-        return {path: path in decayed for path in params}
+def _rule(config: Optimizer, group: Group, decayed: Iterable[str]) -> optax.GradientTransformation:
+    if config.name == 'sgd':
+        direction = optax.trace(decay=config.momentum, nesterov=config.nesterov)
+    elif config.name in ('adam', 'adamw'):
+        direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
+    else:
+        return optax.chain(_from_optax(config, group.rate), _scaled(group.scales))
+    named = set(decayed)
+    decay = optax.add_decayed_weights(
+        config.weight_decay, mask=lambda tree: map_paths(lambda path, _: path in named, tree)
+    )
+    rate = optax.scale_by_learning_rate(group.rate)
+    return optax.chain(direction, decay, rate, _scaled(group.scales))
 
-    def rule(group: Group) -> optax.GradientTransformation:
-        if config.name == 'sgd':
-            direction = optax.trace(decay=config.momentum, nesterov=config.nesterov)
-        else:
-            direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
-        decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
-        return optax.chain(direction, decay, optax.scale_by_learning_rate(group.rate))
 
-    def init(params: Any) -> Any:
-        return tuple(rule(group).init(part(params, group)) for group in groups)
+def _scaled(scales: Mapping[str, float | Array]) -> optax.GradientTransformation:
+    """Updates times a factor of their own; paths without one keep theirs."""
+    if not scales:
+        return optax.identity()
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        steps, states = {}, []
-        for group, before in zip(groups, state, strict=True):
-            result: Any = rule(group).update(part(updates, group), before, part(params, group))
-            step, after = result
-            steps |= {path: u * group.scales.get(path, 1.0) for path, u in step.items()}
-            states.append(after)
-        return steps, tuple(states)
+    def times(path: str, update: Array) -> Array:
+        return update * scales[path] if path in scales else update
 
-    return optax.GradientTransformation(init, update)
+    return optax.stateless(lambda updates, _: map_paths(times, updates))
+
+
+def _from_optax(config: Optimizer, rate: Callable) -> optax.GradientTransformation:
+    """The optimizer that Optax has under `config.name`.
+
+    Errors:
+        UserError: There is none, it needs what a training step does not have, or its arguments
+            are not right.
+    """
+    named = f'config.optimizer.name is {config.name}'
+    factory = getattr(optax, config.name, None) or getattr(optax.contrib, config.name, None)
+    try:
+        parameters = inspect.signature(factory).parameters  # pyright: ignore
+    except (TypeError, ValueError):
+        parameters = {}
+    if 'learning_rate' not in parameters or config.name in UNFIT:
+        raise UserError(
+            f'{named}; it can be adam, sgd, adamw or an optimizer of optax or optax.contrib that '
+            'takes a learning_rate and needs no more than gradients and parameters, such as lion'
+        )
+    for name, default in OURS.items():
+        if not isinstance(value := getattr(config, name), jax.Array) and value != default:
+            raise UserError(
+                f'{named}, which does not read config.optimizer.{name}; give its own arguments '
+                f"as config.optimizer.arguments, e.g. ('b1=0.95',)"
+            )
+    arguments = dict(_argument(each, parameters, named) for each in config.arguments)
+    try:
+        return factory(rate, **arguments)  # pyright: ignore
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{named}, which Optax cannot make: {error}') from error
+
+
+def _argument(text: str, known: Iterable[str], named: str) -> tuple[str, Any]:
+    name, equals, value = text.partition('=')
+    if not equals or name not in known:
+        raise UserError(
+            f'{named}, and config.optimizer.arguments has {text!r}; it takes NAME=VALUE with a '
+            f'name from {", ".join(each for each in known if each != "learning_rate")}'
+        )
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a word

@@ -5,7 +5,7 @@ a shell wildcard over the whole path, in which `*` also crosses slashes: `backbo
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,18 +29,30 @@ def unflatten(flat: Flat) -> dict:
     return unflatten_dict(flat, sep='/')
 
 
+def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Return any tree with `function(path, leaf)` in the place of each leaf."""
+
+    def at(keys: Any, leaf: Any) -> Any:
+        return function(jax.tree_util.keystr(keys, simple=True, separator='/'), leaf)
+
+    return jax.tree_util.tree_map_with_path(at, tree)
+
+
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Whether any pattern matches the whole path."""
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def select(paths: Iterable[str], patterns: Iterable[str], *, field: str) -> list[str]:
+def select(
+    paths: Iterable[str], patterns: Iterable[str], *, field: str, called: str = 'parameter'
+) -> list[str]:
     """The paths that match any pattern.
 
     Args:
         paths: Parameter paths.
         patterns: Shell wildcards.
         field: The config field that the patterns come from, for the error.
+        called: What has the paths, for the error.
 
     Errors:
         UserError: A pattern matches nothing, which is nearly always a typing mistake.
@@ -49,8 +61,8 @@ def select(paths: Iterable[str], patterns: Iterable[str], *, field: str) -> list
     for pattern in patterns:
         if not any(matches(path, [pattern]) for path in paths):
             raise UserError(
-                f'config.{field} has the pattern {pattern!r}, which matches no parameter; '
-                f'the parameters are {", ".join(paths)}'
+                f'config.{field} has the pattern {pattern!r}, which matches no {called}; '
+                f'the {called}s are {", ".join(paths)}'
             )
     return [path for path in paths if matches(path, patterns)]
 

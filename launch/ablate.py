@@ -11,14 +11,13 @@ work directory holds ablation.json, cells/, logs/, report.html, figures/, cost.j
 summary.json, .csv and .tex.
 """
 
-import importlib.util
 import shlex
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from cnn_jax import runtime
+from cnn_jax.components import load_experiment
 from launch import cli
 
 CONFIG = cli.define_config()
@@ -57,14 +56,15 @@ def main(_) -> int:
     from cnn_jax.ablation.plan import plan_of
     from cnn_jax.ablation.run import ablate
 
-    config = cli.read_config(CONFIG)
+    config, components = cli.read_experiment(CONFIG)
     # One thread a run: results then do not depend on the number of workers.
     threads = config.train.threads = config.train.threads or 1
     workers = max(1, runtime.cores() // threads) if runtime.runs_on_cpu() else 1
     arguments = [each for each in sys.argv[1:] if not each.startswith(('--workers=', '--retry'))]
     result = ablate(
-        plan_of(_experiment(), config, SEEDS.value),
+        plan_of(load_experiment(cli.config_file()), config, SEEDS.value),
         workdir=WORKDIR.value,
+        components=components,
         workers=WORKERS.value or workers,
         together=TOGETHER.value,
         retry_failed=RETRY.value,
@@ -81,18 +81,6 @@ def main(_) -> int:
         print(f'{len(result.failed)} runs failed; --retry_failed repeats them')
         return cli.FAILED
     return cli.OK
-
-
-def _experiment():
-    from ml_collections import config_flags
-
-    path = config_flags.get_config_filename(flags.FLAGS['config'])
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == '__main__':

@@ -16,8 +16,8 @@ from typing import Any
 from absl import app, flags, logging
 
 from cnn_jax import config as cfg
+from cnn_jax.components import Components, from_experiment
 from cnn_jax.errors import RunFailed, UserError
-from cnn_jax.validation import validate
 
 OK, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 
@@ -62,12 +62,20 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-def read_config(holder: flags.FlagHolder) -> cfg.Config:
-    """The validated config of a `define_config` flag."""
+def config_file() -> str:
+    """The path of the experiment file that --config names."""
+    from ml_collections import config_flags
+
+    return config_flags.get_config_filename(flags.FLAGS['config'])
+
+
+def read_experiment(holder: flags.FlagHolder) -> tuple[cfg.Config, Components]:
+    """The validated config of a `define_config` flag, and what its file brings."""
     config = holder.value
     if not isinstance(config, cfg.Config):
         raise UserError('--config is missing; give an experiment file, e.g. experiments/small.py')
-    return validate(config)
+    components = from_experiment(config_file())
+    return cfg.validate(components.mark(config)), components
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -162,21 +170,12 @@ def _check_config_argument(arguments: list[str]) -> None:
             raise UserError(cfg.unknown_key(name.removeprefix('config.'), known))
 
 
-def start(threads: int = 0, distributed: bool = False):
-    """Prepare the process for JAX and check that it computes right; returns the settings.
-
-    Of several processes, the first one speaks for all: the others print errors alone.
-    """
+def start(threads: int = 0) -> Any:
+    """Prepare the process for JAX and check that it computes right; return the settings."""
     from cnn_jax import runtime
 
-    settings = runtime.configure(threads)
-    if distributed:
-        from cnn_jax import mesh
+    runtime.configure(threads)  # before JAX is imported
 
-        mesh.initialize()
-        if not mesh.is_process_zero():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    from cnn_jax.tools.selfcheck import self_check  # which imports JAX: not before it is prepared
+    from cnn_jax.train.run import start
 
-    self_check()
-    return settings
+    return start(threads)

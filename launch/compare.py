@@ -23,8 +23,7 @@ def main(arguments: list[str]) -> int:
         raise UserError('no ablation; give the work directories of launch.ablate')
 
     from cnn_jax.ablation import figures
-    from cnn_jax.files import write_atomically
-    from cnn_jax.train.workdir import make_writable
+    from cnn_jax.files import make_writable, write_atomically
 
     figure, path = (
         figures.draw_side_by_side([Path(each) for each in arguments[1:]]),

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from absl import flags
 
+from cnn_jax.config import validate
 from cnn_jax.errors import UserError
-from cnn_jax.validation import validate
 from launch import cli
 
 CONFIG = cli.define_config()
@@ -53,7 +53,7 @@ JSON = flags.DEFINE_string('json', '', 'Also write the costs to this file, as JS
 
 def main(_) -> int:
     """Compile for each slice, print one table, and return the exit code."""
-    config = cli.read_config(CONFIG)
+    config, components = cli.read_experiment(CONFIG)
 
     from cnn_jax.tools import compile_check
 
@@ -67,7 +67,7 @@ def main(_) -> int:
             replicas = math.prod(target.sides) // MODEL_PARALLEL.value
             data = dataclasses.replace(config.data, batch=BATCH.value * replicas)
             config = validate(dataclasses.replace(config, data=data))
-        costs += compile_check.compile_steps(config, description, target, **layout)
+        costs += compile_check.compile_steps(config, components, description, target, **layout)
     print(compile_check.table(costs))
     if JSON.value:
         try:

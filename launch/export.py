@@ -13,6 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
+from cnn_jax import runtime
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
@@ -28,18 +29,13 @@ CHECKPOINT = flags.DEFINE_enum(
 
 def main(_) -> int:
     """Export; returns the exit code."""
-    from cnn_jax.train import mirror, workdir
-
-    folder, out = mirror.opened(WORKDIR.value), Path(OUT.value)
-    cli.start(workdir.load_config(folder).train.threads)
+    runtime.configure()  # before JAX is imported
 
     from cnn_jax.tools import export
-    from cnn_jax.train import record, restore
+    from cnn_jax.train.run import load_run
 
-    run = restore.open_run(folder, CHECKPOINT.value)
-    lines = record.read_lines(folder / 'metrics.jsonl')
-    measured = [x for x in lines if (x['step'], x['split']) == (run.step, 'eval')]
-    export.export(run, out, measured[-1] if measured else None)
+    run, out = load_run(WORKDIR.value, CHECKPOINT.value), Path(OUT.value)
+    export.export(run, out)
     print(f'{out}: {", ".join(sorted(path.name for path in out.iterdir()))}; see {out}/README.md')
     return cli.OK
 

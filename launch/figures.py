@@ -6,6 +6,7 @@ Stride, padding, dropout masks, activations before and after batch normalization
 trained for this, a few seconds), and what fine-tuning VGG16 trains (no weights are needed).
 """
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ PADDINGS = ('VALID', 'SAME', 'SAME_TORCH', 'REFLECT', 'CIRCULAR')
 def main(_) -> int:
     """Draw; returns the exit code."""
     cli.start()
-    from cnn_jax.files import write_atomically
-    from cnn_jax.train.workdir import make_writable
+    from cnn_jax.files import make_writable, write_atomically
 
     folder = Path(OUT.value)
     make_writable(folder, 'the folder of the figures', '--out')
@@ -90,21 +90,20 @@ def norm_activations(steps: int = 100, layer: str = 'block2_norm1'):
     import jax
     import numpy as np
 
-    from cnn_jax.models import build
     from cnn_jax.train import setup
-    from cnn_jax.train.step import make_steps, values_of
+    from cnn_jax.train.program import make_program, state_maker, traced_values
+    from cnn_jax.train.step import train_step
 
     config = cfg.Config(
         model=cfg.Model(stem_width=0, widths=(8, 12), hidden=(32,)),
         data=cfg.Data(source='digits', batch=64),
         optimizer=cfg.Optimizer(learning_rate=3e-3),
     )
-    batches, _, description, _ = setup.open_data(config)
-    task = setup.make_task(config, description)
-    made = make_steps(config, task)
-    state, train = made.init(0), jax.jit(made.train)
-    for batch in itertools.islice(batches.train(), steps):
-        state, _ = train(state, batch, values_of(config))
+    data = setup.open_data(config)
+    program = make_program(config, setup.make_spec(config, data.description))
+    state, train = state_maker(program)(0), jax.jit(functools.partial(train_step, program))
+    for batch in itertools.islice(data.train.train(), steps):
+        state, _ = train(state, batch, traced_values(config))
 
     seen = {}
 
@@ -115,9 +114,9 @@ def norm_activations(steps: int = 100, layer: str = 'block2_norm1'):
         return y
 
     with nn.intercept_methods(record):
-        build(config.model, task.num_classes).apply(
+        program.spec.network(config).apply(
             {'params': state.params, 'batch_stats': state.batch_stats},
-            task.prepare(batch['image']),
+            program.spec.prepare(batch['image']),
             train=True,
             rngs={'dropout': jax.random.key(0)},
             mutable=['batch_stats'],

@@ -25,32 +25,37 @@ STEPS = flags.DEFINE_integer('steps', 100, 'How many rates to try.', lower_bound
 
 def main(_) -> int:
     """Sweep the learning rate; returns the exit code."""
-    from cnn_jax.train import workdir
-
-    config, folder = cli.read_config(CONFIG), Path(OUT.value)
+    (config, components), folder = cli.read_experiment(CONFIG), Path(OUT.value)
     if LOWEST.value >= HIGHEST.value:
         raise UserError(f'--lowest is {LOWEST.value:g}; it must be below --highest')
-    workdir.make_writable(folder, 'the folder for the curve', '--out')
     print(cli.start(config.train.threads))
 
     from rich.progress import track
 
-    from cnn_jax.train import lr_finder, setup
+    from cnn_jax.files import make_writable
+    from cnn_jax.tools import lr_finder
+    from cnn_jax.train import setup
+    from cnn_jax.train.loop import shard_state
 
-    config = lr_finder.swept(config)
+    make_writable(folder, 'the folder for the curve', '--out')
+    config = lr_finder.constant_rate(config)
     layout = setup.layout_of(config)
-    images, split, description, weights = setup.open_data(config, layout)
-    task = setup.make_task(config, description, weights)
-    phases, state = setup.open_phases(config, description, task, images, split, layout)
+    data = setup.open_data(config, layout, components)
+    spec = setup.make_spec(config, data.description, data.weights, components)
+    phases, state = setup.open_phases(config, data, spec, layout)
     rates = lr_finder.rates(LOWEST.value, HIGHEST.value, STEPS.value)
     losses = lr_finder.losses(
-        config, phases[0], state, rates, lambda tried: track(tried, 'learning rates'), layout
+        config,
+        phases[0],
+        shard_state(state, layout),
+        rates,
+        lambda tried: track(tried, 'learning rates'),
     )
     lr_finder.write_csv(rates, losses, folder / 'lr_finder.csv')
-    found = lr_finder.suggestion(rates, losses)
-    lr_finder.draw(rates, losses, found, folder / 'lr_finder.png')
+    suggested = lr_finder.suggestion(rates, losses)
+    lr_finder.draw(rates, losses, suggested, folder / 'lr_finder.png')
     print(f'tried {len(losses)} rates, from {rates[0]:g} to {rates[len(losses) - 1]:.2g}')
-    print(f'suggestion: --config.optimizer.learning_rate={found:.2g}')
+    print(f'suggestion: --config.optimizer.learning_rate={suggested:.2g}')
     print(f'written: {folder}/lr_finder.csv, lr_finder.png')
     return cli.OK
 

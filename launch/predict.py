@@ -18,6 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
+from cnn_jax import runtime
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
@@ -41,16 +42,17 @@ HEATMAPS = flags.DEFINE_string(
 
 def main(arguments: list[str]) -> int:
     """Predict; returns the exit code."""
+    runtime.configure()  # before JAX is imported
+
+    from cnn_jax.files import make_writable
     from cnn_jax.tools import predict
-    from cnn_jax.train import mirror, restore, workdir
+    from cnn_jax.train.run import load_run
 
     paths = predict.image_paths(arguments[1:])
     maps = Path(HEATMAPS.value) if HEATMAPS.value else None
     if maps:
-        workdir.make_writable(maps, 'the folder for heat maps', '--heatmaps')
-    folder = mirror.opened(WORKDIR.value)
-    cli.start(workdir.load_config(folder).train.threads)
-    run = restore.open_run(folder, CHECKPOINT.value)
+        make_writable(maps, 'the folder for heat maps', '--heatmaps')
+    run = load_run(WORKDIR.value, CHECKPOINT.value)
     rows = predict.predict_files(run, paths, draws=MC.value)
     if JSON.value:
         print(json.dumps([row.as_json(TOP.value) for row in rows], indent=2))

@@ -28,22 +28,24 @@ MOST = 16  # columns and rows beyond which nothing is legible
 
 def main(_) -> int:
     """Draw; returns the exit code."""
-    config = cli.read_config(CONFIG)
+    config, components = cli.read_experiment(CONFIG)
     if STEPS.value > MOST or IMAGES.value > MOST:
         raise UserError(f'--steps and --images can be at most {MOST}; more would not be legible')
     cli.start(config.train.threads)
 
-    from cnn_jax.train.workdir import make_writable
+    from cnn_jax.files import make_writable
 
     path = Path(OUT.value)
     make_writable(path.parent, 'the folder of the picture', '--out')
-    columns, class_names = shown_batches(config, FIRST.value, STEPS.value, IMAGES.value)
+    columns, class_names = shown_batches(config, components, FIRST.value, STEPS.value, IMAGES.value)
     draw(columns, class_names, path)
     print(f'{STEPS.value} steps of {config.data.source} in {path}')
     return cli.OK
 
 
-def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict[str, Any]], Any]:
+def shown_batches(
+    config, components, first: int, steps: int, count: int
+) -> tuple[list[dict[str, Any]], Any]:
     """The first examples of some training batches, before and after augmentation and mixing.
 
     Returns:
@@ -57,13 +59,12 @@ def shown_batches(config, first: int, steps: int, count: int) -> tuple[list[dict
 
     from cnn_jax import rng
     from cnn_jax.data.augment import augment_and_normalize, mix
-    from cnn_jax.data.batches import open_batches
     from cnn_jax.features import views_at
     from cnn_jax.train import setup
 
-    batches = open_batches(config.data, 'train', seed=config.seed)
-    spec = setup.preprocessing(config, batches, setup.load_weights(config))
-    prepare, augment = setup.preparation(spec), config.augment
+    data = setup.open_data(config, None, components)
+    batches, augment = data.train, config.augment
+    prepare = setup.preparation(data.description['preprocessing'])
 
     @jax.jit
     def seen(batch, step):

@@ -10,6 +10,7 @@ in the work directory is changed. Exit code 0: bit for bit the same; 1: somethin
 
 from absl import flags
 
+from cnn_jax import runtime
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
@@ -20,42 +21,24 @@ STEPS = flags.DEFINE_integer(
 
 def main(_) -> int:
     """Verify; returns the exit code."""
-    from cnn_jax.train import manifest, mirror, workdir
+    runtime.configure()  # before JAX is imported
 
-    folder = mirror.opened(WORKDIR.value)
-    config, before = workdir.load_config(folder), manifest.read(folder)
-    settings = cli.start(manifest.threads(folder, config))
-    print(settings)
-
-    from cnn_jax import config as cfg
-    from cnn_jax import runtime
-    from cnn_jax.train import setup
-    from cnn_jax.train.verify import verify
-
-    had = before['machine'].get('layout') or {}
-    layout = setup.layout_of(config, model=had.get('model', 1), fsdp=had.get('fsdp', False))
-    images, split, description, weights = setup.open_data(config, layout)
-    now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), description)
-    if layout:
-        now['machine']['layout'] = layout.facts
-    changed = manifest.differences(before, now)
-    for name, (old, new) in changed.items():
-        print(f'changed since the run began: {name}: {old} → {new}')
-    task = setup.make_task(config, description, weights)
-    phases, state = setup.open_phases(config, description, task, images, split, layout)
+    from cnn_jax.tools.verify import verify_run
 
     def tell(what: str, difference: str) -> None:
         print(f'  differs  {what}: {difference}' if difference else f'  same     {what}')
 
-    if verify(config, phases, state, folder, STEPS.value, tell, layout):
-        print(f'verified: what was trained again of {WORKDIR.value} is the same, bit for bit')
+    same, changed = verify_run(WORKDIR.value, STEPS.value, tell)
+    if same:
+        print(f'verified: the repeated steps of {WORKDIR.value} are bitwise identical')
         return cli.OK
-    print(
-        f'not the same: {", ".join(changed)} changed since the run began'
-        if changed
-        else 'not the same, though nothing that is known to matter has changed: a file of the run '
-        'was altered, or this machine does not compute the same twice'
-    )
+    if changed:
+        print(f'not the same: {", ".join(changed)} changed since the run began')
+    else:
+        print(
+            'not the same, though nothing that is known to matter has changed: a file of the run '
+            'was altered, or this machine does not compute the same twice'
+        )
     return cli.FAILED
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.validation import validate
 
 Changes = Mapping[str, Any]  # {'model.dropout': 0.25, …}
 
-TRAINING = ('ablation/cell.py', 'ablation/compiled.py')  # what decides a result in this package
+TRAINING = ('ablation/training.py',)  # what decides a result in this package
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ def make_plan(
         if not arm.isprintable():
             raise UserError(f'arm {arm!r}{where} has characters that cannot be printed; rename it')
         try:
-            configs[arm] = validate(cfg.replace(config, dict(changes)))
+            configs[arm] = cfg.validate(cfg.replace(config, dict(changes)))
         except UserError as error:
             raise UserError(f'arm {arm!r}{where}: {error}') from error
         data = configs[arm].data

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +18,10 @@ from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_pla
 from cnn_jax.ablation.report import Ablation, write_report
 from cnn_jax.ablation.results import Result, Run, Store, read_store
 from cnn_jax.ablation.workers import LocalWorkers, RayWorkers, Task, open_ablation, run_missing
+from cnn_jax.components import NO_COMPONENTS, Components, from_objects
 from cnn_jax.errors import UserError
+from cnn_jax.files import make_writable
 from cnn_jax.tools.progress import Interruption
-from cnn_jax.train.workdir import make_writable
 
 TOGETHER_ON_ACCELERATORS = 16
 
@@ -29,6 +30,11 @@ def ablate(
     arms: Mapping[str, Changes] | Plan,
     baseline: cfg.Config | None = None,
     *,
+    model: Any = None,
+    train: Any = None,
+    eval: Any = None,
+    optimizer: Any = None,
+    regularizers: Sequence[Any] = (),
     workdir: str | Path,
     seeds: int = 5,
     metric: str = 'accuracy',
@@ -40,7 +46,7 @@ def ablate(
     executor: str = 'local',
     ray: Mapping[str, Any] | None = None,
     command: str = '',
-    parts: Any = None,
+    components: Components | None = None,
 ) -> Ablation:
     """Train every arm with every seed, compare the arms with the baseline, write the report.
 
@@ -59,33 +65,42 @@ def ablate(
             without changes is the baseline, and one of that name is added where there is none.
             Or a `Plan`, which an experiment file gives.
         baseline: The config that the arms change.
+        model, train, eval, optimizer, regularizers: Own parts of the runs, as `fit` takes them.
         workdir: Folder of the ablation; created if missing.
         seeds: Number of seeds; each arm is trained once with each.
         metric: The metric that is compared: accuracy, top5, calibration_error or loss.
         name, question: Headings of the report.
         workers: Worker processes; 0 trains in this process. By default one for each core on a
-            CPU; 0 on an accelerator, whose memory this process may hold, and where `parts` are
-            given, which live in this process.
+            CPU; 0 on an accelerator, whose memory this process may hold, and where own
+            parts are given, which live in this process (an experiment file is read by each).
         together: The most runs that a process trains at once as one program on all its devices;
             0: 1 on a CPU, up to 16 on an accelerator.
         retry_failed: True to repeat failed runs.
         executor: `local`, or `ray`.
         ray: Options of `workers.RayWorkers`: `address`, `gpus`, `tpus`.
         command: The command that the user typed, for the report.
-        parts: The model, data and optimizer that the user brings.
+        components: The same as one object.
 
     Errors:
         UserError: An arm is not a valid config, the data cannot be opened, or the folder holds
             another ablation.
         RunFailed: Every worker died.
     """
+    if components is None:
+        components = from_objects(model, train, eval, optimizer, regularizers)
     on_cpu = runtime.runs_on_cpu()
-    if workers is None and (parts is not None or not on_cpu):
+    here = components != NO_COMPONENTS and not components.experiment
+    if here and workers:
+        raise UserError(
+            'own parts that are given as Python objects live in this process; leave workers at 0, '
+            'or bring them by an experiment file'
+        )
+    if workers is None and (here or not on_cpu):
         workers = 0
     if isinstance(arms, Plan):
         plan = arms
     else:
-        config = baseline or cfg.Config()
+        config = components.mark(baseline or cfg.Config())
         if workers != 0:  # one thread a run: results do not depend on the number of workers
             config = cfg.replace(config, {'train.threads': config.train.threads or 1})
         unchanged = {arm: {} for arm, changes in arms.items() if not changes} or {'baseline': {}}
@@ -107,11 +122,18 @@ def ablate(
     print(settings)
     print(_introduction(plan, workers, together))
     if workers:
-        task = Task(plan.to_json(), command, workers, together, executor == 'local')
+        task = Task(
+            plan.to_json(),
+            command,
+            workers,
+            together,
+            components.experiment,
+            executor == 'local',
+        )
         options = dict(ray or {}, cpus=plan.threads) if executor == 'ray' else None
         finished = _run_in_workers(folder, plan, task, options)
     else:
-        finished = _run_here(folder, plan, settings, command, together, parts)
+        finished = _run_here(folder, plan, settings, command, together, components)
     if finished:
         write_report(folder)
     return Ablation(folder, interrupted=not finished)
@@ -170,20 +192,20 @@ def _run_here(
     settings: runtime.Settings,
     command: str,
     together: int,
-    parts: Any,
+    components: Components,
 ) -> bool:
     """Train all runs in this process; False if asked to stop."""
     from cnn_jax.tools.selfcheck import self_check
 
     self_check()
-    store, data = open_ablation(folder, plan, settings, command, parts)
+    store, data = open_ablation(folder, plan, settings, command, components)
     with Interruption() as interruption, Progress(store) as progress:
 
         def after_each() -> bool:
             progress.update()
             return not interruption.requested
 
-        run_missing(store, data, together=together, go_on=after_each, parts=parts)
+        run_missing(store, data, together=together, go_on=after_each, components=components)
     return not interruption.requested
 
 

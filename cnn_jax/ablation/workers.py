@@ -25,14 +25,13 @@ from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation.plan import Plan, budget, by_structure, code_digest
 from cnn_jax.ablation.results import Result, Run, Store, open_store
+from cnn_jax.components import NO_COMPONENTS, Components, from_experiment
 from cnn_jax.errors import RunFailed, UserError
 
 RETRIES = 10  # of a Ray worker, for nodes that die
 MISTAKE = 2  # a worker's exit code when the user must mend something
 OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # in XLA's message
 WAIT = 0.5  # seconds between looks at runs that other processes have claimed
-
-Data = tuple[dict[str, Any], Any, Any]  # the description, the training and the evaluation batches
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Task:
         command: The command that the user typed, for the report.
         workers: Number of workers.
         together: The most runs that a process trains at once.
+        experiment: The experiment file that brings components; '' for none.
         pinned: True to give each worker cores of its own.
     """
 
@@ -51,6 +51,7 @@ class Task:
     command: str
     workers: int
     together: int
+    experiment: str
     pinned: bool
 
 
@@ -182,13 +183,19 @@ def work(folder: Path, task: Task, worker: int) -> None:
         pin(worker, task.workers, plan.threads)
     settings = runtime.configure(plan.threads)
     self_check()
-    store, data = open_ablation(folder, plan, settings, task.command)
-    print(json.dumps(run_missing(store, data, start=worker, together=task.together)))
+    components = from_experiment(task.experiment) if task.experiment else NO_COMPONENTS
+    store, data = open_ablation(folder, plan, settings, task.command, components)
+    counts = run_missing(store, data, start=worker, together=task.together, components=components)
+    print(json.dumps(counts))
 
 
 def open_ablation(
-    folder: Path, plan: Plan, settings: runtime.Settings, command: str, parts: Any = None
-) -> tuple[Store, Data]:
+    folder: Path,
+    plan: Plan,
+    settings: runtime.Settings,
+    command: str,
+    components: Components = NO_COMPONENTS,
+) -> tuple[Store, Any]:
     """Open the data of an ablation and its store.
 
     Args:
@@ -196,7 +203,7 @@ def open_ablation(
         plan: The plan.
         settings: Settings of this process.
         command: The command that the user typed, for the report.
-        parts: As in `ablate`.
+        components: Own parts of the runs.
 
     Errors:
         UserError: The data cannot be opened, or the folder holds an ablation with other configs,
@@ -205,7 +212,8 @@ def open_ablation(
     from cnn_jax.train import manifest, setup
 
     first = plan.configs[plan.baseline]
-    train, evaluation, description, _ = setup.open_data(first)
+    data = setup.open_data(first, components=components)
+    description = data.description
     provenance = {
         'code': code_digest(),
         'training data': description['train']['fingerprint'],
@@ -220,19 +228,19 @@ def open_ablation(
     facts = {
         'command': command,
         'manifest': manifest.manifest(cfg.content_hash(first), machine, description),
-        'budgets': {arm: budget(config, train.n) for arm, config in plan.configs.items()},
+        'budgets': {arm: budget(config, data.train.n) for arm, config in plan.configs.items()},
     }
-    return open_store(folder, plan, provenance, facts), (description, train, evaluation)
+    return open_store(folder, plan, provenance, facts), data
 
 
 def run_missing(
     store: Store,
-    data: Data,
+    data: Any,
     *,
     start: int = 0,
     together: int = 1,
     go_on: Callable[[], bool] = lambda: True,
-    parts: Any = None,
+    components: Components = NO_COMPONENTS,
 ) -> dict[str, int]:
     """Train every run that no other process has, until all have a result.
 
@@ -241,13 +249,12 @@ def run_missing(
 
     Args:
         store: The runs.
-        data: The data's description, as `train.setup.describe` gives it, with `preprocessing`;
-            the opened batches of both splits.
+        data: The opened data.
         start: Number of the structure to begin with, so that several workers begin with
             different ones.
         together: The most runs that are trained together; fewer where memory is short.
         go_on: Called after each; False stops.
-        parts: As in `ablate`.
+        components: Own parts of the runs.
 
     Returns:
         `cells`, the runs that were trained here, and `compilations` of the training step.
@@ -255,7 +262,8 @@ def run_missing(
     groups = by_structure(store.plan)
     shift = start % len(groups)
     structures = [
-        _Structure(store, arms, data, together) for arms in groups[shift:] + groups[:shift]
+        _Structure(store, arms, data, together, components)
+        for arms in groups[shift:] + groups[:shift]
     ]
     done, stopped = 0, False
     while store.missing() and not stopped:
@@ -273,9 +281,11 @@ def run_missing(
 class _Structure:
     """The arms that share one compilation."""
 
-    def __init__(self, store: Store, arms: list[str], data: Data, together: int):
+    def __init__(
+        self, store: Store, arms: list[str], data: Any, together: int, components: Components
+    ):
         self._store, self._arms, self._data = store, arms, data
-        self._together = together
+        self._together, self._components = together, components
         self._compiled: Any = None
         self._past = 0
 
@@ -307,17 +317,16 @@ class _Structure:
 
     def _train(self, runs: list[Run]) -> list[Result]:
         """The results of claimed runs."""
-        from cnn_jax.ablation.cell import train_cells
-        from cnn_jax.ablation.compiled import compile_structure
+        from cnn_jax.ablation.training import compile_structure, train_runs
 
-        description, train, evaluation = self._data
+        data = self._data
         configs = [self._store.plan.config(run.arm, run.seed) for run in runs]
         began = time.perf_counter()
         results: list[Result]
         try:
             if not self._compiled:
-                self._compiled = compile_structure(configs[0], description, len(runs))
-            results = train_cells(configs, self._compiled, train, evaluation)
+                self._compiled = compile_structure(configs[0], data, len(runs), self._components)
+            results = train_runs(configs, self._compiled, data)
         except Exception as error:  # one arm's failure must not stop the others
             if OUT_OF_MEMORY in str(error) and len(runs) > 1:
                 return self._train_fewer(runs)

@@ -13,6 +13,7 @@ Sources: Google Cloud, "TPU v5e", "TPU v6e", "TPU v5p"; Austin et al. 2025, "How
 Model", part 2 (https://jax-ml.github.io/scaling-book/tpus).
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -27,16 +28,15 @@ import jax
 import jax.numpy as jnp
 
 from cnn_jax import config as cfg
+from cnn_jax.components import Components
 from cnn_jax.data.decode import image_shape
 from cnn_jax.data.sources import open_split
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.mesh import Layout, make_mesh
-from cnn_jax.models import build
 from cnn_jax.nn.cpu import compiling_for
 from cnn_jax.train import setup
-from cnn_jax.train.shared import jitted
-from cnn_jax.train.step import Steps, values_of
-from cnn_jax.train.task import Task
+from cnn_jax.train.loop import compile_phase
+from cnn_jax.train.program import Program, begin_phase, state_maker, traced_values
 
 # None of them changes what is compiled: libtpu is to ask no metadata server, which Google's
 # machines alone have, is not to miss the answer, and may be loaded by several processes at once.
@@ -196,12 +196,17 @@ def describe_data(config: cfg.Config, classes: int = 0) -> dict[str, Any]:
 
 
 def compile_steps(
-    config: cfg.Config, description: dict[str, Any], target: Target, **layout_options: Any
+    config: cfg.Config,
+    components: Components,
+    description: dict[str, Any],
+    target: Target,
+    **layout_options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Compile the training step of each phase and yield its cost, as JSON.
 
     Args:
         config: A validated config; its batch is that of all chips together.
+        components: Own parts of the run.
         description: As `describe_data` returns it.
         target: The slice.
         layout_options: `model` and `fsdp` of `mesh.make_mesh`.
@@ -213,17 +218,18 @@ def compile_steps(
     data, chips = config.data, devices(target)
     sizes = data.batch // config.optimizer.accumulate, data.eval_batch or data.batch
     layout = make_mesh(chips, sizes, **layout_options)
-    task = setup.make_task(config, description)
+    spec = setup.make_spec(config, description, components=components)
     with compiling_for('tpu'):
-        phases = setup.make_phases(config, task)
+        programs = setup.make_programs(config, spec)
         with jax.disable_jit():  # init has compiler options, which inner functions may not have
-            state = jax.eval_shape(lambda: phases[0].init(config.seed))
-        for number, steps in enumerate(phases, start=1):
-            state = jax.eval_shape(steps.enter, state) if number > 1 else state
-            train, *_ = jitted(steps, layout, state)
-            batch = _batch(config, task, steps, layout)
+            state = jax.eval_shape(lambda: state_maker(programs[0])(config.seed))
+        for number, program in enumerate(programs, start=1):
+            if program.phase:
+                state = jax.eval_shape(functools.partial(begin_phase, program), state)
+            phase = compile_phase(program, spec.phase_ends[program.phase], state, layout)
+            batch = _batch(program, layout)
             shapes = _with_sharding(state, layout.state_sharding(state))
-            compiled = _compile(train.lower(shapes, batch, values_of(config)))
+            compiled = _compile(phase.train_step.lower(shapes, batch, traced_values(config)))
             yield {
                 'topology': target.name,
                 'phase': number,
@@ -420,18 +426,19 @@ def _with_sharding(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def _batch(config: cfg.Config, task: Task, steps: Steps, layout: Layout) -> Any:
+def _batch(program: Program, layout: Layout) -> Any:
     """The shapes of a batch; of features where the phase trains on them."""
+    config, spec = program.config, program.spec
     size = config.data.batch
-    image = jax.ShapeDtypeStruct((size, *task.image_shape), jnp.uint8)
-    if steps.cached:
-        net = build(config.model, task.num_classes)
+    image = jax.ShapeDtypeStruct((size, *spec.image_shape), jnp.uint8)
+    if program.cached:
+        net = spec.network(config)
 
         def features(parameters, images) -> Any:
-            x = task.prepare(images)
+            x = spec.prepare(images)
             return net.apply({'params': parameters}, x, train=False, method='features')
 
-        made = jax.eval_shape(features, steps.shapes, image)
+        made = jax.eval_shape(features, program.shapes, image)
         image = jax.ShapeDtypeStruct(made.shape, config.features.dtype)
     numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
     mask = jax.ShapeDtypeStruct((size,), jnp.bool_)

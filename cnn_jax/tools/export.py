@@ -15,14 +15,14 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.errors import UserError
-from cnn_jax.losses import log_probabilities
-from cnn_jax.train.restore import Run
+from cnn_jax.regularizers import log_probabilities
+from cnn_jax.train.run import Run
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 METRICS = ('loss', 'accuracy', 'top5', 'calibration_error')
 
 
-def export(run: Run, folder: Path, metrics: dict[str, Any] | None = None) -> None:
+def export(run: Run, folder: Path) -> None:
     """Write the network of a run to a new folder, which appears whole.
 
     model.stablehlo       the function (weights, uint8 images [b, H, W, C]) → float32 [b, classes]
@@ -34,7 +34,6 @@ def export(run: Run, folder: Path, metrics: dict[str, Any] | None = None) -> Non
     Args:
         run: An opened run; averaged weights are taken where there are any.
         folder: Must not exist, or be empty.
-        metrics: Of the evaluation split, if they are known: `count`, and any of `METRICS`.
 
     Errors:
         UserError: The folder has something in it, or cannot be written.
@@ -44,7 +43,7 @@ def export(run: Run, folder: Path, metrics: dict[str, Any] | None = None) -> Non
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f'{folder} is there already and not empty; choose another --out')
     weights = flat_variables(run.variables)
-    facts = _facts(run, metrics)
+    facts = _facts(run)
     origin = {'config_hash': facts['config_hash']}
     if licence := facts['preprocessing'].get('licence'):
         origin['licence'] = licence
@@ -82,11 +81,11 @@ def serialize(run: Run) -> bytearray:
 
     def probabilities(weights, images):
         variables = params.unflatten(weights)
-        logits: Any = run.model.apply(variables, run.task.prepare(images), train=False)
+        logits: Any = run.model.apply(variables, run.spec.prepare(images), train=False)
         return jnp.exp(log_probabilities(logits))
 
     (batch,) = jax_export.symbolic_shape('b')
-    images = jax.ShapeDtypeStruct((batch, *run.task.image_shape), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, *run.spec.image_shape), jnp.uint8)
     shapes = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for name, leaf in params.flatten(run.variables).items()
@@ -95,9 +94,9 @@ def serialize(run: Run) -> bytearray:
     return exported.serialize()
 
 
-def _facts(run: Run, metrics: dict[str, Any] | None) -> dict[str, Any]:
+def _facts(run: Run) -> dict[str, Any]:
     data = run.manifest['data']
-    known = metrics and {name: metrics[name] for name in ('count', *METRICS) if name in metrics}
+    known = {name: run.metrics[name] for name in ('count', *METRICS) if name in run.metrics}
     return {
         'classes': data['class_names'],
         'image_shape': data['image_shape'],
@@ -107,7 +106,7 @@ def _facts(run: Run, metrics: dict[str, Any] | None) -> dict[str, Any]:
         'source': data['source'],
         'training_images': data['train']['count'],
         'step': run.step,
-        'evaluation': known,
+        'evaluation': known or None,
         'config_hash': cfg.content_hash(run.config),
         'jax': importlib.metadata.version('jax'),
         'platforms': PLATFORMS,

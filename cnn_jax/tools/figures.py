@@ -14,16 +14,19 @@ def _save(figure, path: Path) -> None:
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracy against epochs, training (with its regularization on) and evaluation.
+    """Write `curves_figure` as a PNG; without any lines, nothing is drawn."""
+    if lines:
+        _save(curves_figure(lines), path)
+
+
+def curves_figure(lines: list[dict[str, Any]]) -> Any:
+    """A figure of loss and accuracy against epochs, in training (regularized) and evaluation.
 
     Args:
-        lines: The lines of `metrics.jsonl`; without any, nothing is drawn.
-        path: The PNG.
+        lines: The lines of `metrics.jsonl`.
     """
     from matplotlib.figure import Figure
 
-    if not lines:
-        return
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     for axes, name in zip(figure.subplots(1, 2), ('loss', 'accuracy')):
         for split, style, label in (
@@ -35,7 +38,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
         axes.set(xlabel='epoch', ylabel='loss (nats)' if name == 'loss' else name)
         axes.grid(alpha=0.3)
         axes.legend()
-    _save(figure, path)
+    return figure
 
 
 def draw_confusion(confusion: np.ndarray, class_names: list[str], path: Path) -> None:

@@ -13,15 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import entr
 
-from cnn_jax import losses, rng
+from cnn_jax import regularizers, rng
 from cnn_jax.data import decode
 from cnn_jax.errors import UserError
 from cnn_jax.models import Classifier
 from cnn_jax.nn import Dropout
 from cnn_jax.tools import heatmap
-from cnn_jax.train.restore import Run
+from cnn_jax.train.run import Run
 from cnn_jax.train.setup import shape_text
-from cnn_jax.train.step import values_of
 
 Answer = tuple[np.ndarray, dict[str, float]]  # probabilities of the classes, uncertainty
 
@@ -121,7 +120,7 @@ def predict_files(
 
 def read_image(run: Run, path: Path) -> np.ndarray | str:
     """The pixels of a file at the network's size, resized as in training, or why not."""
-    data, wanted = run.config.data, run.task.image_shape
+    data, wanted = run.config.data, run.spec.image_shape
     try:
         pixels = decode.decode(decode.read_file(path))
     except OSError as error:
@@ -146,12 +145,12 @@ def draw_heatmaps(run: Run, predictions: Iterable[Prediction], folder: Path) -> 
         The PNGs.
     """
     names = run.manifest['data']['class_names']
-    blank = np.zeros((1, *run.task.image_shape), np.uint8)
-    layer = heatmap.image_layers(run.model, run.task.prepare(jnp.asarray(blank)))[-1]
+    blank = np.zeros((1, *run.spec.image_shape), np.uint8)
+    layer = heatmap.image_layers(run.model, run.spec.prepare(jnp.asarray(blank)))[-1]
 
     @jax.jit
     def compute(variables, image, number):
-        return heatmap.grad_cam(run.model, variables, run.task.prepare(image), number, layer)
+        return heatmap.grad_cam(run.model, variables, run.spec.prepare(image), number, layer)
 
     written = []
     for number, prediction in enumerate(predictions):
@@ -170,10 +169,8 @@ def draw_heatmaps(run: Run, predictions: Iterable[Prediction], folder: Path) -> 
 
 
 def _predictor(run: Run) -> Callable[[np.ndarray], Iterable[Answer]]:
-    compute, values = jax.jit(run.steps.predict), values_of(run.config)
-
     def predict(images: np.ndarray) -> Iterator[Answer]:
-        for probabilities in np.exp(compute(run.state, images, values)):
+        for probabilities in run.predict(images):
             yield probabilities, {}
 
     return predict
@@ -213,7 +210,7 @@ def mc_dropout(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float
 
     @jax.jit
     def features(variables, images) -> Any:
-        x = run.task.prepare(images)
+        x = run.spec.prepare(images)
         if has_backbone:
             return run.model.apply(variables, x, train=False, method='features')
         return x
@@ -224,7 +221,7 @@ def mc_dropout(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float
         method = 'classify' if has_backbone else None
         with nn.intercept_methods(with_dropout):
             logits: Any = run.model.apply(variables, x, train=False, rngs=rngs, method=method)
-        return losses.log_probabilities(logits)
+        return regularizers.log_probabilities(logits)
 
     def prepare(images):
         x = features(run.variables, jnp.asarray(images))

@@ -19,13 +19,13 @@ from cnn_jax import config as cfg
 from cnn_jax import mesh
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.files import SEAL, Corrupt, read_sealed_folder, seal_folder, write_text
-from cnn_jax.train.early_stopping import score_of
-from cnn_jax.train.state import State
+from cnn_jax.train.metrics import score_of
+from cnn_jax.train.program import State
 
 DELETED = 'deleted'
 OVERHEAD = 1 << 18  # bytes of a checkpoint besides the state's, generously
-OPTIONAL = ('start', 'precise')  # of the state
-FORMAT = 1  # raised when a checkpoint's content is arranged otherwise
+OPTIONAL = ('init_params', 'eval_batch_stats')  # of the state
+FORMAT = 2  # raised when a checkpoint's content is arranged otherwise
 
 
 class Checkpoints:

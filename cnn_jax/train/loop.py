@@ -1,65 +1,206 @@
-"""The training loop: steps, metrics, evaluation, checkpoints, stopping and going on."""
+"""The training loop: one generator of steps, and the function that records what it yields.
+
+`steps` is the only loop over training steps. `train` adds metrics, evaluation, checkpoints and
+stopping; the cells of an ablation, `launch.verify`, the search for a value that is not finite and
+the learning-rate finder consume the same generator.
+"""
 
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax import mesh
+from cnn_jax.data.batches import Batch
+from cnn_jax.errors import RunFailed
 from cnn_jax.mesh import Layout
+from cnn_jax.tools import nonfinite
 from cnn_jax.tools.profile import LayerProfile, Stopwatch
 from cnn_jax.tools.progress import Interruption, Progress
-from cnn_jax.train import early_stopping, metrics, nonfinite, precise_norm
-from cnn_jax.train.early_stopping import Best
-from cnn_jax.train.meter import Meter
-from cnn_jax.train.record import Record
-from cnn_jax.train.shared import Unrecorded, jitted, open_checkpoints, placed
-from cnn_jax.train.state import State, Values
-from cnn_jax.train.step import Steps, values_of
-from cnn_jax.train.task import Task
+from cnn_jax.train import metrics, step
+from cnn_jax.train.metrics import EarlyStopping, NotFinite, StepMetrics
+from cnn_jax.train.program import (
+    Program,
+    RunSpec,
+    State,
+    Values,
+    begin_phase,
+    state_maker,
+    traced_values,
+)
+from cnn_jax.train.shared import open_checkpoints, open_record
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run in which the same parameters are trained.
+    """A part of a run in which the same parameters are trained: its functions and its batches.
 
     Attributes:
-        steps: Its functions.
+        program: Everything static about its steps.
         end: The step after which it is over.
-        train, evaluate: The batches of both splits, as `data.batches.open_batches` or
-            `features.FeatureBatches` gives them.
+        begin: From the last state of the phase before to the first of this one.
+        train_step, eval_step, estimate, predict: As in `train.step`, compiled.
+        train, evaluate: The batches of both splits.
     """
 
-    steps: Steps
+    program: Program
     end: int
-    train: Any
-    evaluate: Any
+    begin: Callable[[State], State]
+    train_step: Callable[[State, Batch, Values], tuple[State, metrics.Sums]]
+    eval_step: Callable[[State, Batch, Values], metrics.Sums]
+    estimate: Callable[..., dict[str, Any]]
+    predict: Callable[..., Any]
+    train: Any = None
+    evaluate: Any = None
+
+    def metrics(self, state: State, values: Values) -> dict[str, Any]:
+        """The metrics of the evaluation split in inference."""
+        sums = metrics.sum_over(
+            lambda batch: self.eval_step(state, batch, values), self.evaluate.evaluate()
+        )
+        return metrics.result(sums)
+
+
+def compile_phase(
+    program: Program, end: int, state: State, layout: Layout | None = None, **batches: Any
+) -> Phase:
+    """Jit the functions of a phase.
+
+    Args:
+        program, end: The phase.
+        state: A state of the phase, or its shapes: on several devices, the results lie as it does.
+        layout: The layout of batches and state on several devices; metrics are on each of them.
+        batches: `train` and `evaluate`.
+    """
+    shards = layout.state_sharding(state) if layout else None
+    copies = layout.replicated if layout else None
+    of_step = (shards, copies) if layout else None
+
+    def bound(function: Callable) -> Callable:
+        return functools.partial(function, program)
+
+    return Phase(
+        program,
+        end,
+        begin=bound(begin_phase),
+        train_step=jax.jit(bound(step.train_step), donate_argnums=0, out_shardings=of_step),
+        eval_step=jax.jit(bound(step.eval_step), out_shardings=copies),
+        estimate=jax.jit(bound(step.estimate_step), out_shardings=copies),
+        predict=jax.jit(bound(step.predict_step), out_shardings=copies),
+        **batches,
+    )
+
+
+class Step(NamedTuple):
+    """A training step that was taken: its number from 1, and the state and sums after it."""
+
+    number: int
+    phase: Phase
+    batch: Batch
+    state: State
+    sums: metrics.Sums
+
+
+def steps(
+    phases: Sequence[Phase],
+    state: State,
+    start: int,
+    values: Values,
+    *,
+    end: int | None = None,
+    take: Callable[[Phase, Iterator[Batch], metrics.Sums | None], Batch] = (
+        lambda phase, batches, sums: next(batches)
+    ),
+) -> Iterator[Step]:
+    """Train from step `start` on, beginning phases as they come.
+
+    Args:
+        phases: All phases of the run, in order.
+        state: The state after step `start`; its memory is given away.
+        start: 0 for the start of the run.
+        values: The config's numbers; they may be changed between steps.
+        end: The last step; None for the end of the run.
+        take: Takes the next batch, given the sums of the step before; the loop times it.
+
+    Yields:
+        Each step once it is dispatched; the device may still be computing it.
+    """
+    last = phases[-1].end if end is None else end
+    first, number, sums = phase_at(phases, start), start, None
+    for i, phase in enumerate(phases[first:]):
+        if number >= last:
+            return
+        if i:
+            state = phase.begin(state)
+        batches = phase.train.train(number)
+        while number < min(phase.end, last):
+            batch = take(phase, batches, sums)
+            state, sums = phase.train_step(state, batch, values)
+            number += 1
+            yield Step(number, phase, batch, state, sums)
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> int:
+    """The position of the phase that the state after a step belongs to.
+
+    The state after a phase's last step is still that phase's: the next one has not begun.
+    """
+    return next((k for k, phase in enumerate(phases) if step <= phase.end), len(phases) - 1)
+
+
+def state_at(phases: Sequence[Phase], state: State, step: int) -> State:
+    """A state with the structure of the one after `step`, from the state before the first step."""
+    for phase in phases[1 : phase_at(phases, step) + 1]:
+        state = phase.begin(state)
+    return state
+
+
+def with_eval_statistics(config: cfg.Config, phase: Phase, state: State, values: Values) -> State:
+    """The state with batch statistics of the evaluated weights, if `train.precise_norm` asks.
+
+    They are taken from the first batches of training, in their order, not augmented.
+    """
+    batches = itertools.islice(phase.train.train(0), config.train.precise_norm)
+    for count, batch in enumerate(batches, start=1):
+        statistics = phase.estimate(state, batch, np.int32(count), values)
+        state = dataclasses.replace(state, eval_batch_stats=statistics)
+    return state
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `fit` ended: the final evaluation, or stopped before it on request.
+    """How a call of `train` ended.
 
     With `train.patience`, the state and its evaluation are the best of the run.
+
+    Attributes:
+        state: The last state.
+        metrics: The final evaluation; None if the run was interrupted before it.
+        stopped: Whether it was interrupted, and saved.
+        compilations: How often each function of each phase was compiled.
+        speeds: Images/s of the training steps of each phase, between evaluations.
+        stalls: The fraction of that time in which the device waited for data.
     """
 
     state: State
     metrics: dict[str, Any] | None
     stopped: bool
-    compilations: list[dict[str, int]]  # of each phase
-    speeds: list[list[float]]  # images/s of the training steps of each phase, between evaluations
-    stalls: list[list[float]]  # the fraction of that time in which the device waited for data
+    compilations: list[dict[str, int]]
+    speeds: list[list[float]]
+    stalls: list[list[float]]
 
 
-def fit(
+def train(
     config: cfg.Config,
-    task: Task,
+    spec: RunSpec,
     phases: list[Phase],
     state: State,
     folder: Path,
@@ -73,12 +214,12 @@ def fit(
 
     Args:
         config: A validated config.
-        task: As `setup.make_task` gives it.
+        spec: The rest of the run.
         phases: In order; the last one's end is the end of the run.
         state: The state before the first step.
         folder: The work directory; process 0 uses it.
-        layout: Of batches and state, on several devices.
-        live: Whether to draw a progress bar; by default on a terminal.
+        layout: The layout of batches and state on several devices.
+        live: Whether to draw a progress bar; by default on a terminal and in a notebook.
         profile: Traces some of the steps.
         saved: Called after each checkpoint, in every process.
 
@@ -86,218 +227,253 @@ def fit(
         RunFailed: The loss is no longer finite, or the disk is full.
         UserError: There are checkpoints, but none that can be used.
     """
-    run = _Run(config, task, phases, state, folder, layout, live, profile, saved)
-    return run.to_its_end()
+    run = _Session(config, spec, phases, folder, layout)
+    start, before, notes = run.resume(state)
+    values, per_epoch = run.values, spec.steps_per_epoch
+    stopped, over = False, run.is_over(start)
+
+    def take(phase: Phase, batches: Iterator[Batch], sums: metrics.Sums | None) -> Batch:
+        with run.watch(phase).waiting(sums and sums['objective']):
+            return next(batches)
+
+    with (
+        Interruption() as interruption,
+        Progress(phases[-1].end, start, config.data.batch, per_epoch, live) as progress,
+    ):
+        for note in notes:
+            progress.say(note)
+        if profile:
+            profile.before(before)
+        state, end = before, start if over else None
+        for number, phase, batch, state, sums in steps(
+            phases, before, start, values, end=end, take=take
+        ):
+            watch = run.watch(phase)
+            watch.step(sums)
+            run.count(number, sums, progress)
+            stopped = interruption.stops_after(number)
+            if profile:
+                last = stopped or number == phase.end
+                if table := profile.after(number, phase.train_step, (state, batch, values), last):
+                    progress.say(table)
+                    watch.discard()
+            evaluating = spec.is_boundary(number, config.train.eval_every)
+            saving = stopped or spec.is_boundary(number, config.train.checkpoint_every)
+            if evaluating or saving:
+                run.count_all(progress)
+                with watch.paused():
+                    state = with_eval_statistics(config, phase, state, values)
+                    scores = run.evaluate(number, phase, state, progress) if evaluating else None
+                    over = evaluating and run.is_over(number)
+                    if saving or over or (evaluating and run.has_new_best()):
+                        run.save(state, scores)
+                        if saved:
+                            saved()
+            if stopped or over:
+                break
+            if profile:
+                profile.before(state)
+        finished = over or int(state.step) == phases[-1].end
+        if finished:
+            state = run.conclude(state, progress)
+    return run.close(state, stopped=not finished)
 
 
-class _Run:
-    """One call of `fit`: what its parts use, and where it stands."""
+class _Session:
+    """What a call of `train` keeps beside the state: its files, its metrics and its best."""
 
     def __init__(
         self,
         config: cfg.Config,
-        task: Task,
+        spec: RunSpec,
         phases: list[Phase],
-        state: State,
         folder: Path,
         layout: Layout | None,
-        live: bool | None,
-        profile: LayerProfile | None,
-        saved: Callable[[], object] | None,
     ):
-        self.config, self.task, self.phases, self.layout = config, task, phases, layout
-        self.profile, self.saved = profile, saved
-        self.values = values_of(config)
+        self.config, self.spec, self.phases, self.layout = config, spec, phases, layout
+        self.values = traced_values(config)
         self.checkpoints = open_checkpoints(folder / 'checkpoints', config, layout)
-        self.record = Record(folder) if mesh.is_process_zero() else Unrecorded(folder)
-        self.meter = Meter(self.checkpoints, self.record, self._explain)
-        self.state, self.step, self.current, self.best = placed(state, layout), 0, 0, Best()
-        self.notes: list[str] = []
-        self._start()
-        total, size = phases[-1].end, config.data.batch
-        self.progress = Progress(total, self.step, size, task.steps_per_epoch, live)
-        self.interruption = Interruption()
-        self.stop, self.over = False, self._out_of_patience()
-        self.result, self.best_result = None, None  # of the last evaluation, and of the best
-        self.watches = [Stopwatch(size, phase.train.streams) for phase in phases]
+        self.record = open_record(folder)
+        self.watches = [Stopwatch(config.data.batch, phase.train.streams) for phase in phases]
+        self.best = EarlyStopping()
+        self.result: dict[str, Any] | None = None  # of the last evaluation
+        self.best_result: dict[str, Any] | None = None
 
-    def to_its_end(self) -> Outcome:
-        """Train all phases that are left, until one stops."""
-        compiled = []
-        with self.interruption, self.progress:
-            for note in self.notes:  # whoever reads them may ask to stop
-                self.progress.say(note)
-            for number in range(self.current, len(self.phases)):
-                if number > self.current:
-                    self.state = self.phases[number].steps.enter(self.state)
-                compiled.append(self._train(self.phases[number], self.watches[number]))
-                if self.stop:
-                    break
-        self.record.close()
-        self.checkpoints.close()
-        laps, stalls = zip(*((watch.laps, watch.stalls) for watch in self.watches))
-        return Outcome(
-            self.state, self.result, not self._finished(), compiled, list(laps), list(stalls)
-        )
+    def resume(self, state: State) -> tuple[int, State, list[str]]:
+        """Go to the newest checkpoint, or stay at the state before the first step.
 
-    def _start(self) -> None:
-        """Go to the newest saved state, or stay at the given one."""
+        Returns:
+            The step, the state after it, and what the user should know.
+        """
+        notes: list[str] = []
+        state = shard_state(state, self.layout)
         found = self.checkpoints.resumable(
-            lambda progress: self.record.fault(progress['record']), self.notes.append
+            lambda progress: self.record.fault(progress['record']), notes.append
         )
         if found is None:
             if self.record.begun():
-                self.notes.append('no checkpoint had been saved: starting again from step 0')
+                notes.append('no checkpoint had been saved: starting again from step 0')
             self.record.resume(0, None)
-            return
-        self.step, progress = found
-        state, self.current = entered(self.phases, self.state, self.step)
-        self.state, _ = self.checkpoints.restore(self.step, placed(state, self.layout))
-        self.record.resume(self.step, progress['record'])
-        self.meter.resume(progress['sums'])
+            self.meter = StepMetrics(self.record.step, None)
+            return 0, state, notes
+        start, progress = found
+        like = shard_state(state_at(self.phases, state, start), self.layout)
+        state, _ = self.checkpoints.restore(start, like)
+        self.record.resume(start, progress['record'])
+        self.meter = StepMetrics(self.record.step, progress['sums'])
         if progress.get('best'):
-            self.best = Best(**progress['best'])
-        end = self.phases[-1].end
-        self.notes.append(f'going on from the checkpoint of step {self.step} of {end}')
+            self.best = EarlyStopping(**progress['best'])
+        notes.append(f'resuming from the checkpoint of step {start} of {self.phases[-1].end}')
+        return start, state, notes
 
-    def _train(self, phase: Phase, watch: Stopwatch) -> dict[str, int]:
-        """Take the steps of a phase; returns how often its functions were compiled."""
-        config, due = self.config, self.task.due
-        train_step, eval_step, estimate = jitted(phase.steps, self.layout, self.state)
-        batches, sums = phase.train.train(self.step), None
-        while self.step < phase.end and not self.stop and not self.over:
-            with watch.waiting(sums and sums['objective']):
-                batch = next(batches)
-            if self.profile:
-                self.profile.before(self.state)
-            self.state, sums = train_step(self.state, batch, self.values)
-            self.step += 1
-            watch.step(sums)
-            self.meter.add(self.step, sums)
-            if self.meter.latest:
-                self.progress.step(self.step, *self.meter.latest)
-            self.stop = self.interruption.stops_after(self.step)
-            if self.profile:
-                last = self.stop or self.step == phase.end
-                arguments = self.state, batch, self.values
-                if text := self.profile.after(self.step, train_step, arguments, last):
-                    self.progress.say(text)
-                    watch.discard()
-            evaluating = due(self.step, config.train.eval_every)
-            saving = self.stop or due(self.step, config.train.checkpoint_every)
-            scores = None
-            if not evaluating and not saving:
-                continue
-            self.meter.drain()
-            with watch.paused():
-                if config.train.precise_norm:
-                    taken = itertools.islice(phase.train.train(0), config.train.precise_norm)
-                    self.state = precise_norm.renewed(estimate, self.state, taken, self.values)
-                if evaluating:
-                    scores = self._evaluate(eval_step, phase, watch)
-                    saving |= self.over or self.best_result is self.result
-                if saving:
-                    self._save(scores)
-        watch.lap()
-        if self._finished():
-            self._conclude(eval_step, phase)
-        return {'train': compilations(train_step), 'evaluate': compilations(eval_step)}
+    def watch(self, phase: Phase) -> Stopwatch:
+        """The stopwatch of a phase."""
+        return self.watches[phase.program.phase]
 
-    def _evaluate(self, eval_step, phase: Phase, watch: Stopwatch) -> dict[str, float]:
-        """Evaluate, write down and show the metrics of both splits; returns the evaluation's."""
+    def count(self, number: int, sums: metrics.Sums, progress: Progress) -> None:
+        """Add the sums of a step that may still be running."""
+        try:
+            self.meter.add(number, sums)
+        except NotFinite as error:
+            raise self._failure(error.step, progress) from None
+        if self.meter.latest:
+            progress.step(number, *self.meter.latest)
+
+    def count_all(self, progress: Progress) -> None:
+        """Wait for all steps."""
+        try:
+            self.meter.flush()
+        except NotFinite as error:
+            raise self._failure(error.step, progress) from None
+
+    def evaluate(
+        self, number: int, phase: Phase, state: State, progress: Progress
+    ) -> dict[str, float]:
+        """Evaluate, write down and print the metrics of both splits; return the evaluation's."""
+        watch = self.watch(phase)
         speed, began = watch.lap(), time.perf_counter()
-        self.result = self._metrics(eval_step, phase)
+        result = phase.metrics(state, self.values)
         seconds = time.perf_counter() - began
         timing = {'images_per_second': speed, 'evaluation_seconds': seconds}
-        self.record.timing(self.step, timing | {'waiting_share': watch.stalled})
-        train_metrics = metrics.result(self.meter.take())
-        epoch = round(self.step / self.task.steps_per_epoch, 6)
-        for split, found in (('train', train_metrics), ('eval', self.result)):
-            self.record.metrics(self.step, split, {'epoch': epoch, **metrics.as_json(found)})
-        self.progress.say(
-            f'epoch {epoch:.2f}  step {self.step}  '
-            f'train loss {train_metrics["loss"]:.4f} accuracy {train_metrics["accuracy"]:.4f}  '
-            f'eval loss {self.result["loss"]:.4f} accuracy {self.result["accuracy"]:.4f}  '
+        self.record.timing(number, timing | {'waiting_share': watch.stalled})
+        training = metrics.result(self.meter.pop())
+        epoch = round(number / self.spec.steps_per_epoch, 6)
+        for split, each in (('train', training), ('eval', result)):
+            self.record.metrics(number, split, {'epoch': epoch, **metrics.as_json(each)})
+        progress.say(
+            f'epoch {epoch:.2f}  step {number}  '
+            f'train loss {training["loss"]:.4f} accuracy {training["accuracy"]:.4f}  '
+            f'eval loss {result["loss"]:.4f} accuracy {result["accuracy"]:.4f}  '
             f'{speed:,.0f} images/s'
         )
-        scores = metrics.scalars(self.result)
+        self.result = result
+        scores = metrics.scalars(result)
         if self.config.train.patience:
-            score = early_stopping.score_of(self.config, scores)
-            self.best = self.best.after(self.step, score)
-            self.over = self._out_of_patience()
+            score = metrics.score_of(self.config, scores)
+            self.best = self.best.after(number, score)
             if score >= self.best.score:
-                self.best_result = self.result
+                self.best_result = result
         return scores
 
-    def _save(self, scores: dict[str, float] | None) -> None:
-        position = {'sums': self.meter.pending_sums(), 'record': self.record.position()}
+    def has_new_best(self) -> bool:
+        """Return whether the last evaluation is the best so far, with early stopping."""
+        return self.best_result is not None and self.best_result is self.result
+
+    def is_over(self, number: int) -> bool:
+        """Return whether early stopping ends the run at this step."""
+        evaluated = self.spec.is_boundary(number, self.config.train.eval_every)
+        return evaluated and self.best.is_over(self.config, number, self.spec.steps_per_epoch)
+
+    def save(self, state: State, scores: dict[str, float] | None) -> None:
+        """Write a checkpoint."""
+        position = {'sums': self.meter.pending(), 'record': self.record.position()}
         if self.config.train.patience:
             position['best'] = dataclasses.asdict(self.best) if self.best.step else None
-        self.checkpoints.save(self.state, position, scores)
-        if self.saved:
-            self.saved()
+        self.checkpoints.save(state, position, scores)
 
-    def _conclude(self, eval_step, phase: Phase) -> None:
-        """With patience, return to the best state; evaluate what is left, if that is not done."""
+    def conclude(self, state: State, progress: Progress) -> State:
+        """Go back to the best state with early stopping; evaluate, if that is not done."""
+        phase, number = self.phases[-1], int(state.step)
         if self.config.train.patience:
-            chosen = self.checkpoints.best()
-            assert chosen is not None, 'each better evaluation is followed by a checkpoint'
-            self.state, _ = self.checkpoints.restore(chosen, self.state)
+            best = self.checkpoints.best()
+            assert best is not None, 'each better evaluation is followed by a checkpoint'
+            state, _ = self.checkpoints.restore(best, state)
             self.result = self.best_result
-            self.progress.say(f'the weights are those of step {chosen}, the best of {self.step}')
+            progress.say(f'the weights are those of step {best}, the best of {number}')
         if self.result is None:
-            self.result = self._metrics(eval_step, phase)
+            self.result = phase.metrics(state, self.values)
+        return state
 
-    def _metrics(self, eval_step, phase: Phase) -> dict[str, Any]:
-        batches = phase.evaluate.evaluate()
-        return metrics.result(sum_metrics(eval_step, self.state, batches, self.values))
+    def close(self, state: State, stopped: bool) -> Outcome:
+        """Close all files."""
+        self.record.close()
+        self.checkpoints.close()
+        return Outcome(
+            state,
+            self.result,
+            stopped,
+            [
+                {'train': compilations(phase.train_step), 'eval': compilations(phase.eval_step)}
+                for phase in self.phases
+            ],
+            [watch.laps for watch in self.watches],
+            [watch.stalls for watch in self.watches],
+        )
 
-    def _finished(self) -> bool:
-        return self.step == self.phases[-1].end or self.over
-
-    def _out_of_patience(self) -> bool:
-        evaluated = self.task.due(self.step, self.config.train.eval_every)
-        per_epoch = self.task.steps_per_epoch
-        return evaluated and early_stopping.is_over(self.config, self.best, self.step, per_epoch)
-
-    def _explain(self, failing: int) -> str:
-        """Where a step stopped being finite, from the run repeated up to it."""
+    def _failure(self, failing: int, progress: Progress) -> RunFailed:
+        """The error of a step that is not finite, explained by repeating the run up to it."""
         saved = self.checkpoints.latest() or 0
         if mesh.is_multiprocess():
-            return 'only one process can look where; give it a copy of --workdir'
-        steps = [phase.steps for phase in self.phases]
-        before, number = entered(self.phases, steps[0].init(self.config.seed), saved)
+            why = 'only one process can look where; give it a copy of --workdir'
+        else:
+            progress.say(f'step {failing} is not finite: repeating it from step {saved} to see why')
+            why = self._explain(saved, failing)
+        where = f'the last good checkpoint is step {saved}' if saved else 'nothing was saved yet'
+        return RunFailed(
+            f'the loss or its gradient is not finite at step {failing}: {why}; {where}. Try a '
+            'lower config.optimizer.learning_rate, config.optimizer.clip_norm=1 or a warm-up '
+            '(config.optimizer.warmup_epochs) in a new --workdir'
+        )
+
+    def _explain(self, saved: int, failing: int) -> str:
+        before = state_maker(self.phases[0].program)(self.config.seed)
+        before = shard_state(state_at(self.phases, before, saved), self.layout)
         if saved:
             before, _ = self.checkpoints.restore(saved, before)
-        before = placed(before, self.layout)
-        self.progress.say(
-            f'step {failing} is not finite: repeating it from step {saved} to see why'
-        )
-        found = nonfinite.replay(
-            self.phases, number, before, saved, failing, self.values, self.layout
-        )
-        number, before, batch = jax.device_get(found) if self.layout else found
-        return nonfinite.locate(self.config, self.task, number, steps[number].cached, before, batch)
+        phase, before, batch = before_step(self.phases, before, saved, failing, self.values)
+        if self.layout:
+            before, batch = jax.device_get((before, batch))
+        return nonfinite.locate(phase.program, before, batch)
 
 
-def sum_metrics(eval_step, state: State, batches: Iterable, values: Values) -> metrics.Sums:
-    """The metrics' sums over a whole split; padding is not counted."""
-    total = None
-    for batch in batches:
-        total = metrics.add(total, eval_step(state, batch, values))
-    assert total is not None, 'a split has at least one batch'
-    return total
+def before_step(
+    phases: Sequence[Phase], state: State, start: int, step: int, values: Values
+) -> tuple[Phase, State, Batch]:
+    """Repeat a run up to one of its steps.
+
+    Args:
+        phases: All phases of the run.
+        state: The state after step `start`; its memory is given away.
+        start: Less than `step`.
+        step: The step that is not taken any more.
+        values: The config's numbers.
+
+    Returns:
+        The phase of the step, the state before it, and its batch.
+    """
+    for taken in steps(phases, state, start, values, end=step - 1):
+        state = taken.state
+    old, new = phase_at(phases, step - 1), phase_at(phases, step)
+    if new != old:
+        state = phases[new].begin(state)
+    return phases[new], state, next(phases[new].train.train(step - 1))
+
+
+def shard_state(state: State, layout: Layout | None) -> State:
+    """Put a state where it belongs: on several devices, as the layout says."""
+    return layout.shard(state) if layout else state
 
 
 def compilations(jitted: Any) -> int:
     """How often XLA compiled a jitted function."""
     return jitted._cache_size()
-
-
-def entered(phases: list[Phase], state: State, step: int) -> tuple[State, int]:
-    """A state of the structure that a checkpoint of `step` has, and the number of its phase."""
-    # A checkpoint at a phase's last step was saved before the next one was entered.
-    current = next((k for k, phase in enumerate(phases) if step <= phase.end), len(phases) - 1)
-    for phase in phases[1 : current + 1]:
-        state = phase.steps.enter(state)
-    return state, current

@@ -9,7 +9,6 @@ from typing import Any
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from cnn_jax.files import write_text
-from cnn_jax.train.workdir import load_config
 
 NAME = 'manifest.json'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'pillow')
@@ -61,6 +60,21 @@ def code_version() -> dict[str, Any]:
             'changed_files': (changed or '').splitlines(),
         }
     return version
+
+
+def load_config(folder: Path) -> cfg.Config:
+    """The config of the run in a work directory.
+
+    Errors:
+        UserError: The folder is missing or holds no run.
+    """
+    path = folder / 'config.json'
+    if not path.exists():
+        raise UserError(
+            f'{folder} is not the work directory of a run (it has no config.json); '
+            'give the --workdir that launch.train was given'
+        )
+    return cfg.from_json(path.read_text())
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -1,14 +1,20 @@
 """Metrics as sums and counts: add them over batches, divide once at the end.
 
-Sums of padded examples are zero, so no example is dropped or counted twice.
+Sums of padded examples are zero, so no example is dropped or counted twice. Also here: the sums of
+the steps since the last report, and the early-stopping rule, which is a function of metrics.
 """
 
+import collections
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from cnn_jax import config as cfg
 
 BINS = 15  # of the calibration error (Guo et al. 2017)
 
@@ -111,3 +117,111 @@ def as_json(metrics: dict[str, Any]) -> dict[str, Any]:
     """The metrics as a line of the record: all but the confusion matrix; NaN becomes null."""
     classes = [None if np.isnan(a) else float(a) for a in metrics['class_accuracy']]
     return {**scalars(metrics), 'count': metrics['count'], 'class_accuracy': classes}
+
+
+def sum_over(eval_step: Callable[[Any], Sums], batches: Iterable[Any]) -> Sums:
+    """The sums over a whole split; padding is not counted.
+
+    Args:
+        eval_step: From a batch to its sums.
+        batches: All batches of the split; at least one.
+    """
+    total = None
+    for batch in batches:
+        total = add(total, eval_step(batch))
+    assert total is not None, 'a split has at least one batch'
+    return total
+
+
+class NotFinite(Exception):
+    """The objective or its gradient is not finite after a step, whose number it holds."""
+
+    def __init__(self, step: int):
+        super().__init__(f'step {step} is not finite')
+        self.step = step
+
+
+class StepMetrics:
+    """Sums of the steps since the last report, two steps behind the device so it need not wait.
+
+    Args:
+        record: Called with each step's objective and gradient norm, in order.
+        sums: What `pending` gave before the run was stopped, if it was.
+    """
+
+    def __init__(self, record: Callable[[float, float], object], sums: dict[str, Any] | None):
+        self._waiting: collections.deque[tuple[int, Sums]] = collections.deque()
+        self._sums = {name: np.asarray(part) for name, part in sums.items()} if sums else None
+        self._record = record
+        self.latest: tuple[float, float] | None = None  # mean loss and accuracy so far
+
+    def add(self, step: int, sums: Sums) -> None:
+        """Add the sums of a step that may still be running.
+
+        Errors:
+            NotFinite: A step, perhaps one of the two before, had a loss or gradient norm that is
+                not finite.
+        """
+        self._waiting.append((step, sums))
+        while len(self._waiting) > 2:
+            self._consume()
+
+    def flush(self) -> None:
+        """Wait for all steps; errors as for `add`."""
+        while self._waiting:
+            self._consume()
+
+    def _consume(self) -> None:
+        step, sums = self._waiting.popleft()
+        self._sums = total = add(self._sums, sums)
+        self._record(sums['objective'], sums['gradient_norm'])
+        if not np.isfinite(sums['objective']) or not np.isfinite(sums['gradient_norm']):
+            raise NotFinite(step)
+        self.latest = total['loss'] / total['count'], np.trace(total['confusion']) / total['count']
+
+    def pop(self) -> Sums:
+        """Return the sums since the last call, and start anew."""
+        sums, self._sums = self._sums, None
+        assert sums is not None
+        return sums
+
+    def pending(self) -> dict[str, Any] | None:
+        """Return the sums so far as JSON, for a checkpoint in the middle of an epoch."""
+        if self._sums is None:
+            return None
+        return {name: np.asarray(part).tolist() for name, part in self._sums.items()}
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """The best evaluation so far; training stops once it is `train.patience` epochs ago.
+
+    The run leaves the weights of its best evaluation, the last one of equals.
+
+    Attributes:
+        score: The best score; higher is better.
+        step: Step of the first evaluation that had it.
+
+    Source: Prechelt 1998, "Early Stopping — But When?"; patience as in Keras's `EarlyStopping`.
+    """
+
+    score: float = float('-inf')
+    step: int = 0
+
+    def after(self, step: int, score: float) -> 'EarlyStopping':
+        """Return what holds after another evaluation; a NaN is never better."""
+        return EarlyStopping(score, step) if score > self.score else self
+
+    def is_over(self, config: cfg.Config, step: int, steps_per_epoch: float) -> bool:
+        """Return whether patience has run out at the evaluation after `step`.
+
+        step − best step ≥ ⌊patience · steps_per_epoch⌋: evaluations fall on whole steps, so that
+        two of them an epoch apart may be closer than an epoch by less than a step.
+        """
+        wait = int(config.train.patience * steps_per_epoch + 1e-9)
+        return bool(config.train.patience) and step - self.step >= max(wait, 1)
+
+
+def score_of(config: cfg.Config, metrics: dict[str, float]) -> float:
+    """The early-stopping score of an evaluation, by `train.best`; higher is better."""
+    return -metrics['loss'] if config.train.best == 'loss' else metrics['accuracy']

@@ -1,27 +1,27 @@
-"""From a config and its data to the functions of a run.
+"""From a config and its data to the phases of a run.
 
 Training, evaluation and prediction meet here. What prediction needs of the data (shape, classes,
 preprocessing) is a small description that the manifest keeps, so it works without the data.
 """
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cnn_jax import config as cfg
-from cnn_jax import params
+from cnn_jax.components import NO_COMPONENTS, Components
 from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import open_batches, statistics
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
 from cnn_jax.mesh import Layout, make_mesh, on_process_zero
 from cnn_jax.pretrained.weights import PREPROCESSINGS, Pretrained, insert, load
-from cnn_jax.train.loop import Phase
-from cnn_jax.train.state import State
-from cnn_jax.train.step import Steps, make_steps
-from cnn_jax.train.task import Task
+from cnn_jax.train.loop import Phase, compile_phase
+from cnn_jax.train.program import Program, RunSpec, State, begin_phase, make_program, state_maker
 
 
 def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layout | None:
@@ -38,18 +38,31 @@ def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layo
     return make_mesh(jax.devices(), sizes, model=model, fsdp=fsdp)
 
 
+@dataclass(frozen=True)
+class Data:
+    """The opened data of a run.
+
+    Attributes:
+        train, evaluate: The batches of both splits.
+        description: What `describe` returns, with `preprocessing` under that name; JSON.
+        weights: Pretrained weights that the config names, if any.
+    """
+
+    train: Any
+    evaluate: Any
+    description: dict[str, Any]
+    weights: Pretrained | None
+
+
 def open_data(
-    config: cfg.Config, layout: Layout | None = None
-) -> tuple[Any, Any, dict[str, Any], Pretrained | None]:
-    """The batches of both splits, their description, and the weights that the config names.
+    config: cfg.Config, layout: Layout | None = None, components: Components = NO_COMPONENTS
+) -> Data:
+    """Open both splits, and the weights that the config names.
 
     Args:
         config: A validated config.
-        layout: Of batches, on several devices.
-
-    Returns:
-        Training batches; evaluation batches; what `describe` and, under that name,
-        `preprocessing` give; the weights, if any.
+        layout: The layout of batches on several devices.
+        components: May bring the sources.
 
     Errors:
         UserError: Data or weights cannot be had, or the splits do not fit each other.
@@ -57,17 +70,21 @@ def open_data(
     part = {
         'process_index': jax.process_index(),
         'process_count': jax.process_count(),
-        'sharding': layout and layout.batch,
+        'sharding': layout.batch if layout else None,
     }
-    train = open_batches(config.data, 'train', seed=config.seed, **part)
-    evaluation = open_batches(config.data, 'eval', **part)
-    description, weights = describe(config, train, evaluation), load_weights(config)
+
+    def open_split(split: str, **options: Any) -> Any:
+        source = components.source(config, split) if components.source else None
+        return open_batches(config.data, split, source=source, **part, **options)
+
+    train, evaluate = open_split('train', seed=config.seed), open_split('eval')
+    description, weights = describe(config, train, evaluate), load_weights(config)
     description['preprocessing'] = on_process_zero(lambda: preprocessing(config, train, weights))
-    return train, evaluation, description, weights
+    return Data(train, evaluate, description, weights)
 
 
 def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
-    """What a run must know of its data, as JSON.
+    """The facts that a run must know of its data, as JSON.
 
     Args:
         config: The config.
@@ -96,7 +113,7 @@ def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
 
 
 def preprocessing(config: cfg.Config, train, weights: Pretrained | None) -> dict[str, Any]:
-    """How uint8 images become the network's input, as JSON.
+    """The way from uint8 images to the network's input, as JSON.
 
     Pretrained weights bring their own; else each channel is standardized by the training split.
     VGG16 without pretrained weights sees the same three channels.
@@ -122,7 +139,7 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 
 def preparation(spec: dict[str, Any]) -> Callable:
-    """The function that `preprocessing` describes, from uint8 images to the network's floats."""
+    """The function from uint8 images to the network's floats that `preprocessing` describes."""
     if spec['kind'] != 'standardize':
         return PREPROCESSINGS[spec['kind']]
 
@@ -133,10 +150,10 @@ def preparation(spec: dict[str, Any]) -> Callable:
     return standardize
 
 
-def prepared_shape(task: Task) -> tuple[int, ...]:
+def prepared_shape(spec: RunSpec) -> tuple[int, ...]:
     """Height, width and channels of a prepared image."""
-    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.uint8)
-    return jax.eval_shape(task.prepare, images).shape[1:]
+    images = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8)
+    return jax.eval_shape(spec.prepare, images).shape[1:]
 
 
 def load_weights(config: cfg.Config) -> Pretrained | None:
@@ -150,120 +167,120 @@ def load_weights(config: cfg.Config) -> Pretrained | None:
     return load('auto' if config.model.weights == 'imagenet' else config.model.weights)
 
 
-def make_task(
-    config: cfg.Config, description: dict[str, Any], weights: Pretrained | None = None
-) -> Task:
-    """What a run is about.
+def make_spec(
+    config: cfg.Config,
+    description: dict[str, Any],
+    weights: Pretrained | None = None,
+    components: Components = NO_COMPONENTS,
+) -> RunSpec:
+    """Put together what the steps must know of a run besides its config.
 
     Args:
         config: A validated config.
-        description: As `describe` gives it, with `preprocessing` under that name.
+        description: The data's, as in `Data`.
         weights: Pretrained weights of the backbone, for the first state.
+        components: May bring a model, an optimizer and regularizers.
     """
     steps_per_epoch = description['train']['count'] / config.data.batch
     epochs = [config.train.epochs]
     if config.unfreeze.epochs:
         epochs.append(config.train.epochs + config.unfreeze.epochs)
-    return Task(
+
+    def pretrained(shapes: dict[str, Any]) -> dict[str, Any]:
+        assert weights is not None
+        return {'backbone': insert(shapes['backbone'], weights)}
+
+    return RunSpec(
         image_shape=tuple(description['image_shape']),
         num_classes=len(description['class_names']),
         prepare=preparation(description['preprocessing']),
         steps_per_epoch=steps_per_epoch,
-        ends=tuple(max(1, int(e * steps_per_epoch + 1e-9)) for e in epochs),
-        initial=weights and (lambda shapes: {'backbone': insert(shapes['backbone'], weights)}),
+        phase_ends=tuple(max(1, int(e * steps_per_epoch + 1e-9)) for e in epochs),
+        pretrained=pretrained if weights else None,
+        model=components.model,
+        optimizer=components.optimizer,
+        regularizers=components.regularizers,
     )
 
 
-def make_phases(config: cfg.Config, task: Task) -> list[Steps]:
-    """The functions of each phase of a run.
+def make_programs(config: cfg.Config, spec: RunSpec) -> list[Program]:
+    """The programs of a run's phases.
 
     A phase with a frozen backbone takes the backbone's features instead of images, where that
     gives the same training (`features.is_cached`).
     """
-    phases = []
-    for number in range(len(task.ends)):
-        steps = make_steps(config, task, number)
-        if is_cached(config, steps.trainable):
-            steps = make_steps(config, task, number, cached=True)
-        phases.append(steps)
-    return phases
+    programs = []
+    for phase in range(len(spec.phase_ends)):
+        program = make_program(config, spec, phase)
+        if is_cached(config, program.trainable):
+            program = make_program(config, spec, phase, cached=True)
+        programs.append(program)
+    return programs
 
 
 def open_phases(
-    config: cfg.Config,
-    description: dict[str, Any],
-    task: Task,
-    train,
-    evaluation,
-    layout: Layout | None = None,
+    config: cfg.Config, data: Data, spec: RunSpec, layout: Layout | None = None
 ) -> tuple[list[Phase], State]:
     """The phases of a run, and its state before the first step.
 
     Args:
         config: A validated config.
-        description: As `describe` gives it, with `preprocessing` under that name.
-        task: Of `make_task`.
-        train, evaluation: The opened batches of images.
-        layout: Of batches, on several devices.
+        data: The opened data.
+        spec: What `make_spec` returns.
+        layout: The layout of batches and state on several devices.
     """
-    made = make_phases(config, task)
-    state = made[0].init(config.seed)
-    phases = []
-    for steps, end in zip(made, task.ends):
-        batches = train, evaluation
-        if steps.cached:
-            batches = features(config, description, task, state, train, evaluation, layout=layout)
-        phases.append(Phase(steps, end, *batches))
+    programs = make_programs(config, spec)
+    state = state_maker(programs[0])(config.seed)
+    phases, shapes = [], jax.eval_shape(lambda: state)
+    for program, end in zip(programs, spec.phase_ends):
+        train, evaluate = data.train, data.evaluate
+        if program.cached:
+            train, evaluate = features(
+                config, data.description, spec, state, train, evaluate, layout=layout
+            )
+        if program.phase:
+            shapes = jax.eval_shape(functools.partial(begin_phase, program), shapes)
+        phases.append(compile_phase(program, end, shapes, layout, train=train, evaluate=evaluate))
     return phases, state
 
 
 def features(
     config: cfg.Config,
     description: dict[str, Any],
-    task: Task,
+    spec: RunSpec,
     state: State,
     train,
     *evaluated,
     layout: Layout | None = None,
 ) -> list[FeatureBatches]:
-    """The frozen backbone's features in the place of images, computed where they are not kept.
+    """The frozen backbone's features in the place of images, computed where they are not cached.
 
     Args:
-        config, description, task: As in `open_phases`.
+        config, description, spec: As for `make_spec`.
         state: Any of the run's: the backbone is frozen.
         train: Batches of images to train on, augmented if the config says so.
         evaluated: Batches of images as they are.
-        layout: Of batches, on several devices.
+        layout: The layout of batches on several devices.
     """
     extractor = Extractor(
         config,
-        task.num_classes,
-        task.prepare,
+        spec.num_classes,
+        spec.prepare,
         description['preprocessing'],
         state.params['backbone'],
     )
     augments = config.augment != cfg.Augment()
     if augments and config.train.precise_norm:
         raise UserError(
-            'config.train.precise_norm takes statistics of images as they are, but the kept '
+            'config.train.precise_norm takes statistics of images as they are, but the cached '
             'features are those of augmented ones; set it to 0, or config.features.cache to never'
         )
     views = range(config.features.views) if augments else [None]
-    of_train = [extractor.extract(train, view) for view in views]
+    of_views = [extractor.extract(train, view) for view in views]
     return [
-        FeatureBatches(train, of_train, config.data, 'train', config.seed, layout),
+        FeatureBatches(train, of_views, config.data, 'train', config.seed, layout),
         *(
             FeatureBatches(split, [extractor.extract(split)], config.data, 'eval', 0, layout)
             for split in evaluated
         ),
     ]
-
-
-def parameter_table(config: cfg.Config, steps: Steps) -> str:
-    """Which parameters a phase trains, freezes and penalizes, with counts and bytes."""
-    return params.overview(
-        steps.shapes,
-        train=steps.trainable,
-        l2=steps.penalized['l2'] if config.loss.l2 else (),
-        decay=steps.decayed if config.optimizer.weight_decay else (),
-    )

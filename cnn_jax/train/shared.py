@@ -10,33 +10,13 @@ from cnn_jax import config as cfg
 from cnn_jax import mesh
 from cnn_jax.mesh import Layout
 from cnn_jax.train.checkpoint import Checkpoints
+from cnn_jax.train.program import State
 from cnn_jax.train.record import Record
-from cnn_jax.train.state import State
-from cnn_jax.train.step import Steps
 
 
-def jitted(steps: Steps, layout: Layout | None, state: State) -> tuple[Any, Any, Any]:
-    """`train`, `evaluate` and `estimate` of a phase, jitted.
-
-    Args:
-        steps: Of the phase.
-        layout: On several devices, of batches and state; the results lie as the state does, and
-            metrics are everywhere.
-        state: Any of the phase, or its shapes.
-    """
-    of_state, of_sums = (
-        (layout.state_sharding(state), layout.replicated) if layout else (None, None)
-    )
-    return (
-        jax.jit(steps.train, donate_argnums=0, out_shardings=layout and (of_state, of_sums)),
-        jax.jit(steps.evaluate, out_shardings=of_sums),
-        jax.jit(steps.estimate, out_shardings=of_sums),
-    )
-
-
-def placed(state: State, layout: Layout | None) -> State:
-    """A state where it belongs: on several devices, as the layout says."""
-    return layout.shard(state) if layout else state
+def open_record(folder: Path) -> Record:
+    """The record of a run, in whatever process: process 0 writes it."""
+    return Record(folder) if mesh.is_process_zero() else Unrecorded(folder)
 
 
 def open_checkpoints(

@@ -1,252 +1,348 @@
-"""The pure functions that a run is made of: init, train, evaluate, predict.
+"""A training step, from a batch to the next state, and the other functions that are compiled.
 
-`data → augment → model → loss → grads of the trainable leaves → Optax → state`. Everything that
-may differ between runs of one structure (rates, learning rate, penalties, seed) is an argument,
-so that a whole arm of an ablation shares one compilation.
+`batch → augment → network → loss + regularizers → gradients of the trained leaves → Optax → state`
+
+Everything static is in a `Program`. Everything that may differ between runs of one structure
+(rates, learning rate, strengths, seed) is in `values`, an argument, so that a whole arm of an
+ablation shares one compilation.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from cnn_jax import config as cfg
-from cnn_jax import losses, optim, params, rng
+from cnn_jax import freezing, optim, params, rng
+from cnn_jax.config import is_on
 from cnn_jax.data.augment import augment_and_normalize, mix
 from cnn_jax.data.batches import Batch
-from cnn_jax.models import build
-from cnn_jax.train import averaging, metrics, precise_norm
-from cnn_jax.train.frozen import frozen_modules
-from cnn_jax.train.objective import make_gradients
-from cnn_jax.train.state import State, Values
-from cnn_jax.train.task import Task, acted_on, penalized_by, phase_members, update_groups
+from cnn_jax.regularizers import (
+    Context,
+    Regularizer,
+    add_terms,
+    cross_entropy,
+    example_losses,
+    log_probabilities,
+)
+from cnn_jax.train import metrics
+from cnn_jax.train.program import Program, State, Values
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The functions of one phase; `train`, `evaluate` and `estimate` are meant to be jitted once.
-
-    `init` makes the state before the first step of the first phase, and `enter` that of this
-    phase from the last state of the one before. `estimate` gives `State.precise` after one more
-    batch, of which it takes the number, from 1. `penalized` are the paths of each penalty, by its
-    field in `config.loss`.
-    """
-
-    init: Callable[[int], State]
-    enter: Callable[[State], State]
-    train: Callable[[State, Batch, Values], tuple[State, metrics.Sums]]
-    evaluate: Callable[[State, Batch, Values], metrics.Sums]
-    estimate: Callable[[State, Batch, Int[Array, ''], Values], dict[str, Any]]
-    predict: Callable[[State, Array, Values], Array]
-    shapes: dict[str, Any]  # of the parameters
-    trainable: list[str]
-    penalized: dict[str, list[str]]
-    decayed: list[str]
-    cached: bool
-
-
-def values_of(config: cfg.Config) -> Values:
-    """The arguments of the compiled steps: every `value` field, and the seed."""
-    return {**cfg.values(config), 'seed': np.uint32(config.seed)}
-
-
-def make_steps(config: cfg.Config, task: Task, phase: int = 0, cached: bool = False) -> Steps:
-    """Build the functions of one phase of a run.
+def train_step(
+    program: Program, state: State, batch: Batch, values: Values
+) -> tuple[State, metrics.Sums]:
+    """Take one training step.
 
     Args:
-        config: A validated config. Its value fields come in as arguments; of those given here
-            only whether a switch is on matters.
-        task: Shapes, preprocessing and length.
-        phase: 0, or 1 for the one that `config.unfreeze` describes.
-        cached: Whether batches hold features of the frozen backbone instead of images.
+        program: Everything static.
+        state: Before the step.
+        batch: `image` (uint8 images, or cached features), `label`, `index`, `mask`.
+        values: The config's numbers and the seed, as `traced_values` gives them.
 
-    Errors:
-        UserError: A parameter pattern matches nothing, or the images are too small for the net.
+    Returns:
+        The state after the step; the sums that the batch's metrics follow from, with the
+        `objective` and the `gradient_norm`.
     """
-    model = build(config.model, task.num_classes)
-    blank = np.zeros((1, *task.image_shape), np.uint8)
+    config = bound_config(program, state, values)
+    grads, batch_stats, sums = step_gradients(program, config, state, batch)
+    if config.optimizer.clip_norm:
+        grads = optim.clip_by_norm(grads, config.optimizer.clip_norm)
+    if is_on(config.optimizer.gradient_noise):  # after clipping, which would take the gradient out
+        key = rng.key(config.seed, 'gradient_noise', state.step)
+        grads = optim.add_gradient_noise(key, grads, config.optimizer.gradient_noise, state.step)
 
-    def draw(seed) -> Any:
-        return model.init(rng.key(seed, 'params'), task.prepare(jnp.asarray(blank)), train=False)
-
-    shapes = jax.eval_shape(draw, 0)['params']
-    names = list(params.flatten(shapes))
-    of_all_phases = phase_members(config, names)
-    members = of_all_phases[: phase + 1]
-    ever = {name for group in of_all_phases for name in group}
-    trainable = sorted(name for group in members for name in group)
-    frozen = (config.train.frozen, config.unfreeze.frozen)[phase]
-    optimizer = config.optimizer
-    penalized = penalized_by(config.loss, names, ever, trainable)
-    decayed, constrained = (
-        acted_on(names, ever, trainable, patterns, strength, f'optimizer.{field}')
-        for patterns, strength, field in (
-            (optimizer.decay_on, optimizer.weight_decay, 'decay_on'),
-            (optimizer.max_norm_on, optimizer.max_norm, 'max_norm_on'),
-        )
+    trainable, frozen = params.partition(state.params, program.trainable)
+    whole = params.merge(grads, jax.tree.map(jnp.zeros_like, frozen))  # which the optimizer masks
+    updates: Any
+    updates, opt_state = program.optimizer(config).update(
+        whole, state.opt_state, state.params, value=sums['objective']
     )
-    in_inference = frozen_modules(names, trainable, frozen)
-    method = 'classify' if cached else None
-    gradients = make_gradients(config, task, penalized, in_inference, method)
+    trainable: Any = optax.apply_updates(trainable, params.partition(updates, trainable)[0])
+    if is_on(config.optimizer.max_norm):
+        for path in program.acted_on['optimizer.max_norm_on']:
+            trainable[path] = optim.project_max_norm(trainable[path], config.optimizer.max_norm)
+    averaged: Any = state.averaged
+    if program.averages:
+        weight = averaging_weight(config.train, state.step, program.spec.steps_per_epoch)
+        averaged = optax.incremental_update(trainable, averaged, weight)
+    state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params.merge(trainable, frozen),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        averaged=averaged,
+    )
+    return state, sums
 
-    def chain(current: cfg.Config) -> optax.GradientTransformation:
-        groups = update_groups(current, task, members)
-        return optim.chain(current.optimizer, groups, decayed)
 
-    given = params.flatten(task.initial(shapes)) if task.initial else {}
+def bound_config(program: Program, state: State, values: Values) -> cfg.Config:
+    """The config with its numbers at the state's step."""
+    config = cfg.bind(program.config, values)
+    return ramp_dropout(config, state.step / program.spec.phase_ends[-1])
 
-    # Compiled once, run once a seed: at this level it compiles in a third of the time.
-    @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 1})
-    def draw_the_rest(seed):
-        drawn = draw(seed)
-        flat = params.flatten(drawn['params'])
-        rest = {path: leaf for path, leaf in flat.items() if path not in given}
-        return rest, drawn.get('batch_stats', {})
 
-    def copies(flat: params.Flat, names: list[str]) -> params.Flat:
-        # The step donates its input, and a buffer cannot be donated twice.
-        return {name: jnp.copy(flat[name]) for name in names}
+def step_gradients(
+    program: Program, config: cfg.Config, state: State, batch: Batch
+) -> tuple[params.Flat, dict[str, Any], metrics.Sums]:
+    """The gradients of a training step as they are before clipping.
 
-    averaged = trainable if config.train.ema or config.train.swa_from else []
-    pulled = penalized['l2_sp'] if config.loss.l2_sp else []
+    Args:
+        program, state, batch: As for `train_step`.
+        config: The bound config.
 
-    def init(seed: int) -> State:
-        rest, batch_stats = draw_the_rest(seed)
-        flat = rest | {path: jnp.copy(leaf) for path, leaf in given.items()}
-        learned = {path: flat[path] for path in members[0]}
-        first = optim.chain(optimizer, update_groups(config, task, members[:1]), decayed)
-        return State(
-            step=jnp.zeros((), jnp.int32),
-            params=params.unflatten(flat),
-            batch_stats=batch_stats,
-            opt_state=first.init(learned),
-            ema=copies(flat, [name for name in averaged if name in learned]),
-            start=copies(flat, [name for name in pulled if name in learned]),
-            precise=jax.tree.map(jnp.copy, batch_stats) if config.train.precise_norm else {},
+    Returns:
+        The gradients of the trained parameters; the new batch statistics; the sums, with the
+        `objective` and the `gradient_norm`.
+    """
+    batch = _augmented(program, config, batch, rng.key(config.seed, 'augment', state.step))
+    trainable, frozen = params.partition(state.params, program.trainable)
+    key = rng.key(config.seed, 'dropout', state.step)
+    gradients = functools.partial(_mean_gradients, program, config, state, frozen, batch, key)
+    grads, batch_stats, sums = gradients(trainable)
+    if is_on(config.optimizer.sam):  # statistics and metrics remain those of the weights themselves
+        grads, *_ = gradients(optim.sam_perturb(trainable, grads, config.optimizer.sam))
+    return grads, batch_stats, sums | {'gradient_norm': optim.global_norm(grads)}
+
+
+def _augmented(program: Program, config: cfg.Config, batch: Batch, key: Array) -> Batch:
+    """The batch as the network sees it in training."""
+    if program.cached:
+        return batch
+    augment, index = config.augment, batch['index']
+    images = augment_and_normalize(augment, key, batch['image'], index, program.spec.prepare)
+    if is_on(augment.mixup) or is_on(augment.cutmix):
+        images, other, share = mix(augment, key, images, batch['label'], index)
+        batch = batch | {'other_label': other, 'share': share}
+    return batch | {'image': images}
+
+
+def _mean_gradients(
+    program: Program,
+    config: cfg.Config,
+    state: State,
+    frozen: params.Flat,
+    batch: Batch,
+    key: Array,
+    trainable: params.Flat,
+) -> tuple[params.Flat, dict[str, Any], metrics.Sums]:
+    """The mean gradient over `optimizer.accumulate` equal micro-batches, taken in turn.
+
+    The loop is unrolled: XLA's CPU convolutions are ten times slower inside a compiled one.
+
+    Returns:
+        The gradients; the batch statistics after the last micro-batch; the sums over all.
+    """
+
+    def objective(trainable: params.Flat, batch_stats: Any, batch: Batch, key: Array):
+        variables = {'params': params.merge(trainable, frozen), 'batch_stats': batch_stats}
+        return _objective(program, config, state, trainable, variables, batch, key)
+
+    count = config.optimizer.accumulate
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    batch_stats, grads, sums = state.batch_stats, None, None
+    for i, part_key in enumerate(jax.random.split(key, count)):
+        part = {name: leaf[i] for name, leaf in parts.items()}
+        (_, (batch_stats, new_sums)), new = jax.value_and_grad(objective, has_aux=True)(
+            trainable, batch_stats, part, part_key
         )
+        grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
+        sums = new_sums if sums is None else jax.tree.map(jnp.add, sums, new_sums)
+    assert sums is not None
+    sums['objective'] /= count
+    return jax.tree.map(lambda g: g / count, grads), batch_stats, sums
 
-    def enter(state: State) -> State:
-        flat = params.flatten(state.params)
-        fresh: Any = chain(config).init({path: flat[path] for path in trainable})
-        kept = state.opt_state
-        return dataclasses.replace(
-            state,
-            opt_state=(*kept, *fresh[len(kept) :]),
-            ema=copies(flat, averaged) | state.ema,
-            start=copies(flat, pulled) | state.start,
-        )
 
-    def train(state: State, batch: Batch, values: Values) -> tuple[State, metrics.Sums]:
-        current = cfg.replace(config, values)
-        if config.model.drop_ramp:
-            current = ramped(current, state.step / task.ends[-1])
-        learned, fixed = params.partition(state.params, trainable)
-        if not cached:
-            key = rng.key(current.seed, 'augment', state.step)
-            images, index = batch['image'], batch['index']
-            augment = bound_augment(config.augment, current.augment)
-            images = augment_and_normalize(augment, key, images, index, task.prepare)
-            batch = batch | {'image': images}
-            if config.augment.mixup or config.augment.cutmix:
-                mixed = mix(augment, key, images, batch['label'], index)
-                batch |= dict(zip(('image', 'other_label', 'share'), mixed))
-        key = rng.key(current.seed, 'dropout', state.step)
-        grads, batch_stats, sums = gradients(
-            current, learned, fixed, state.start, state.batch_stats, batch, key
-        )
-        sums |= {'gradient_norm': optim.global_norm(grads)}
-        if optimizer.clip_norm:
-            grads = optim.clipped(grads, optimizer.clip_norm)
-        if optimizer.gradient_noise:  # after clipping, which would take the gradient out of it
-            key = rng.key(current.seed, 'gradient_noise', state.step)
-            grads = optim.with_noise(key, grads, current.optimizer.gradient_noise, state.step)
-        updates, opt_state = chain(current).update(grads, state.opt_state, learned)
-        learned: Any = optax.apply_updates(learned, updates)
-        if optimizer.max_norm:
-            bound = current.optimizer.max_norm
-            learned |= {path: optim.bounded(learned[path], bound) for path in constrained}
-        ema = state.ema
-        if averaged:
-            share = averaging.share(config.train, current.train, state.step, task.steps_per_epoch)
-            ema = averaging.averaged(ema, learned, share)
-        new = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=params.merge(learned, fixed),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema=ema,
-        )
-        return new, sums
+def _objective(
+    program: Program,
+    config: cfg.Config,
+    state: State,
+    trainable: params.Flat,
+    variables: dict[str, Any],
+    batch: Batch,
+    key: Array,
+) -> tuple[Array, tuple[dict[str, Any], metrics.Sums]]:
+    """The mean loss of the batch's examples plus the penalties, and what comes with it."""
+    network = functools.partial(forward, program, config, variables)
+    log_probs, batch_stats, activations = network(batch['image'], key)
 
-    def estimate(state: State, batch: Batch, number: Array, values: Values) -> dict[str, Any]:
-        current = cfg.replace(config, values | precise_norm.quiet(config))
-        net = build(current.model, task.num_classes)
-        x = batch['image'] if cached else task.prepare(batch['image'])
-        with nn.intercept_methods(in_inference):
-            applied: Any = net.apply(
-                state.evaluated | {'batch_stats': state.batch_stats},
-                x,
-                train=True,
-                rngs={'dropout': rng.key(current.seed, 'dropout')},
-                mutable=['batch_stats'],
-                method=method,
+    def context(regularizer: Regularizer) -> Context:
+        paths = program.acted_on.get(regularizer.on, [])
+        if regularizer.needs_activations:
+            return Context(
+                config, trainable, {}, {p: activations[p] for p in paths}, log_probs, batch, again
             )
-        return precise_norm.pooled(state.precise, applied[1].get('batch_stats', {}), number)
+        acted_on = {path: trainable[path] for path in paths} if regularizer.on else trainable
+        initial = state.init_params if regularizer.needs_initial else {}
+        return Context(config, acted_on, initial, {}, log_probs, batch, again)
 
-    def outputs(state: State, images: Array, values: Values) -> Array:
-        """Log class probabilities in inference."""
-        current = cfg.replace(config, values)
-        net = build(current.model, task.num_classes)
-        x = images if cached else task.prepare(images)
-        logits: Any = net.apply(state.evaluated, x, train=False, method=method)
-        return losses.log_probabilities(logits)
+    def again(images: Array, mask: int = 0) -> Array:
+        return network(images, jax.random.fold_in(key, mask) if mask else key)[0]
 
-    def evaluate(state: State, batch: Batch, values: Values) -> metrics.Sums:
-        log_probs = outputs(state, batch['image'], values)
-        each = losses.cross_entropy(log_probs, batch['label'])
-        return metrics.batch_sums(log_probs, each, batch['label'], batch['mask'])
+    each = example_losses(config, log_probs, batch)
+    each, penalty = add_terms(program.regularizers, context, each)
+    sums = metrics.batch_sums(log_probs, each, batch['label'], batch['mask'])
+    objective = sums['loss'] / sums['count'] + penalty
+    return objective, (batch_stats, sums | {'objective': objective})
 
-    return Steps(
-        init,
-        enter,
-        train,
-        evaluate,
-        estimate,
-        outputs,
-        shapes,
-        trainable,
-        penalized,
-        decayed,
-        cached,
+
+def forward(
+    program: Program, config: cfg.Config, variables: dict[str, Any], images: Array, key: Array
+) -> tuple[Float[Array, 'b k'], dict[str, Any], params.Flat]:
+    """A pass of the network in training, frozen modules in inference.
+
+    Args:
+        program, config: The phase, and its config with numbers.
+        variables: `params` and `batch_stats`.
+        images: Prepared images or features.
+        key: Of dropout.
+
+    Returns:
+        Log class probabilities; the new batch statistics; the outputs of the layers that a
+        regularizer looks at, by path.
+    """
+    watched = {
+        path
+        for regularizer in program.regularizers
+        if regularizer.needs_activations
+        for path in program.acted_on[regularizer.on]
+    }
+    mutable, capture = ['batch_stats'], False
+    if watched:
+        mutable, capture = ['batch_stats', 'intermediates'], _outputs_of(watched)
+    net = program.spec.network(config)
+    mode: dict[str, Any] = freezing.mode_arguments(net, train=True)
+    with nn.intercept_methods(program.interceptor):
+        applied: Any = net.apply(
+            variables,
+            images,
+            **mode,
+            rngs={'dropout': key},
+            mutable=mutable,
+            capture_intermediates=capture,
+            method='classify' if program.cached else None,
+        )
+    logits, updated = applied
+    activations = params.flatten(updated.get('intermediates', {}))
+    outputs = {path.removesuffix('/__call__'): calls[0] for path, calls in activations.items()}
+    return log_probabilities(logits), updated.get('batch_stats', variables['batch_stats']), outputs
+
+
+def _outputs_of(paths: set[str]) -> Callable[[nn.Module, str], bool]:
+    return lambda module, method: method == '__call__' and '/'.join(module.path) in paths
+
+
+def predict_step(
+    program: Program, state: State, images: Array, values: Values
+) -> Float[Array, 'b k']:
+    """Log class probabilities of uint8 images (or of cached features) in inference."""
+    config = cfg.bind(program.config, values)
+    net = program.spec.network(config)
+    x = images if program.cached else program.spec.prepare(images)
+    method = 'classify' if program.cached else None
+    mode: dict[str, Any] = freezing.mode_arguments(net, train=False)
+    logits: Any = net.apply(state.eval_variables, x, **mode, method=method)
+    return log_probabilities(logits)
+
+
+def eval_step(program: Program, state: State, batch: Batch, values: Values) -> metrics.Sums:
+    """The sums that a batch's metrics in inference follow from."""
+    log_probs = predict_step(program, state, batch['image'], values)
+    each = cross_entropy(log_probs, batch['label'])
+    return metrics.batch_sums(log_probs, each, batch['label'], batch['mask'])
+
+
+def estimate_step(
+    program: Program, state: State, batch: Batch, count: Int[Array, ''], values: Values
+) -> dict[str, Any]:
+    """`State.eval_batch_stats` after one more batch, the `count`-th from 1.
+
+    The moving averages of batch normalization lag behind the weights, were taken under dropout,
+    and belong to the raw weights where averaged ones are evaluated. Here they are taken anew, from
+    passes without noise before each evaluation and checkpoint; training never sees them.
+    """
+    changes = cfg.without_noise(program.config)
+    config = cfg.bind(cfg.replace(program.config, changes), values | changes)
+    images = batch['image'] if program.cached else program.spec.prepare(batch['image'])
+    variables = state.eval_variables | {'batch_stats': state.batch_stats}
+    key = rng.key(config.seed, 'dropout')
+    _, batch_stats, _ = forward(program, config, variables, images, key)
+    return pool_statistics(state.eval_batch_stats, batch_stats, count)
+
+
+def pool_statistics(average: dict[str, Any], batch: dict[str, Any], count: Int[Array, '']):
+    """The batch statistics of n batches together, from those of n − 1 and of the n-th.
+
+    mean ← mean + δ/n,  var ← var + (σ² − var)/n + δ²·(n − 1)/n²,  δ = μ − mean
+
+    so that after N equal batches they are the mean and the biased variance of all their values.
+
+    Args:
+        average: Statistics of the batches before; any values for n = 1.
+        batch: μ and σ² of this batch, as leaves `mean` and `var` of the same tree. Other leaves
+            are averaged.
+        count: n, from 1.
+
+    Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3; the update is that of
+        Chan, Golub & LeVeque 1983.
+    """
+    old, new = params.flatten(average), params.flatten(batch)
+    n = jnp.asarray(count, jnp.float32)
+    moved = {path: leaf + (new[path] - leaf) / n for path, leaf in old.items()}
+    for path in moved:
+        module, _, name = path.rpartition('/')
+        mean = f'{module}/mean'
+        if name == 'var' and mean in old:
+            moved[path] += jnp.square(new[mean] - old[mean]) * (n - 1) / (n * n)
+    # Frozen statistics are the same in each batch, and keep their bits.
+    return params.unflatten(
+        {path: jnp.where(count == 1, new[path], leaf) for path, leaf in moved.items()}
     )
 
 
-def bound_augment(static: cfg.Augment, traced: cfg.Augment) -> cfg.Augment:
-    """The traced settings, with 0 for every switch that is off."""
-    fields = cfg.fields_by_path(static)
-    off = {n: 0.0 for n, f in fields.items() if f.metadata.get('switch') and not getattr(static, n)}
-    return dataclasses.replace(traced, **off)
-
-
-def ramped(config: cfg.Config, done: Array) -> cfg.Config:
-    """The config with the rate of dropout that holds after a share of the training.
+def ramp_dropout(config: cfg.Config, done: Float[Array, '']) -> cfg.Config:
+    """The config with the rate of dropout after a share of the training.
 
     r(t) = r · min(1, t / drop_ramp)
 
     Args:
-        config: With `model.dropout` r and `model.drop_ramp`, both perhaps traced.
+        config: A bound config with `model.dropout` r and `model.drop_ramp`.
         done: t, 0 at the start of the run and 1 at its end.
 
     Source: Ghiasi et al. 2018, "DropBlock", section 3: a linear scheme with `drop_ramp` = 1.
     """
+    if not is_on(config.model.drop_ramp):
+        return config
     share = jnp.minimum(1.0, done / config.model.drop_ramp)
     return cfg.replace(config, {'model.dropout': config.model.dropout * share})
+
+
+def averaging_weight(
+    config: cfg.Train, step: Int[Array, ''], steps_per_epoch: float
+) -> Float[Array, '']:
+    """The weight s of the newest parameters in their average: a ← (1 − s)·a + s·w.
+
+    ema:       s = 1 − d, so a_t = d^t·w_0 + (1 − d)·Σ_i d^(t−i)·w_i
+    swa_from:  s = 1/n for the n-th step after the first `swa_from` epochs, so a is their mean;
+               until then s = 1, so a is w
+
+    Args:
+        config: Bound; one of the two is on.
+        step: Steps done before this one.
+        steps_per_epoch: Need not be whole.
+
+    Source: Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging";
+        Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization",
+        who take one of the weights an epoch or a cycle; here every step's.
+    """
+    if is_on(config.ema):
+        return jnp.asarray(1 - config.ema)
+    first = jnp.round(config.swa_from * steps_per_epoch)
+    return 1 / jnp.maximum(step + 1 - first, 1)

@@ -8,6 +8,7 @@ exponential sweep and the smoothing of fastai's `lr_find`.
 """
 
 import csv
+import dataclasses
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,11 +19,8 @@ from jaxtyping import Float64
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from cnn_jax.files import write_atomically
-from cnn_jax.mesh import Layout
-from cnn_jax.train.loop import Phase
-from cnn_jax.train.shared import jitted, placed
-from cnn_jax.train.state import State
-from cnn_jax.train.step import values_of
+from cnn_jax.train.loop import Phase, steps
+from cnn_jax.train.program import State, traced_values
 
 SMOOTHING = 0.9  # share of the old that the moving average of the loss keeps
 SETTLED = 10  # rates before the average is one of as many losses as later
@@ -31,15 +29,15 @@ WORSE = 4.0  # times the lowest smoothed loss: the sweep is over
 Curve = Float64[np.ndarray, ' n']
 
 
-def swept(config: cfg.Config) -> cfg.Config:
-    """The config whose learning rate is the one that the sweep sets, without a schedule."""
+def constant_rate(config: cfg.Config) -> cfg.Config:
+    """The config without a schedule, so that the sweep sets the learning rate."""
     plain = {'optimizer.schedule': 'constant', 'optimizer.warmup_epochs': 0.0}
     return cfg.replace(config, plain)
 
 
-def rates(lowest: float, highest: float, steps: int) -> Curve:
-    """The swept rates: lowest · (highest/lowest)^(t/(steps − 1)), t from 0."""
-    return np.geomspace(lowest, highest, steps)
+def rates(lowest: float, highest: float, count: int) -> Curve:
+    """The swept rates: lowest · (highest/lowest)^(t/(count − 1)), t from 0."""
+    return np.geomspace(lowest, highest, count)
 
 
 def losses(
@@ -48,32 +46,30 @@ def losses(
     state: State,
     rates: Curve,
     track: Callable[[Iterable], Iterable] = iter,
-    layout: Layout | None = None,
 ) -> Curve:
     """The training loss at each rate, until it is no longer finite or far above its lowest.
 
     Args:
-        config: `swept`.
-        phase: The first, made with that config.
-        state: Before the first step; its memory is given away.
-        rates: As `rates` gives them.
-        track: Wraps what is gone through, to show progress.
-        layout: Of batches and state, on several devices.
+        config: A config of `constant_rate`.
+        phase: The first phase, made with that config.
+        state: The state before the first step; its memory is given away.
+        rates: The rates to try.
+        track: Wraps what is iterated over, to show progress.
 
     Returns:
         The mean loss of the batch before each step, in nats; perhaps shorter than `rates`.
     """
-    state = placed(state, layout)
-    (train, *_), values = jitted(phase.steps, layout, state), values_of(config)
-    found: list[float] = []
-    for rate, batch in zip(track(rates), phase.train.train(0)):
-        state, sums = train(state, batch, values | {'optimizer.learning_rate': float(rate)})
-        found.append(float(sums['loss']) / float(sums['count']))
-        curve = smoothed(np.array(found))
+    values, tried = traced_values(config), []
+    sweep = steps([dataclasses.replace(phase, end=len(rates))], state, 0, values)
+    for rate in track(rates):
+        values['optimizer.learning_rate'] = float(rate)
+        sums = next(sweep).sums
+        tried.append(float(sums['loss']) / float(sums['count']))
+        curve = smoothed(np.array(tried))
         least = curve.min()  # below 0 under a confidence penalty
-        if not np.isfinite(found[-1]) or curve[-1] > least + (WORSE - 1) * abs(least):
+        if not np.isfinite(tried[-1]) or curve[-1] > least + (WORSE - 1) * abs(least):
             break
-    return np.array(found)
+    return np.array(tried)
 
 
 def smoothed(losses: Curve) -> Curve:

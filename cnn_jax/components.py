@@ -1,0 +1,317 @@
+"""Own components of a run: a model, data, an optimizer or regularizers that the user brings.
+
+They come from Python (`cnn_jax.fit(config, workdir, model=…)`) or from an experiment file, which
+may define, beside `get_config`,
+
+  def model(config, num_classes): ...   # a Flax module
+  def source(config, split): ...        # a `Source`, or (images, labels); split is train or eval
+  def optimizer(config): ...            # an Optax transformation
+  REGULARIZERS = [...]                  # `Regularizer` objects
+
+Their source code is digested into the config (its field `own`), so runs of different code are
+never mixed. An experiment file is executed: open only those that you trust.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnn_jax.config import OWN, Config, replace
+from cnn_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Components:
+    """Own parts of a run; None and () stand for what the config names.
+
+    Attributes:
+        model: `(config, num_classes) -> module`; numbers of the config may be traced.
+        source: `(config, 'train' or 'eval') -> a Source`, or arrays that make one.
+        optimizer: `config -> Optax transformation`; numbers of the config may be traced.
+        regularizers: More of them, beside the built-in ones.
+        experiment: The experiment file that defines them, if one does.
+    """
+
+    model: Callable[[Config, int], Any] | None = None
+    source: Callable[[Config, str], Any] | None = None
+    optimizer: Callable[[Config], Any] | None = None
+    regularizers: tuple[Any, ...] = ()
+    experiment: str = dataclasses.field(default='', metadata={'digested': False})
+
+    def mark(self, config: Config) -> Config:
+        """Return the config with `own` where these components stand, and with their digest.
+
+        Errors:
+            UserError: The config says `own` of something that is not here.
+        """
+        brought = {
+            'model.name': self.model,
+            'data.source': self.source,
+            'optimizer.name': self.optimizer,
+        }
+        for path, component in brought.items():
+            group, name = path.split('.')
+            if component is None and getattr(getattr(config, group), name) == OWN:
+                raise UserError(
+                    f'config.{path} is {OWN}, but none is given; give it to fit, or use the '
+                    'experiment file that defines it'
+                )
+        names = {path: OWN for path, component in brought.items() if component}
+        return replace(config, {**names, 'own': self.digest})
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each component: of its source code and the values that it closes over."""
+        parts = {name: getattr(self, name) for name in ('model', 'source', 'optimizer')}
+        brought = {name: part for name, part in parts.items() if part is not None}
+        if self.regularizers:
+            brought['regularizers'] = self.regularizers
+        return {
+            name: hashlib.sha256('\n'.join(describe(part)).encode()).hexdigest()
+            for name, part in brought.items()
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all components; '' for none."""
+        digests = self.digests
+        return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest() if digests else ''
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The components as the manifest keeps them."""
+        return {'digests': self.digests, 'experiment': self.experiment}
+
+
+def from_objects(
+    model: Any = None,
+    train: Any = None,
+    eval: Any = None,
+    optimizer: Any = None,
+    regularizers: Sequence[Any] = (),
+) -> Components:
+    """Components from what Python code has at hand.
+
+    Args:
+        model: A Flax module, or a function `(config, num_classes) -> module`.
+        train, eval: Sources or arrays, both or none.
+        optimizer: An Optax transformation, or a function `config -> transformation`.
+        regularizers: `Regularizer` objects.
+
+    Errors:
+        UserError: Only one of `train` and `eval` is given.
+    """
+    import flax.linen as nn
+
+    if (train is None) != (eval is None):
+        raise UserError('give both train and eval, or none of them for the data of the config')
+    return Components(
+        model=_Constant(model) if isinstance(model, nn.Module) else model,
+        source=None if train is None else _Splits(train, eval),
+        optimizer=_Constant(optimizer) if hasattr(optimizer, 'update') else optimizer,
+        regularizers=tuple(regularizers),
+    )
+
+
+NO_COMPONENTS = Components()
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A function that returns the same object for every config."""
+
+    value: Any
+
+    def __call__(self, *_: Any) -> Any:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """The two splits; their content is in the data's fingerprints, not in the digest."""
+
+    train: Any = dataclasses.field(metadata={'digested': False})
+    eval: Any = dataclasses.field(metadata={'digested': False})
+
+    def __call__(self, config: Config, split: str) -> Any:
+        return self.train if split == 'train' else self.eval
+
+
+def load_experiment(path: str | Path) -> types.ModuleType:
+    """Execute an experiment file and return it as a module.
+
+    Errors:
+        UserError: The file is missing, or fails.
+    """
+    path = Path(path)
+    name = f'experiment_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}'
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f'{path} is not a Python file')
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        where = f', line {error.lineno}' if isinstance(error, SyntaxError) else ''
+        raise UserError(f'{path}{where} fails: {type(error).__name__}: {error}') from error
+    return module
+
+
+def from_experiment(path: str | Path) -> Components:
+    """The components that an experiment file defines; errors as for `load_experiment`."""
+    module = load_experiment(path)
+    defines = any(
+        hasattr(module, name) for name in ('model', 'source', 'optimizer', 'REGULARIZERS')
+    )
+    return Components(
+        model=getattr(module, 'model', None),
+        source=getattr(module, 'source', None),
+        optimizer=getattr(module, 'optimizer', None),
+        regularizers=tuple(getattr(module, 'REGULARIZERS', ())),
+        experiment=str(Path(path).resolve()) if defines else '',
+    )
+
+
+def reopened(
+    config: Config,
+    manifest: dict[str, Any],
+    model: Any = None,
+    optimizer: Any = None,
+    regularizers: Sequence[Any] = (),
+) -> Components:
+    """The components of a run that is opened again.
+
+    Args:
+        config, manifest: The run's.
+        model, optimizer, regularizers: As for `from_objects`; what is missing is looked for in the
+            experiment file that the manifest names.
+
+    Errors:
+        UserError: They are missing, or their code is not that of the run.
+    """
+    components = from_objects(model, None, None, optimizer, regularizers)
+    facts = manifest.get('own', {'digests': {}, 'experiment': ''})
+    if components == NO_COMPONENTS and Path(facts['experiment'] or '.').is_file():
+        components = from_experiment(facts['experiment'])
+    for name, digest in components.digests.items():
+        if facts['digests'].get(name) != digest:
+            raise UserError(
+                f'the code of the {name} is not what the run began with; restore it'
+                f'{" in " + components.experiment if components.experiment else ""}'
+            )
+    if config.model.name == OWN and components.model is None:
+        raise UserError(
+            'the run has a model of its own, which its work directory does not hold; give it as '
+            'load_run(workdir, model=…)'
+        )
+    return components
+
+
+def describe(thing: Any, seen: set[int] | None = None) -> Iterator[str]:
+    """What a thing is made of, as lines of text that are the same in every process.
+
+    Code of the user is described by its source, with what it refers to; code of installed
+    libraries by its name; containers, dataclasses and closures by what they hold.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(thing, (bool, int, float, complex, str, bytes, type(None), types.EllipsisType)):
+        yield repr(thing)
+    elif id(thing) in seen:
+        yield 'again'
+    elif hasattr(thing, '__array__') and hasattr(thing, 'dtype') and hasattr(thing, 'shape'):
+        import numpy as np
+
+        array = np.asarray(thing)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()
+        yield f'array {array.dtype} {array.shape} {digest}'
+    else:
+        seen.add(id(thing))
+        yield from _describe_object(thing, seen)
+
+
+def _describe_object(thing: Any, seen: set[int]) -> Iterator[str]:
+    if isinstance(thing, dict):
+        for key in sorted(thing, key=repr):
+            yield repr(key)
+            yield from describe(thing[key], seen)
+    elif isinstance(thing, (list, tuple)):
+        yield f'{type(thing).__name__} of {len(thing)}'
+        for each in thing:
+            yield from describe(each, seen)
+    elif isinstance(thing, (set, frozenset)):
+        yield repr(sorted(map(repr, thing)))
+    elif isinstance(thing, types.FunctionType):
+        yield from _describe_function(thing, seen)
+    elif isinstance(thing, types.MethodType):
+        yield from describe((thing.__self__, thing.__func__), seen)
+    elif isinstance(thing, type):
+        yield f'{thing.__module__}.{thing.__qualname__}'
+        if not _is_installed(thing):
+            yield _source(thing)
+            for member in vars(thing).values():
+                if isinstance(member, types.FunctionType):
+                    yield from describe(member, seen)
+    elif hasattr(thing, 'func') and hasattr(thing, 'keywords'):  # functools.partial
+        yield from describe((thing.func, thing.args, thing.keywords), seen)
+    elif dataclasses.is_dataclass(thing):
+        yield from describe(type(thing), seen)
+        for f in dataclasses.fields(thing):
+            if f.metadata.get('digested', True) and f.name not in ('parent', 'name'):
+                yield f.name
+                yield from describe(getattr(thing, f.name), seen)
+    elif isinstance(thing, types.ModuleType):
+        yield f'module {thing.__name__}'
+        if not _is_installed(thing):
+            yield _source(thing)
+    else:
+        yield f'{type(thing).__module__}.{type(thing).__qualname__}'
+        yield from describe(getattr(thing, '__dict__', {}), seen)
+
+
+def _describe_function(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
+    yield f'{function.__module__}.{function.__qualname__}'
+    yield from describe((function.__defaults__, function.__kwdefaults__), seen)
+    for cell in function.__closure__ or ():
+        yield from describe(cell.cell_contents, seen)
+    if _is_installed(function):
+        return
+    yield _source(function)
+    for name in _names(function.__code__):
+        if name in function.__globals__:
+            yield name
+            yield from describe(function.__globals__[name], seen)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Names of the globals that code and the code inside it may refer to."""
+    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
+    return sorted({*code.co_names, *inner})
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # typed into an interpreter
+        code = getattr(thing, '__code__', None)
+        return f'{code.co_code.hex()} {code.co_names}' if code else repr(thing)
+
+
+def _is_installed(thing: Any) -> bool:
+    """Whether code belongs to a library (or to this package), whose version the manifest keeps."""
+    name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
+    if name.partition('.')[0] in ('cnn_jax', *sys.stdlib_module_names):
+        return name != '__main__'
+    file = getattr(sys.modules.get(name), '__file__', None)
+    roots = [sysconfig.get_paths()[key] for key in ('purelib', 'platlib')]
+    return bool(file) and any(str(file).startswith(root) for root in roots)

@@ -1,0 +1,203 @@
+"""Freezing: no gradient, no optimizer memory, no update, and inference mode for what is frozen.
+
+`freeze` is for any parameter tree and any training loop. `in_inference` does the rest where
+modules have a training mode: the batch statistics of a frozen layer must not drift, and its
+dropout must be off. A module that cannot be held still is an error.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+import optax
+
+from cnn_jax import params
+from cnn_jax.errors import UserError
+
+FROZEN = 'frozen'  # the label of what is frozen
+# How modules spell the training mode, and its value in inference.
+MODES = {
+    'train': False,
+    'training': False,
+    'is_training': False,
+    'deterministic': True,
+    'use_running_average': True,
+}
+
+
+def freeze(
+    optimizer: optax.GradientTransformation, patterns: str | Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+    """Return an optimizer that leaves some parameters as they are.
+
+    What matches has no memory in the optimizer's state, no decay and no update; XLA drops the
+    computation of its gradient. It is `optax.partition` with patterns.
+
+    Args:
+        optimizer: Any Optax transformation.
+        patterns: Shell wildcards over parameter paths, such as `backbone/*`; `*` crosses slashes.
+
+    Returns:
+        A transformation for any tree of parameters, e.g. the `tx` of Flax's `TrainState`.
+
+    Errors:
+        UserError: When it is initialized: a pattern matches nothing, or all of them everything.
+
+    >>> tx = freeze(optax.adam(1e-3), 'backbone/*')
+    >>> weights = {'backbone': {'kernel': jnp.ones(3)}, 'head': {'kernel': jnp.ones(2)}}
+    >>> state = tx.init(weights)
+    >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, weights), state, weights)
+    >>> optax.apply_updates(weights, updates)['backbone']['kernel'].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+    def labels(tree: Any) -> Any:
+        paths: list[str] = []
+        params.map_paths(lambda path, _: paths.append(path), tree)
+        for pattern in wanted:
+            if not any(params.matches(path, (pattern,)) for path in paths):
+                raise UserError(
+                    f'the pattern {pattern!r} to freeze matches no parameter; the parameters are '
+                    f'{", ".join(paths)}'
+                )
+        if all(params.matches(path, wanted) for path in paths):
+            raise UserError(f'the patterns {wanted} freeze every parameter; loosen one')
+        return params.map_paths(
+            lambda path, _: FROZEN if params.matches(path, wanted) else 'trained', tree
+        )
+
+    return optax.partition({'trained': optimizer, FROZEN: keep()}, labels)
+
+
+def keep() -> optax.GradientTransformation:
+    """The transformation without state whose update changes no bit of a weight.
+
+    The update is −0.0: w + 0.0 would turn a weight of −0.0 into 0.0.
+    """
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: -jnp.zeros_like(u), updates))
+
+
+def frozen_modules(
+    names: Iterable[str], trainable: Iterable[str], patterns: Sequence[str]
+) -> Callable[[str], bool]:
+    """The test that tells from a module's path whether it is frozen.
+
+    It is when it has parameters and none of them is trained, or when it has none (dropout) and
+    its own path matches a pattern.
+
+    Args:
+        names: All parameter paths.
+        trainable: The trained ones.
+        patterns: The patterns that name what is frozen.
+    """
+    names, trained = list(names), set(trainable)
+
+    def is_frozen(path: str) -> bool:
+        inside = [name for name in names if name.startswith(f'{path}/')]
+        return not trained.intersection(inside) if inside else params.matches(path, patterns)
+
+    return is_frozen
+
+
+def in_inference(
+    names: Iterable[str], trainable: Iterable[str], patterns: Sequence[str]
+) -> Callable:
+    """A Linen interceptor that runs frozen modules in inference mode, their children included.
+
+    They may call the mode `train`, `training`, `is_training`, `deterministic` or
+    `use_running_average`, as an argument or as an attribute.
+
+    Args:
+        names, trainable, patterns: As for `frozen_modules`.
+
+    Errors:
+        UserError: When a frozen module draws random numbers all the same.
+
+    >>> interceptor = in_inference(['norm/scale', 'head/kernel'], ['head/kernel'], ['norm/*'])
+    >>> with flax.linen.intercept_methods(interceptor):
+    ...     pass  # model.apply(variables, x, train=True, mutable=['batch_stats'])
+    """
+    is_frozen = frozen_modules(names, trainable, patterns)
+
+    def intercept(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+        module, path = context.module, '/'.join(context.module.path)
+        if not path or context.method_name == 'setup' or not is_frozen(path):
+            return call(*args, **kwargs)
+        args, kwargs = _call_in_inference(context, args, kwargs)
+        attributes = {
+            name: getattr(module, name)
+            for name in MODES
+            if name in module.__dataclass_fields__ and getattr(module, name) is not None
+        }
+        rngs, module.scope.rngs = module.scope.rngs, {}
+        for name in attributes:
+            object.__setattr__(module, name, MODES[name])
+        try:
+            return call(*args, **kwargs)
+        except flax.errors.InvalidRngError as error:
+            raise UserError(
+                f'{path} is frozen but draws random numbers in training, and has no argument '
+                f'({", ".join(MODES)}) that stops it; give it one, or train it'
+            ) from error
+        finally:
+            module.scope.rngs = rngs
+            for name, value in attributes.items():
+                object.__setattr__(module, name, value)
+
+    return intercept
+
+
+def _call_in_inference(context: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call with the training mode, if it has one, switched off."""
+    method = getattr(type(context.module), context.method_name)
+    known = list(inspect.signature(method).parameters)[1:]
+    kwargs = dict(kwargs)
+    args = list(args)
+    for name, value in MODES.items():
+        if name in kwargs and kwargs[name] is not None:
+            kwargs[name] = value
+        elif name in known[: len(args)] and args[known.index(name)] is not None:
+            args[known.index(name)] = value
+    return args, kwargs
+
+
+def mode_arguments(module: Any, train: bool) -> dict[str, bool]:
+    """The keyword arguments that put a Linen module into training mode, or into inference.
+
+    >>> mode_arguments(flax.linen.BatchNorm(), train=True)
+    {'use_running_average': False}
+    """
+    known = inspect.signature(type(module).__call__).parameters
+    return {name: value != train for name, value in MODES.items() if name in known}
+
+
+def check_statistics(
+    run: Callable, weights: Any, before: Any, inputs: Sequence[Any], is_frozen: Callable
+) -> None:
+    """Check that a training pass leaves the statistics of frozen modules alone.
+
+    Args:
+        run: `(weights, statistics, *inputs) -> (logits, {'batch_stats': new statistics})`.
+        weights, before, inputs: Its arguments, or their shapes.
+        is_frozen: Test of `frozen_modules`.
+
+    Errors:
+        UserError: A frozen module changes its statistics; the sentence names it.
+    """
+
+    def updated(statistics: Any, weights: Any, *inputs: Any) -> Any:
+        return run(weights, statistics, *inputs)[1].get('batch_stats', statistics)
+
+    # A statistic that is left alone is one and the same variable before and after.
+    jaxpr = jax.make_jaxpr(updated)(before, weights, *inputs).jaxpr
+    for path, old, new in zip(params.flatten(before), jaxpr.invars, jaxpr.outvars):
+        module, _, name = path.rpartition('/')
+        if new is not old and is_frozen(module):
+            raise UserError(
+                f'{module} is frozen, but its {name} would change in training; give it an '
+                f'argument ({", ".join(MODES)}) that stops it, or train it'
+            )

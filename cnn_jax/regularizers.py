@@ -1,0 +1,311 @@
+"""Task losses and regularizers: everything that a training step minimizes.
+
+A `Regularizer` is one object: the config field that holds its strength, and a function of the
+strength and of a `Context`, which shows it the parameters, where they started, the activations,
+the prediction and the batch. To add one, write its function here, its line in `REGULARIZERS`, its
+field in `config.Loss` and its test. An experiment file may bring its own list `REGULARIZERS`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cnn_jax.config import Config, fields_by_path, get, is_on
+from cnn_jax.params import Flat
+
+Term = Float[Array, ''] | Float[Array, ' b']
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that a regularizer may look at in a training step.
+
+    Attributes:
+        config: The run's config, its numbers perhaps traced.
+        params: The parameters that it acts on, by path: those that are trained and match its
+            patterns.
+        initial: The same as their training began; only where `needs_initial`.
+        activations: Outputs of the layers that match its patterns, by path; only where
+            `needs_activations`.
+        log_probs: Log class probabilities.
+        batch: `image` (prepared and augmented, or cached features), `label`, `index`, `mask`.
+        forward: Another pass of the network in training: `forward(images)` with the same dropout
+            mask, `forward(images, mask=1)` with another one; returns log class probabilities.
+    """
+
+    config: Config
+    params: Flat
+    initial: Flat
+    activations: Flat
+    log_probs: Float[Array, 'b k']
+    batch: Mapping[str, Any]
+    forward: Callable[..., Float[Array, 'b k']]
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """A term of what a training step minimizes.
+
+    Attributes:
+        field: Where the config has the strength, e.g. `loss.l2`; a regularizer with strength 0 is
+            not compiled in.
+        term: `(strength, context) -> a scalar`, added to the mean loss; or one number an example,
+            added to its loss.
+        on: Where the config has the patterns of the parameters (of the layers, with
+            `needs_activations`) that it acts on; '' for all.
+        needs_initial: Whether the state must keep the weights that training began with.
+        needs_activations: Whether it looks at the outputs of layers.
+        needs_images: Whether it cannot do with a frozen backbone's features in their place.
+
+    >>> Regularizer('loss.own', lambda strength, c: strength * jnp.mean(jnp.exp(c.log_probs) ** 2))
+    ... # doctest: +ELLIPSIS
+    Regularizer(field='loss.own', ...
+    """
+
+    field: str
+    term: Callable[[Any, Context], Term]
+    on: str = ''
+    _: KW_ONLY
+    needs_initial: bool = False
+    needs_activations: bool = False
+    needs_images: bool = False
+
+    def is_on(self, config: Config) -> bool:
+        """Return whether it is compiled in; a strength that is not optional always is."""
+        always = not fields_by_path(config)[self.field].metadata.get('optional')
+        return always or is_on(get(config, self.field))
+
+
+def log_probabilities(logits: Float[Array, 'b o']) -> Float[Array, 'b k']:
+    """Log class probabilities: log-softmax, or both sides of a sigmoid for a single output.
+
+    o = 1: [log σ(−z), log σ(z)];   o > 1: z − log Σ exp z
+
+    Args:
+        logits: Outputs of the network, one row an example.
+
+    Returns:
+        float32; K = 2 classes for one output, else K = o.
+    """
+    logits = logits.astype(jnp.float32)
+    if logits.shape[-1] == 1:
+        return jax.nn.log_sigmoid(jnp.concatenate([-logits, logits], axis=-1))
+    return jax.nn.log_softmax(logits)
+
+
+def cross_entropy(
+    log_probs: Float[Array, 'b k'], labels: Int[Array, ' b'], smoothing: float | Array = 0.0
+) -> Float[Array, ' b']:
+    """Cross-entropy of each example against its smoothed label.
+
+    ℓ = −(1 − ε)·log p[y] − (ε/K)·Σ_k log p[k]
+
+    With K = 2 from one sigmoid this is the binary cross-entropy.
+
+    Args:
+        log_probs: Log class probabilities.
+        labels: Class numbers in [0, K).
+        smoothing: ε in [0, 1]; may be traced.
+
+    Returns:
+        One loss an example, in nats.
+
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7.
+    """
+    true = jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    return -(1.0 - smoothing) * true - smoothing * log_probs.mean(axis=-1)
+
+
+def example_losses(
+    config: Config, log_probs: Float[Array, 'b k'], batch: Mapping[str, Any]
+) -> Float[Array, ' b']:
+    """The task loss of each example.
+
+    ℓ = λ·CE(label) + (1 − λ)·CE(other label) where images were mixed, else CE(label)
+    """
+    smoothing = config.loss.label_smoothing
+    each = cross_entropy(log_probs, batch['label'], smoothing)
+    if 'share' not in batch:
+        return each
+    lam, other = batch['share'], batch['other_label']
+    return lam * each + (1 - lam) * cross_entropy(log_probs, other, smoothing)
+
+
+def confidence_penalty(strength: float | Array, context: Context) -> Float[Array, ' b']:
+    """The cost of a confident prediction of each example, whatever its label.
+
+    −β·H(p) = β·Σ_k p[k]·log p[k],  from −β·log K (uniform) to 0 (certain), in nats
+
+    Source: Pereyra et al. 2017, "Regularizing Neural Networks by Penalizing Confident Output
+        Distributions", equation 2.
+    """
+    log_probs = context.log_probs
+    return strength * jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+
+def l2(strength: float | Array, context: Context) -> Float[Array, '']:
+    """Keras's L2 penalty.
+
+    λ · Σ w²
+
+    Its gradient is 2λw. Under plain SGD it equals decoupled decay with `weight_decay` = 2λ; under
+    Adam it does not, since the gradient is rescaled (Loshchilov & Hutter 2019).
+    """
+    return strength * _sum_squares(context.params.values())
+
+
+def l1(strength: float | Array, context: Context) -> Float[Array, '']:
+    """Lasso; with `l2` the elastic net.
+
+    λ · Σ |w|,  gradient λ·sign(w), 0 at w = 0
+
+    Source: Tibshirani 1996, "Regression Shrinkage and Selection via the Lasso"; Zou & Hastie 2005,
+        "Regularization and Variable Selection via the Elastic Net".
+    """
+    return strength * _total(_magnitude(leaf) for leaf in context.params.values())
+
+
+def orthogonality(strength: float | Array, context: Context) -> Float[Array, '']:
+    """Soft orthogonality: the filters of a layer as unit vectors at right angles to each other.
+
+    λ · Σ ‖WᵀW − I‖²_F,  W the kernel as a matrix [inputs, outputs]
+
+    With more outputs than inputs WᵀW cannot be I; WWᵀ − I is taken, whose squared norm differs
+    from that of WᵀW − I by the constant outputs − inputs: the gradient, 4λ·W(WᵀW − I), is the same.
+    Parameters with one axis, such as biases, cost 0.
+
+    Source: Bansal, Chen & Wang 2018, "Can We Gain More from Orthogonality Regularizations in
+        Training Deep CNNs?", equation 1.
+    """
+
+    def deviation(kernel: Array) -> Array:
+        matrix = _as_float32(kernel).reshape(-1, kernel.shape[-1])
+        if matrix.shape[0] < matrix.shape[1]:
+            matrix = matrix.T
+        return jnp.sum(jnp.square(matrix.T @ matrix - jnp.eye(matrix.shape[1])))
+
+    return strength * _total(deviation(leaf) for leaf in context.params.values() if leaf.ndim > 1)
+
+
+def l2_sp(strength: float | Array, context: Context) -> Float[Array, '']:
+    """L2 toward the starting point, for fine-tuning: what was learned before is kept.
+
+    λ · Σ (w − w⁰)²,  w⁰ the weights when their training began
+
+    The paper's second term, plain L2 of the new head, is `l2` with its own patterns.
+
+    Source: Li, Grandvalet & Davoine 2018, "Explicit Inductive Bias for Transfer Learning with
+        Convolutional Networks", equation 2; its α/2 is λ.
+    """
+    return strength * _sum_squares(w - context.initial[p] for p, w in context.params.items())
+
+
+def activity_l1(strength: float | Array, context: Context) -> Float[Array, '']:
+    """Keras's activity regularizer: an L1 penalty on the outputs of layers.
+
+    λ · Σ_layers Σ |a|, a the outputs for one example, averaged over the batch
+
+    The output is that of the module: of a convolution or Dense layer, before its activation.
+
+    Source: Glorot, Bordes & Bengio 2011, "Deep Sparse Rectifier Neural Networks", section 3.
+    """
+    size = context.log_probs.shape[0]
+    return strength * _total(_magnitude(a) / size for a in context.activations.values())
+
+
+def input_gradient(strength: float | Array, context: Context) -> Float[Array, '']:
+    """Double backpropagation: the loss shall not change quickly with the input.
+
+    λ · mean over the batch of ‖∂ℓ/∂x‖²,  ℓ the example's task loss, x its prepared image
+
+    Source: Drucker & LeCun 1992, "Improving Generalization Performance Using Double
+        Backpropagation", who sum half of it.
+    """
+    batch = context.batch
+
+    def loss(images: Array) -> Array:
+        return jnp.sum(example_losses(context.config, context.forward(images), batch))
+
+    gradients = _as_float32(jax.grad(loss)(batch['image']))
+    return strength * jnp.sum(jnp.square(gradients)) / gradients.shape[0]
+
+
+def r_drop(strength: float | Array, context: Context) -> Float[Array, ' b']:
+    """R-Drop: two passes with different dropout masks shall predict the same.
+
+    ½·(ℓ₁ + ℓ₂) + (α/4)·(KL(p₁‖p₂) + KL(p₂‖p₁)) in the place of ℓ₁
+
+    This is half of the paper's objective, so that α → 0 leaves the scale of the loss as it is.
+
+    Returns:
+        The difference to ℓ₁, for each example.
+
+    Source: Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", equation 4.
+    """
+    first, second = context.log_probs, context.forward(context.batch['image'], mask=1)
+    divergence = jnp.sum((jnp.exp(first) - jnp.exp(second)) * (first - second), axis=-1)
+    of_first, of_second = (
+        example_losses(context.config, log_probs, context.batch) for log_probs in (first, second)
+    )
+    return 0.5 * (of_second - of_first) + 0.25 * strength * divergence
+
+
+REGULARIZERS = (
+    Regularizer('loss.confidence_penalty', confidence_penalty),
+    Regularizer('loss.l2', l2, 'loss.l2_on'),
+    Regularizer('loss.l1', l1, 'loss.l1_on'),
+    Regularizer('loss.orthogonality', orthogonality, 'loss.orthogonality_on'),
+    Regularizer('loss.l2_sp', l2_sp, 'loss.l2_sp_on', needs_initial=True),
+    Regularizer('loss.activity_l1', activity_l1, 'loss.activity_l1_on', needs_activations=True),
+    Regularizer('loss.input_gradient', input_gradient, needs_images=True),
+    Regularizer('loss.r_drop', r_drop),
+)
+
+
+def add_terms(
+    regularizers: Sequence[Regularizer],
+    context: Callable[[Regularizer], Context],
+    each: Float[Array, ' b'],
+) -> tuple[Float[Array, ' b'], Float[Array, '']]:
+    """Add up what the regularizers cost.
+
+    Args:
+        regularizers: Those that are on.
+        context: Gives the context of each.
+        each: Task loss of each example.
+
+    Returns:
+        The loss of each example with what regularizes it, and the sum of all other terms.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for regularizer in regularizers:
+        seen = context(regularizer)
+        term = regularizer.term(get(seen.config, regularizer.field), seen)
+        if term.ndim:
+            each = each + term
+        else:
+            total = total + term
+    return each, total
+
+
+def _as_float32(leaf: Array) -> Array:
+    return leaf.astype(jnp.float32)
+
+
+def _magnitude(leaf: Array) -> Array:
+    """Σ|w|, with the gradient sign(w): that of `jnp.abs` is 1 at 0."""
+    leaf = _as_float32(leaf)
+    return jnp.sum(leaf * lax.stop_gradient(jnp.sign(leaf)))
+
+
+def _sum_squares(leaves: Any) -> Array:
+    return _total(jnp.sum(jnp.square(_as_float32(leaf))) for leaf in leaves)
+
+
+def _total(terms: Any) -> Array:
+    return sum(terms, start=jnp.zeros((), jnp.float32))

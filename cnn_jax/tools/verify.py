@@ -1,0 +1,138 @@
+"""Verify that a run is reproducible: train parts of it again, and compare bit for bit."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cnn_jax import config as cfg
+from cnn_jax import runtime
+from cnn_jax.components import reopened
+from cnn_jax.errors import UserError
+from cnn_jax.mesh import Layout
+from cnn_jax.train import manifest, mirror, setup
+from cnn_jax.train.checkpoint import Checkpoints, digest
+from cnn_jax.train.loop import Phase, shard_state, state_at, steps
+from cnn_jax.train.program import State, traced_values
+from cnn_jax.train.record import read_steps
+from cnn_jax.train.run import start as prepare_process
+
+Tell = Callable[[str, str], object]  # what was compared, and how it differs ('': not at all)
+
+
+def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list[str]]:
+    """Open the run in a work directory and `verify` it.
+
+    Args:
+        workdir: The folder of the run, or its URL.
+        count: How many steps to train again, in both places.
+        tell: Called with each comparison.
+
+    Returns:
+        Whether nothing differs; the names of the conditions that have changed since the run began,
+        which are printed.
+
+    Errors:
+        UserError: There is no run, its data cannot be had, or own parts are missing.
+    """
+    folder = mirror.opened(workdir)
+    config, before = manifest.load_config(folder), manifest.read(folder)
+    settings = prepare_process(manifest.threads(folder, config))
+    print(settings)
+    components = reopened(config, before)
+    had = before['machine'].get('layout') or {}
+    layout = setup.layout_of(config, model=had.get('model', 1), fsdp=had.get('fsdp', False))
+    data = setup.open_data(config, layout, components)
+    now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), data.description)
+    if layout:
+        now['machine']['layout'] = layout.facts
+    changed = manifest.differences(before, now)
+    for name, (old, new) in changed.items():
+        print(f'changed since the run began: {name}: {old} → {new}')
+    spec = setup.make_spec(config, data.description, data.weights, components)
+    phases, state = setup.open_phases(config, data, spec, layout)
+    return verify(config, phases, state, folder, count, tell, layout), list(changed)
+
+
+def verify(
+    config: cfg.Config,
+    phases: list[Phase],
+    state: State,
+    folder: Path,
+    count: int,
+    tell: Tell,
+    layout: Layout | None = None,
+) -> bool:
+    """Train the first steps again, and those after the newest checkpoint that has some after it.
+
+    The objective and the gradient norm of each step must have the bits that `steps.f32` keeps;
+    the first state, and that at each checkpoint passed, the digest of what was saved.
+
+    Args:
+        config: The run's config.
+        phases: As `loop.train` takes them.
+        state: The state before the first step.
+        folder: The work directory.
+        count: How many steps to train again, in both places.
+        tell: Called with each comparison.
+        layout: The layout of batches and state, on several devices of this process.
+
+    Returns:
+        Whether nothing differs.
+
+    Errors:
+        UserError: The run has no recorded step, or a checkpoint is damaged.
+    """
+    recorded = read_steps(folder)
+    if not len(recorded):
+        raise UserError(f'{folder} has no step to verify yet; let launch.train reach a checkpoint')
+    differences: list[str] = []
+
+    def compare(what: str, difference: str) -> None:
+        differences.append(difference)
+        tell(what, difference)
+
+    initial = manifest.read(folder).get('initial_state')
+    same = digest(state) == initial
+    compare('the state before the first step', '' if same else 'other values')
+    checkpoints = Checkpoints(folder / 'checkpoints', config)
+    saved = checkpoints.steps()
+    starts = [step for step in saved if step < len(recorded)]
+    shapes = jax.eval_shape(lambda: state)
+
+    def restored(step: int) -> State:
+        like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        like = shard_state(state_at(phases, like, step), layout)
+        return checkpoints.restore(step, like)[0]
+
+    for start in [0, *starts[:1]]:
+        end = min(start + count, len(recorded))
+        before = restored(start) if start else shard_state(state, layout)
+        again = []
+        for taken in steps(phases, before, start, traced_values(config), end=end):
+            sums, now = taken.sums, taken.state
+            again.append((float(sums['objective']), float(sums['gradient_norm'])))
+            if taken.number in saved:
+                then = restored(taken.number)
+                # The statistics of the evaluated weights are the loop's; training never sees them.
+                then = dataclasses.replace(then, eval_batch_stats=now.eval_batch_stats)
+                same = digest(now) == digest(then)
+                compare(f'the checkpoint of step {taken.number}', '' if same else 'other values')
+        compare(f'steps {start + 1} to {end}', _difference(start, recorded[start:end], again))
+    return not any(differences)
+
+
+def _difference(start: int, before: np.ndarray, again: list[tuple[float, float]]) -> str:
+    """The first difference of the steps, and how large it is, in words."""
+    now = np.array(again, np.float32)
+    wrong = np.flatnonzero((before.view(np.uint32) != now.view(np.uint32)).any(axis=1))
+    if not len(wrong):
+        return ''
+    first = wrong[0]
+    relative = np.abs(now[first] / before[first] - 1).max()
+    return (
+        f'from step {start + 1 + first} on: objective {before[first, 0]:.9g} then, '
+        f'{now[first, 0]:.9g} now (relative difference {relative:.1e})'
+    )

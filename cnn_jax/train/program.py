@@ -1,0 +1,421 @@
+"""The static side of a run: its specification, and what is worked out once for each phase.
+
+A `Program` is everything that the compiled functions of `train.step` take as given: which
+parameters are trained, what acts on which, how the network is called. It also makes the state.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt8
+
+from cnn_jax import config as cfg
+from cnn_jax import freezing, optim, params, rng
+from cnn_jax.errors import UserError
+from cnn_jax.models import build
+from cnn_jax.regularizers import REGULARIZERS, Regularizer
+
+Values = dict[str, Any]  # dotted config path -> number, and 'seed'
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that changes in a run.
+
+    `opt_state`, `averaged` and `init_params` have leaves for trained parameters only.
+
+    Attributes:
+        step: Updates done.
+        params: All parameters, as Flax nests them.
+        batch_stats: Running statistics of batch normalization as training has them.
+        opt_state: State of `optim.make_optimizer`.
+        averaged: Averaged weights by path; {} without averaging.
+        init_params: Weights that L2-SP pulls toward, by path; {} without it.
+        eval_batch_stats: Statistics of the evaluated weights (`pool_statistics`); {} if not wanted.
+    """
+
+    step: Int[Array, '']
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: Any
+    averaged: dict[str, Array]
+    init_params: dict[str, Array] = flax.struct.field(default_factory=dict)
+    eval_batch_stats: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """The network's variables in inference: averaged weights, if any, and their statistics."""
+        weights = params.flatten(self.params) | self.averaged
+        return {
+            'params': params.unflatten(weights),
+            'batch_stats': self.eval_batch_stats or self.batch_stats,
+        }
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that a step must know of the data, the run's length, and what the user brings.
+
+    Attributes:
+        image_shape: Height, width and channels of the images, in uint8.
+        num_classes: Classes in the data.
+        prepare: Maps uint8 images to the floats that the network takes.
+        steps_per_epoch: Need not be whole.
+        phase_ends: The step after which each phase is over.
+        pretrained: Maps the shapes of the parameters to those that are not drawn; None: all are.
+        model: `(config, num_classes) -> module` in the place of the network that the config names.
+        optimizer: `config -> transformation` in the place of the one that the config names.
+        regularizers: More of them.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    prepare: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']]
+    steps_per_epoch: float
+    phase_ends: tuple[int, ...]
+    pretrained: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    model: Callable[[cfg.Config, int], nn.Module] | None = None
+    optimizer: Callable[[cfg.Config], optax.GradientTransformation] | None = None
+    regularizers: tuple[Regularizer, ...] = ()
+
+    def is_boundary(self, step: int, epochs: float = 1.0) -> bool:
+        """Return whether a multiple of `epochs` (none for 0), or a phase, ends with this step."""
+        if step in self.phase_ends:
+            return True
+        every = epochs * self.steps_per_epoch
+        return bool(every) and int(step / every) > int((step - 1) / every)
+
+    def network(self, config: cfg.Config) -> nn.Module:
+        """The network of a config, whose numbers may be traced."""
+        if self.model:
+            return self.model(config, self.num_classes)
+        return build(config.model, self.num_classes)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything static about the steps of one phase of a run.
+
+    Attributes:
+        config: The run's config; of its traced fields only whether the optional ones are on.
+        spec: The rest of the run.
+        phase: 0, or 1 for the one that `config.unfreeze` describes.
+        cached: Whether batches hold features of the frozen backbone in the place of images.
+        shapes: Shapes of the parameters.
+        members: The parameters that each phase up to this one trains for the first time.
+        acted_on: The trained parameters that each patterned field acts on, by that field, e.g.
+            `loss.l2_on`.
+        regularizers: Those that are on.
+    """
+
+    config: cfg.Config
+    spec: RunSpec
+    phase: int
+    cached: bool
+    shapes: dict[str, Any]
+    members: tuple[tuple[str, ...], ...]
+    acted_on: dict[str, list[str]]
+    regularizers: tuple[Regularizer, ...]
+
+    @functools.cached_property
+    def trainable(self) -> list[str]:
+        """Paths of the parameters that this phase trains."""
+        return sorted(path for member in self.members for path in member)
+
+    @property
+    def frozen_patterns(self) -> tuple[str, ...]:
+        return (self.config.train.frozen, self.config.unfreeze.frozen)[self.phase]
+
+    @property
+    def averages(self) -> bool:
+        """Whether the evaluated weights are an average."""
+        return bool(self.config.train.ema or self.config.train.swa_from)
+
+    @property
+    def interceptor(self) -> Callable:
+        """Holds frozen modules in inference."""
+        return freezing.in_inference(
+            params.flatten(self.shapes), self.trainable, self.frozen_patterns
+        )
+
+    def optimizer(self, config: cfg.Config, phases: int | None = None):
+        """The optimizer with a config's numbers, for the first `phases` phases (default: all)."""
+        groups = update_groups(config, self.spec, self.members[:phases])
+        decayed = self.acted_on['optimizer.decay_on']
+        own = self.spec.optimizer(config) if self.spec.optimizer else None
+        return optim.make_optimizer(config.optimizer, groups, decayed, own)
+
+
+def traced_values(config: cfg.Config) -> Values:
+    """The arguments of the compiled steps: every traced field, and the seed."""
+    return {**cfg.traced_values(config), 'seed': np.uint32(config.seed)}
+
+
+def make_program(
+    config: cfg.Config, spec: RunSpec, phase: int = 0, cached: bool = False
+) -> Program:
+    """Work out everything static about one phase of a run, and check it.
+
+    Args:
+        config: A validated config.
+        spec: The rest of the run.
+        phase: 0, or 1 for the one that `config.unfreeze` describes.
+        cached: Whether batches hold features of the frozen backbone in the place of images.
+
+    Errors:
+        UserError: A pattern matches nothing, the images are too small for the net, a frozen module
+            cannot be held in inference, or a regularizer would change nothing.
+    """
+    shapes = jax.eval_shape(functools.partial(_draw, config, spec), 0)
+    if unknown := set(shapes) - {'params', 'batch_stats'}:
+        raise UserError(
+            f'the network keeps variables in {", ".join(sorted(unknown))}; only params and '
+            'batch_stats can be trained and saved here'
+        )
+    names = list(params.flatten(shapes['params']))
+    by_phase = trainable_by_phase(config, names)
+    members = tuple(tuple(member) for member in by_phase[: phase + 1])
+    ever = {name for member in by_phase for name in member}
+    known = (*REGULARIZERS, *spec.regularizers)
+    regularizers = tuple(r for r in known if r.is_on(config))
+    program = Program(config, spec, phase, cached, shapes['params'], members, {}, regularizers)
+    strengths = {r.on: cfg.get(config, r.field) for r in known if r.on and not r.needs_activations}
+    strengths['optimizer.decay_on'] = config.optimizer.weight_decay
+    strengths['optimizer.max_norm_on'] = config.optimizer.max_norm
+    acted_on = {
+        field: select_trainable(names, ever, program.trainable, config, field, strength)
+        for field, strength in strengths.items()
+    }
+    watching = [r.on for r in regularizers if r.needs_activations]
+    frozen = freezing.frozen_modules(names, program.trainable, program.frozen_patterns)
+    statistics = params.flatten(shapes.get('batch_stats', {}))
+    if watching or spec.model or any(frozen(path.rpartition('/')[0]) for path in statistics):
+        layers = _checked_layers(program, shapes, frozen)
+        acted_on |= {field: _select_layers(program, layers, field) for field in watching}
+    return dataclasses.replace(program, acted_on=acted_on)
+
+
+def _checked_layers(
+    program: Program, shapes: Any, frozen: Callable[[str], bool]
+) -> dict[str, bool]:
+    """Trace a training pass over images, and check its logits and the frozen statistics.
+
+    Returns:
+        The layers in the order of their calls, and whether training changes their outputs.
+    """
+    spec, trained = program.spec, {name.rpartition('/')[0] for name in program.trainable}
+    net, layers = spec.network(program.config), {}
+
+    def note(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+        path = '/'.join(context.module.path)
+        if path and context.method_name == '__call__':
+            layers[path] = any(layers.values()) or path in trained
+        return call(*args, **kwargs)
+
+    mode: dict[str, Any] = freezing.mode_arguments(net, train=True)
+
+    def run(weights: Any, batch_stats: Any, images: Any, key: Any) -> Any:
+        with nn.intercept_methods(note), nn.intercept_methods(program.interceptor):
+            return net.apply(
+                {'params': weights, 'batch_stats': batch_stats},
+                images,
+                **mode,
+                rngs={'dropout': key},
+                mutable=['batch_stats'],
+            )
+
+    images = jax.ShapeDtypeStruct((2, *spec.image_shape), jnp.uint8)
+    weights, before = shapes['params'], shapes.get('batch_stats', {})
+    inputs = jax.eval_shape(spec.prepare, images), jax.eval_shape(lambda: rng.key(0, 'dropout'))
+    logits, _ = jax.eval_shape(run, weights, before, *inputs)
+    outputs = program.config.model.outputs or spec.num_classes
+    if getattr(logits, 'shape', None) not in ((2, spec.num_classes), (2, outputs)):
+        raise UserError(
+            f'the network returns {getattr(logits, "shape", type(logits).__name__)} for two images '
+            f'of {spec.num_classes} classes; it must return logits [2, {spec.num_classes}]'
+        )
+    freezing.check_statistics(run, weights, before, inputs, frozen)
+    return layers
+
+
+def _select_layers(program: Program, layers: dict[str, bool], field: str) -> list[str]:
+    """The layers that a regularizer of activations looks at.
+
+    Errors:
+        UserError: No layer matches, or training changes the outputs of none that does.
+    """
+    patterns = cfg.get(program.config, field)
+    there = [path for path in layers if not (program.cached and path.startswith('backbone/'))]
+    matched = params.select(layers, patterns, field=field, called='layer')
+    useful = [path for path in matched if path in there and layers[path]]
+    if not useful:
+        raise UserError(
+            f'config.{field} is {patterns}, which matches layers that training does not reach, so '
+            'it would change nothing; name some after the first trained one'
+        )
+    return useful
+
+
+def trainable_by_phase(config: cfg.Config, names: list[str]) -> list[list[str]]:
+    """The parameters that each phase trains for the first time.
+
+    Errors:
+        UserError: A pattern matches nothing, the first phase trains nothing, or the second
+            freezes what the first trained.
+    """
+    first = params.trainable(names, config.train.frozen)
+    if not config.unfreeze.epochs:
+        return [first]
+    frozen = params.select(names, config.unfreeze.frozen, field='unfreeze.frozen')
+    if lost := sorted(set(first) & set(frozen)):
+        raise UserError(
+            f'config.unfreeze.frozen freezes {lost[0]}, which the first phase trains; '
+            'a second phase only trains more'
+        )
+    return [first, [name for name in names if name not in {*first, *frozen}]]
+
+
+def select_trainable(
+    names: list[str],
+    ever: set[str],
+    trainable: list[str],
+    config: cfg.Config,
+    field: str,
+    strength: float,
+) -> list[str]:
+    """The paths that something acts on, among those that a phase trains.
+
+    They do not depend on the strength: a compiled step serves every one, 0 included.
+
+    Args:
+        names: All paths.
+        ever: Those that any phase trains.
+        trainable: Those that this phase does.
+        config, field: The patterns, and where they stand.
+        strength: With 0 the patterns need not make sense.
+
+    Errors:
+        UserError: A pattern matches nothing, or all of them nothing that is ever trained.
+    """
+    patterns: Sequence[str] = cfg.get(config, field)
+    if strength:
+        matched = params.select(names, patterns, field=field)
+        if not ever.intersection(matched):
+            raise UserError(
+                f'config.{field} is {tuple(patterns)}, which matches frozen parameters alone, so '
+                'that it would change nothing; name some that are trained'
+            )
+    return [name for name in trainable if params.matches(name, patterns)]
+
+
+def update_groups(
+    config: cfg.Config, spec: RunSpec, members: Sequence[Sequence[str]]
+) -> list[optim.Group]:
+    """One group a phase: the second has a schedule of its own and rates that fall with depth.
+
+    rate(w) = unfreeze.learning_rate · schedule · unfreeze.depth_decay^(depth(w) − 1), with depth 1
+    for the block next to the head (discriminative fine-tuning, Howard & Ruder 2018).
+    """
+    last, per_epoch = spec.phase_ends[-1], spec.steps_per_epoch
+    groups = [optim.Group(members[0], optim.schedule(config.optimizer, per_epoch, last))]
+    if len(members) > 1:
+        slow = dataclasses.replace(config.optimizer, learning_rate=config.unfreeze.learning_rate)
+        rate = optim.schedule(slow, per_epoch, last - spec.phase_ends[0])
+        depths = params.depths([*members[0], *members[1]])
+        decay = jnp.asarray(config.unfreeze.depth_decay, jnp.float32)
+        scales = {name: decay ** max(depths[name] - 1, 0) for name in members[1]}
+        groups.append(optim.Group(members[1], rate, scales))
+    return groups
+
+
+def _draw(config: cfg.Config, spec: RunSpec, seed: Any) -> dict[str, Any]:
+    """The variables of the network, drawn at random."""
+    net, blank = spec.network(config), np.zeros((1, *spec.image_shape), np.uint8)
+    mode: dict[str, Any] = freezing.mode_arguments(net, train=False)
+    variables: Any = net.init(rng.key(seed, 'params'), spec.prepare(jnp.asarray(blank)), **mode)
+    return dict(variables)
+
+
+def state_maker(program: Program) -> Callable[[int], State]:
+    """The function from a seed to the state before the first step of a run.
+
+    Initial weights depend on the seed and the parameter's path alone, so arms share them.
+    """
+    config, spec = program.config, program.spec
+    given = params.flatten(spec.pretrained(program.shapes)) if spec.pretrained else {}
+
+    # Compiled once, run once a seed: at this level it compiles in a third of the time.
+    @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 1})
+    def draw_the_rest(seed):
+        drawn = _draw(config, spec, seed)
+        flat = params.flatten(drawn['params'])
+        rest = {path: leaf for path, leaf in flat.items() if path not in given}
+        return rest, drawn.get('batch_stats', {})
+
+    first = program.members[0]
+
+    def make(seed: int) -> State:
+        rest, batch_stats = draw_the_rest(seed)
+        flat = rest | {path: jnp.copy(leaf) for path, leaf in given.items()}
+        weights = params.unflatten(flat)
+        return State(
+            step=jnp.zeros((), jnp.int32),
+            params=weights,
+            batch_stats=batch_stats,
+            opt_state=program.optimizer(config, phases=1).init(weights),
+            averaged=_copies(flat, first) if program.averages else {},
+            init_params=_copies(flat, [path for path in _anchored(program) if path in first]),
+            eval_batch_stats=jax.tree.map(jnp.copy, batch_stats)
+            if config.train.precise_norm
+            else {},
+        )
+
+    return make
+
+
+def begin_phase(program: Program, state: State) -> State:
+    """The state at the start of a later phase, from the last one of the phase before.
+
+    What the phase before trained keeps its optimizer state; what is new starts with a fresh one.
+    """
+    flat = params.flatten(state.params)
+    fresh: Any = program.optimizer(program.config).init(state.params)
+    kept = state.opt_state.inner_states
+    averaged = _copies(flat, program.trainable) if program.averages else {}
+    return dataclasses.replace(
+        state,
+        opt_state=fresh._replace(inner_states=fresh.inner_states | kept),
+        averaged=averaged | state.averaged,
+        init_params=_copies(flat, _anchored(program)) | state.init_params,
+    )
+
+
+def _anchored(program: Program) -> list[str]:
+    """Paths of the parameters whose initial values a regularizer needs."""
+    fields = [r.on for r in program.regularizers if r.needs_initial]
+    return sorted({path for field in fields for path in program.acted_on[field]})
+
+
+def _copies(flat: params.Flat, names: Sequence[str]) -> params.Flat:
+    # The step donates its input, and a buffer cannot be donated twice.
+    return {name: jnp.copy(flat[name]) for name in names}
+
+
+def parameter_table(program: Program) -> str:
+    """Which parameters a phase trains, freezes and penalizes, with counts and bytes."""
+    config, acted_on = program.config, program.acted_on
+    return params.overview(
+        program.shapes,
+        train=program.trainable,
+        l2=acted_on['loss.l2_on'] if config.loss.l2 else (),
+        decay=acted_on['optimizer.decay_on'] if config.optimizer.weight_decay else (),
+    )

@@ -1,0 +1,510 @@
+"""A run and its work directory: `fit` trains it, `load_run` opens it again.
+
+The launchers call the same functions, so a run is the same whoever starts it: it resumes, is
+locked, is checked and is recorded in the same way.
+"""
+
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cnn_jax import components as own
+from cnn_jax import config as cfg
+from cnn_jax import files, mesh, runtime
+from cnn_jax.components import Components
+from cnn_jax.errors import UserError
+from cnn_jax.summary import Layer, layers, summary
+from cnn_jax.tools import figures, profile
+from cnn_jax.tools.selfcheck import self_check
+from cnn_jax.train import loop, manifest, metrics, mirror, setup
+from cnn_jax.train.checkpoint import Checkpoints, digest
+from cnn_jax.train.program import (
+    Program,
+    RunSpec,
+    State,
+    begin_phase,
+    make_program,
+    parameter_table,
+    state_maker,
+    traced_values,
+)
+from cnn_jax.train.record import read_lines
+from cnn_jax.train.skipped import write_skipped
+from cnn_jax.train.step import predict_step
+
+
+class Curves(dict):
+    """Learning curves: `curves['eval']['accuracy']` is an array with one number an evaluation.
+
+    Splits are `train` (with regularization on) and `eval`; among the names are `step`, `epoch`,
+    `loss` and `accuracy`.
+    """
+
+    def __init__(self, lines: list[dict[str, Any]]):
+        splits = {line['split']: line for line in lines}
+        super().__init__(
+            {
+                split: {
+                    name: np.array([line[name] for line in lines if line['split'] == split])
+                    for name, value in last.items()
+                    if isinstance(value, (int, float))
+                }
+                for split, last in splits.items()
+            }
+        )
+        self._lines = lines
+
+    def plot(self) -> Any:
+        """Return a Matplotlib figure of loss and accuracy against epochs."""
+        return figures.curves_figure(self._lines)
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run that `fit` trained, or that `load_run` opened: enough to evaluate and to predict.
+
+    Attributes:
+        workdir: Its folder, or the URL that was given.
+        config: The run's config.
+        manifest: Where it came from: code, packages, machine, data.
+        spec: Shapes, preprocessing and length.
+        program: The phase of the state.
+        state: The state at `step`.
+        step: The steps done; with early stopping those of the best evaluation.
+        metrics: Loss, accuracy, … on the evaluation split at that step; {} where there was no
+            evaluation.
+        stopped: Whether `fit` was interrupted, and saved; the same call resumes.
+        folder: The local folder: `workdir`, or the copy of a remote one.
+
+    >>> run = load_run('runs/small')  # doctest: +SKIP
+    >>> run.predict(images).argmax(axis=-1)  # doctest: +SKIP
+    """
+
+    workdir: str
+    config: cfg.Config
+    manifest: dict[str, Any]
+    spec: RunSpec
+    program: Program
+    state: State
+    step: int
+    metrics: dict[str, Any]
+    curves: Curves
+    stopped: bool = False
+    folder: Path = Path()
+
+    def __repr__(self) -> str:
+        scores = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(self.metrics).items())
+        state = 'stopped at' if self.stopped else 'trained to'
+        return (
+            f'<Run {self.workdir}: {self.config.model.name} on {self.config.data.source}, '
+            f'{state} step {self.step} of {self.spec.phase_ends[-1]}; '
+            f'{scores or "not evaluated yet"}>'
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The network; the built-in ones are called as `model(prepared images, train=False)`."""
+        return self.spec.network(self.config)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The network's variables in inference: averaged weights where there are any."""
+        return self.state.eval_variables
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the probabilities."""
+        return self.manifest['data']['class_names']
+
+    @functools.cached_property
+    def _predict(self) -> Callable:
+        return jax.jit(functools.partial(predict_step, self.program))
+
+    def predict(self, images: UInt8[np.ndarray, 'n h w c']) -> Float[np.ndarray, 'n k']:
+        """Return the class probabilities of images.
+
+        Args:
+            images: uint8 pixels of the size that the run was trained on; one image may come
+                without its first axis.
+
+        Errors:
+            UserError: They have another type or shape.
+        """
+        images = np.asarray(images)
+        if images.shape == self.spec.image_shape:
+            images = images[None]
+        if images.dtype != np.uint8 or images.shape[1:] != self.spec.image_shape:
+            raise UserError(
+                f'the images are {images.dtype} {list(images.shape)}; this run takes uint8 '
+                f'[n, {", ".join(map(str, self.spec.image_shape))}]'
+            )
+        size, values = self.config.data.eval_batch or self.config.data.batch, None
+        values, parts = traced_values(self.config), []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+            parts.append(np.exp(self._predict(self.state, padded, values))[: len(part)])
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.class_names)), np.float32)
+
+
+def fit(
+    config: cfg.Config,
+    workdir: str | Path,
+    model: Any = None,
+    train: Any = None,
+    eval: Any = None,
+    optimizer: Any = None,
+    *,
+    regularizers: Sequence[Any] = (),
+    components: Components | None = None,
+    wait: bool = False,
+    live: bool | None = None,
+    trace: bool = False,
+    model_parallel: int = 1,
+    fsdp: bool = False,
+    distributed: bool = False,
+    say: Callable[[str], object] = print,
+) -> Run:
+    """Train a network, or resume its training; None stands for what the config names.
+
+    Args:
+        config: The run's config; its `epochs`, `batch`, `l2`, … hold for own parts, too.
+        workdir: The folder of the run, created if missing, or a URL such as gs://BUCKET/RUN.
+        model: A Flax module that maps float images [b, h, w, c] to logits [b, classes], or a
+            function `(config, num_classes) -> module`.
+        train, eval: Both splits: a `Source`, or `(images, labels)`.
+        optimizer: An Optax transformation, or a function `config -> transformation`. Frozen
+            parameters (`config.train.frozen`) are masked out of it.
+        regularizers: `Regularizer` objects, beside the built-in ones.
+        components: All of these as one object.
+        wait: Whether to wait for another process that trains in the work directory.
+        live: Whether to draw a progress bar; by default on a terminal and in a notebook.
+        trace: Whether to trace five steps soon after the start into the folder `profile`.
+        model_parallel, fsdp: How several devices share parameters (`mesh.make_mesh`).
+        distributed: Whether this process is one of several.
+        say: Called with each line for the user.
+
+    Returns:
+        The run at its end, or where it was interrupted (SIGTERM, Ctrl-C) and saved.
+
+    Errors:
+        UserError: Something in the arguments, the data or the work directory must be mended.
+        RunFailed: The loss is not finite, or the disk is full.
+
+    >>> run = fit(Config(train=Train(epochs=5)), 'runs/first')  # doctest: +SKIP
+    """
+    if components is None:
+        components = own.from_objects(model, train, eval, optimizer, regularizers)
+    config = cfg.validate(components.mark(config))
+    url = str(workdir) if mirror.is_remote(str(workdir)) else ''
+    copy = mirror.Mirror(url) if url else None
+    folder = copy.folder if copy else Path(workdir).expanduser()
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> int:
+            """Take possession of the work directory; return the threads of its run."""
+            stack.enter_context(lock_workdir(copy.base if copy else folder, wait))
+            if copy:
+                copy.resume()
+            claim_workdir(folder, config)
+            threads = manifest.threads(folder, config)
+            if copy:  # not before everything that may be refused
+                copy.take()
+            return threads
+
+        if distributed:
+            settings = start(config.train.threads, distributed=True)
+            mesh.on_process_zero(claim)
+        else:
+            settings = start(claim())
+        say(str(settings))
+        job = _Job(config, components, str(workdir), folder, settings, say)
+        options = {'model': model_parallel, 'fsdp': fsdp}
+        if not copy:
+            return job.train(options, live, trace)
+        run = job.train(options, live, trace, lambda: mesh.on_process_zero(copy.push))
+        mesh.on_process_zero(lambda: copy.push(last=True))
+        return run
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The work of one call of `fit`, its work directory being locked."""
+
+    config: cfg.Config
+    components: Components
+    workdir: str
+    folder: Path
+    settings: runtime.Settings
+    say: Callable[[str], object]
+
+    def train(
+        self,
+        options: dict[str, Any],
+        live: bool | None,
+        trace: bool,
+        saved: Callable[[], object] | None = None,
+    ) -> Run:
+        config, folder, clock = self.config, self.folder, profile.CompileClock()
+        layout = setup.layout_of(config, **options)
+        data = setup.open_data(config, layout, self.components)
+        self._check(data)
+        spec = setup.make_spec(config, data.description, data.weights, self.components)
+        self._introduce(data, spec, layout)
+        rows = self._layers(spec)
+        phases, state = setup.open_phases(config, data, spec, layout)
+        for number, phase in enumerate(phases, start=1):
+            kind = 'cached features' if phase.program.cached else 'images'
+            self.say(f'phase {number}, to step {phase.end:,}, on {kind}:')
+            self.say(parameter_table(phase.program))
+        self._begin(data, state, layout)
+        tracer = None
+        if trace:  # each process traces; the first one's is kept
+            traces = folder / 'profile' if mesh.is_process_zero() else Path(tempfile.mkdtemp())
+            tracer = profile.LayerProfile(traces, [row.path for row in rows])
+        outcome = loop.train(
+            config,
+            spec,
+            phases,
+            state,
+            folder,
+            layout=layout,
+            live=live,
+            profile=tracer,
+            saved=saved,
+        )
+        self._report(outcome, phases, rows, clock, layout)
+        if tracer and not tracer.taken:
+            self.say('no profile: it needs three steps, the first two of which are not traced')
+        phase = phases[loop.phase_at(phases, int(outcome.state.step))]
+        return Run(
+            self.workdir,
+            config,
+            manifest.read(folder) if mesh.is_process_zero() else {'data': data.description},
+            spec,
+            phase.program,
+            mesh.gather_to_host(outcome.state) if layout else outcome.state,
+            int(outcome.state.step),
+            metrics.as_json(outcome.metrics) if outcome.metrics else {},
+            Curves(read_lines(folder / 'metrics.jsonl')),
+            outcome.stopped,
+            folder,
+        )
+
+    def _check(self, data: setup.Data) -> None:
+        """Refuse data that have changed since the run began; list the images left out."""
+        mesh.on_process_zero(lambda: manifest.check_data(self.folder, data.description))
+        splits = {'train': data.train, 'eval': data.evaluate}
+        if mesh.is_process_zero() and (count := write_skipped(self.folder, splits)):
+            listed = f'{self.folder}/skipped.csv'
+            self.say(f'{count:,} images cannot be read and are left out: {listed}')
+
+    def _introduce(self, data: setup.Data, spec: RunSpec, layout: mesh.Layout | None) -> None:
+        if data.weights:
+            short = f'{data.weights.digest[:12]}…'
+            self.say(f'weights: {data.weights.source}, digest {short}, {data.weights.licence}')
+        devices = f'{runtime.devices()}, {layout}' if layout else runtime.devices()
+        self.say(
+            f'{self.config.data.source}: {data.train.n:,} training and {data.evaluate.n:,} '
+            f'evaluation images, {setup.shape_text(spec.image_shape)}, {spec.num_classes} '
+            f'classes; {spec.phase_ends[-1]:,} steps of {self.config.data.batch} on {devices}'
+        )
+
+    def _layers(self, spec: RunSpec) -> list[Layer]:
+        """Print the table of layers, and return it."""
+        net, shape = spec.network(self.config), setup.prepared_shape(spec)
+        self.say(summary(net, shape))
+        return layers(net, shape)
+
+    def _begin(self, data: setup.Data, state: State, layout: mesh.Layout | None) -> None:
+        """Write the manifest, or note what has changed since the run began."""
+        machine = runtime.machine(self.settings)
+        now = manifest.manifest(cfg.content_hash(self.config), machine, data.description)
+        if layout:
+            now['machine']['layout'] = layout.facts
+        if self.config.own:
+            now['own'] = self.components.facts
+
+        def begin() -> list[str]:
+            if manifest.stored(self.folder) is None:
+                now['initial_state'] = digest(state)
+            return manifest.begin(self.folder, now)
+
+        for note in mesh.on_process_zero(begin):
+            self.say(f'note: {note}')
+
+    def _report(
+        self,
+        outcome: loop.Outcome,
+        phases: list[loop.Phase],
+        rows: list[Layer],
+        clock: profile.CompileClock,
+        layout: mesh.Layout | None,
+    ) -> None:
+        """Print how the run ended and how fast it was."""
+        if outcome.stopped:
+            self.say(f'stopped and saved; the same command resumes from here ({self.workdir})')
+        else:
+            assert outcome.metrics is not None
+            times = max(count for counts in outcome.compilations for count in counts.values())
+            self.say(f'compilations of each step in each phase: {times}')
+            final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())
+            self.say(f'done: {final}\nresults in {self.workdir}')
+        if not mesh.is_process_zero():
+            return
+        flops = [
+            profile.training_flops(
+                rows, trainable=phase.program.trainable, cached=phase.program.cached
+            )
+            for phase in phases
+        ]
+        facts = profile.measure(
+            outcome.speeds,
+            flops,
+            self.config.model.dtype,
+            clock,
+            stalls=outcome.stalls,
+            layout=layout,
+        )
+        profile.write_speed(self.folder, facts)
+        self.say(profile.speed_line(facts))
+
+
+def start(threads: int = 0, distributed: bool = False) -> runtime.Settings:
+    """Prepare the process for JAX and check that it computes right.
+
+    Of several processes, the first one speaks for all: the others print errors alone.
+
+    Args:
+        threads: Threads of a computation on a CPU; 0: one for each core.
+        distributed: Whether this process is one of several.
+    """
+    settings = runtime.configure(threads)
+    if distributed:
+        mesh.initialize()
+        if not mesh.is_process_zero():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    self_check()
+    return settings
+
+
+def load_run(
+    workdir: str | Path,
+    which: str | None = None,
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    regularizers: Sequence[Any] = (),
+) -> Run:
+    """Open the run in a work directory at one of its checkpoints.
+
+    Args:
+        workdir: The folder of the run, or its URL.
+        which: `latest`, or `best` by the metric config.train.best on the evaluation split; None
+            for the checkpoint that the run leaves: the best with config.train.patience, else the
+            latest.
+        model, optimizer, regularizers: Those that `fit` was given, if it was. An experiment file's
+            are found again where it was.
+
+    Errors:
+        UserError: The folder holds no run or no such checkpoint, or own parts are missing or not
+            those of the run.
+    """
+    folder = mirror.opened(str(workdir))
+    run_manifest, config = manifest.read(folder), manifest.load_config(folder)
+    start(manifest.threads(folder, config))
+    components = own.reopened(config, run_manifest, model, optimizer, regularizers)
+    spec = setup.make_spec(config, run_manifest['data'], components=components)
+    checkpoints = Checkpoints(folder / 'checkpoints', config)
+    which = which or ('best' if config.train.patience else 'latest')
+    step = {'latest': checkpoints.latest, 'best': checkpoints.best}[which]()
+    if step is None:
+        raise UserError(f'{folder} has no {which} checkpoint yet; train it further')
+    program = make_program(config, spec)
+    state = state_maker(program)(config.seed)
+    if step > spec.phase_ends[0]:
+        program = make_program(config, spec, phase=1)
+        state = begin_phase(program, state)
+    state, _ = checkpoints.restore(step, state)
+    checkpoints.close()
+    lines = [line for line in read_lines(folder / 'metrics.jsonl') if line['step'] <= step]
+    last = next(
+        (line for line in lines[::-1] if line['split'] == 'eval' and line['step'] == step), {}
+    )
+    scores = {name: value for name, value in last.items() if name not in ('step', 'split', 'epoch')}
+    return Run(
+        str(workdir),
+        config,
+        run_manifest,
+        spec,
+        program,
+        state,
+        step,
+        scores,
+        Curves(lines),
+        folder=folder,
+    )
+
+
+@contextlib.contextmanager
+def lock_workdir(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on the work directory.
+
+    Args:
+        folder: The work directory; created if missing.
+        wait: Whether to wait for another process that has it, instead of giving up.
+
+    Errors:
+        UserError: It cannot be written, or another process has it.
+    """
+    files.make_writable(folder)
+    path = folder / 'lock'
+    if wait and (other := files.lock_holder(path)):
+        print(f'waiting for process {other[1]} on {other[0]}, which trains in {folder}', flush=True)
+    with files.lock(path, wait) as mine:
+        if not mine:
+            host, process = files.lock_holder(path) or ('another machine', '?')
+            raise UserError(
+                f'process {process} on {host} is training in {folder}; give --wait to resume after '
+                'it, or choose another --workdir'
+            )
+        yield
+
+
+def claim_workdir(folder: Path, config: cfg.Config) -> None:
+    """Make the work directory that of a run, or check that it belongs to one of the same config.
+
+    What ended before its first step, by a usage error for one, does not count as a run.
+
+    Errors:
+        UserError: It holds an ablation, or a run of another config (the difference is listed).
+    """
+    if (folder / 'ablation.json').exists():
+        raise UserError(f'{folder} holds an ablation; choose another --workdir')
+    if not any((folder / name).exists() for name in ('manifest.json', 'checkpoints')):
+        files.write_text(folder / 'config.json', cfg.to_json(config))
+        return
+    changed = cfg.differences(manifest.load_config(folder), config)
+    if changed:
+        if list(changed) == ['own']:
+            raise UserError(
+                f'the code of the own model, source, optimizer or regularizers is not the code '
+                f'that the run in {folder} began with; choose another --workdir or restore it'
+            )
+        listed = '; '.join(
+            f'config.{name}: {old!r} → {new!r}' for name, (old, new) in changed.items()
+        )
+        raise UserError(
+            f'the work directory {folder} belongs to a run of another config ({listed}); '
+            'choose another --workdir or restore these fields'
+        )
