@@ -1,12 +1,12 @@
-"""Export a trained network: StableHLO, safetensors and a README, without need of this package.
+"""Export a trained network as StableHLO and safetensors, usable without this package.
 
   python -m launch.export --workdir=runs/small --out=exported
   python -m launch.export --workdir=runs/small --out=exported --checkpoint=best
 
 The folder holds model.stablehlo (the program, for any batch size, on CPU, NVIDIA GPU and TPU),
 weights.safetensors, classes.json and a README.md whose code uses them with JAX, safetensors, NumPy
-and Pillow. Averaged weights are exported where the run has them. A folder that is not empty is
-left alone.
+and Pillow. Averaged weights are exported where the run has them. A folder that is not
+empty is refused.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from cnn_jax import runtime
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
-OUT = flags.DEFINE_string('out', None, 'The folder to make.', required=True)
+OUT = flags.DEFINE_string('out', None, 'Folder to create.', required=True)
 CHECKPOINT = flags.DEFINE_enum(
     'checkpoint',
     None,

@@ -5,8 +5,9 @@
   python -m launch.predict --workdir=runs/mine --heatmaps=maps photo.jpg
   python -m launch.predict --workdir=runs/small --mc=30 digit.png
 
-With --mc the network answers that often with its dropout on, and the mean is shown with its
-entropy and with what the answers disagree on (their mutual information with the dropout).
+With --mc the network predicts that many times with dropout on; the mean is printed with its
+entropy and with the mutual information of prediction and dropout, which measures how much the
+draws disagree.
 
 Images are brought to the network's size as in training. A file that cannot be read is reported
 and the others are classified; the exit code is 1 when none could be.
@@ -23,7 +24,7 @@ from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
 JSON = flags.DEFINE_bool('json', False, 'Print JSON instead of a table.')
-TOP = flags.DEFINE_integer('top', 3, 'How many classes to show for each image.', lower_bound=1)
+TOP = flags.DEFINE_integer('top', 3, 'Number of classes to print for each image.', lower_bound=1)
 MC = flags.DEFINE_integer(
     'mc', 0, 'Draws of Monte-Carlo dropout; 0 predicts once, without dropout.', lower_bound=0
 )
@@ -36,7 +37,7 @@ CHECKPOINT = flags.DEFINE_enum(
 )
 
 HEATMAPS = flags.DEFINE_string(
-    'heatmaps', None, 'A folder for PNGs that show what the network looked at (Grad-CAM).'
+    'heatmaps', None, 'Folder for PNGs of the evidence for the predicted class (Grad-CAM).'
 )
 
 

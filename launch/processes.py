@@ -1,13 +1,13 @@
-"""Run a launcher in several processes of this machine, as a cluster would on several.
+"""Run training in several processes of this machine, as a cluster would on several machines.
 
   python -m launch.processes --count=2 -- launch.train --config=experiments/small.py \\
       --workdir=runs/small
   python -m launch.processes --count=4 --devices=2 --restarts=3 -- launch.train …
 
-It is for trying a run of many processes out, on CPUs: accelerators of one machine need only one
-process, which `launch.train` alone is. Each process gets a share of the cores and `--distributed`;
-the first one's output is shown as it is, the others' errors with their number in front. When one
-process ends with an error all do; with --restarts they are then started again.
+This is for trying out a multi-process run on CPUs: the accelerators of one machine need one
+process alone, plain `launch.train`. Each process gets its share of the cores and `--distributed`;
+process 0's output is passed on, and the others' errors with their number in front. If one process
+fails, all end; with --restarts they are then started again.
 """
 
 import os
@@ -26,13 +26,13 @@ from cnn_jax.errors import UserError
 from cnn_jax.runtime import cores
 from launch import cli
 
-COUNT = flags.DEFINE_integer('count', 2, 'How many processes.', lower_bound=1)
-DEVICES = flags.DEFINE_integer('devices', 1, 'CPU devices of each.', lower_bound=1)
+COUNT = flags.DEFINE_integer('count', 2, 'Number of processes.', lower_bound=1)
+DEVICES = flags.DEFINE_integer('devices', 1, 'CPU devices of each process.', lower_bound=1)
 RESTARTS = flags.DEFINE_integer(
-    'restarts', 0, 'How often all are started again after one has failed or was killed.'
+    'restarts', 0, 'Number of times that all are restarted after one failed or was killed.'
 )
 GRACE = 30.0  # seconds for the others to end by themselves after one has
-# What C++ libraries say: their logs' lines, and what those go on with.
+# Log lines of C++ libraries, and their continuations.
 NATIVE = re.compile(
     r'[IWEF]\d{4} |WARNING: All log messages|\[Gloo\]|\[mutex|\s+@ |\*\*\* |'
     r'Additional GRPC|:?UNKNOWN:|The tasks have crashed|Check failed|RPC: /'
@@ -40,7 +40,7 @@ NATIVE = re.compile(
 
 
 def main(arguments: list[str]) -> int:
-    """Run them; returns the exit code of the first process that failed, or what all returned."""
+    """Run them; returns the exit code of the first process that failed, or that of all."""
     if len(arguments) < 2:
         raise UserError('no command; give it after --, e.g. -- launch.train --config=… --workdir=…')
     if arguments[1] != 'launch.train':
@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
     command = [sys.executable, '-m', *arguments[1:], '--distributed']
     for attempt in range(RESTARTS.value + 1):
         if attempt:
-            print(f'starting all {COUNT.value} again ({attempt} of {RESTARTS.value})', flush=True)
+            print(
+                f'restarting all {COUNT.value} (restart {attempt} of {RESTARTS.value})', flush=True
+            )
         code = Group(command, COUNT.value, DEVICES.value).wait()
         if code in (cli.OK, cli.MISTAKE, cli.STOPPED, cli.INTERRUPTED):
             break
@@ -56,12 +58,12 @@ def main(arguments: list[str]) -> int:
 
 
 class Group:
-    """Processes that find each other here; signals to this one are passed on to them.
+    """Processes that find each other on this machine; forwards signals to them.
 
     Args:
-        command: What each runs.
-        count: How many.
-        devices: CPU devices of each.
+        command: Command of each process.
+        count: Number of processes.
+        devices: CPU devices of each process.
     """
 
     def __init__(self, command: list[str], count: int, devices: int):
@@ -96,9 +98,9 @@ class Group:
                 self._readers.append(reader)
 
     def wait(self) -> int:
-        """Wait for their end; the exit code of the one that failed first, or what all returned.
+        """Wait for all; returns the exit code of the process that failed first, or that of all.
 
-        One that a signal has ended is the cause, whichever is seen first.
+        A process that was killed by a signal is taken for the cause, whichever is seen first.
         """
         handlers = {n: signal.signal(n, self._forward) for n in (signal.SIGTERM, signal.SIGINT)}
         failed: dict[int, int] = {}
@@ -123,8 +125,8 @@ class Group:
         if code < 0:
             name = signal.Signals(-code).name
             print(
-                f'failed: process {number} was ended by {name}; the others with it, and the same '
-                'command goes on from the last checkpoint',
+                f'failed: process {number} was killed by {name}, and the others ended with it; rerun '
+                'the same command to resume from the last checkpoint',
                 file=sys.stderr,
             )
             return cli.FAILED

@@ -1,4 +1,4 @@
-"""Write a few images of a source as PNG files, named by their class: something to predict.
+"""Write a few images of a source as PNG files named by their class, to try launch.predict on.
 
 python -m launch.sample --source=mnist_5k --count=6 --out=runs/images
 python -m launch.sample --source=mnist_5k --classes=4,9 --out=runs/images
@@ -12,9 +12,9 @@ from launch import cli
 
 SOURCE = flags.DEFINE_string('source', 'mnist_5k', 'A source, as in config.data.source.')
 SPLIT = flags.DEFINE_string('split', 'test', 'A split of the source.')
-COUNT = flags.DEFINE_integer('count', 6, 'How many images.', lower_bound=1)
+COUNT = flags.DEFINE_integer('count', 6, 'Number of images.', lower_bound=1)
 CLASSES = flags.DEFINE_list('classes', [], 'Only images of these classes.')
-OUT = flags.DEFINE_string('out', None, 'The folder to write into.', required=True)
+OUT = flags.DEFINE_string('out', None, 'Folder to write to.', required=True)
 
 
 def main(_) -> int:

@@ -1,4 +1,4 @@
-"""A trained network as files that need neither this package nor Flax: StableHLO and safetensors."""
+"""Export of a trained network to StableHLO and safetensors, usable without this package or Flax."""
 
 import importlib.metadata
 import json
@@ -23,7 +23,7 @@ METRICS = ('loss', 'accuracy', 'top5', 'calibration_error')
 
 
 def export(run: Run, folder: Path) -> None:
-    """Write the network of a run to a new folder, which appears whole.
+    """Write the network of a run to a new folder, atomically.
 
     model.stablehlo       the function (weights, uint8 images [b, H, W, C]) → float32 [b, classes]
                           of class probabilities, for any batch size, on `PLATFORMS`
@@ -32,17 +32,17 @@ def export(run: Run, folder: Path) -> None:
     README.md             how to use them with jax, safetensors, NumPy and Pillow alone
 
     Args:
-        run: An opened run; averaged weights are taken where there are any.
-        folder: Must not exist, or be empty.
+        run: Opened run; its averaged weights are exported where there are any.
+        folder: Folder that does not exist or is empty.
 
     Errors:
-        UserError: The folder has something in it, or cannot be written.
+        UserError: The folder is not empty, or cannot be written.
     """
     from safetensors.numpy import save
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f'{folder} is there already and not empty; choose another --out')
-    weights = flat_variables(run.variables)
+        raise UserError(f'{folder} exists and is not empty; choose another --out')
+    weights = {path: np.asarray(leaf) for path, leaf in params.flatten(run.variables).items()}
     facts = _facts(run)
     origin = {'config_hash': facts['config_hash']}
     if licence := facts['preprocessing'].get('licence'):
@@ -55,8 +55,8 @@ def export(run: Run, folder: Path) -> None:
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as place:
-            inside = Path(place) / 'export'
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as temporary:
+            inside = Path(temporary) / 'export'
             inside.mkdir()
             for name, content in files.items():
                 (inside / name).write_bytes(content)
@@ -65,11 +65,6 @@ def export(run: Run, folder: Path) -> None:
         raise UserError(
             f'{folder} cannot be written ({error.strerror}); choose another --out'
         ) from error
-
-
-def flat_variables(variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Parameters and batch statistics as `{'params/…': array, 'batch_stats/…': array}`."""
-    return {path: np.asarray(leaf) for path, leaf in params.flatten(variables).items()}
 
 
 def serialize(run: Run) -> bytearray:

@@ -88,7 +88,7 @@ def test_one_killed_stops_all_and_they_go_on_with_the_same_bits(
     group = start(folder)
     signalled(group, folder, signal.SIGKILL, which)
     _, errors = ended(group, 1)
-    assert f'process {which} was ended by SIGKILL' in errors
+    assert f'process {which} was killed by SIGKILL' in errors
     assert f'process {1 - which}: failed: another process of this run has ended' in errors
     out, _ = ended(start(folder), 0)
     assert 'going on from the checkpoint of step' in out
@@ -100,7 +100,7 @@ def test_restarts_need_nobody(start, signalled, undisturbed, tmp_path):
     group = start(folder, options=('--count=2', '--restarts=1'))
     signalled(group, folder, signal.SIGKILL, 1)
     out, _ = ended(group, 0)
-    assert 'starting all 2 again (1 of 1)' in out
+    assert 'restarting all 2 (restart 1 of 1)' in out
     assert records(folder)[:3] == records(undisturbed)[:3]
 
 
