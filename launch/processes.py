@@ -125,7 +125,7 @@ class Group:
         if code < 0:
             name = signal.Signals(-code).name
             print(
-                f'failed: process {number} was killed by {name}, and the others ended with it; rerun '
+                f'failed: process {number} was killed by {name}, and the others with it; rerun '
                 'the same command to resume from the last checkpoint',
                 file=sys.stderr,
             )
