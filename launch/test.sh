@@ -1,8 +1,26 @@
 #!/usr/bin/env bash
 # Set-up and tests, from a clean clone. Arguments go to pytest: `bash launch/test.sh -k padding`.
-# SLOW=1 runs the tests marked slow, too.
+# SLOW=1 runs the tests marked slow, too. The last line says what could not be tried; with CI=true
+# that is a failure.
 . "$(dirname "$0")/setup.sh"
 set_up requirements-test.txt
+
+# The report is tested in a browser: Chromium where packages of the system may be installed, else
+# Qt WebEngine.
+if ! python -m tests.browser 2> /dev/null; then
+  as_root=(sudo -n)
+  [ "$(id -u)" != 0 ] || as_root=()
+  if command -v apt-get > /dev/null && "${as_root[@]}" true 2> /dev/null; then
+    echo 'installing chromium with apt-get'
+    "${as_root[@]}" apt-get update -qq &&
+      "${as_root[@]}" apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core || true
+  fi
+  if ! python -m tests.browser 2> /dev/null; then
+    echo 'installing PySide6, whose Qt WebEngine is a browser'
+    python -m pip install --quiet --disable-pip-version-check PySide6 || true
+  fi
+fi
+
 ruff format --check .
 ruff check .
 marks='not slow and not exhaustive'

@@ -6,13 +6,17 @@ os.environ.setdefault('KERAS_BACKEND', 'jax')
 # Many tests compile the same step: all but the first then find it.
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
+import pytest
 from hypothesis import settings
 
 from cnn_jax import runtime
+from tests.browser import Browser, Missing
 
 runtime.configure()
 settings.register_profile('no deadline', deadline=None)  # a busy machine is not a failure
 settings.load_profile('no deadline')
+
+LEFT_OUT = pytest.StashKey[list[str]]()
 
 # Long files of few tests, which workers would otherwise begin last.
 FIRST = ('faults/', 'scale/', 'benchmarks/', 'launch/', 'train/test_loop')
@@ -26,3 +30,30 @@ def pytest_collection_modifyitems(items):
         return next((i for i, start in enumerate(FIRST) if path.startswith(start)), len(FIRST))
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope='session')
+def browser(tmp_path_factory):
+    """A headless browser."""
+    try:
+        browser = Browser(tmp_path_factory.mktemp('browser'))
+    except Missing as error:
+        pytest.skip(str(error))
+    yield browser
+    browser.quit()
+
+
+def pytest_sessionfinish(session):
+    """Under CI=true, a test that could not be tried is a failure."""
+    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+    skipped = reporter.stats.get('skipped', []) if reporter else []
+    reasons = [report.longrepr[2].removeprefix('Skipped: ') for report in skipped]
+    session.config.stash[LEFT_OUT] = [f'{r} ({reasons.count(r)} tests)' for r in {*reasons}]
+    if reasons and os.environ.get('CI') == 'true' and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config):
+    """Say last what could not be tried."""
+    if reasons := config.stash.get(LEFT_OUT, []):
+        print('NOT TRIED:', '; '.join(sorted(reasons)))

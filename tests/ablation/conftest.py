@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,33 +99,3 @@ def change_cell() -> Callable[..., None]:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
     return change
-
-
-@pytest.fixture(scope='session')
-def browser(tmp_path_factory):
-    """Headless Chromium, driven by Selenium."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which('chromium'), shutil.which('chromedriver')
-    if not chromium or not driver:
-        pytest.fail('the report is tested in Chromium: apt-get install chromium chromium-driver')
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    for flag in (
-        'headless=new',
-        'no-sandbox',
-        'disable-gpu',
-        'disable-quic',
-        'disable-dev-shm-usage',
-        'no-first-run',
-        'disable-background-networking',
-        'disable-component-update',
-        'disable-sync',
-        f'user-data-dir={tmp_path_factory.mktemp("chromium")}',
-    ):
-        options.add_argument(f'--{flag}')
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
