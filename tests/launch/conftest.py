@@ -35,19 +35,37 @@ STUDY = (
 
 
 @pytest.fixture(scope='session')
-def launch():
-    """Runs `python -m launch.NAME ARGUMENTS` and returns the finished process."""
+def server():
+    """A process that has imported what launchers need; see `server.py`."""
+    command = [sys.executable, '-m', 'tests.launch.server']
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture(scope='session')
+def launch(server, tmp_path_factory):
+    """Runs `python -m launch.NAME ARGUMENTS` and returns the finished process.
+
+    In a process of its own from the start if its environment is another one, else in a fork.
+    """
 
     def call(name, *arguments, check=None, **environment):
-        command = [sys.executable, '-m', f'launch.{name}', *map(str, arguments)]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        arguments = [str(argument) for argument in arguments]
+        command = [sys.executable, '-m', f'launch.{name}', *arguments]
+        if environment:
+            own = os.environ | environment
+            done = subprocess.run(
+                command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300
+            )
+        else:
+            folder = tmp_path_factory.mktemp('launched')
+            print(json.dumps([name, arguments, str(folder)]), file=server.stdin)
+            code = int(server.stdout.readline())
+            out, err = ((folder / stream).read_text() for stream in ('out', 'err'))
+            done = subprocess.CompletedProcess(command, code, out, err)
         if check is not None:
             assert done.returncode == check, done.stdout + done.stderr
         return done

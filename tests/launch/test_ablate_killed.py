@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -99,11 +98,6 @@ def test_slurm_tasks_and_pods_share_one_ledger(study_flags, study, tmp_path, sum
     totals = [json.loads(log.read_text().splitlines()[-1]) for log in tmp_path.glob('logs/*.log')]
     assert len(totals) == 3
     assert sum(total['cells'] for total in totals) == 15
-
-
-def test_the_kubernetes_job_follows_the_newest_schema():
-    version = kubernetes_validate.latest_version()
-    kubernetes_validate.validate(yaml.safe_load(JOB.read_text()), version, strict=True)
 
 
 def test_a_signal_to_all_of_its_processes_is_a_request_to_stop(

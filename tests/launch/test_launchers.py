@@ -150,7 +150,7 @@ def test_stopped_or_killed_it_goes_on_to_the_same_numbers(
 @pytest.mark.parametrize('name', ['train', 'evaluate', 'predict', 'sample', 'fetch_weights'])
 def test_help_is_quick_and_shows_a_command(launch, name):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = launch(name, '--help', check=0)
+    done = launch(name, '--help', check=0, PYTHONUTF8='1')  # not in a fork
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Processor time: the wall's depends on what else the machine does.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
