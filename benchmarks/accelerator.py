@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks import cli, flax_features, ours, ours_features, results, stock_flax, workloads
+from benchmarks import cli, flax_peer, ours, results, workloads
 from benchmarks.problem import Problem
 from cnn_jax import runtime
 from cnn_jax.ablation.training import compile_structure
@@ -78,10 +78,10 @@ def compared(
     """The table's rows of one workload in one type at one batch size."""
     if workload == FEATURES:
         made = workloads.features_problem(batch, load('auto'))
-        starts = {'cnn_jax': ours_features.start, 'Flax': flax_features.start}
+        starts = {'cnn_jax': ours.features, 'Flax': flax_peer.features}
     else:
         made = workloads.step_problem(workload, batch)
-        starts = {'cnn_jax': ours.start, 'Flax': stock_flax.start}
+        starts = {'cnn_jax': ours.start, 'Flax': flax_peer.start}
     made.config['model']['dtype'] = dtype
     runs = {name: (start(made).run, 1) for name, start in starts.items()}
     if workload != FEATURES:

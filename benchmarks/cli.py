@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import gate, results
+from benchmarks import contest, results
 from cnn_jax.errors import UserError
 
 
@@ -54,5 +54,5 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
-    except gate.Disagreement as error:
+    except contest.Disagreement as error:
         sys.exit(f'failed: {error}')

@@ -2,7 +2,7 @@
 
   python -m benchmarks.endurance --steps=100000 --out=benchmarks/RESULTS.md
 
-`launch.train` trains a tiny net on the digits that come with scikit-learn, evaluates and saves
+`launch.train` trains a tiny net on the digits, evaluates and saves
 every few hundred steps, and is watched from outside, through /proc (Linux).
 """
 

@@ -14,25 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import cli, gate, interleaved, problem, results, workloads
-from benchmarks.entrants import Entrant, chosen, keras_on
+from benchmarks import cli, contest, problem, results, workloads
+from benchmarks.contest import Entrant, chosen, keras_on
 from cnn_jax.pretrained.weights import load
 
 # Flax with this project's settings shows what these are worth; nobody has it so.
 OURS = {
-    'cnn_jax': Entrant('benchmarks.ours_features', settings=True),
-    'Flax with our runtime settings': Entrant('benchmarks.flax_features', settings=True),
+    'cnn_jax': Entrant('benchmarks.ours:features', settings=True),
+    'Flax with our runtime settings': Entrant('benchmarks.flax_peer:features', settings=True),
 }
 FREEZING = {'TORCHINDUCTOR_FREEZING': '1'}  # what torch.compile needs to lay out kernels once
 PEERS = {
-    'Flax': Entrant('benchmarks.flax_features'),
-    'Keras on JAX': keras_on('jax', 'benchmarks.keras_features'),
-    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_features'),
-    'Keras on PyTorch': keras_on('torch', 'benchmarks.keras_features'),
-    'PyTorch': Entrant('benchmarks.torch_features', 'pytorch'),
-    'PyTorch, channels_last': Entrant('benchmarks.torch_features:channels_last', 'pytorch'),
+    'Flax': Entrant('benchmarks.flax_peer:features'),
+    'Keras on JAX': keras_on('jax', 'benchmarks.keras_peer:features'),
+    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_peer:features'),
+    'Keras on PyTorch': keras_on('torch', 'benchmarks.keras_peer:features'),
+    'PyTorch': Entrant('benchmarks.torch_peer:features', 'pytorch'),
+    'PyTorch, channels_last': Entrant('benchmarks.torch_peer:features_channels_last', 'pytorch'),
     'PyTorch, torch.compile': Entrant(
-        'benchmarks.torch_features:compiled', 'pytorch', environment=FREEZING, compiler=True
+        'benchmarks.torch_peer:features_compiled', 'pytorch', environment=FREEZING, compiler=True
     ),
 }
 if importlib.util.find_spec('onnxruntime'):
@@ -59,14 +59,14 @@ def measure(rounds: int, peers: Path, words: list[str], batch: int) -> str:
         batch: Images computed at once.
 
     Errors:
-        gate.Disagreement: The contenders' features differ.
+        contest.Disagreement: The contenders' features differ.
     """
     made = workloads.features_problem(batch, load('auto'))
     entrants, left_out = chosen(OURS | PEERS, words, peers)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'problem.npz'
         problem.write(made, path)
-        found = interleaved.measure(
+        found = contest.measure(
             entrants,
             path,
             peers,
@@ -76,13 +76,13 @@ def measure(rounds: int, peers: Path, words: list[str], batch: int) -> str:
             least=1,
             warm=1,
         )
-    reference = interleaved.best(found.seconds, [n for n in entrants if n in PEERS] or [*entrants])
+    reference = contest.best(found.seconds, [n for n in entrants if n in PEERS] or [*entrants])
     rows = [
         [
             name,
             results.quartiles([batch / each for each in found.seconds[name]], digits=2),
             results.quartiles(
-                interleaved.ratios(found.seconds[name], found.seconds[reference]), digits=2
+                contest.ratios(found.seconds[name], found.seconds[reference]), digits=2
             ),
             f'{found.checked[name]:.0e}',
             f'{found.first_step[name]:.1f}',
@@ -118,7 +118,7 @@ def relative_errors(features: dict[str, list[float]]) -> dict[str, float]:
     """‖f − f₁‖ / ‖f₁‖ by name.
 
     Errors:
-        gate.Disagreement: One is larger than `TOLERANCE`, or not finite.
+        contest.Disagreement: One is larger than `TOLERANCE`, or not finite.
     """
     first = judge(features)
     expected = np.array(features[first])
@@ -128,7 +128,7 @@ def relative_errors(features: dict[str, list[float]]) -> dict[str, float]:
     }
     for name, error in found.items():
         if not error <= TOLERANCE:
-            raise gate.Disagreement(
+            raise contest.Disagreement(
                 f'the features of {name} are {error:.1e} off those of {first}: they are not the '
                 'same network on the same images'
             )

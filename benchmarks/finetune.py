@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import cli, gate, interleaved, problem, results, workloads
-from benchmarks.entrants import Entrant, interpreter, keras_on, matching
-from benchmarks.process import rotated, timed
+from benchmarks import cli, contest, problem, results, workloads
+from benchmarks.contest import Entrant, interpreter, keras_on, matching, rotated, timed
 from cnn_jax.files import cache_folder
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.weights import Pretrained, load
@@ -31,9 +30,9 @@ COUNT = {'train': 50, 'test': 25}  # of each class
 OURS = 'cnn_jax'
 BY_HAND = ', features cached by hand'
 PEERS = {
-    'Keras on JAX': keras_on('jax', 'benchmarks.keras_finetune'),
-    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_finetune'),
-    'PyTorch': Entrant('benchmarks.torch_finetune', 'pytorch'),
+    'Keras on JAX': keras_on('jax', 'benchmarks.keras_peer:finetune'),
+    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_peer:finetune'),
+    'PyTorch': Entrant('benchmarks.torch_peer:finetune', 'pytorch'),
 }
 GATE_STEPS = 5
 COMPUTED = ('features', 'images', 'index', 'compiled')  # of the cache; the rest is downloaded
@@ -55,7 +54,7 @@ def measure(rounds: int, peers: Path, words: list[str]) -> str:
         words: Of the contenders' names; none for all. This project takes part in any case.
 
     Errors:
-        gate.Disagreement: The contenders' losses differ.
+        contest.Disagreement: The contenders' losses differ.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -75,12 +74,12 @@ def measure(rounds: int, peers: Path, words: list[str]) -> str:
                 runs[name].append(contenders[name]())
                 print(f'round {number + 1} of {rounds}: {name}: {runs[name][-1]}', file=sys.stderr)
     seconds = {name: [run['seconds'] for run in taken] for name, taken in runs.items()}
-    reference = interleaved.best(seconds, [n for n in names if not n.startswith(OURS)] or names)
+    reference = contest.best(seconds, [n for n in names if not n.startswith(OURS)] or names)
     rows = [
         [
             name,
             results.quartiles(seconds[name]),
-            results.quartiles(interleaved.ratios(seconds[name], seconds[reference]), 2),
+            results.quartiles(contest.ratios(seconds[name], seconds[reference]), 2),
             f'{np.median([run["epoch"] for run in taken]):.2f}',
             f'{np.median([run["peak"] for run in taken]):,.0f}',
             f'{np.median([run["accuracy"] for run in taken]):.2f}',
@@ -113,7 +112,7 @@ def pass_gate(
     """The versions of all, and how far the losses of the named peers are from this project's.
 
     Errors:
-        gate.Disagreement: They differ.
+        contest.Disagreement: They differ.
     """
     config = finetune_vgg16.get_config()
     config.data.batch = 8
@@ -130,7 +129,7 @@ def pass_gate(
     )
     # Small logits: Keras clips the probabilities of large ones.
     made.weights['head/logits/kernel'] *= 1e-3
-    file = folder / 'gate.npz'
+    file = folder / 'contenders.npz'
     problem.write(made, file)
     entrants = {OURS: Entrant('benchmarks.ours', settings=True)}
     losses, versions = {}, []
@@ -141,7 +140,7 @@ def pass_gate(
             versions.append(worker.version)
         finally:
             worker.close()
-    return versions, gate.check(losses)
+    return versions, contest.check(losses)
 
 
 def make_photographs(folder: Path) -> None:
@@ -187,8 +186,9 @@ def contenders_of(folder: Path, peers: Path) -> dict[str, Callable[[], dict[str,
     def of(peer: Entrant, *options: str):
         def run() -> dict[str, float]:
             python = interpreter(peers, peer.home)
-            command = [python, '-m', peer.module, str(folder / 'photos'), str(folder / 'vgg16.npz')]
-            seconds, peak, text = timed([*command, *options], peer.environment)
+            script = peer.module.partition(':')[0]
+            arguments = [str(folder / 'photos'), str(folder / 'vgg16.npz'), *options]
+            seconds, peak, text = timed([python, '-m', script, *arguments], peer.environment)
             epoch, accuracy = map(float, text.split()[-2:])
             return {'seconds': seconds, 'epoch': epoch, 'peak': peak, 'accuracy': accuracy}
 

@@ -1,16 +1,22 @@
-"""The contender that this project is: the very step that `launch.train` runs."""
+"""This project as contenders: the step that `launch.train` runs, and the features that it keeps.
+
+`matmul` is the yardstick: a square matrix product, the fastest arithmetic of XLA on the machine.
+"""
 
 import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.problem import Problem
-from benchmarks.worker import Contender
+from benchmarks.problem import Problem, backbone_weights
+from benchmarks.worker import Contender, forward
 from cnn_jax import __version__, params
 from cnn_jax import config as cfg
+from cnn_jax.features import Extractor
 from cnn_jax.train.program import RunSpec, make_program, state_maker, traced_values
 from cnn_jax.train.setup import preparation
 from cnn_jax.train.step import train_step
@@ -74,3 +80,40 @@ def batches_of(problem: Problem) -> list[dict[str, jax.Array]]:
             for images, labels in zip(problem.images, problem.labels)
         ]
     )
+
+
+def features(problem: Problem) -> Contender:
+    """Uint8 images in, features out, both in NumPy."""
+    extractor = Extractor(
+        cfg.from_json(json.dumps(problem.config)),
+        problem.classes,
+        preparation(problem.preprocessing),
+        problem.preprocessing,
+        jax.device_put(params.unflatten(backbone_weights(problem))),
+    )
+    compute = extractor.function(None)
+    index = np.arange(problem.images.shape[1], dtype=np.int32)
+
+    def computed(images: np.ndarray) -> np.ndarray:
+        source = SimpleNamespace(n=len(images), read=lambda index: images[index])
+        return extractor.rows(compute, source, index)
+
+    return forward(computed, list(problem.images), f'cnn_jax {__version__}')
+
+
+SIZE = 2048
+FLOPS = 2 * SIZE**3
+
+
+def matmul(problem: Problem) -> Contender:
+    """One step is a product of two float32 matrices of `SIZE`²."""
+    del problem
+    multiply = jax.jit(jnp.matmul)
+    a = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            product = multiply(a, a)
+        jax.block_until_ready(product)
+
+    return Contender(lambda _: [], run, f'jax {jax.__version__}')

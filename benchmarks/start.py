@@ -17,9 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import cli, interleaved, problem, results, workloads
-from benchmarks.entrants import Entrant, chosen
-from benchmarks.process import rotated, timed
+from benchmarks import cli, contest, problem, results, workloads
+from benchmarks.contest import Entrant, chosen, rotated, timed
 from benchmarks.step import OURS, PEERS
 
 LAUNCHER = 'cnn_jax, launch.train to its end'
@@ -56,7 +55,7 @@ def measure(rounds: int, peers: Path, words: list[str]) -> str:
                     print(f'{name}, {kind}: {taken:.1f} s', file=sys.stderr)
                 versions.append(version)
     among = [name for name in entrants if name in PEERS] or [*entrants]
-    best = {kind: interleaved.best(each, among) for kind, each in seconds.items()}
+    best = {kind: contest.best(each, among) for kind, each in seconds.items()}
     rows = [
         [name, *(cell for kind in seconds for cell in cells(seconds[kind], name, best[kind]))]
         for name in entrants
@@ -76,7 +75,7 @@ The launcher's row holds its evaluation and its checkpoint, too.
 
 def cells(seconds: dict[str, list[float]], name: str, reference: str) -> tuple[str, str]:
     """A contender's seconds, and their ratio to the reference's."""
-    ratios = interleaved.ratios(seconds[name], seconds[reference])
+    ratios = contest.ratios(seconds[name], seconds[reference])
     return results.quartiles(seconds[name]), results.quartiles(ratios, digits=2)
 
 

@@ -15,26 +15,26 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import cli, gate, gemm, interleaved, problem, results, workloads
-from benchmarks.entrants import Entrant, chosen, keras_on
+from benchmarks import cli, contest, ours, problem, results, workloads
+from benchmarks.contest import Entrant, chosen, keras_on
 
 # Flax with this project's settings shows what these are worth; nobody has it so.
 OURS = {
     'cnn_jax': Entrant('benchmarks.ours', settings=True),
     'cnn_jax without runtime settings': Entrant('benchmarks.ours'),
-    'Flax with our runtime settings': Entrant('benchmarks.stock_flax', settings=True),
+    'Flax with our runtime settings': Entrant('benchmarks.flax_peer', settings=True),
 }
 PEERS = {
-    'Flax': Entrant('benchmarks.stock_flax'),
-    'Keras on JAX': keras_on('jax', 'benchmarks.keras_step'),
-    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_step'),
-    'Keras on PyTorch': keras_on('torch', 'benchmarks.keras_step'),
-    'PyTorch': Entrant('benchmarks.torch_step', 'pytorch'),
-    'PyTorch, channels_last': Entrant('benchmarks.torch_step:channels_last', 'pytorch'),
-    'PyTorch, torch.compile': Entrant('benchmarks.torch_step:compiled', 'pytorch', compiler=True),
+    'Flax': Entrant('benchmarks.flax_peer'),
+    'Keras on JAX': keras_on('jax', 'benchmarks.keras_peer'),
+    'Keras on TensorFlow': keras_on('tensorflow', 'benchmarks.keras_peer'),
+    'Keras on PyTorch': keras_on('torch', 'benchmarks.keras_peer'),
+    'PyTorch': Entrant('benchmarks.torch_peer', 'pytorch'),
+    'PyTorch, channels_last': Entrant('benchmarks.torch_peer:channels_last', 'pytorch'),
+    'PyTorch, torch.compile': Entrant('benchmarks.torch_peer:compiled', 'pytorch', compiler=True),
 }
 PEAK = 'matrix product'
-YARDSTICK = Entrant('benchmarks.gemm', settings=True)
+YARDSTICK = Entrant('benchmarks.ours:matmul', settings=True)
 GATE_STEPS = 20
 TOLERANCE = 1e-4  # half more of the learning rate is 4e-4 off, a tenth more of L2 6e-3
 
@@ -62,30 +62,30 @@ def measure(workload: str, rounds: int, peers: Path, words: list[str], batch: in
         batch: Examples a step; 0 is the experiment's own number.
 
     Errors:
-        gate.Disagreement: The contenders' losses differ.
+        contest.Disagreement: The contenders' losses differ.
     """
     made = workloads.step_problem(workload, batch)
     entrants, left_out = chosen(OURS | PEERS, words, peers)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'problem.npz'
         problem.write(made, path)
-        found = interleaved.measure(
+        found = contest.measure(
             entrants | {PEAK: YARDSTICK},
             path,
             peers,
             rounds=rounds,
             numbers=GATE_STEPS,
-            check=functools.partial(gate.check, tolerance=TOLERANCE),
+            check=functools.partial(contest.check, tolerance=TOLERANCE),
         )
     flops = workloads.training_flops(made)
-    peak = gemm.FLOPS / min(found.seconds[PEAK])
-    reference = interleaved.best(found.seconds, [n for n in entrants if n in PEERS] or [*entrants])
+    peak = ours.FLOPS / min(found.seconds[PEAK])
+    reference = contest.best(found.seconds, [n for n in entrants if n in PEERS] or [*entrants])
     rows = [
         [
             name,
             results.quartiles([1e3 * each for each in found.seconds[name]]),
             results.quartiles(
-                interleaved.ratios(found.seconds[name], found.seconds[reference]), digits=2
+                contest.ratios(found.seconds[name], found.seconds[reference]), digits=2
             ),
             f'{flops / np.median(found.seconds[name]) / peak:.0%}',
             f'{found.first_step[name]:.1f}',
@@ -106,7 +106,7 @@ def measure(workload: str, rounds: int, peers: Path, words: list[str], batch: in
 
 {'×'.join(map(str, shape))}, batch {size}, float32, Adam; {flops / 1e9:.2f} GFLOP a step.
 Median [quartiles] of {rounds} interleaved rounds. {results.of_best(reference)}
-GEMM peak: {peak / 1e9:.0f} GFLOP/s, the best of a {gemm.SIZE}² float32 product in the same rounds.
+GEMM peak: {peak / 1e9:.0f} GFLOP/s, the best of a {ours.SIZE}² float32 product in the same rounds.
 First step: from the process's start, with nothing compiled before.
 The losses of the first {GATE_STEPS} steps without dropout agree within {found.checked:.0e} of their
 mean.

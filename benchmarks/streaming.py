@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cli, process, results
+from benchmarks import cli, contest, results
 
 SHAPE = (224, 224, 3)
 BATCH = 64
@@ -60,7 +60,7 @@ def main() -> None:
     seen = {}
     for child in ('read,2', 'read,20', *TRAINED):
         print(f'{child} …', file=sys.stderr)
-        _, mebibytes, text = process.timed([*command, f'--child={child}'], {})
+        _, mebibytes, text = contest.timed([*command, f'--child={child}'], {})
         seen[child] = json.loads(text.splitlines()[-1]) | {'peak': mebibytes * 2**20 / 1e6}
     cli.publish('Streaming', section(seen), given.out)
 

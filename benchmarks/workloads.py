@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.problem import Problem
 from cnn_jax import config as cfg
 from cnn_jax import params
+from cnn_jax.errors import UserError
 from cnn_jax.models import build
 from cnn_jax.pretrained.weights import Pretrained
 from cnn_jax.summary import layers
@@ -77,8 +78,17 @@ def features_problem(batch: int, weights: Pretrained) -> Problem:
 
 
 def crops(name: str, count: int, draw: np.random.Generator) -> Iterator[np.ndarray]:
-    """Random parts, uint8 [224, 224, 3], of one of scikit-learn's photographs."""
-    from sklearn.datasets import load_sample_image
+    """Random parts, uint8 [224, 224, 3], of one of scikit-learn's photographs.
+
+    Errors:
+        UserError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise UserError(
+            'the photographs are those of scikit-learn; run `pip install scikit-learn`'
+        ) from error
 
     whole = load_sample_image(f'{name}.jpg')
     for _ in range(count):

@@ -1,20 +1,42 @@
+"""What is measured, and the tables that are kept."""
+
+import importlib
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from benchmarks import problem, workloads
+from benchmarks import ablation, plot, problem, results, workloads
 from cnn_jax.train.setup import preparation
+from experiments.regularization import ARMS
+
+COMMANDS = [
+    path.stem
+    for path in Path(problem.__file__).parent.glob('*.py')
+    if 'def main() -> None' in path.read_text() or path.stem == '__main__'
+]
 
 
-def test_a_problem_survives_its_file(tiny, tmp_path):
-    problem.write(tiny, tmp_path / 'problem.npz')
+@pytest.mark.parametrize('module', COMMANDS)
+def test_help(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [module, '--help'])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f'benchmarks.{module}').main()
+    assert stop.value.code == 0
+    assert 'python -m benchmarks' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('name', 'gflop'), [('strided96', 9.74), ('small28', 2.99)])
+def test_a_problem_has_the_experiments_size_and_survives_its_file(name, gflop, tmp_path):
+    made = workloads.step_problem(name)
+    assert workloads.training_flops(made) / 1e9 == pytest.approx(gflop, abs=0.005)
+    problem.write(made, tmp_path / 'problem.npz')
     back = problem.read(tmp_path / 'problem.npz')
-    for name in ('config', 'preprocessing', 'classes'):
-        # A tuple is a list in JSON.
-        assert problem.json.dumps(getattr(back, name)) == problem.json.dumps(getattr(tiny, name))
-    assert back.weights.keys() == tiny.weights.keys()
-    for name, value in tiny.weights.items():
-        np.testing.assert_array_equal(back.weights[name], value)
-    np.testing.assert_array_equal(back.images, tiny.images)
+    np.testing.assert_array_equal(back.images, made.images)
+    assert back.weights.keys() == made.weights.keys()
+    for path, weights in made.weights.items():
+        np.testing.assert_array_equal(back.weights[path], weights)
 
 
 @pytest.mark.parametrize(
@@ -24,35 +46,25 @@ def test_a_problem_survives_its_file(tiny, tmp_path):
         {'kind': 'standardize', 'mean': [0.1, 0.5, 0.6], 'std': [0.3, 0.2, 0.1], 'channels': 3},
     ],
 )
-def test_prepared_images_are_those_of_this_project(spec):
+def test_peers_prepare_images_as_this_project_does(spec):
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
     made = problem.Problem({}, spec, images, images, 2, {})
     expected = [preparation(spec)(batch) for batch in images]
     np.testing.assert_allclose(problem.prepared(made), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_kernels_by_their_layer(tiny):
-    found = problem.kernels(tiny)
-    assert {*found} == {'stem_conv', 'block1_conv1', 'block1_conv2', 'dense1', 'logits'}
-    assert found['dense1'] is tiny.weights['head/dense1/kernel']
+def test_the_ablations_gate_sees_each_combination_and_the_peers_all_that_an_arm_changes():
+    kinds = [(c.model.norm, c.model.head_norm, c.loss.l2) for c in ablation.gate_configs([*ARMS])]
+    assert len(set(kinds)) == len(kinds) == 4
+    assert {path for changes in ARMS.values() for path in changes} <= {*ablation.OPTIONS}
 
 
-def test_crops_are_parts_of_the_photograph():
-    first, second = workloads.crops('china', 2, np.random.default_rng(0))
-    assert first.shape == second.shape == (224, 224, 3)
-    assert first.dtype == np.uint8
-    assert not np.array_equal(first, second)
-
-
-def test_training_flops_by_hand(tiny):
-    stem = 2 * 3 * 3 * (7 * 7 * 1 * 3)  # (12 − 7)/2 + 1 = 3 pixels a side
-    pair = 2 * 3 * 3 * (3 * 3 * 3 * 4) + 2 * 2 * 2 * (3 * 3 * 4 * 4)
-    dense = 2 * (16 * 8) + 2 * (8 * 3)
-    assert workloads.training_flops(tiny) == 4 * (2 * stem + 3 * (pair + dense))
-
-
-@pytest.mark.parametrize(('name', 'gflop'), [('strided96', 9.74), ('small28', 2.99)])
-def test_gflop_of_a_step(name, gflop):
-    assert workloads.training_flops(workloads.step_problem(name)) / 1e9 == pytest.approx(
-        gflop, abs=0.005
-    )
+def test_the_figure_shows_the_ratios_of_the_tables(tmp_path):
+    path = tmp_path / 'RESULTS.md'
+    rows = [['cnn_jax', '4', '2.00 [2–2]'], ['Flax', '2', '1.00 [1–1]']]
+    for title, of in [('Step', results.OF_BEST), ('Words', ''), ('Step', results.OF_BEST)]:
+        results.write_section(path, title, results.table(['contender', 'ms', of], rows))
+    (found,) = plot.workloads(path.read_text())
+    assert (found.title, found.ratios) == ('Step', {'cnn_jax': 2.0, 'Flax': 1.0})
+    plot.draw([found], tmp_path / 'speed.png')
+    assert 0 < (tmp_path / 'speed.png').stat().st_size < 200_000

@@ -1,4 +1,4 @@
-"""The peer: the strided net and its step as a Flax example would write them."""
+"""The peer: a step as Flax's examples write it, and VGG16's frozen convolutions of its modules."""
 
 import functools
 import importlib.metadata
@@ -7,12 +7,13 @@ import itertools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.train_state import TrainState as FlaxState
 from flax.traverse_util import unflatten_dict
 
-from benchmarks.problem import Problem
-from benchmarks.worker import Contender
+from benchmarks.problem import VGG16, Problem, backbone_weights, prepared
+from benchmarks.worker import Contender, forward
 
 
 class StockNet(nn.Module):
@@ -124,3 +125,27 @@ def start(problem: Problem) -> Contender:
         jax.block_until_ready(state)
 
     return Contender(losses, run, f'flax {importlib.metadata.version("flax")}')
+
+
+class Backbone(nn.Module):
+    """The thirteen convolutions and five poolings."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        for i, (width, count) in enumerate(VGG16, start=1):
+            for j in range(1, count + 1):
+                x = nn.relu(nn.Conv(width, (3, 3), dtype=self.dtype, name=f'block{i}_conv{j}')(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return x
+
+
+def features(problem: Problem) -> Contender:
+    """Prepared images in, features out."""
+    weights = jax.device_put(unflatten_dict(backbone_weights(problem), sep='/'))
+    compute = jax.jit(Backbone(problem.config['model']['dtype']).apply)
+    version = f'flax {importlib.metadata.version("flax")}'
+    return forward(
+        lambda x: np.asarray(compute({'params': weights}, x)), list(prepared(problem)), version
+    )
