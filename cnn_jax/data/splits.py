@@ -143,17 +143,14 @@ def _shuffled_classes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:
     """The examples of `source` at `indices`, in that order."""
     indices = np.asarray(indices, np.int64)
-    return Source(
+    return dataclasses.replace(
+        source,
         name=name,
-        class_names=source.class_names,
         labels=source.labels[indices],
         sizes=source.sizes[indices],
-        channels=source.channels,
         read=lambda i: source.read(int(indices[i])),
         describe=lambda i: source.describe(int(indices[i])),
         fingerprint=digest(source.fingerprint, indices.astype('<i8').tobytes()),
-        encoded=source.encoded,
-        skipped=source.skipped,
     )
 
 
@@ -186,28 +183,16 @@ def of_classes(source: Source, classes: tuple[str, ...]) -> Source:
 
 def joined(sources: list[Source], name: str) -> Source:
     """The examples of several sources with the same classes, one source after the other."""
-    starts = np.cumsum([0] + [len(source) for source in sources])
-
-    def at(i: int) -> tuple[Source, int]:
-        k = int(np.searchsorted(starts, i, side='right')) - 1
-        return sources[k], i - int(starts[k])
-
-    def read(i: int) -> np.ndarray:
-        source, j = at(i)
-        return source.read(j)
-
-    def describe(i: int) -> str:
-        source, j = at(i)
-        return source.describe(j)
-
+    owners = [source for source in sources for _ in range(len(source))]
+    positions = [i for source in sources for i in range(len(source))]
     return Source(
         name=name,
         class_names=sources[0].class_names,
         labels=np.concatenate([source.labels for source in sources]),
         sizes=np.concatenate([source.sizes for source in sources]),
         channels=max(source.channels for source in sources),
-        read=read,
-        describe=describe,
+        read=lambda i: owners[i].read(positions[i]),
+        describe=lambda i: owners[i].describe(positions[i]),
         fingerprint=digest(*(source.fingerprint for source in sources)),
         encoded=any(source.encoded for source in sources),
         skipped=tuple(entry for source in sources for entry in source.skipped),

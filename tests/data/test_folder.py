@@ -1,3 +1,5 @@
+"""Folders of images: what is read, parts, content, damage, hostile names, and the index."""
+
 import io
 import os
 import shutil
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 
 from cnn_jax.data import decode, folder
+from cnn_jax.data.folder import examine_files
 from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 
@@ -66,21 +69,6 @@ def test_parts_are_sub_folders(tmp_path, write_images):
     test = open_folder(tmp_path, 'test')
     assert (test.labels.tolist(), test.class_names) == ([1], ('a', 'b'))
     assert test.channels == 3  # as in the other parts
-
-
-@pytest.mark.parametrize(
-    ('folders', 'sentence'),
-    [
-        (('Train/a', 'Train/b', 'Test/a', 'Test/b'), 'look like parts and not like classes'),
-        (('training/a', 'training/b', 'validation/a'), 'look like parts and not like classes'),
-        (('train/a', 'train/b', 'extra/a'), 'extra/, which is no part'),
-        (('plane', 'car', 'train/steam', 'train/diesel'), 'car/, which is no part'),
-    ],
-)
-def test_parts_named_otherwise_are_not_taken_for_classes(tmp_path, write_images, folders, sentence):
-    write_images(tmp_path, dict.fromkeys(folders, 1))
-    with pytest.raises(UserError, match=sentence):
-        open_folder(tmp_path)
 
 
 def test_valid_is_a_name_of_validation(tmp_path, write_images):
@@ -341,40 +329,94 @@ def test_a_folder_that_cannot_be_listed(root, monkeypatch, denied):
 
 # Mistakes.
 
+MISTAKES = {
+    'no sub-folders': ({}, 'no sub-folders'),
+    'an empty class': ({'a': 2, 'b': 2, 'c': 0}, 'set/c holds no images'),
+    'one class': ({'a': 3}, 'one class'),
+    'a class that training lacks': (
+        {'train/a': 1, 'train/b': 1, 'test/a': 1, 'test/c': 1},
+        r'test/c is a class that .*train lacks',
+    ),
+    'two validation folders': (
+        {f'{part}/{name}': 1 for part in ('train', 'val', 'validation') for name in 'ab'},
+        'both val and validation',
+    ),
+    'capitals': (dict.fromkeys(('Train/a', 'Train/b', 'Test/a', 'Test/b'), 1), 'like parts'),
+    'long names': (dict.fromkeys(('training/a', 'training/b', 'validation/a'), 1), 'like parts'),
+    'no part': (dict.fromkeys(('train/a', 'train/b', 'extra/a'), 1), 'extra/, which is no part'),
+    'a class beside parts': (
+        dict.fromkeys(('plane', 'car', 'train/steam', 'train/diesel'), 1),
+        'car/, which is no part',
+    ),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_mistakes_in_folders_are_named(tmp_path, write_images, mistake):
+    folders, sentence = MISTAKES[mistake]
+    (tmp_path / 'set').mkdir()
+    with pytest.raises(UserError, match=sentence):
+        open_folder(write_images(tmp_path / 'set', folders))
+
 
 def test_a_missing_folder(tmp_path):
     with pytest.raises(UserError, match='nowhere is not a folder'):
         open_folder(tmp_path / 'nowhere')
 
 
-def test_a_folder_without_sub_folders(tmp_path):
-    Image.new('RGB', (2, 2)).save(tmp_path / '0.png')
-    with pytest.raises(UserError, match='has no sub-folders; sort the images'):
-        open_folder(tmp_path)
+# The index.
+
+PATHS = ['a/0.png', 'a/1.png', 'b/0.png']
 
 
-def test_an_empty_class(root):
-    (root / 'c').mkdir()
-    (root / 'c/picture.tiff').write_bytes(b'')
-    with pytest.raises(UserError, match=r'set/c holds no images \(.png, .jpg'):
-        open_folder(root)
+@pytest.fixture
+def read(monkeypatch):
+    """The number of files read since the last look."""
+    counts = []
+    scan = folder.scan
+    monkeypatch.setattr(folder, 'scan', lambda data: counts.append(0) or scan(data))
+
+    def count():
+        n = len(counts)
+        counts.clear()
+        return n
+
+    return count
 
 
-def test_one_class(tmp_path, write_images):
-    write_images(tmp_path, {'a': 3})
-    with pytest.raises(UserError, match='has one class only'):
-        open_folder(tmp_path)
+def test_only_new_and_changed_files_are_read(root, read):
+    first = examine_files(root, PATHS)
+    assert (list(first), read()) == (PATHS, 3)
+    assert (examine_files(root, PATHS), read()) == (first, 0)
+    (root / 'a/1.png').write_bytes((root / 'b/0.png').read_bytes())
+    second = examine_files(root, PATHS)
+    assert read() == 1
+    assert second['a/1.png'].finding == second['b/0.png'].finding
+    assert (examine_files(root, PATHS), read()) == (second, 0)
+    assert list(examine_files(root, PATHS[:1])) == PATHS[:1]
 
 
-def test_a_class_that_training_lacks(tmp_path, write_images):
-    write_images(tmp_path / 'train', {'a': 1, 'b': 1})
-    write_images(tmp_path / 'test', {'a': 1, 'c': 1})
-    with pytest.raises(UserError, match=r'test/c is a class that .*train lacks'):
-        open_folder(tmp_path, 'train')
+def test_a_file_that_could_not_be_read_is_tried_again(root, read, monkeypatch):
+    def fail(path):
+        raise PermissionError(13, 'Permission denied')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, 'read_file', fail)
+        reasons = [file.finding.reason for file in examine_files(root, PATHS).values()]
+        assert (reasons, read()) == (['Permission denied'] * 3, 0)
+    reasons = [file.finding.reason for file in examine_files(root, PATHS).values()]
+    assert (reasons, read()) == ([''] * 3, 3)
 
 
-def test_two_validation_folders(tmp_path, write_images):
-    for part in ('train', 'val', 'validation'):
-        write_images(tmp_path / part, {'a': 1, 'b': 1})
-    with pytest.raises(UserError, match='has both val and validation'):
-        open_folder(tmp_path, 'train')
+def test_a_damaged_index_is_made_again(root, read, cache_dir):
+    first = examine_files(root, PATHS)
+    (index,) = cache_dir.rglob('*.json')
+    index.write_bytes(b'{"rule"')
+    assert (examine_files(root, PATHS), read()) == (first, 6)
+
+
+def test_folders_do_not_share_an_index(root, read, tmp_path, write_images):
+    write_images(tmp_path / 'other', {'a': 2, 'b': 1})
+    examine_files(root, PATHS)
+    examine_files(tmp_path / 'other', PATHS)
+    assert read() == 6

@@ -1,13 +1,10 @@
-import subprocess
-import sys
+"""Sources from arrays: what is taken, what is refused, and what the fingerprint covers."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax import config
 from cnn_jax.data.source import as_source, digest, from_arrays
-from cnn_jax.data.sources import open_source, open_split
 from cnn_jax.errors import UserError
 
 
@@ -118,41 +115,3 @@ def test_a_source_is_a_source():
 def test_arrays_that_are_no_source(data, word):
     with pytest.raises(UserError, match=word):
         as_source(data, 'the training data')
-
-
-def test_a_split_of_the_config_or_of_ones_own():
-    data = config.Data(source='digits', train='train[:100]', eval='test[:50]')
-    assert [len(open_split(data, which)) for which in ('train', 'eval')] == [100, 50]
-    data = config.Data(train='train[:50%]', classes=('2', '0'))
-    source = open_split(data, 'train', (IMAGES, LABELS))
-    assert (source.class_names, sorted(source.labels)) == (('2', '0'), [0, 1])
-    whole = open_split(data, 'eval', (IMAGES, LABELS))
-    assert (len(whole), whole.fingerprint != source.fingerprint) == (4, True)
-
-
-def test_importing_costs_no_library_of_a_source():
-    heavy = ['PIL', 'grain', 'tensorflow_datasets', 'sklearn', 'mlxtend', 'rich']
-    script = (
-        'import sys, cnn_jax.data.batches, cnn_jax.data.augment\n'
-        'from cnn_jax.data import sources\n'
-        'print(*sorted(set(sys.argv[1:]) & set(sys.modules)))'
-    )
-    ran = subprocess.run([sys.executable, '-c', script, *heavy], capture_output=True, check=True)
-    assert ran.stdout.split() == []
-
-
-@pytest.mark.parametrize(
-    ('name', 'nearest'),
-    [
-        ('mnist5k', 'mnist_5k'),
-        ('digit', 'digits'),
-        ('folders:x', 'folder:PATH'),
-        ('folder:', 'folder:PATH'),
-        ('tfds', 'tfds:NAME'),
-        ('mnist_5k:x', 'mnist_5k'),
-        ('', 'tfds:NAME'),
-    ],
-)
-def test_an_unknown_source_names_the_nearest(name, nearest):
-    with pytest.raises(UserError, match=f'config.data.source is .*did you mean {nearest}'):
-        open_source(name, split='train')

@@ -161,10 +161,7 @@ def test_a_damaged_record_is_skipped(data_dir):
     assert where.startswith('tfds:tiny_damaged train record ')
     assert reason
     assert load(source, 'crop', 4).images.shape == (149, 4, 4, 3)
-
-
-def test_the_limit_of_damage_is_the_configs(data_dir):
-    with pytest.raises(UserError, match=r'1 of the 150 images of tfds:tiny_damaged train cannot'):
+    with pytest.raises(UserError, match='1 of the 150 images'):
         open_source('tfds:tiny_damaged', split='all', data_dir=data_dir, max_corrupt=0.006)
 
 
@@ -271,30 +268,24 @@ def test_a_prepared_set_is_read_without_tensorflow(data_dir):
 # Mistakes.
 
 
-def test_an_unknown_set_names_the_nearest(data_dir):
-    with pytest.raises(UserError, match=r"no set 'cifar_10'.*did you mean tfds:cifar10"):
-        open_source('tfds:cifar_10', split='train', data_dir=data_dir)
-
-
-def test_a_set_that_cannot_be_prepared(data_dir):
-    with pytest.raises(UserError, match=r'preparing it failed: the server is gone$'):
-        open_source('tfds:tiny_broken', split='train', data_dir=data_dir)
-
-
-def test_a_set_without_images(data_dir):
-    with pytest.raises(UserError, match=r'not an image classification set.*text, label'):
-        open_source('tfds:tiny_text', split='train', data_dir=data_dir)
+@pytest.mark.parametrize(
+    ('name', 'sentence'),
+    [
+        ('cifar_10', 'did you mean tfds:cifar10'),
+        ('tiny_broken', 'preparing it failed: the server is gone'),
+        ('tiny_text', r'not an image classification set.*text, label'),
+        ('tiny_floats', 'floats'),
+    ],
+)
+def test_sets_that_cannot_be_used(data_dir, name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        open_source(f'tfds:{name}', split='train', data_dir=data_dir)
 
 
 def test_labels_that_are_not_known(data_dir):
     assert len(open_source('tfds:tiny_unlabelled', split='train', data_dir=data_dir)) == 20
     with pytest.raises(UserError, match='has label -1, but labels run from 0 to 2'):
         open_source('tfds:tiny_unlabelled', split='test', data_dir=data_dir)
-
-
-def test_images_of_floats(data_dir):
-    with pytest.raises(UserError, match='has images of floats'):
-        open_source('tfds:tiny_floats', split='train', data_dir=data_dir)
 
 
 def test_a_set_in_another_format(data_dir):
