@@ -1,7 +1,7 @@
 """Random changes to training images, on the device, keyed by example.
 
-The key of an example depends on its index and not on its place in a batch, so an image is changed
-in the same way whatever the batch size, the process or the device.
+The key of an example depends on its index in the source, not on its position in a batch: an image
+is changed in the same way whatever the batch size, the process or the device.
 
 Functions that take an `Augment` take a bound one: a field that is off is the number 0 and is not
 compiled in; one that is on may be traced, and then 0 changes no bit (`cnn_jax.config.is_on`).
@@ -93,7 +93,7 @@ def augment_plane(
     - flip: left to right, with probability 1/2.
     - rotation: about the centre, by an angle uniform in ±rotation, bilinear, corners `fill`.
     - crop: pad by `crop` pixels on each side, then cut a window of the old size at a uniformly
-      random place (He et al. 2016, Deep residual learning, section 4.2).
+      random position (He et al. 2016, Deep residual learning, section 4.2).
     - cutout: a square of side `cutout` pixels, its centre uniform over the image, cut off at the
       borders, becomes `fill` (DeVries & Taylor 2017, Improved regularization of CNNs with cutout).
     - erasing: see `erase`.
@@ -165,7 +165,7 @@ def erase(
     """Set a random rectangle to the mean, with probability `augment.erasing`.
 
     height = √(s·h·w·a), width = √(s·h·w / a), rounded; s ~ U(erase_least, erase_most),
-    log a ~ U(log erase_aspect, −log erase_aspect), its place uniform over where it fits
+    log a ~ U(log erase_aspect, −log erase_aspect), its position uniform over where it fits
 
     Deviations: the paper draws again until the rectangle fits, here a is drawn from where it
     does; a is log-uniform as in torchvision, so that tall and wide are equally likely; the
@@ -256,7 +256,7 @@ def mix(
 def partners(keys: Key[Array, ' b']) -> Int32[Array, ' b']:
     """Another example for each: the next in a random cycle through the whole batch.
 
-    A permutation in which nothing stays in its place, from two examples on.
+    A permutation without fixed points, from two examples on.
     """
     bits = jax.vmap(jax.random.bits)(keys)
     order = jnp.argsort(bits)

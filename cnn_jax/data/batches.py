@@ -189,8 +189,8 @@ def open_batches(
     Args:
         data: Sets larger than `memory_gb` (10⁹ bytes, decoded) stream, unless `stream` decides.
         which: train or eval.
-        source: The examples of this split, as `as_source` takes them, in the place of
-            `data.source`; a slice and classes that `data` names are taken of them.
+        source: The examples of this split, as `as_source` accepts them, instead of `data.source`;
+            the slice and the classes that `data` names are selected from them.
         seed: The seed of the training order.
         process_index, process_count: The contiguous part of every batch that this process reads.
         sharding: The layout of batches that are global arrays; without it, a batch is the

@@ -2,8 +2,7 @@
 
 The rule of decoding, which `RULE` numbers (a change of it makes cached pixels stale):
 
-- EXIF orientation is applied; of an animation the first frame is taken; colour profiles are not
-  applied.
+- EXIF orientation is applied; colour profiles are not. An animation gives its first frame.
 - Grey stays one channel; palette, CMYK and YCbCr become RGB.
 - Transparent pixels are composited on white.
 - 16 bits a channel keep the high byte, as libpng's `png_set_strip_16` does.
@@ -206,7 +205,7 @@ class Finding(NamedTuple):
 def scan(data: bytes) -> Finding:
     """Examine one encoded image.
 
-    What is found makes a streamed set and a decoded one the same: both leave out the same images,
+    The findings make a streamed set and a decoded one the same: both leave out the same images,
     and both know their number and sizes before the first batch.
     """
     sha256 = hashlib.sha256(data).hexdigest()
@@ -224,7 +223,7 @@ def skipped(
     Errors:
         UserError: They are more than the fraction `max_corrupt`; the first of them are named.
     """
-    wrong = [(path, found.reason) for path, found in zip(paths, findings) if found.reason]
+    wrong = [(path, each.reason) for path, each in zip(paths, findings) if each.reason]
     if wrong and len(wrong) / len(paths) > max_corrupt:
         first = '; '.join(f'{path}: {reason}' for path, reason in wrong[:3])
         raise UserError(

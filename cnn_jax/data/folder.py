@@ -41,7 +41,7 @@ def examine_files(root: Path, paths: Sequence[str]) -> dict[str, File]:
     the next time.
     """
     key = digest(os.fsencode(root.resolve()))
-    rows = (File(path, tuple(stamp), Finding(*found)) for path, stamp, found in load_findings(key))
+    rows = (File(path, tuple(stamp), Finding(*row)) for path, stamp, row in load_findings(key))
     known = {file.path: file for file in rows}
     stamps = [_stamp(root / path) for path in paths]
     stale = [
@@ -72,7 +72,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-UNSHOWABLE = ('Cc', 'Cs')  # control characters, and bytes that are not UTF-8
+UNPRINTABLE = ('Cc', 'Cs')  # control characters, and bytes that are not UTF-8
 PARTS = {
     'train': 'train',
     'test': 'test',
@@ -97,7 +97,7 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
 
     Errors:
         UserError: The folder is missing, has no sub-folders or cannot be listed; parts are named
-            otherwise, or mixed with classes; a class has no images or no name that can be shown,
+            otherwise, or mixed with classes; a class has no images or no printable name,
             train/ lacks it, or it is a link to a folder above itself; more than `max_corrupt` of
             the images cannot be read.
     """
@@ -157,9 +157,9 @@ def _class_names(layout: dict[str, Path]) -> tuple[str, ...]:
     base = layout.get('train') or layout['all']
     class_names = tuple(_sub_folders(base))
     for name in class_names:
-        if any(unicodedata.category(c) in UNSHOWABLE for c in name):
+        if any(unicodedata.category(c) in UNPRINTABLE for c in name):
             raise UserError(
-                f'the folder {str(base / name)!r} gives a class its name, which cannot be shown: '
+                f'the folder {str(base / name)!r} gives a class its name, which cannot be printed: '
                 'rename it without control characters, in UTF-8'
             )
     for below in layout.values():
@@ -188,14 +188,14 @@ def _listing(root: Path, below: Path, class_names: tuple[str, ...]) -> Listing:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    found = [
+    files = [
         Path(below, file)
         for below, _, files in os.walk(folder, onerror=_fail)
         for file in files
         if file.lower().endswith(decode.SUFFIXES)
     ]
     hidden = len(folder.parts)
-    visible = [f for f in found if not any(p.startswith('.') for p in f.parts[hidden:])]
+    visible = [f for f in files if not any(p.startswith('.') for p in f.parts[hidden:])]
     return sorted(visible, key=lambda path: path.as_posix())
 
 

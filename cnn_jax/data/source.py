@@ -15,12 +15,26 @@ from cnn_jax.errors import UserError
 class Source:
     """Labelled images: `source[i]` is `(image uint8 [h, w, channels], label int)`.
 
-    Everything but the pixels is known without decoding. To add a kind of source, write a
-    function that returns one of these; `cnn_jax.data.sources.mnist_5k` is the shortest example.
+    Everything but the pixels is known without decoding. Images may be read or computed when they
+    are needed; arrays are made a source by `as_source`.
 
     Errors:
         UserError: No examples, fewer than two classes, or a label that is no index of
             `class_names`.
+
+    >>> labels = np.array([0, 1, 0], np.int32)
+    >>> source = Source(
+    ...     name='squares',
+    ...     class_names=('dark', 'light'),
+    ...     labels=labels,
+    ...     sizes=np.full((3, 2), 8, np.int32),
+    ...     channels=1,
+    ...     read=lambda i: np.full((8, 8, 1), 200 * labels[i], np.uint8),
+    ...     describe=lambda i: f'square {i}',
+    ...     fingerprint='squares, version 1',
+    ... )
+    >>> source[1][0].max(), source[1][1]
+    (np.uint8(200), 1)
     """
 
     name: str
@@ -29,9 +43,9 @@ class Source:
     sizes: Int32[np.ndarray, 'n 2']  # height and width, in pixels
     channels: int  # 1 or 3, the same for all images
     read: Callable[[int], UInt8[np.ndarray, 'h w c']]
-    describe: Callable[[int], str]  # where example i comes from, for messages
-    fingerprint: str  # SHA-256 of the content, in hex
-    encoded: bool = False  # whether `read` decodes, so that its results are worth keeping
+    describe: Callable[[int], str]  # the origin of example i, for messages
+    fingerprint: str  # changes with the content: a run is not resumed on other data
+    encoded: bool = False  # `read` decodes, so that its results are worth caching
     skipped: tuple[tuple[str, str], ...] = ()  # (path, reason) of images that cannot be read
 
     def __post_init__(self):
@@ -84,7 +98,7 @@ def as_source(data: Any, name: str = 'the data', class_names: Sequence[str] = ()
         data: A `Source`, which is returned as it is; `(images, labels)`; or
             `(images, labels, class_names)`. Images are [n, height, width, channels], grey or RGB,
             uint8 or floats: those from 0 to 1 become round(255·x), whole numbers from 0 to 255
-            are taken as they are. Labels are integers from 0, [n] or [n, 1].
+            stay as they are. Labels are integers from 0, [n] or [n, 1].
         name: The name of the data, for messages.
         class_names: The names of classes 0, 1, … of data that bring none, such as those of the
             training data for the evaluation data; by default '0', '1', … up to the largest label.
@@ -95,7 +109,6 @@ def as_source(data: Any, name: str = 'the data', class_names: Sequence[str] = ()
     Errors:
         UserError: A wrong type, shape, length or range; see also `Source`.
 
-    >>> import numpy as np
     >>> source = as_source((np.zeros((4, 8, 8, 1), np.uint8), [0, 1, 1, 0], ('cat', 'dog')))
     >>> len(source), source.class_names, source[1][1]
     (4, ('cat', 'dog'), 1)

@@ -83,7 +83,8 @@ def open_split(data: config.Data, which: str, source: Any = None) -> Source:
     Args:
         data: The config.
         which: train or eval.
-        source: The whole split, as `as_source` takes it, in the place of `data.source`.
+        source: The examples, as `as_source` accepts them, instead of `data.source`; the slice and
+            the classes that `data` names are selected from them.
     """
     split = {'train': data.train, 'eval': data.eval}[which]
     if source is not None:
@@ -113,7 +114,7 @@ def open_source(
         name: One of `KINDS`.
         split: A part or a slice of one, see `cnn_jax.data.splits.select`.
         data_dir: The folder of TFDS's prepared sets; '' is its default.
-        classes: The classes that are kept, renumbered in this order; () is all.
+        classes: The classes to select, renumbered in this order; () is all.
         max_corrupt: The fraction of unreadable images, from 0 to 1, above which it is an error.
 
     Errors:

@@ -104,9 +104,9 @@ def _feature_keys(name: str, builder) -> tuple[str, str]:
     features = dict(builder.info.features)
 
     def key_of(kind: type) -> str | None:
-        found = [key for key, feature in features.items() if isinstance(feature, kind)]
-        supervised = [key for key in builder.info.supervised_keys or () if key in found]
-        return next(iter(supervised or found), None)
+        keys = [key for key, feature in features.items() if isinstance(feature, kind)]
+        supervised = [key for key in builder.info.supervised_keys or () if key in keys]
+        return next(iter(supervised or keys), None)
 
     image, label = key_of(tfds.features.Image), key_of(tfds.features.ClassLabel)
     if image is None or label is None:
@@ -128,22 +128,22 @@ def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: 
     class_names = tuple(builder.info.features[label].names)
     channels = 1 if builder.info.features[image].shape[-1] in (1, 2) else 3
     where = [f'tfds:{name} {part} record {i}' for i in range(len(records))]
-    wrong = skipped(f'tfds:{name} {part}', where, [found for _, found in rows], max_corrupt)
-    kept = [i for i, (_, found) in enumerate(rows) if not found.reason]
-    content = [value for i in kept for value in (str(rows[i][0]), rows[i][1].sha256)]
+    wrong = skipped(f'tfds:{name} {part}', where, [finding for _, finding in rows], max_corrupt)
+    readable = [i for i, (_, finding) in enumerate(rows) if not finding.reason]
+    content = [value for i in readable for value in (str(rows[i][0]), rows[i][1].sha256)]
 
     def read(i: int) -> np.ndarray:
-        with _refusing_damage(where[kept[i]], builder.data_path):
-            return decode.with_channels(decode.decode(records[kept[i]][image]), channels)
+        with _refusing_damage(where[readable[i]], builder.data_path):
+            return decode.with_channels(decode.decode(records[readable[i]][image]), channels)
 
     return Source(
         name=f'tfds:{name} {part}',
         class_names=class_names,
-        labels=np.array([rows[i][0] for i in kept], np.int32),
-        sizes=np.array([rows[i][1][:2] for i in kept], np.int32).reshape(-1, 2),
+        labels=np.array([rows[i][0] for i in readable], np.int32),
+        sizes=np.array([rows[i][1][:2] for i in readable], np.int32).reshape(-1, 2),
         channels=channels,
         read=read,
-        describe=lambda i: where[kept[i]],
+        describe=lambda i: where[readable[i]],
         fingerprint=digest(builder.info.full_name, *class_names, *content),
         encoded=True,
         skipped=wrong,
@@ -160,7 +160,7 @@ def _examine(records, builder, part: str, image: str, label: str) -> list[tuple[
         return int(record[label]), scan(record[image])
 
     if known := load_findings(key):
-        return [(number, Finding(*found)) for number, found in known]
+        return [(number, Finding(*row)) for number, row in known]
     rows = parallel_map(examine, len(records), 'Examining images')
     store_findings(key, rows)
     return rows
