@@ -49,15 +49,6 @@ def test_off_is_the_identity(seed, dtype):
     np.testing.assert_array_equal(result, images)
 
 
-@given(st.integers(0, 2**31))
-@few
-def test_flipping_twice_is_the_identity(seed):
-    images, index = repeated(distinct(3, 4), 8)
-    key = jax.random.key(seed)
-    once = changed(key, images, index, flip=True)
-    np.testing.assert_array_equal(changed(key, once, index, flip=True), images)
-
-
 def test_half_the_images_are_mirrored():
     image = distinct(3, 4)
     results = np.asarray(changed(KEY, *repeated(image, 1000), flip=True))
