@@ -1,4 +1,15 @@
-"""Layers: Flax Linen modules, and the pure functions under them."""
+"""Layers: Flax Linen modules for your own nets, and the pure functions under them.
+
+    import jax
+    import jax.numpy as jnp
+    from cnn_jax import nn
+
+    layer = nn.Conv(32, kernel_size=3, strides=2)
+
+Images are NHWC. A layer that behaves otherwise in training is called with the keyword `train` (or
+Flax's own `deterministic` and `use_running_average`). All of them differentiate in every mode and
+order, and under `vmap`, on every backend. The examples below assume these imports.
+"""
 
 from cnn_jax.nn.conv import (
     Conv,

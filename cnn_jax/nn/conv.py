@@ -11,10 +11,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.cpu import channel_sums, convolve, on_cpu
+from cnn_jax.nn.cpu import broadcast_channels, convolve, on_cpu
 from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
 
 _PAD_MODE = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
+_EPSILON = 1e-5  # of weight standardization
 
 
 def conv2d(
@@ -26,7 +27,7 @@ def conv2d(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Float[Array, 'b h2 w2 f']:
-    """Convolution, which as everywhere in deep learning is a cross-correlation.
+    """Convolve images; as everywhere in deep learning this is a cross-correlation.
 
     y[b,i,j,f] = Σ_{p,q,c} x̃[b, i·s + p·d, j·s + q·d, c] · kernel[p,q,c,f], x̃ the padded x.
 
@@ -34,16 +35,19 @@ def conv2d(
         x: Images; any float type, the kernel's.
         kernel: Taps; with groups g, output f sees the c/g channels of its group alone.
         stride: Pixels between neighbouring windows.
-        padding: See `cnn_jax.nn.padding.resolve_padding`; zeros, but for CIRCULAR (the opposite
-            edge) and REFLECT (mirrored about the edge pixel).
+        padding: See `resolve_padding`; zeros, but for CIRCULAR (the opposite edge) and REFLECT
+            (mirrored about the edge pixel).
         dilation: Pixels between neighbouring taps.
         groups: Parts into which the channels are split; divides c and f.
 
     Returns:
-        Of the size that `cnn_jax.nn.padding.output_shape` says.
+        Images of the size that `output_shape` gives.
 
     Errors:
         UserError: The kernel does not fit the padded input.
+
+    >>> nn.conv2d(jnp.ones((1, 7, 7, 3)), jnp.ones((3, 3, 3, 8)), stride=2, padding='VALID').shape
+    (1, 3, 3, 8)
     """
     pads = resolve_padding(padding, x.shape[1:3], kernel.shape[:2], stride, dilation)
     if isinstance(padding, str) and padding in _PAD_MODE:
@@ -68,7 +72,8 @@ class Conv(nn.Module):
 
     Attributes:
         features: Channels of the output, f.
-        kernel_size, strides, padding, dilation, groups: As in `conv2d`.
+        kernel_size, strides, padding, kernel_dilation, feature_group_count: As the kernel, stride,
+            padding, dilation and groups of `conv2d`; the names are Flax's.
         use_bias: Whether to add a bias.
         standardize: Whether the kernel is standardized filter by filter before it is used; see
             `standardize_kernel`.
@@ -79,14 +84,18 @@ class Conv(nn.Module):
     Parameters are float32: kernel [kh, kw, c/g, f] and bias [f].
 
     Source: He et al. 2015, "Delving Deep into Rectifiers", for the initialization.
+
+    >>> layer = nn.Conv(16, kernel_size=7, strides=2, padding='VALID')
+    >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 96, 96, 3)))[0].shape
+    (1, 45, 45, 16)
     """
 
     features: int
     kernel_size: Size = 3
     strides: Size = 1
     padding: Padding = 'SAME'
-    dilation: Size = 1
-    groups: int = 1
+    kernel_dilation: Size = 1
+    feature_group_count: int = 1
     use_bias: bool = True
     standardize: bool = False
     dtype: Dtype | None = None
@@ -94,17 +103,16 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h2 w2 f']:
-        layer = '/'.join(self.path) or 'Conv'
-        if x.shape[-1] % self.groups or self.features % self.groups:
+        layer, groups = '/'.join(self.path) or 'Conv', self.feature_group_count
+        if x.shape[-1] % groups or self.features % groups:
             raise UserError(
-                f'{layer}: {self.groups} groups must divide both the {x.shape[-1]} channels of '
+                f'{layer}: {groups} groups must divide both the {x.shape[-1]} channels of '
                 f'its input and its {self.features} features'
             )
         # conv2d would refuse the same window, without knowing the layer's name.
-        output_shape(
-            x.shape[1:3], self.kernel_size, self.strides, self.dilation, self.padding, layer=layer
-        )
-        shape = (*pair(self.kernel_size), x.shape[-1] // self.groups, self.features)
+        window = self.kernel_size, self.strides, self.kernel_dilation, self.padding
+        output_shape(x.shape[1:3], *window, layer=layer)
+        shape = (*pair(self.kernel_size), x.shape[-1] // groups, self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         if self.standardize:
             kernel = standardize_kernel(kernel)
@@ -117,17 +125,14 @@ class Conv(nn.Module):
             kernel,
             stride=self.strides,
             padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
+            dilation=self.kernel_dilation,
+            groups=groups,
         )
         return y if bias is None else add_bias(y, bias)
 
 
-_EPSILON = 1e-5
-
-
 def standardize_kernel(kernel: Float[Array, 'kh kw c f']) -> Float[Array, 'kh kw c f']:
-    """The kernel with mean 0 and variance 1 over the numbers of each filter.
+    """Give each filter of a kernel mean 0 and variance 1.
 
     ŵ[…,f] = (w[…,f] − μ_f) / √(σ_f² + ε), μ_f and σ_f² the mean and biased variance of filter f
 
@@ -139,19 +144,25 @@ def standardize_kernel(kernel: Float[Array, 'kh kw c f']) -> Float[Array, 'kh kw
 
     Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization".
+
+    >>> nn.standardize_kernel(jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1)).round(2).ravel().tolist()
+    [-1.0, 1.0]
     """
     centred = kernel - jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
     variance = jnp.mean(centred**2, axis=(0, 1, 2), keepdims=True)
     return centred * lax.rsqrt(variance + _EPSILON)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def add_bias(x: Float[Array, '... c'], bias: Float[Array, ' c']) -> Float[Array, '... c']:
-    """x + bias; reverse-mode differentiable, the gradient of the bias by `channel_sums`."""
+    """x + bias, whose gradient is summed as `broadcast_channels` says."""
     return x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, dy: (dy, channel_sums(dy)))
+@add_bias.defjvp
+def _add_bias_jvp(primals, tangents):
+    dx, dbias = tangents
+    return add_bias(*primals), dx + broadcast_channels(dbias, dx.shape)
 
 
 def max_pool(
@@ -163,16 +174,19 @@ def max_pool(
     """The largest value of each window; the first of equal ones receives the gradient.
 
     Args:
-        x: images.
+        x: Images.
         window: Height and width of a window, in pixels; a single number means a square.
         stride: Pixels between neighbouring windows; None: the window's own size.
         padding: VALID, which ignores what does not fill a window, or SAME, TensorFlow's rule.
 
     Returns:
-        Of the size that `cnn_jax.nn.padding.output_shape` says.
+        Images of the size that `output_shape` gives.
 
     Errors:
         UserError: A window is larger than the padded image.
+
+    >>> nn.max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).item()
+    3.0
     """
     stride = stride or window
     output_shape(x.shape[1:3], window, stride, 1, padding, layer='max_pool')
@@ -188,6 +202,9 @@ def avg_pool(
     """The mean of each window, over those of its pixels that lie in the image.
 
     Arguments, result and errors as `max_pool`. (PyTorch counts the padding too, Keras does not.)
+
+    >>> nn.avg_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).item()
+    1.5
     """
     stride = stride or window
     output_shape(x.shape[1:3], window, stride, 1, padding, layer='avg_pool')
@@ -195,7 +212,11 @@ def avg_pool(
 
 
 def global_avg_pool(x: Float[Array, 'b h w c']) -> Float[Array, 'b c']:
-    """The mean of each channel over the image, added up in float32 and returned in x's type."""
+    """The mean of each channel over the image, added up in float32 and returned in x's type.
+
+    >>> nn.global_avg_pool(jnp.arange(4.0).reshape(1, 2, 2, 1)).tolist()
+    [[1.5]]
+    """
     return jnp.mean(x, axis=(1, 2))
 
 

@@ -11,12 +11,14 @@ import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import core, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from cnn_jax.nn.padding import Pair
@@ -56,18 +58,19 @@ def materialize(x):
     return lax.optimization_barrier(x)
 
 
-def channel_sums(x: Float[Array, '... c']) -> Float[Array, ' c']:
-    """The sum over every axis but the last.
+def broadcast_channels(b: Float[Array, ' c'], shape: tuple[int, ...]) -> Float[Array, '... c']:
+    """b along the last axis of an array of this shape.
 
-    On a CPU down whole rows of images first: XLA adds up long contiguous rows 2 to 10 times faster
-    than channels, one by one.
+    Its transpose, the gradient of a bias, is the sum over every axis but the last: on a CPU down
+    whole rows of images first, since XLA adds up long contiguous rows 2 to 10 times faster than
+    channels, one by one.
     """
-    if x.ndim < 3 or not on_cpu():
-        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
-    *_, width, channels = x.shape
-    rows = x.reshape(-1, width * channels)
-    row = lax.reduce(rows, jnp.zeros((), x.dtype), lax.add, (0,))
-    return jnp.sum(row.reshape(width, channels), axis=0)
+    wide = b.astype(jnp.promote_types(b.dtype, jnp.float32))  # in which the sum adds up
+    if len(shape) < 3 or not on_cpu():
+        return jnp.broadcast_to(wide, shape).astype(b.dtype)
+    *_, width, channels = shape
+    row = jnp.broadcast_to(wide, (width, channels)).astype(b.dtype).reshape(-1)
+    return jnp.broadcast_to(row, (math.prod(shape[:-2]), row.size)).reshape(shape)
 
 
 def sum_pair(
@@ -93,43 +96,160 @@ def sum_pair(
     return reduce(u, v, axes)
 
 
+# The operations below are primitives of JAX's, closed under differentiation: each one's derivatives
+# are again operations of the set, so that every mode and order works. (What JAX makes of the plain
+# formulas is slow on a CPU; a `custom_vjp` has no forward mode and, around `sequential_vmap`, no
+# second derivatives.) They are compiled in line, as if their functions had been called.
+
+
+def _primitive(name: str, function: Callable, outputs: int = 1) -> Primitive:
+    """A primitive that computes `function(*arrays, **settings)`, the settings hashable."""
+    primitive = Primitive(name)
+    primitive.multiple_results = outputs > 1
+
+    @functools.cache
+    def shapes(operands, settings):
+        arrays = [jax.ShapeDtypeStruct(*operand) for operand in operands]
+        return jax.eval_shape(functools.partial(function, **dict(settings)), *arrays)
+
+    def abstract(*avals, **settings):
+        operands = tuple((aval.shape, aval.dtype) for aval in avals)
+        out = shapes(operands, tuple(settings.items()))
+        return jax.tree.map(lambda s: core.ShapedArray(s.shape, s.dtype), out)
+
+    primitive.def_impl(function)
+    primitive.def_abstract_eval(abstract)
+    lowering = mlir.lower_fun(function, multiple_results=primitive.multiple_results)
+    mlir.register_lowering(primitive, lowering)
+    return primitive
+
+
+def scale_and_shift(
+    x: Float[Array, '...'], a: Float[Array, '...'], b: Float[Array, '...'], axes: tuple[int, ...]
+) -> Float[Array, '...']:
+    """x·a + b, a and b shaped like the axes of x that are not in `axes`.
+
+    The gradients of a and b are `sums_with`.
+    """
+    if on_cpu():
+        return _SCALE_AND_SHIFT.bind(x, a, b, axes=axes)
+    return _scale_and_shift(x, a, b, axes=axes)
+
+
+def sums_with(
+    x: Float[Array, '...'], u: Float[Array, '...'], axes: tuple[int, ...]
+) -> tuple[Float[Array, '...'], Float[Array, '...']]:
+    """Σu and Σu·x over `axes`, ascending, read together on a CPU.
+
+    As a function of u it is the transpose of `scale_and_shift`.
+    """
+    if on_cpu():
+        total, product = _SUMS_WITH.bind(x, u, axes=axes)
+        return total, product
+    return _sums_with_as_one(x, u, axes=axes)
+
+
+def _scale_and_shift(x, a, b, *, axes):
+    return x * jnp.expand_dims(a, axes) + jnp.expand_dims(b, axes)
+
+
+def _sums_with(x, u, *, axes):
+    return sum_pair(u, u * x, axes) if axes else (u, u * x)
+
+
+# As one function its transpose is one sum of two terms, in the primitive's order of additions.
+_sums_with_as_one = jax.jit(_sums_with, static_argnames='axes')
+
+_SCALE_AND_SHIFT = _primitive('scale_and_shift', _scale_and_shift)
+_SUMS_WITH = _primitive('sums_with', _sums_with, outputs=2)
+
+
+def _scale_and_shift_jvp(primals, tangents, *, axes):
+    x, a, _ = primals
+    dx, da, db = tangents
+    terms = []
+    if not (_is_zero(da) and _is_zero(db)):
+        da, db = ad.instantiate_zeros(da), ad.instantiate_zeros(db)
+        terms.append(_SCALE_AND_SHIFT.bind(x, da, db, axes=axes))
+    if not _is_zero(dx):
+        terms.append(dx * jnp.expand_dims(a, axes))
+    return _SCALE_AND_SHIFT.bind(*primals, axes=axes), sum(terms[1:], start=terms[0])
+
+
+def _scale_and_shift_transpose(dy, x, a, b, *, axes):
+    db, da = _SUMS_WITH.bind(x, ad.instantiate_zeros(dy), axes=axes)
+    return None, da, db
+
+
+def _sums_with_jvp(primals, tangents, *, axes):
+    x, u = primals
+    dx, du = tangents
+    total, product = _SUMS_WITH.bind(x, ad.instantiate_zeros(du), axes=axes)
+    if not _is_zero(dx):
+        product += jnp.sum(u * dx, axis=axes)
+    return _SUMS_WITH.bind(x, u, axes=axes), (total, product)
+
+
+def _sums_with_transpose(sums, x, u, *, axes):
+    total, product = (ad.instantiate_zeros(ct) for ct in sums)
+    return None, _SCALE_AND_SHIFT.bind(x, product, total, axes=axes)
+
+
+def _batched_over_axes(primitive, operands, batched, *, axes):
+    """Another leading axis for every operand: none of those that are summed over."""
+    size = next(x.shape[a] for x, a in zip(operands, batched) if a is not None)
+    operands = [
+        jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
+        for x, a in zip(operands, batched)
+    ]
+    out = primitive.bind(*operands, axes=tuple(a + 1 for a in axes))
+    return out, [0] * len(out) if primitive.multiple_results else 0
+
+
+def _is_zero(tangent):
+    return isinstance(tangent, ad.Zero)
+
+
+ad.primitive_jvps[_SCALE_AND_SHIFT] = _scale_and_shift_jvp
+ad.primitive_transposes[_SCALE_AND_SHIFT] = _scale_and_shift_transpose
+ad.primitive_jvps[_SUMS_WITH] = _sums_with_jvp
+ad.primitive_transposes[_SUMS_WITH] = _sums_with_transpose
+for _each in (_SCALE_AND_SHIFT, _SUMS_WITH):
+    batching.primitive_batchers[_each] = functools.partial(_batched_over_axes, _each)
+
+
+class Window(NamedTuple):
+    """A convolution's sizes (of image and kernel, in pixels and taps) and settings."""
+
+    size: Pair
+    taps: Pair
+    stride: Pair
+    pads: tuple[Pair, Pair]
+    dilation: Pair
+
+
 _FEW = 16  # numbers in a window: 3×3 taps of a grey image are 9
 
 
 def convolve(x, kernel, stride: Pair, pads: tuple[Pair, Pair], dilation: Pair) -> Any:
-    """`nn.conv.conv2d` of one group, its padding resolved; differentiable in reverse mode."""
+    """`nn.conv.conv2d` of one group, its padding resolved; differentiable in every mode."""
     # Eigen is 5 to 100 times slower where the kernel outgrows the image.
     if any(k > n for k, n in zip(kernel.shape, x.shape[1:3])):
         return _by_matmul(x, kernel, stride, pads, dilation)
-    return _convolve(x, kernel, stride, pads, dilation)
+    window = Window(x.shape[1:3], kernel.shape[:2], stride, pads, dilation)
+    return _CONV.bind(x, kernel, window=window, mapped=())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _convolve(x, kernel, stride, pads, dilation):
+def _conv(x, kernel, window):
     # Eigen is three times slower where a window holds few numbers. (A sum that XLA fuses is faster
     # by itself, but what is fused is computed again wherever the result is read.)
-    if _few(x, kernel):
-        return _by_rows(x, kernel, stride, pads, dilation)
-    return direct(x, kernel, stride, pads, dilation)
+    if _few(x, window):
+        return _by_rows(x, kernel, *window[2:])
+    return direct(x, kernel, *window[2:])
 
 
-def _forward(x, kernel, *window):
-    return _convolve(x, kernel, *window), (x, kernel)
-
-
-def _backward(stride, pads, dilation, inputs, dy):
-    (x, kernel), dy = inputs, materialize(dy)  # dy is read more than once
-    dx = _input_gradient(dy, kernel, x.shape[1:3], stride, pads, dilation)
-    if _few(x, kernel):
-        return dx, _kernel_gradient_by_rows(x, dy, kernel.shape, stride, pads, dilation)
-    return dx, _kernel_gradient(x, dy, kernel.shape[:2], stride, pads, dilation)
-
-
-_convolve.defvjp(_forward, _backward)
-
-
-def _few(x, kernel):
-    return math.prod(kernel.shape[:3]) <= _FEW and x.dtype == jnp.float32
+def _few(x, window):
+    return math.prod(window.taps) * x.shape[3] <= _FEW and x.dtype == jnp.float32
 
 
 def direct(x, kernel, stride=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1), spread=(1, 1)):
@@ -151,13 +271,19 @@ def direct(x, kernel, stride=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1), spr
     return one(x, kernel)
 
 
-def _kernel_gradient(x, dy, taps, stride, pads, dilation):
+def _kernel_gradient(x, dy, window):
     """dk[p,q,c,f] = Σ_{b,i,j} x̃[b, i·s + p·d, j·s + q·d, c] · dy[b,i,j,f].
 
     A convolution again: channels take the place of images and images that of channels, and dy
     that of the kernel, with stride and dilation exchanged.
     """
-    axes = zip(x.shape[1:3], taps, dy.shape[1:3], stride, pads, dilation)
+    dy = materialize(dy)  # it is read more than once
+    if _few(x, window):  # as a product of the windows with dy, which stays as it lies
+        shape = (*window.taps, x.shape[3], dy.shape[3])
+        rows = _rows(x, shape, *window[2:])
+        return (rows.reshape(len(rows), -1) @ dy.reshape(-1, shape[-1])).reshape(shape)
+    _, _, stride, pads, dilation = window
+    axes = zip(x.shape[1:3], window.taps, dy.shape[1:3], stride, pads, dilation)
     # So that exactly `taps` positions of dy fit.
     pads = [(lo, (k - 1) * d + (o - 1) * s + 1 - n - lo) for n, k, o, s, (lo, _), d in axes]
     result = direct(
@@ -170,19 +296,15 @@ def _kernel_gradient(x, dy, taps, stride, pads, dilation):
     return result.transpose(1, 2, 0, 3)
 
 
-def _kernel_gradient_by_rows(x, dy, shape, *window):
-    """The same as a product of the windows with dy, which stays as it lies."""
-    rows = _rows(x, shape, *window)
-    return (rows.reshape(len(rows), -1) @ dy.reshape(-1, shape[-1])).reshape(shape)
-
-
-def _input_gradient(dy, kernel, size, stride, pads, dilation):
+def _input_gradient(dy, kernel, window):
     """dx̃[b,i,j,c] = Σ_{p,q,f} dy[b, (i − p·d)/s, (j − q·d)/s, f] · k[p,q,c,f], where these divide.
 
     Pixels whose positions leave the same remainder after division by s see the same taps: each
     such phase is a convolution without gaps, and the phases are woven into one another. Filling
     dy with zeros between its pixels instead is up to 1.8 times slower.
     """
+    size, _, stride, pads, dilation = window
+    dy = materialize(dy)
     if any(s > 1 and d > 1 for s, d in zip(stride, dilation)):
         return _input_gradient_by_gaps(dy, kernel, size, stride, pads, dilation)
     first = [lo // s for (lo, _), s in zip(pads, stride)]
@@ -244,3 +366,56 @@ def _shifted(x, kernel_shape, stride, pads, dilation):
         bottom = top + stride[0] * (height - 1) + 1
         right = left + stride[1] * (width - 1) + 1
         yield x[:, top : bottom : stride[0], left : right : stride[1]]
+
+
+# A convolution's three products: each is linear in both of its operands, and its transposes are the
+# other two. A parameter `mapped` holds the mapped axis (0 or None) of both operands for each `vmap`
+# around them, the outermost first.
+
+
+def _product(name: str, function: Callable) -> Primitive:
+    def compute(left, right, *, window, mapped):
+        run = functools.partial(function, window=window)
+        for axes in reversed(mapped):
+            run = jax.vmap(run, axes)
+        return run(left, right)
+
+    def batch(operands, batched, *, window, mapped):
+        moved = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, batched)]
+        level = tuple(None if a is None else 0 for a in batched)
+        return primitive.bind(*moved, window=window, mapped=(level, *mapped)), 0
+
+    primitive = _primitive(name, compute)
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+_CONV = _product('conv', _conv)
+_INPUT_GRADIENT = _product('conv_input_gradient', _input_gradient)
+_KERNEL_GRADIENT = _product('conv_kernel_gradient', _kernel_gradient)
+
+
+def _transpose(product: Primitive, known: int, cotangent_first: bool) -> Callable:
+    """The cotangent of one operand: `product` of the result's cotangent and the known operand."""
+
+    def rule(ct, *operands, window, mapped):
+        pairs = [(ct, (0,) * len(mapped)), (operands[known], [level[known] for level in mapped])]
+        (left, left_axes), (right, right_axes) = pairs if cotangent_first else pairs[::-1]
+        levels = tuple(zip(left_axes, right_axes))
+        out = product.bind(left, right, window=window, mapped=levels)
+        # An operand that some `vmap` does not map has one cotangent for all of its calls.
+        shared = tuple(i for i, level in enumerate(mapped) if level[1 - known] is None)
+        return jnp.sum(out, axis=shared) if shared else out
+
+    return rule
+
+
+ad.defbilinear(  # of image and kernel
+    _CONV, _transpose(_INPUT_GRADIENT, 1, True), _transpose(_KERNEL_GRADIENT, 0, False)
+)
+ad.defbilinear(  # of the output's gradient and the kernel
+    _INPUT_GRADIENT, _transpose(_CONV, 1, True), _transpose(_KERNEL_GRADIENT, 0, True)
+)
+ad.defbilinear(  # of image and the output's gradient
+    _KERNEL_GRADIENT, _transpose(_INPUT_GRADIENT, 1, False), _transpose(_CONV, 0, False)
+)

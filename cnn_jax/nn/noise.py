@@ -11,23 +11,34 @@ from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from cnn_jax.nn.cpu import materialize
 
+Rate = float | Float[Array, '']
+Noise = Callable[[Key[Array, ''], Float[Array, '...'], Rate], Array]
+
+_LEVELS = 2**16
+_SEED_LEVELS = 2**24  # a seed of `drop_block` is rare, so its probability needs more digits
 _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
 
 
 def random_bits(key: Key[Array, ''], shape: tuple[int, ...]) -> UInt32[Array, '...']:
-    """32 random bits for each element: the first word of Threefry-2x32(key, (0, position)).
+    """Return 32 random bits for each element; with a Threefry key by arithmetic that XLA fuses.
 
-    `jax.random.bits` draws its bits in compiled loops; here they are plain arithmetic, and a
-    network with dropout compiles in about half the time. A CPU draws them once and stores them, an
-    accelerator where they are used.
+    They are the first word of Threefry-2x32(key, (0, position)). `jax.random.bits` draws its bits
+    in compiled loops; here they are plain arithmetic, and a network with dropout compiles in about
+    half the time. A CPU draws them once and stores them, an accelerator where they are used. Keys
+    of other kinds (`rbg`, `unsafe_rbg`) give what `jax.random.bits` gives.
 
     Args:
-        key: A threefry key.
-        shape: At most 2³² elements.
+        key: A random key of any kind, typed or raw.
+        shape: Shape of the result, at most 2³² elements.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; 20 rounds.
+
+    >>> nn.random_bits(jax.random.key(0), (2, 3)).dtype
+    dtype('uint32')
     """
+    if str(jax.random.key_impl(key)) != 'threefry2x32':
+        return materialize(jax.random.bits(key, shape, jnp.uint32))
     k0, k1 = jax.random.key_data(key)
     position = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return materialize(_threefry(k0, k1, jnp.zeros_like(position), position)[0])
@@ -45,18 +56,13 @@ def _threefry(k0, k1, x0, x1):
     return x0, x1
 
 
-_LEVELS = 2**16
-
-Noise = Callable[[Key[Array, ''], Float[Array, '...'], float | Float[Array, '']], Array]
-
-
 def dropout(
     key: Key[Array, ''],
     x: Float[Array, '... c'],
-    rate: float | Float[Array, ''],
+    rate: Rate,
     shape: tuple[int, ...] | None = None,
 ) -> Float[Array, '... c']:
-    """Sets each element to zero with probability r and divides the others by 1 − r.
+    """Set each element to zero with probability r and divide the others by 1 − r.
 
     y = x · m / (1 − r), m ~ Bernoulli(1 − r); so E[y] = x and Var[y] = x² · r / (1 − r).
 
@@ -65,12 +71,15 @@ def dropout(
     XLA may flush subnormals) and 1 (y is zero) are exact, with their gradients.
 
     Args:
-        key: Random key; the same key gives the same mask.
-        x: input.
+        key: A random key; the same key gives the same mask.
+        x: The input.
         rate: r, 0 to 1; traced or not, the computation is the same.
-        shape: Of the mask, if elements share theirs; broadcasts to the shape of x.
+        shape: Shape of the mask, if elements share theirs; broadcasts to the shape of x.
 
     Source: Srivastava et al. 2014, "Dropout"; the division is the "inverted" form in use today.
+
+    >>> nn.dropout(jax.random.key(0), jnp.ones((2, 3)), 0.0).tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     kept = jnp.round((1 - jnp.asarray(rate, jnp.float32)) * _LEVELS).astype(jnp.uint32)
 
@@ -80,30 +89,50 @@ def dropout(
     return jnp.where(is_kept, x.astype(compute) * scale, 0).astype(x.dtype)
 
 
+def is_training(train: bool | None, inference: bool | None, name: str) -> bool:
+    """The mode of a call that says either `train` or, as Flax does, the opposite (`name`)."""
+    if (train is None) == (inference is None):
+        raise TypeError(f'call the layer with either train=… or {name}=…')
+    return bool(train) if inference is None else not inference
+
+
 class Dropout(nn.Module):
-    """A noise in training, the identity at inference.
+    """Noise in training, the identity at inference.
 
     Attributes:
-        rate: How much of it: for `dropout` the probability that an element is dropped, 0 to 1; a
-            float or a traced scalar, so that one compiled step serves every rate.
-        noise: Called as `noise(key, x, rate)`.
+        rate: Strength of the noise: for `dropout` the probability that an element is dropped, 0 to
+            1; a float or a traced scalar, so that one compiled step serves every rate.
+        noise: A function called as `noise(key, x, rate)`, such as `channel_dropout`.
 
-    Draws from the random stream 'dropout', whatever the rate, so no rate shifts another
-    layer's mask.
+    Call it with `train`, or with Flax's `deterministic`, its opposite. It draws from the random
+    stream 'dropout', whatever the rate, so no rate shifts another layer's mask.
+
+    >>> layer = nn.Dropout(0.5)
+    >>> y = layer.apply({}, jnp.ones((4, 4)), train=True, rngs={'dropout': jax.random.key(0)})
+    >>> sorted(set(y.ravel().tolist()))
+    [0.0, 2.0]
     """
 
-    rate: float | Float[Array, '']
+    rate: Rate
     noise: Noise = dropout
 
     @nn.compact
-    def __call__(self, x: Float[Array, '... c'], *, train: bool) -> Float[Array, '... c']:
-        return self.noise(self.make_rng('dropout'), x, self.rate) if train else x
+    def __call__(
+        self,
+        x: Float[Array, '... c'],
+        *,
+        train: bool | None = None,
+        deterministic: bool | None = None,
+    ) -> Float[Array, '... c']:
+        if not is_training(train, deterministic, 'deterministic'):
+            return x
+        return self.noise(self.make_rng('dropout'), x, self.rate)
 
 
 def channel_dropout(
-    key: Key[Array, ''], x: Float[Array, 'b ... c'], rate: float | Float[Array, '']
+    key: Key[Array, ''], x: Float[Array, 'b ... c'], rate: Rate
 ) -> Float[Array, 'b ... c']:
-    """Sets each channel of each example to zero with probability r, divides the others by 1 − r.
+    """Set each channel of each example to zero with probability r, divide the others by 1 − r.
 
     y[b,…,c] = x[b,…,c] · m[b,c] / (1 − r), m ~ Bernoulli(1 − r)
 
@@ -112,18 +141,50 @@ def channel_dropout(
 
     Source: Tompson et al. 2015, "Efficient Object Localization Using Convolutional Networks",
     where it is called spatial dropout.
+
+    >>> y = nn.channel_dropout(jax.random.key(0), jnp.ones((2, 5, 5, 3)), 0.5)
+    >>> bool((y == y[:, :1, :1]).all())
+    True
     """
     shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
     return dropout(key, x, rate, shape)
 
 
-_SEED_LEVELS = 2**24  # a seed is rare, so its probability needs more digits than a rate
+def stochastic_depth(
+    key: Key[Array, ''], x: Float[Array, 'b ...'], rate: Rate
+) -> Float[Array, 'b ...']:
+    """Set the branch x of each example to zero with probability r, divide the others by 1 − r.
+
+    y[b] = x[b] · m[b] / (1 − r), m ~ Bernoulli(1 − r); the layer's output is shortcut + y.
+
+    Huang et al. do not divide in training and multiply by 1 − r at inference. Divided, the branch
+    has the same mean in training and inference needs no rate; the two are the same but for the
+    scale in which the branch's last layer learns. Arguments and exactness as in `dropout`.
+
+    Source: Huang et al. 2016, "Deep Networks with Stochastic Depth".
+
+    >>> y = nn.stochastic_depth(jax.random.key(0), jnp.ones((8, 5, 5, 3)), 0.5)
+    >>> bool((y == y[:, :1, :1, :1]).all())
+    True
+    """
+    return dropout(key, x, rate, (x.shape[0], *(1,) * (x.ndim - 1)))
+
+
+def depth_rate(rate: Rate, number: int, count: int) -> Rate:
+    """The rate of stochastic depth for branch `number` of `count`, from 1: r_l = r · l / L.
+
+    Source: Huang et al. 2016, equation 4, with r = 1 − p_L.
+
+    >>> [nn.depth_rate(0.5, number, 2) for number in (1, 2)]
+    [0.25, 0.5]
+    """
+    return rate * (number / count)
 
 
 def drop_block(
-    key: Key[Array, ''], x: Float[Array, 'b h w c'], rate: float | Float[Array, ''], side: int = 7
+    key: Key[Array, ''], x: Float[Array, 'b h w c'], rate: Rate, side: int = 7
 ) -> Float[Array, 'b h w c']:
-    """Sets k×k squares of each channel to zero and scales the rest to make up for it.
+    """Set k×k squares of each channel to zero and scale the rest to make up for it.
 
     y = x · m · count(m) / Σm,   γ = r/k² · h·w / ((h − k + 1)·(w − k + 1))
 
@@ -133,13 +194,17 @@ def drop_block(
     (1 − γ)ⁿ. Rate 0 is the identity, bit for bit; if all is dropped, y is 0.
 
     Args:
-        key: Random key; the same key gives the same mask.
+        key: A random key; the same key gives the same mask.
         x: Feature maps.
         rate: r, 0 to 1; traced or not, the computation is the same. γ is at most 1.
         side: k, in pixels; clipped to the height and the width.
 
     Source: Ghiasi et al. 2018, "DropBlock", algorithm 1, with a mask for each channel. There a
     seed is the centre of its square, which for odd k is the same distribution.
+
+    >>> y = nn.drop_block(jax.random.key(0), jnp.ones((2, 9, 9, 3)), 0.2, side=3)
+    >>> bool((y == 0).any())
+    True
     """
     height, width = x.shape[1:3]
     sides = min(side, height), min(side, width)
@@ -157,46 +222,22 @@ def drop_block(
 
 
 def _spread(mask: Bool[Array, 'b h w c'], axis: int, side: int) -> Bool[Array, 'b h2 w2 c']:
-    """Each True becomes a run of `side` from there on; the axis grows by side − 1."""
-    mask = _moved(mask, axis, 0, side - 1)
+    """Let each True become a run of `side` from there on; the axis grows by side − 1."""
+    mask = _shift(mask, axis, 0, side - 1)
     run = 1
     while run < side:  # runs of any length from few shifts: 1, 2, 4, … and what is left
         step = min(run, side - run)
-        mask, run = mask | _moved(mask, axis, step, -step), run + step
+        mask, run = mask | _shift(mask, axis, step, -step), run + step
     return mask
 
 
-def _moved(mask: Array, axis: int, before: int, after: int) -> Array:
+def _shift(mask: Array, axis: int, before: int, after: int) -> Array:
     widths = [(before, after, 0) if a == axis else (0, 0, 0) for a in range(mask.ndim)]
     return lax.pad(mask, False, widths)
 
 
-def stochastic_depth(
-    key: Key[Array, ''], x: Float[Array, 'b ...'], rate: float | Float[Array, '']
-) -> Float[Array, 'b ...']:
-    """Sets the branch x of each example to zero with probability r, divides the others by 1 − r.
-
-    y[b] = x[b] · m[b] / (1 − r), m ~ Bernoulli(1 − r); the layer's output is shortcut + y.
-
-    Huang et al. do not divide in training and multiply by 1 − r at inference. Divided, the branch
-    has the same mean in training and inference needs no rate; the two are the same but for the
-    scale in which the branch's last layer learns. Arguments and exactness as in `dropout`.
-
-    Source: Huang et al. 2016, "Deep Networks with Stochastic Depth".
-    """
-    return dropout(key, x, rate, (x.shape[0], *(1,) * (x.ndim - 1)))
-
-
-def depth_rate(rate: float | Float[Array, ''], number: int, count: int) -> float | Float[Array, '']:
-    """The rate of branch `number` of `count`, from 1: r_l = r · l / L.
-
-    Source: Huang et al. 2016, equation 4, with r = 1 − p_L.
-    """
-    return rate * (number / count)
-
-
 def normal(key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
-    """Standard normal numbers by inversion, z = √2 · erf⁻¹(u), float32.
+    """Draw standard normal numbers by inversion, z = √2 · erf⁻¹(u), float32.
 
     u takes 2²³ equidistant values that lie symmetrically in (−1, 1), so |z| is below 5.3. Made of
     `random_bits`, for the reason given there; the same key gives the same numbers.
@@ -206,29 +247,33 @@ def normal(key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
 
 
 def gaussian_dropout(
-    key: Key[Array, ''], x: Float[Array, '... c'], rate: float | Float[Array, '']
+    key: Key[Array, ''], x: Float[Array, '... c'], rate: Rate
 ) -> Float[Array, '... c']:
-    """Multiplies each element by a normal number whose variance is that of dropout.
+    """Multiply each element by a normal number whose variance is that of dropout.
 
     y = x · (1 + √(r/(1 − r)) · z), z ~ N(0, 1); so E[y] = x and Var[y] = x² · r / (1 − r).
 
     Args:
-        key: Random key; the same key gives the same noise.
-        x: input.
+        key: A random key; the same key gives the same noise.
+        x: The input.
         rate: r, 0 up to but not including 1; traced or not. 0 is the identity, bit for bit.
 
     Source: Srivastava et al. 2014, "Dropout", section 10; the variance as in Keras's
     `GaussianDropout`.
+
+    >>> nn.gaussian_dropout(jax.random.key(0), jnp.ones((2, 3)), 0.5).shape
+    (2, 3)
     """
     rate = jnp.asarray(rate, jnp.float32)
     factor = 1 + jnp.sqrt(rate / (1 - rate)) * normal(key, x.shape)
-    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)
+    compute = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(compute) * factor.astype(compute)).astype(x.dtype)
 
 
 def add_noise(
     key: Key[Array, ''], x: Float[Array, '...'], deviation: float | Float[Array, '']
 ) -> Float[Array, '...']:
-    """Adds a normal number to each element.
+    """Add a normal number to each element.
 
     y = x + σ·z, z ~ N(0, 1)
 
@@ -236,15 +281,19 @@ def add_noise(
     compilation serves every σ at no cost to runs without noise.
 
     Args:
-        key: Random key; the same key gives the same noise.
-        x: input.
+        key: A random key; the same key gives the same noise.
+        x: The input.
         deviation: σ, at least 0, in units of x; traced or not.
 
     Source: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization".
+
+    >>> nn.add_noise(jax.random.key(0), jnp.zeros((2, 3)), 0.1).shape
+    (2, 3)
     """
 
     def noisy(x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (wide + deviation * normal(key, x.shape)).astype(x.dtype)
+        compute = jnp.promote_types(x.dtype, jnp.float32)
+        noise = deviation * normal(key, x.shape)
+        return (x.astype(compute) + noise.astype(compute)).astype(x.dtype)
 
     return lax.cond(jnp.asarray(deviation) > 0, noisy, lambda x: x, x)

@@ -28,7 +28,7 @@ def resolve_padding(
     *,
     layer: str = 'conv2d',
 ) -> tuple[Pair, Pair]:
-    """Pixels added before and after each axis, for any way of stating the padding.
+    """The pixels added before and after each axis, for any way of stating the padding.
 
     With e = d·(k−1) + 1, what a kernel of k taps spans at dilation d, an axis of n pixels gets
 
@@ -45,7 +45,7 @@ def resolve_padding(
         kernel_size: Taps of the kernel.
         stride: Pixels between neighbouring windows.
         dilation: Pixels between neighbouring taps.
-        layer: What an error calls this window.
+        layer: Name of the window's layer, for errors.
 
     Returns:
         ((top, bottom), (left, right)).
@@ -55,6 +55,9 @@ def resolve_padding(
             REFLECT or CIRCULAR ask for more pixels than the input has to give.
 
     Source: TensorFlow's "Notes on padding"; PyTorch's `Conv2d(padding='same')`.
+
+    >>> nn.resolve_padding('SAME', 8, 3, stride=2), nn.resolve_padding('SAME_TORCH', 8, 3, stride=2)
+    (((0, 1), (0, 1)), ((1, 1), (1, 1)))
     """
     size = pair(size)
     extent = tuple(d * (k - 1) + 1 for k, d in zip(pair(kernel_size), pair(dilation)))
@@ -92,9 +95,12 @@ def output_shape(
     *,
     layer: str = 'conv2d',
 ) -> Pair:
-    """Height and width of what a sliding window produces: the number of its positions.
+    """Height and width of the output of a sliding window: the number of its positions.
 
     ⌊(n + lo + hi − d·(k−1) − 1) / s⌋ + 1 an axis. Arguments and errors as `resolve_padding`.
+
+    >>> nn.output_shape(7, 3, stride=1, padding='VALID'), nn.output_shape(7, 3, 2, padding='VALID')
+    ((5, 5), (3, 3))
     """
     pads = resolve_padding(padding, size, kernel_size, stride, dilation, layer=layer)
     axes = zip(pair(size), pair(kernel_size), pair(stride), pair(dilation), pads)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from cnn_jax.nn.conv import Conv
+from cnn_jax.nn.conv import Conv, add_bias
 from cnn_jax.nn.cpu import materialize, on_cpu
 from cnn_jax.params import Flat
 
@@ -56,7 +56,7 @@ def winograd_interceptor(call, args, kwargs, context):
     if kernel.ndim != 3:
         return call(*args, **kwargs)
     (x,) = args
-    return winograd_conv2d(x, kernel) + layer.get_variable('params', 'bias')
+    return add_bias(winograd_conv2d(x, kernel), layer.get_variable('params', 'bias'))
 
 
 def transform_kernel(kernel: Float[Array, '3 3 c f']) -> Float[Array, '36 c f']:
