@@ -37,11 +37,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def make_dropout(config: Model, name: str) -> Dropout:
-    """The layer of the kind and the rate that a config asks for, called as `layer(x, train=...)`.
+    """Make the dropout layer that a config asks for, called as `layer(x, train=...)`.
 
     Args:
         config: Reads drop_kind, drop_block and dropout, which may be traced.
-        name: Of the layer.
+        name: The layer's name.
     """
     kinds = {
         'element': dropout,
@@ -53,12 +53,12 @@ def make_dropout(config: Model, name: str) -> Dropout:
 
 
 def make_norm(config: Model, kind: str, name: str) -> nn.Module:
-    """The layer of a kind, called as `layer(x, train=...)`.
+    """Make a normalization layer by name, called as `layer(x, train=...)`.
 
     Args:
         config: Reads norm_momentum, norm_epsilon, norm_groups, ghost_batch, renorm_r and renorm_d.
-        kind: Batch | ghost | renorm | group | layer | instance.
-        name: Of the layer.
+        kind: batch | ghost | renorm | group | layer | instance.
+        name: The layer's name.
     """
     epsilon = config.norm_epsilon
     groups = {'group': config.norm_groups, 'layer': 1, 'instance': None}
@@ -77,8 +77,8 @@ class Head(nn.Module):
     width, then the output Dense.
 
     Attributes:
-        config: Reads pool, hidden, head_norm, head_dropout, dtype and what
-            `activation_and_norm` does. Dropout rate and momentum may be traced.
+        config: Reads pool, hidden, head_norm, head_dropout, dtype and the fields of
+            `activation_and_norm`. Dropout rate and momentum may be traced.
         num_outputs: K.
 
     Layers: `dense1`, `norm1`, `drop1`, `dense2`, …, `logits`. Hidden kernels start He-normal,
@@ -107,14 +107,14 @@ class Head(nn.Module):
 def activation_and_norm(
     x: Float[Array, '... c'], config: Model, *, norm: str, name: str, train: bool
 ) -> Float[Array, '... c']:
-    """Activation and normalization in the configured order, inside a compact module.
+    """Apply activation and normalization in the configured order, inside a compact module.
 
     Args:
-        x: What a convolution or Dense layer returned.
-        config: Reads activation, norm_position and what `make_norm` does.
+        x: The output of a convolution or Dense layer.
+        config: Reads activation, norm_position and the fields of `make_norm`.
         norm: `none`, or a kind that `make_norm` knows.
-        name: Of the normalization layer.
-        train: Whether the batch's own statistics are used.
+        name: The normalization layer's name.
+        train: Whether the batch's own statistics are used; else the running averages.
     """
     activation = ACTIVATIONS[config.activation]
     if norm == 'none':
@@ -189,10 +189,10 @@ class StridedNet(nn.Module):
 
 
 def feature_map_size(config: Model, size: Size) -> Pair:
-    """Height and width of what the head sees, from those of the image.
+    """Height and width of the feature map that the head reads, from those of the image.
 
     Errors:
-        UserError: a convolution's kernel does not fit its input; the message names the layer.
+        UserError: A convolution's kernel does not fit its input; the message names the layer.
     """
     c, size = config, pair(size)
     if c.stem_width:
@@ -253,7 +253,7 @@ class VGG16(nn.Module):
     Attributes:
         cut: The last layer computed, one of `vgg16_layers`; None is the last there is.
         include_top: Whether the fully connected layers are there; the input is 224×224 then.
-        dtype: Of the computation; parameters are float32.
+        dtype: Type of the computation; parameters are float32.
 
     Source: Simonyan and Zisserman 2015, arXiv:1409.1556, configuration D; layer names of
     `keras.applications.VGG16`.
@@ -336,7 +336,7 @@ class Classifier(nn.Module):
         return self.classify(self.features(x, train=train), train=train)
 
     def features(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b i j d']:
-        """What the backbone makes of prepared images."""
+        """The backbone's output for prepared images."""
         return self.backbone(x, train=train)
 
     def classify(self, features: Float[Array, 'b i j d'], *, train: bool) -> Float[Array, 'b k']:
@@ -345,7 +345,7 @@ class Classifier(nn.Module):
 
 
 def build(config: Model, num_classes: int) -> nn.Module:
-    """The network that a config describes, called as `model(images, train=...)`.
+    """Build the network that a config describes, called as `model(images, train=...)`.
 
     Args:
         config: The network's fields. Values (rates, momentum) may be traced.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Layer:
-    """One row: `flops` are those of the forward pass for one example."""
+    """A row of the summary; `flops` are those of the forward pass for one example."""
 
     path: str
     kind: str
@@ -28,7 +28,7 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
 
     Args:
         model: Module called as `model(x, train=False)`.
-        input_shape: Of one example: height, width, channels.
+        input_shape: Shape of one example: height, width, channels.
 
     Returns:
         One `Layer` for each module that calls no other. Nothing is computed, only shapes are.
@@ -60,7 +60,7 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
 def summary(model: nn.Module, input_shape: tuple[int, ...]) -> str:
     """The network as a table of at most 100 columns, its totals in the last line.
 
-    Arguments and what is counted as in `layers`.
+    Arguments and counts as in `layers`.
     """
     rows = layers(model, input_shape)
     name = max(len(row.path) for row in rows)

@@ -58,6 +58,11 @@ def materialize(x):
     return lax.optimization_barrier(x)
 
 
+def compute_type(x: Array) -> jnp.dtype:
+    """The type in which sums and noise are computed: float32, or x's if that is wider."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
 def broadcast_channels(b: Float[Array, ' c'], shape: tuple[int, ...]) -> Float[Array, '... c']:
     """b along the last axis of an array of this shape.
 
@@ -65,7 +70,7 @@ def broadcast_channels(b: Float[Array, ' c'], shape: tuple[int, ...]) -> Float[A
     whole rows of images first, since XLA adds up long contiguous rows 2 to 10 times faster than
     channels, one by one.
     """
-    wide = b.astype(jnp.promote_types(b.dtype, jnp.float32))  # in which the sum adds up
+    wide = b.astype(compute_type(b))  # in which the sum adds up
     if len(shape) < 3 or not on_cpu():
         return jnp.broadcast_to(wide, shape).astype(b.dtype)
     *_, width, channels = shape

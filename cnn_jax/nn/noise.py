@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
-from cnn_jax.nn.cpu import materialize
+from cnn_jax.nn.cpu import compute_type, materialize
 
 Rate = float | Float[Array, '']
 Noise = Callable[[Key[Array, ''], Float[Array, '...'], Rate], Array]
@@ -83,7 +83,7 @@ def dropout(
     """
     kept = jnp.round((1 - jnp.asarray(rate, jnp.float32)) * _LEVELS).astype(jnp.uint32)
 
-    compute = jnp.promote_types(x.dtype, jnp.float32)
+    compute = compute_type(x)
     scale = _LEVELS / jnp.maximum(kept, 1).astype(compute)
     is_kept = random_bits(key, shape or x.shape) >> 16 < kept
     return jnp.where(is_kept, x.astype(compute) * scale, 0).astype(x.dtype)
@@ -215,7 +215,7 @@ def drop_block(
     corners = random_bits(key, (x.shape[0], *places, x.shape[3])) >> 8 < threshold
     dropped = _spread(materialize(_spread(materialize(corners), 1, sides[0])), 2, sides[1])
 
-    compute = jnp.promote_types(x.dtype, jnp.float32)
+    compute = compute_type(x)
     kept = ~materialize(dropped)
     scale = x.size / jnp.maximum(jnp.sum(kept, dtype=jnp.int32), 1).astype(compute)
     return jnp.where(kept, x.astype(compute) * scale, 0).astype(x.dtype)
@@ -266,7 +266,7 @@ def gaussian_dropout(
     """
     rate = jnp.asarray(rate, jnp.float32)
     factor = 1 + jnp.sqrt(rate / (1 - rate)) * normal(key, x.shape)
-    compute = jnp.promote_types(x.dtype, jnp.float32)
+    compute = compute_type(x)
     return (x.astype(compute) * factor.astype(compute)).astype(x.dtype)
 
 
@@ -292,7 +292,7 @@ def add_noise(
     """
 
     def noisy(x):
-        compute = jnp.promote_types(x.dtype, jnp.float32)
+        compute = compute_type(x)
         noise = deviation * normal(key, x.shape)
         return (x.astype(compute) + noise.astype(compute)).astype(x.dtype)
 

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.cpu import scale_and_shift, sums_with
+from cnn_jax.nn.cpu import compute_type, scale_and_shift, sums_with
 from cnn_jax.nn.noise import is_training
 
 
@@ -257,11 +257,6 @@ def _normalize(x, mu, sigma2, scale, bias, axes, epsilon):
     a = scale * lax.rsqrt(sigma2 + epsilon)
     b = bias - mu * a
     return x.astype(compute) * jnp.expand_dims(a, axes) + jnp.expand_dims(b, axes)
-
-
-def compute_type(x: Array) -> jnp.dtype:
-    """The type in which statistics of x are computed: float32, or x's if that is wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 class GroupNorm(nn.Module):

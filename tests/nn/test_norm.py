@@ -1,4 +1,4 @@
-"""BatchNorm against Keras, against its formula in NumPy, and its gradient."""
+"""Norms against Keras, against their formulas in NumPy, and their derivatives of every order."""
 
 import functools
 
@@ -11,45 +11,59 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from cnn_jax.nn.norm import BatchNorm, batch_normalize
+from cnn_jax.errors import UserError
+from cnn_jax.nn import (
+    BatchNorm,
+    BatchRenorm,
+    GhostBatchNorm,
+    GroupNorm,
+    batch_normalize,
+    group_normalize,
+)
+from cnn_jax.nn.cpu import compiling_for
+
+SHAPE = (8, 5, 4, 3)
+WIDE = {'r_max': 1e6, 'd_max': 1e6}
 
 
-def batches(count, shape, seed=0):
+def batches(count, shape=SHAPE, seed=0):
     rng = np.random.default_rng(seed)
     return [(2 * rng.normal(size=shape) + 3).astype(np.float32) for _ in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def train_step(layer, variables, x):
-    y, updated = layer.apply(variables, x, train=True, mutable=['batch_stats'])
-    return y, {**variables, **updated}
+def train(layer, variables, x):
+    return layer.apply(variables, x, train=True, mutable=['batch_stats'])
 
 
-@pytest.mark.parametrize(('axis', 'shape'), [(-1, (8, 5, 6, 4)), (1, (8, 4, 5, 6)), (-1, (16, 4))])
-def test_agrees_with_keras_in_training_and_inference(axis, shape):
-    theirs = keras.layers.BatchNormalization(axis=axis, momentum=0.9)
-    ours = BatchNorm(axis=axis, momentum=0.9)
+def theirs(call, *args, **kwargs):
+    """What Keras computes, which promotes as it likes."""
+    with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
+        return call(*args, **kwargs)
+
+
+@pytest.mark.parametrize('shape', [(8, 5, 6, 4), (16, 4)])
+def test_batch_norm_agrees_with_keras_in_training_and_inference(shape):
+    layer = keras.layers.BatchNormalization(momentum=0.9)
+    ours = BatchNorm(momentum=0.9)
     first, *rest = batches(6, shape)
     variables = ours.init(jax.random.key(0), first, train=True)
-    theirs.build(shape)
+    layer.build(shape)
     scale, bias = np.arange(1, 5, dtype=np.float32), np.arange(4, dtype=np.float32)
-    theirs.gamma.assign(scale)
-    theirs.beta.assign(bias)
+    layer.gamma.assign(scale)
+    layer.beta.assign(bias)
     variables = {**variables, 'params': {'scale': scale, 'bias': bias}}
 
     for x in rest:
-        y, variables = train_step(ours, variables, x)
-        np.testing.assert_allclose(y, theirs(x, training=True), rtol=1e-4, atol=1e-5)
+        y, updated = train(ours, variables, x)
+        variables |= updated
+        np.testing.assert_allclose(y, theirs(layer, x, training=True), rtol=1e-4, atol=1e-5)
     averages = variables['batch_stats']
-    np.testing.assert_allclose(averages['mean'], theirs.moving_mean, rtol=1e-5)
-    np.testing.assert_allclose(averages['var'], theirs.moving_variance, rtol=1e-5)
+    np.testing.assert_allclose(averages['mean'], layer.moving_mean, rtol=1e-5)
+    np.testing.assert_allclose(averages['var'], layer.moving_variance, rtol=1e-5)
     y = ours.apply(variables, first, train=False)
-    np.testing.assert_allclose(y, theirs(first, training=False), rtol=1e-5, atol=1e-5)
-
-
-def test_defaults_are_those_of_keras():
-    theirs = keras.layers.BatchNormalization()
-    assert (BatchNorm().momentum, BatchNorm().epsilon) == (theirs.momentum, theirs.epsilon)
+    np.testing.assert_allclose(y, theirs(layer, first, training=False), rtol=1e-5, atol=1e-5)
+    assert (BatchNorm().momentum, BatchNorm().epsilon) == (0.99, layer.epsilon)
 
 
 @settings(max_examples=6, deadline=None)
@@ -59,13 +73,12 @@ def test_defaults_are_those_of_keras():
 )
 def test_any_feature_axes_follow_the_formula(shape, data):
     subsets = st.sets(st.integers(0, len(shape) - 1), min_size=1, max_size=len(shape) - 1)
-    axis = tuple(data.draw(subsets))
-    x = batches(1, shape)[0]
-    y, variables = BatchNorm(axis=axis).init_with_output(jax.random.key(0), x, train=True)
-    others = tuple(a for a in range(x.ndim) if a not in axis)
+    others, x = tuple(sorted(data.draw(subsets))), batches(1, shape)[0]
+    features = [n for axis, n in enumerate(shape) if axis not in others]
+    y, mu, _ = batch_normalize(x, jnp.ones(features), jnp.zeros(features), others, 1e-3)
     mean, var = x.mean(others, keepdims=True), x.var(others, keepdims=True)
     np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-3), rtol=1e-3, atol=2e-3)
-    assert variables['batch_stats']['mean'].shape == tuple(x.shape[a] for a in sorted(axis))
+    assert mu.shape == tuple(features)
 
 
 def test_momentum_is_the_share_of_the_old_average():
@@ -73,35 +86,39 @@ def test_momentum_is_the_share_of_the_old_average():
     variables = BatchNorm().init(jax.random.key(0), x, train=True)
     np.testing.assert_array_equal(variables['batch_stats']['mean'], [0, 0])
     np.testing.assert_array_equal(variables['batch_stats']['var'], [1, 1])
-    _, variables = train_step(BatchNorm(momentum=0.75), variables, x)
-    np.testing.assert_allclose(variables['batch_stats']['mean'], [2.5, 2.5])
-    np.testing.assert_allclose(variables['batch_stats']['var'], [0.75, 0.75])
+    averages = train(BatchNorm(momentum=0.75), variables, x)[1]['batch_stats']
+    np.testing.assert_allclose(averages['mean'], [2.5, 2.5])
+    np.testing.assert_allclose(averages['var'], [0.75, 0.75])
 
 
-def test_one_compilation_serves_every_momentum():
-    traces = []
+def test_one_compilation_serves_every_momentum_and_every_limit():
+    x, variables = batches(1)[0], renorm_state(0.5)
 
     @jax.jit
-    def step(variables, x, momentum):
-        traces.append(momentum)
-        layer = BatchNorm(momentum=momentum)
-        return layer.apply(variables, x, train=True, mutable='batch_stats')[1]['batch_stats']
+    def step(momentum, r_max, d_max):
+        layer = BatchRenorm(momentum=momentum, r_max=r_max, d_max=d_max)
+        return layer.apply(variables, x, train=True, mutable='batch_stats')
 
-    x = batches(1, (8, 3))[0]
-    variables = BatchNorm().init(jax.random.key(0), x, train=True)
-    for momentum in (0.0, 0.5, 1.0):
-        mean = step(variables, x, momentum)['mean']
-        np.testing.assert_allclose(mean, (1 - momentum) * x.mean(0), rtol=1e-6)
-    assert len(traces) == 1
+    old = variables['batch_stats']['mean']
+    for momentum, r_max, d_max in ((0.0, 1.0, 0.0), (0.5, 3.0, 5.0), (1.0, 1e6, 1e6)):
+        y, updated = step(momentum, r_max, d_max)
+        assert np.isfinite(y).all()
+        expected = momentum * old + (1 - momentum) * x.mean((0, 1, 2))
+        np.testing.assert_allclose(updated['batch_stats']['mean'], expected, rtol=1e-5)
+    assert step._cache_size() == 1
 
 
-def test_frozen_uses_the_averages_and_leaves_them():
-    x = batches(1, (8, 3))[0]
-    layer = BatchNorm(frozen=True)
-    variables = layer.init(jax.random.key(0), x, train=True)
-    y, after = train_step(layer, variables, x)
-    np.testing.assert_array_equal(y, BatchNorm().apply(variables, x, train=False))
-    jax.tree.map(np.testing.assert_array_equal, after, variables)
+def test_flax_spells_the_mode_the_other_way_round():
+    x = batches(1)[0]
+    for layer in (BatchNorm(), GhostBatchNorm(group_size=4), BatchRenorm()):
+        variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        ours = layer.apply(variables, x, train=True, mutable='batch_stats')
+        flax = layer.apply(variables, x, use_running_average=False, mutable='batch_stats')
+        jax.tree.map(np.testing.assert_array_equal, ours, flax)
+        with pytest.raises(TypeError, match='use_running_average'):
+            layer.apply(variables, x)
+        with pytest.raises(TypeError, match='either'):
+            layer.apply(variables, x, train=True, use_running_average=True)
 
 
 def test_without_scale_and_bias_there_are_no_parameters():
@@ -112,58 +129,290 @@ def test_without_scale_and_bias_there_are_no_parameters():
     assert list(only_bias['params']) == ['bias']
 
 
-def test_bfloat16_inputs_have_float32_statistics():
-    x = jnp.asarray(batches(1, (64, 8, 8, 3))[0], jnp.bfloat16)
-    variables = BatchNorm().init(jax.random.key(0), x, train=True)
-    y, after = train_step(BatchNorm(momentum=0.0), variables, x)
-    assert y.dtype == jnp.bfloat16
-    assert after['batch_stats']['mean'].dtype == jnp.float32
-    exact = np.asarray(x, np.float64)
-    np.testing.assert_allclose(after['batch_stats']['mean'], exact.mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(after['batch_stats']['var'], exact.var((0, 1, 2)), rtol=1e-5)
-    gradient = jax.grad(lambda x: train_step(BatchNorm(), variables, x)[0][0, 0, 0, 0])(x)
-    assert gradient.dtype == jnp.bfloat16
-    assert BatchNorm(dtype='float32').apply(variables, x, train=False).dtype == jnp.float32
-
-
 @pytest.mark.parametrize(
-    ('shape', 'axes'), [((6, 3), (0,)), ((2, 4, 3, 5), (0, 1, 2)), ((3, 2, 4), (0, 2))]
+    'layer',
+    [
+        BatchNorm(momentum=0.0),
+        GhostBatchNorm(momentum=0.0, group_size=16),
+        BatchRenorm(),
+        GroupNorm(),
+    ],
+    ids=lambda layer: type(layer).__name__,
 )
-def test_gradients_agree_with_finite_differences(shape, axes):
+def test_bfloat16_inputs_have_float32_statistics(layer):
+    x = jnp.asarray(batches(1, (64, 8, 8, 3))[0], jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x, train=True)
+    y, after = train(layer, variables, x)
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} <= {np.dtype('float32')}
+    wide = train(layer, variables, x.astype(jnp.float32))[0]
+    np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
+    if isinstance(layer, BatchNorm) and layer.momentum == 0:
+        exact = np.asarray(x, np.float64)
+        np.testing.assert_allclose(after['batch_stats']['mean'], exact.mean((0, 1, 2)), rtol=1e-5)
+    gradient = jax.grad(lambda x: train(layer, variables, x)[0][0, 0, 0, 0])(x)
+    assert gradient.dtype == jnp.bfloat16
+
+
+def test_the_type_of_the_result_may_be_chosen():
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    layer = BatchNorm(dtype='float32')
+    assert layer.init_with_output(jax.random.key(0), x, train=False)[0].dtype == jnp.float32
+
+
+def case(name, shape, function, *parameters):
+    return pytest.param(shape, parameters, function, id=f'{name} {shape}')
+
+
+def along(axes):
+    return lambda x, *params: batch_normalize(x, *params, axes, 1e-3)
+
+
+def in_groups(groups):
+    return lambda x, *params: (group_normalize(x, *params, groups, 1e-3),)
+
+
+CASES = [
+    case('batch', (6, 3), along((0,)), (3,), (3,)),
+    case('batch', (2, 4, 3, 5), along((0, 1, 2)), (5,), (5,)),
+    case('batch', (3, 2, 4), along((0, 2)), (2,), (2,)),
+    case('ghost', (2, 2, 3, 2, 2), along((1, 2, 3)), (2, 2), (2, 2)),
+    case('group', (3, 2, 3, 4), in_groups(2), (4,), (4,)),
+    case('instance', (2, 3, 4), in_groups(4), (4,), (4,)),
+    case('layer', (3, 4), in_groups(1), (4,), (4,)),
+]
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+@pytest.mark.parametrize(('shape', 'parameters', 'function'), CASES)
+def test_derivatives_of_both_modes_and_orders(shape, parameters, function, platform):
     """Through the output and through both statistics, in float64."""
     rng = np.random.default_rng(0)
-    features = [n for axis, n in enumerate(shape) if axis not in axes]
-    x, scale, bias = (
-        rng.normal(size=shape) + 1,
-        rng.normal(size=features),
-        rng.normal(size=features),
-    )
+    arrays = [rng.normal(size=s) + 1 for s in (shape, *parameters)]
 
+    @jax.jit
     def wavy(x, scale, bias):
-        return [jnp.sin(v) for v in batch_normalize(x, scale, bias, axes, 1e-3)]
+        return [jnp.sin(v) for v in function(x, scale, bias)]
+
+    with jax.enable_x64(True), compiling_for(platform):
+        assert wavy(*arrays)[0].dtype == np.float64
+        check_grads(wavy, arrays, order=2, modes=['fwd', 'rev'], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('axes', [(0, 0), (0, None), (None, 0)], ids=str)
+@pytest.mark.parametrize('function', [along((0, 1, 2)), in_groups(3)], ids=['batch', 'group'])
+def test_every_derivative_of_many_models_at_once_is_that_of_each(function, axes):
+    rng = np.random.default_rng(0)
+    x, scale = rng.normal(size=(2, 4, 3, 2, 3)), rng.normal(size=(2, 3))
+    args = [a if axis == 0 else a[0] for a, axis in zip((x, scale), axes)]
+
+    def loss(x, scale):
+        return jnp.sum(jnp.sin(function(x, scale, scale)[0]))
+
+    def bent(x, scale):
+        return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, scale))
+
+    def shared(x, scale):
+        return jnp.sum(jax.vmap(loss, axes)(x, scale) ** 2)
+
+    def one_by_one(x, scale):
+        pick = [[a[i] if axis == 0 else a for a, axis in zip((x, scale), axes)] for i in (0, 1)]
+        return sum(loss(*each) ** 2 for each in pick)
 
     with jax.enable_x64(True):
-        assert batch_normalize(x, scale, bias, axes, 1e-3)[0].dtype == np.float64
-        check_grads(wavy, (x, scale, bias), order=1, modes=['rev'])
+        for derivative in (jax.grad(loss, (0, 1)), jax.grad(bent, (0, 1))):
+            at_once = jax.jit(jax.vmap(derivative, axes))(*args)
+            each = [
+                derivative(*(a[i] if axis == 0 else a for a, axis in zip(args, axes)))
+                for i in (0, 1)
+            ]
+            jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, np.stack(b)), at_once, *each)
+        ours, plain = (jax.jit(jax.grad(f, (0, 1)))(*args) for f in (shared, one_by_one))
+        jax.tree.map(np.testing.assert_allclose, ours, plain)
 
 
 def test_a_constant_input_is_finite_with_its_gradient():
     x = jnp.full((8, 2), 1e3)
     variables = BatchNorm().init(jax.random.key(0), x, train=True)
-    y, gradient = jax.value_and_grad(lambda x: train_step(BatchNorm(), variables, x)[0].sum())(x)
+    y, gradient = jax.value_and_grad(lambda x: train(BatchNorm(), variables, x)[0].sum())(x)
     assert np.isfinite(y)
     assert np.isfinite(gradient).all()
 
 
-def test_is_the_same_for_each_model_of_a_vmap():
-    x = jnp.stack(batches(3, (8, 4, 4, 2)))
-    scale, bias = jnp.ones(2), jnp.zeros(2)
+# Ghost batch norm is batch norm, group by group.
 
-    @jax.jit
-    def gradient(x):
-        return jax.grad(lambda x: (batch_normalize(x, scale, bias, (0, 1, 2), 1e-3)[0] ** 3).sum())(
-            x
-        )
 
-    for together, alone in zip(jax.vmap(gradient)(x), map(gradient, x)):
-        np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-4)
+def ghost_case(shape):
+    x = batches(1, shape)[0]
+    drawn = BatchNorm().init(jax.random.key(0), x, train=True)
+    return x, {**drawn, 'params': {'scale': jnp.arange(1.0, 4), 'bias': jnp.arange(3.0)}}
+
+
+@pytest.mark.parametrize('shape', [(12, 5, 4, 3), (12, 3)], ids=str)
+def test_each_group_is_normalized_as_a_batch_of_its_own(shape):
+    x, variables = ghost_case(shape)
+    y, updated = train(GhostBatchNorm(group_size=4, momentum=0.0), variables, x)
+    alone = [train(BatchNorm(momentum=0.0), variables, part) for part in np.split(x, 3)]
+    np.testing.assert_allclose(y, np.concatenate([part for part, _ in alone]), rtol=1e-5, atol=1e-5)
+    for name, average in updated['batch_stats'].items():
+        expected = np.mean([stats['batch_stats'][name] for _, stats in alone], axis=0)
+        np.testing.assert_allclose(average, expected, rtol=1e-5)
+    inference = GhostBatchNorm(group_size=5).apply(variables, x, train=False)
+    np.testing.assert_array_equal(inference, BatchNorm().apply(variables, x, train=False))
+
+
+def test_one_group_is_batch_norm_with_its_gradient():
+    x, variables = ghost_case((12, 5, 4, 3))
+
+    def loss(layer):
+        return jax.grad(lambda v, x: (train(layer, v, x)[0] ** 3).sum(), argnums=(0, 1))
+
+    ghost, batch = GhostBatchNorm(group_size=12), BatchNorm()
+    for a, b in zip(train(ghost, variables, x), train(batch, variables, x)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), a, b)
+    gradients = (loss(layer)(variables, x) for layer in (ghost, batch))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), *gradients)
+
+
+@pytest.mark.parametrize('layer', [GhostBatchNorm(group_size=5), GroupNorm(4)], ids=str)
+def test_groups_that_do_not_divide_are_a_mistake(layer):
+    with pytest.raises(UserError, match='must divide'):
+        layer.init(jax.random.key(0), batches(1, (12, 3, 3, 6))[0], train=True)
+
+
+# Batch renorm lies between batch norm and inference, and warms up from the former.
+
+
+def renorm_state(share):
+    averages = {'mean': jnp.array([1.0, 4, -20]), 'var': jnp.array([5.0, 0.1, 2])}
+    return {
+        'params': {'scale': jnp.arange(1.0, 4), 'bias': jnp.arange(3.0)},
+        'batch_stats': averages | {'share': jnp.float32(share)},
+    }
+
+
+def batch_norm_state():
+    averages = {k: v for k, v in renorm_state(1)['batch_stats'].items() if k != 'share'}
+    return {**renorm_state(1), 'batch_stats': averages}
+
+
+@pytest.mark.parametrize(
+    ('limits', 'share'), [({'r_max': 1.0, 'd_max': 0.0}, 1.0), (WIDE, 0.0)], ids=str
+)
+def test_without_correction_batch_renorm_is_batch_norm(limits, share):
+    """r = 1 and d = 0, by the limits or because the averages have seen nothing."""
+    x = batches(1)[0]
+    y, updated = train(BatchRenorm(**limits), renorm_state(share), x)
+    expected, stats = train(BatchNorm(), batch_norm_state(), x)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+    for name, average in stats['batch_stats'].items():
+        np.testing.assert_array_equal(updated['batch_stats'][name], average)
+
+
+def test_without_limits_training_gives_what_inference_gives():
+    x = batches(1)[0]
+    y, _ = train(BatchRenorm(**WIDE), renorm_state(1.0), x)
+    inference = BatchRenorm().apply(renorm_state(1.0), x, train=False)
+    np.testing.assert_array_equal(inference, BatchNorm().apply(batch_norm_state(), x, train=False))
+    np.testing.assert_allclose(y, inference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('share', [0.25, 1.0])
+def test_limits_follow_the_formula(share):
+    """One channel within the limits, one that meets r's, one that meets d's."""
+    x, epsilon, r_max, d_max = batches(1)[0], 1e-3, 3.0, 5.0
+    y, _ = train(BatchRenorm(r_max=r_max, d_max=d_max), renorm_state(share), x)
+    wide, state = np.asarray(x, np.float64), renorm_state(1)['batch_stats']
+    mean, var = (np.asarray(state[k], np.float64) for k in ('mean', 'var'))
+    batch = wide.mean((0, 1, 2)), np.sqrt(wide.var((0, 1, 2)) + epsilon)
+    running = mean, np.sqrt(var + epsilon)
+    limit = 1 + (r_max - 1) * share
+    r = np.clip(batch[1] / running[1], 1 / limit, limit)
+    d = np.clip((batch[0] - running[0]) / running[1], -d_max * share, d_max * share)
+    assert r[1] == limit
+    assert d[2] == d_max * share
+    expected = np.arange(1, 4) * ((wide - batch[0]) / batch[1] * r + d) + np.arange(3)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_share_that_stems_from_data_grows_as_the_averages_do():
+    x, layer = batches(1)[0], BatchRenorm(momentum=0.9)
+    variables, other = (layer.init(jax.random.key(0), x, train=t) for t in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, variables, other)
+    for step in range(4):
+        np.testing.assert_allclose(variables['batch_stats']['share'], 1 - 0.9**step, rtol=1e-5)
+        mean = (1 - 0.9**step) * x.mean((0, 1, 2))
+        np.testing.assert_allclose(variables['batch_stats']['mean'], mean, rtol=1e-4)
+        variables |= train(layer, variables, x)[1]
+
+
+def test_no_gradient_passes_through_the_corrections():
+    """∂y/∂x is that of the formula in which r and d are numbers."""
+    x = np.random.default_rng(0).normal(size=(6, 3)) + 1
+    with jax.enable_x64(True):
+        variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), renorm_state(1.0))
+        mu, sigma = x.mean(0), np.sqrt(x.var(0) + 1e-3)
+        running = variables['batch_stats']
+        std = np.sqrt(running['var'] + 1e-3)
+        r, d = np.clip(sigma / std, 1 / 3, 3), np.clip((mu - running['mean']) / std, -5, 5)
+        scale, bias = (variables['params'][name] for name in ('scale', 'bias'))
+
+        def fixed(x):
+            centred = x - x.mean(0, keepdims=True)
+            standard = centred / jnp.sqrt((centred**2).mean(0, keepdims=True) + 1e-3)
+            return jnp.sin((scale * r)[None] * standard + (scale * d + bias)[None])
+
+        def ours(x):
+            return jnp.sin(train(BatchRenorm(), variables, x)[0])
+
+        np.testing.assert_allclose(jax.jacrev(ours)(x), jax.jacrev(fixed)(x), rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(jax.jacfwd(ours)(x), jax.jacfwd(fixed)(x), rtol=1e-6, atol=1e-8)
+
+
+# Group, layer and instance norm.
+
+
+def apply_group(groups, x, scale, bias):
+    return GroupNorm(groups).apply({'params': {'scale': scale, 'bias': bias}}, x, train=True)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 3, 6])
+@pytest.mark.parametrize('shape', [(4, 5, 3, 6), (4, 6), (2, 7, 6)])
+def test_group_norm_agrees_with_keras_and_the_formula(shape, groups):
+    if len(shape) == 2 and groups == shape[-1]:
+        groups = 1  # one number a group says nothing
+    x, c = batches(1, shape)[0], shape[-1]
+    scale, bias = np.arange(1, c + 1, dtype=np.float32), np.arange(c, dtype=np.float32)
+    y = apply_group(groups, x, scale, bias)
+
+    layer = keras.layers.GroupNormalization(groups)
+    layer.build(shape)
+    layer.gamma.assign(scale)
+    layer.beta.assign(bias)
+    np.testing.assert_allclose(y, theirs(layer, x), rtol=1e-4, atol=1e-4)
+
+    wide = np.asarray(x, np.float64).reshape(shape[0], -1, groups, c // groups)
+    mean, var = wide.mean((1, 3), keepdims=True), wide.var((1, 3), keepdims=True)
+    expected = ((wide - mean) / np.sqrt(var + 1e-3)).reshape(shape) * scale + bias
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_group_is_keras_layer_normalization_and_none_a_group_for_each_channel():
+    ones, zeros = np.ones(6, np.float32), np.zeros(6, np.float32)
+    for shape, axes in (((4, 5, 3, 6), (1, 2, 3)), ((4, 6), -1)):
+        x = batches(1, shape)[0]
+        layer = keras.layers.LayerNormalization(axes, center=False, scale=False)
+        ours = apply_group(1, x, ones, zeros)
+        np.testing.assert_allclose(ours, theirs(layer, x), rtol=1e-4, atol=1e-4)
+    x = batches(1, (4, 5, 3, 6))[0]
+    np.testing.assert_array_equal(apply_group(None, x, ones, zeros), apply_group(6, x, ones, zeros))
+
+
+def test_no_example_sees_another_and_training_is_inference():
+    x = batches(1, (4, 5, 3, 6))[0]
+    layer = GroupNorm(2)
+    variables = layer.init(jax.random.key(0), x, train=True)
+    assert list(variables) == ['params']
+    together = layer.apply(variables, x, train=True)
+    np.testing.assert_array_equal(together, layer.apply(variables, x, train=False))
+    np.testing.assert_allclose(layer.apply(variables, x[2:3]), together[2:3], rtol=1e-5, atol=1e-5)

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.conv import avg_pool, global_avg_pool, max_pool
-from cnn_jax.nn.padding import output_shape
+from cnn_jax.nn import avg_pool, global_avg_pool, max_pool, output_shape
 
 KERAS = {max_pool: keras.layers.MaxPooling2D, avg_pool: keras.layers.AveragePooling2D}
 
@@ -20,7 +20,9 @@ KERAS = {max_pool: keras.layers.MaxPooling2D, avg_pool: keras.layers.AveragePool
 def test_agrees_with_keras_and_with_the_shape_function(pool, padding, window, stride):
     x = np.random.default_rng(0).normal(size=(2, 7, 8, 3)).astype(np.float32)
     y = pool(x, window, stride, padding)
-    np.testing.assert_allclose(y, KERAS[pool](window, stride, padding.lower())(x), rtol=1e-5)
+    with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
+        theirs = KERAS[pool](window, stride, padding.lower())(x)
+    np.testing.assert_allclose(y, theirs, rtol=1e-5)
     assert y.shape[1:3] == output_shape((7, 8), window, stride or window, 1, padding)
 
 
@@ -34,6 +36,22 @@ def test_the_gradient_of_the_maximum_is_xla_s_own_ties_included(padding, window,
         for pool in (max_pool, nn.max_pool)
     )
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize('padding', ['VALID', 'SAME'])
+@pytest.mark.parametrize('pool', [max_pool, avg_pool])
+def test_derivatives_of_both_modes_and_orders_also_of_many(pool, padding):
+    x = np.random.default_rng(0).permutation(2 * 7 * 6 * 2).reshape(2, 7, 6, 2) / 10
+
+    @jax.jit
+    def wavy(x):
+        return jnp.sin(pool(x, 3, 2, padding))
+
+    with jax.enable_x64(True):
+        check_grads(wavy, (x,), order=2, modes=['fwd', 'rev'], eps=1e-4, rtol=1e-3, atol=1e-3)
+        hessian = jax.hessian(lambda x: wavy(x).sum())
+        at_once = jax.vmap(hessian)(jnp.stack([x[:1], x[1:]]))
+        np.testing.assert_allclose(at_once[1], hessian(x[1:]), rtol=1e-6, atol=1e-9)
 
 
 def test_windows_by_hand():

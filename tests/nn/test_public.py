@@ -1,0 +1,96 @@
+"""The public names of `cnn_jax.nn`: examples, and use in a net of one's own."""
+
+import doctest
+import inspect
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from cnn_jax import nn
+
+
+@pytest.mark.parametrize('name', nn.__all__)
+def test_every_public_name_has_an_example_that_runs(name):
+    item = getattr(nn, name)
+    text = inspect.getdoc(item) or ''
+    example = doctest.DocTestParser().get_doctest(
+        text, {'nn': nn, 'jax': jax, 'jnp': jnp}, name, None, 0
+    )
+    assert example.examples
+    report: list[str] = []
+    with jax.numpy_dtype_promotion('standard'):
+        doctest.DocTestRunner().run(example, out=report.append)
+    assert not report, ''.join(report)
+
+
+class Net(flax.linen.Module):
+    """A user's own: our layers beside Flax's, called as either of the two calls them."""
+
+    @flax.linen.compact
+    def __call__(self, x, *, train: bool):
+        x = nn.BatchNorm()(jax.nn.relu(nn.Conv(8)(x)), train=train)
+        x = nn.Dropout(0.25)(nn.max_pool(x, 2), deterministic=not train)
+        x = nn.GroupNorm(2)(nn.Conv(8, strides=2)(x))
+        return flax.linen.Dense(2)(nn.global_avg_pool(x))
+
+
+def problem():
+    labels = np.arange(32) % 2
+    noise = np.random.default_rng(0).normal(size=(32, 8, 8, 1))
+    images = noise + np.where(labels, 1, -1).reshape(-1, 1, 1, 1)
+    return jnp.asarray(images, jnp.float32), jnp.asarray(labels)
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def test_a_net_of_ones_own_learns_with_optax():
+    (x, y), net, tx = problem(), Net(), optax.adam(1e-2)
+    variables = net.init(jax.random.key(0), x, train=False)
+    params, stats = variables['params'], variables['batch_stats']
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, stats, state, key):
+        def loss(params):
+            logits, updated = net.apply(
+                {'params': params, 'batch_stats': stats},
+                x,
+                train=True,
+                rngs={'dropout': key},
+                mutable=['batch_stats'],
+            )
+            return cross_entropy(logits, y), updated['batch_stats']
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(params, updates), stats, state, value
+
+    losses = []
+    for number in range(20):
+        params, stats, state, value = step(params, stats, state, jax.random.key(number))
+        losses.append(float(value))
+    assert losses[-1] < 0.2 < 0.5 < losses[0]
+
+
+def test_it_trains_a_step_as_an_nnx_module():
+    x, y = problem()
+    model = nnx.bridge.ToNNX(Net(), rngs=nnx.Rngs(0))
+    nnx.bridge.lazy_init(model, x, train=False)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    rngs, before = nnx.Rngs(dropout=1), jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+
+    def loss(model):
+        return cross_entropy(model(x, train=True, rngs=rngs, mutable=['batch_stats']), y)
+
+    first, grads = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, grads)
+    assert np.isfinite(first)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, nnx.state(model, nnx.Param))
+    assert any(jax.tree.leaves(changed))
