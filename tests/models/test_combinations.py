@@ -1,4 +1,4 @@
-"""Fields of the network that do not go together are a user's mistake, in one sentence."""
+"""Fields of the network that do not go together are a user's mistake that names the field."""
 
 import pytest
 
@@ -8,39 +8,34 @@ from cnn_jax.validation import validate
 
 
 @pytest.mark.parametrize(
-    ('changes', 'sentence'),
+    ('changes', 'field'),
     [
-        ({'residual': True, 'padding': 'VALID'}, 'residual needs .* keep the size'),
-        ({'stochastic_depth': 0.1}, 'set config.model.residual to True'),
-        ({'drop_kind': 'gaussian', 'dropout': 1.0}, 'config.model.dropout is 1'),
-        ({'name': 'vgg16', 'input_noise': 0.1}, 'only strided_net has it'),
-        ({'name': 'vgg16', 'dropout': 0.4}, 'dropout is 0.4, .* would change nothing'),
-        ({'name': 'vgg16', 'residual': True}, 'leave it at False'),
-        ({'head_norm': 'ghost', 'ghost_batch': 1}, 'make all examples equal'),
-        ({'widths': (8, 0)}, r'config.model.widths is \(8, 0\); it must be'),
-        ({'hidden': (-4,)}, 'at least 1'),
-        ({'norm': 'group', 'norm_groups': 5}, r'norm_groups \(5\) does not divide the width 32'),
-        ({'head_norm': 'group', 'hidden': (12,)}, r'\(8\) does not divide the width 12'),
-        ({'norm': 'ghost', 'ghost_batch': 5}, r'ghost_batch \(5\) must divide the 32 examples'),
-        ({'head_norm': 'ghost', 'ghost_batch': 64}, r'\(64\) must divide the 32 examples'),
-        ({'head_norm': 'instance'}, 'config.model.head_norm'),
-        ({'renorm_r': 0.5}, 'config.model.renorm_r'),
+        ({'residual': True, 'padding': 'VALID'}, 'residual'),
+        ({'stochastic_depth': 0.1}, 'residual'),
+        ({'drop_kind': 'gaussian', 'dropout': 1.0}, 'dropout'),
+        ({'name': 'vgg16', 'input_noise': 0.1}, 'input_noise'),
+        ({'name': 'vgg16', 'dropout': 0.4}, 'dropout'),
+        ({'name': 'vgg16', 'residual': True}, 'residual'),
+        ({'head_norm': 'ghost', 'ghost_batch': 1}, 'ghost_batch'),
+        ({'widths': (8, 0)}, 'widths'),
+        ({'hidden': (-4,)}, 'hidden'),
+        ({'norm': 'group', 'norm_groups': 5}, 'norm_groups'),
+        ({'head_norm': 'group', 'hidden': (12,)}, 'norm_groups'),
+        ({'norm': 'ghost', 'ghost_batch': 5}, 'ghost_batch'),
+        ({'head_norm': 'instance'}, 'head_norm'),
+        ({'renorm_r': 0.5}, 'renorm_r'),
+        ({'residual': True, 'stochastic_depth': 0.5}, None),
+        ({'drop_kind': 'gaussian', 'dropout': 0.99}, None),
+        ({'drop_kind': 'block', 'dropout': 1.0}, None),
+        ({'norm': 'ghost', 'head_norm': 'ghost'}, None),
+        ({'norm': 'group', 'head_norm': 'group'}, None),
     ],
     ids=str,
 )
-def test_the_sentence_names_the_field(changes, sentence):
-    changes = {f'model.{name}': given for name, given in changes.items()}
-    with pytest.raises(UserError, match=sentence):
-        validate(cfg.replace(cfg.Config(), changes))
-
-
-def test_what_goes_together_passes():
-    for changes in (
-        {'residual': True, 'stochastic_depth': 0.5},
-        {'drop_kind': 'gaussian', 'dropout': 0.99},
-        {'drop_kind': 'block', 'dropout': 1.0},
-        {'norm': 'ghost', 'head_norm': 'ghost'},
-        {'norm': 'group', 'head_norm': 'group'},
-    ):
-        changes = {f'model.{name}': given for name, given in changes.items()}
-        validate(cfg.replace(cfg.Config(), changes))
+def test_what_does_not_go_together_names_its_field(changes, field):
+    config = cfg.replace(cfg.Config(), {f'model.{name}': v for name, v in changes.items()})
+    if field is None:
+        validate(config)
+        return
+    with pytest.raises(UserError, match=f'config.model.{field}'):
+        validate(config)

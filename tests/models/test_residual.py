@@ -99,22 +99,22 @@ def test_no_noise_shifts_the_mask_of_another_layer():
         np.testing.assert_array_equal(mask, masks[0])
 
 
-def test_one_compilation_serves_every_rate():
+def test_one_compilation_serves_every_rate_and_momentum():
     variables, traces = init(RESIDUAL), []
 
     @jax.jit
-    def step(depth, noise, rate):
+    def step(depth, noise, rate, momentum):
         traces.append(depth)
-        config = dataclasses.replace(
-            RESIDUAL, stochastic_depth=depth, input_noise=noise, dropout=rate, drop_kind='block'
-        )
+        rates = {'stochastic_depth': depth, 'input_noise': noise, 'dropout': rate}
+        rates |= {'head_dropout': rate, 'norm_momentum': momentum, 'drop_kind': 'block'}
+        config = dataclasses.replace(RESIDUAL, **rates)
         return outputs(config, variables)[0]
 
-    for rates in ((0.0, 0.0, 0.0), (0.5, 0.1, 0.3), (1.0, 2.0, 1.0)):
+    for rates in ((0.0, 0.0, 0.0, 0.9), (0.5, 0.1, 0.3, 0.0), (1.0, 2.0, 1.0, 1.0)):
         assert np.isfinite(step(*rates)).all()
     assert len(traces) == 1
     np.testing.assert_allclose(
-        step(0.0, 0.0, 0.0), outputs(RESIDUAL, variables)[0], rtol=1e-4, atol=1e-4
+        step(0.0, 0.0, 0.0, 0.9), outputs(RESIDUAL, variables)[0], rtol=1e-4, atol=1e-4
     )
 
 

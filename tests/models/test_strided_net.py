@@ -235,24 +235,6 @@ def test_every_field_changes_the_training_output(change, differs):
     assert bool((changed != outputs(TINY)).any()) == differs
 
 
-def test_one_compilation_serves_every_rate_and_momentum():
-    variables = init(TINY)
-    x = jax.random.normal(jax.random.key(1), (2, 24, 24, 3))
-    traces = []
-
-    @jax.jit
-    def step(rate, momentum):
-        traces.append(rate)
-        config = dataclasses.replace(TINY, dropout=rate, head_dropout=rate, norm_momentum=momentum)
-        return StridedNet(config, 5).apply(
-            variables, x, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)}
-        )
-
-    for rate, momentum in ((0.0, 0.9), (0.5, 0.0), (1.0, 1.0)):
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step(rate, momentum)))
-    assert len(traces) == 1
-
-
 @pytest.mark.parametrize('norm', ['batch', 'ghost', 'renorm'])
 def test_an_interceptor_can_put_one_layer_in_inference_mode(norm):
     """Every layer is called with the keyword `train`, and named by its path."""
