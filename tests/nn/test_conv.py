@@ -114,21 +114,18 @@ def test_what_lies_beyond_the_edge(padding, expected):
     np.testing.assert_array_equal(y.ravel(), expected)
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
 @pytest.mark.parametrize(
-    ('size', 'options'),
+    ('platform', 'size', 'options'),
     [
-        ((6, 7), {'stride': 2, 'padding': 'SAME'}),
-        ((6, 7), {'dilation': 2, 'padding': 'VALID'}),
-        ((6, 7), {'groups': 2, 'padding': 'CIRCULAR'}),
-        ((6, 7), {'stride': (2, 1), 'padding': 'REFLECT'}),
-        ((6, 7), {'padding': ((2, 0), (1, 1))}),
-        ((2, 5), {'padding': 'SAME'}),  # smaller than the kernel
-        ((2, 5), {'stride': 2, 'dilation': 2, 'padding': 'SAME'}),
+        ('cpu', (5, 6), {'stride': 2, 'padding': 'SAME'}),
+        ('cpu', (5, 6), {'groups': 2, 'padding': 'CIRCULAR'}),
+        ('cpu', (5, 6), {'stride': (2, 1), 'padding': 'REFLECT'}),
+        ('cpu', (2, 5), {'stride': 2, 'dilation': 2, 'padding': 'SAME'}),  # larger than the image
+        ('gpu', (5, 6), {'dilation': 2, 'padding': ((2, 0), (1, 1))}),
     ],
     ids=str,
 )
-def test_derivatives_of_both_modes_and_orders(size, options, platform):
+def test_derivatives_of_both_modes_and_orders(platform, size, options):
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, *size, 4)), rng.normal(size=(3, 3, 4, 2))
     kernel = kernel[:, :, : 4 // options.get('groups', 1)]
@@ -149,7 +146,7 @@ def plain(x, kernel, stride, padding, dilation):
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     size=axes(1, 9),
     kernel=axes(1, 4),
