@@ -96,7 +96,7 @@ def features(problem: Problem) -> Contender:
 
     def computed(images: np.ndarray) -> np.ndarray:
         source = SimpleNamespace(n=len(images), read=lambda index: images[index])
-        return extractor.rows(compute, source, index)
+        return extractor.compute_batch(compute, source, index)
 
     return forward(computed, list(problem.images), f'cnn_jax {__version__}')
 

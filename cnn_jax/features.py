@@ -1,15 +1,15 @@
-"""Outputs of a frozen backbone, computed once and kept on disk; training then runs on them.
+"""Cached features: outputs of a frozen backbone, computed once, on which the head is trained.
 
-Features are kept in files of some hundred examples in the user's cache folder. Each appears whole
-or not at all, so that a killed computation goes on where it was, and their names are digests of
-all that the features depend on: nothing stale can be read.
+Features are stored in files of some hundred examples in the user's cache folder. A file appears
+complete or not at all, so that a killed extraction resumes, and the name of its folder is a digest
+of everything that the features depend on: nothing stale can be read.
 """
 
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cnn_jax import config as cfg
 from cnn_jax import params, rng
@@ -31,23 +31,26 @@ from cnn_jax.mesh import Layout
 from cnn_jax.models import build
 from cnn_jax.nn.winograd import transform_kernels, winograd_interceptor
 
-PIXELS = 400_000  # computed at once on a CPU: eight images of 224×224 stay in its caches
-PIXELS_ON_ACCELERATORS = 20 * PIXELS
-ARITHMETIC = 3  # raised when the backbone computes other bits: features are never stale
-SHARD = 256  # examples a file: what a kill can lose, some seconds of work
+PIXELS_PER_BATCH = 400_000  # on a CPU: eight images of 224×224, which stay in its caches
+PIXELS_PER_BATCH_ON_ACCELERATORS = 20 * PIXELS_PER_BATCH
+ARITHMETIC = 3  # increment it when the backbone computes other bits: old files are then unused
+SHARD = 256  # examples per file: what a kill can lose, some seconds of work
 
-# In memory, and in a file: .npy knows no bfloat16, so its bits are kept.
+# In memory, and in a file: .npy has no bfloat16, so its bits are stored.
 DTYPES = {'float32': (np.float32, np.float32), 'bfloat16': (ml_dtypes.bfloat16, np.uint16)}
 
 
 def is_cached(config: cfg.Config, trainable: Iterable[str]) -> bool:
-    """Whether a phase that trains these parameters reads features instead of images.
+    """Return whether a phase trains on cached features instead of images.
+
+    Args:
+        config: A validated config.
+        trainable: The paths of the parameters that the phase trains.
 
     Errors:
-        UserError: config.features.cache is `always` but the features are not the same at each
-            step.
+        UserError: config.features.cache is `always`, but the features change from step to step.
     """
-    wish = config.features.cache
+    mode = config.features.cache
     augments = config.augment != cfg.Augment()
     reason = ''
     if config.model.name != 'vgg16':
@@ -59,34 +62,34 @@ def is_cached(config: cfg.Config, trainable: Iterable[str]) -> bool:
     elif augments and not config.features.views:
         reason = (
             'config.augment changes the images at each step; set config.features.views to the '
-            'number of augmented views to keep of each'
+            'number of augmented views to cache of each image'
         )
-    if wish == 'always' and reason:
+    if mode == 'always' and reason:
         raise UserError(f'config.features.cache is always, but {reason}')
-    return wish != 'never' and not reason
+    return mode != 'never' and not reason
 
 
-def views_at(first: int, count: int, n: int, views: int) -> np.ndarray:
-    """The kept view that each of `count` examples is seen in, which takes turns by epoch.
+def views_at(first: int, count: int, n: int, views: int) -> Int[np.ndarray, ' count']:
+    """Return the cached view of each of `count` consecutive examples; epochs alternate views.
 
     Args:
-        first: Place of the first of them among all that training goes through.
-        count: How many.
-        n: Examples of an epoch.
-        views: How many are kept.
+        first: Position of the first one in the stream of all epochs.
+        count: Number of examples.
+        n: Number of examples per epoch.
+        views: Number of cached views per example.
     """
     return (first + np.arange(count)) // n % views
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Computes the features of images.
+    """Compute the features of images, or read them from the cache.
 
     Attributes:
         config: The run's config.
-        num_classes: Of the data.
-        prepare: From uint8 images to what the backbone takes.
-        spec: `prepare` in words, for the key.
+        num_classes: The number of classes in the data.
+        prepare: The preprocessing, from uint8 images to the backbone's input.
+        spec: A description of `prepare` for the cache key.
         backbone: The backbone's parameters.
     """
 
@@ -97,13 +100,11 @@ class Extractor:
     backbone: dict[str, Any]
 
     def key(self, batches: Any, view: int | None) -> str:
-        """SHA-256 of all that the features of a split depend on."""
+        """Return the SHA-256 of everything that the features of a split depend on."""
         import PIL
 
         model, data = self.config.model, self.config.data
-        weights = [
-            leaf.tobytes() for leaf in map(np.asarray, params.flatten(self.backbone).values())
-        ]
+        weights = [np.asarray(leaf).tobytes() for leaf in params.flatten(self.backbone).values()]
         augment = None if view is None else (self.config.seed, view, vars(self.config.augment))
         facts = {
             'fingerprint': batches.fingerprint,
@@ -120,9 +121,9 @@ class Extractor:
         }
         return digest(json.dumps(facts, sort_keys=True), *weights)
 
-    @functools.cached_property
+    @cached_property
     def weights(self) -> dict[str, Any]:
-        """The backbone's parameters as `function` takes them."""
+        """The backbone's parameters as the compiled function takes them, transformed once."""
         return jax.jit(self._weights)(self.backbone)
 
     def _weights(self, backbone: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class Extractor:
         return params.unflatten(transform_kernels(params.flatten(backbone)))
 
     def function(self, view: int | None) -> Callable[[dict, Array, Array], Float[Array, 'b i j d']]:
-        """The compiled computation: `weights`, uint8 images and their indices to features."""
+        """Return a jitted function from `weights`, uint8 images and their indices to features."""
         model = build(self.config.model, self.num_classes)
         augment = self.config.augment
 
@@ -150,14 +151,17 @@ class Extractor:
         return compute
 
     def extract(self, batches: Any, view: int | None = None) -> list[np.ndarray]:
-        """The features of every example, in order, as memory-mapped pieces of `SHARD`.
+        """Return the features of every example, in order, as memory-mapped shards.
 
         Args:
             batches: The opened batches of a split.
-            view: Number of the augmented view; None for the images as they are.
+            view: The number of the augmented view; None for the images as they are.
+
+        Returns:
+            Arrays of `SHARD` examples each, the last one shorter.
         """
         key, compute = self.key(batches, view), self.function(view)
-        batch = min(_batch(batches.image_shape), batches.n)
+        size = min(_batch_size(batches.image_shape), batches.n)
         shape = jax.eval_shape(
             compute,
             jax.eval_shape(self._weights, self.backbone),
@@ -166,34 +170,34 @@ class Extractor:
         ).shape[1:]
         dtype, stored = DTYPES[self.config.features.dtype]
         folder = cache_folder() / 'features' / key[:32]
-        pieces = {}
+
+        def fill(start: int, stop: int, out: np.ndarray) -> None:
+            for first in range(start, stop, size):
+                index = np.arange(first, first + size, dtype=np.int32)
+                rows = self.compute_batch(compute, batches, index)[: stop - first]
+                out[first - start : first - start + len(rows)] = rows.view(stored)
+
+        shards = {}
         starts = range(0, batches.n, SHARD)
         # Each process begins elsewhere, so that those which share a cache folder share the work.
-        turn = len(starts) * jax.process_index() // jax.process_count()
-        turned = [*starts[turn:], *starts[:turn]]
-        for start in _track(turned, f'features of {batches.n:,} images'):
+        own = len(starts) * jax.process_index() // jax.process_count()
+        for start in _track([*starts[own:], *starts[:own]], f'features of {batches.n:,} images'):
             stop = min(start + SHARD, batches.n)
-
-            def fill(out, start=start, stop=stop):
-                for first in range(start, stop, batch):
-                    index = np.arange(first, first + batch, dtype=np.int32)
-                    rows = self.rows(compute, batches, index)[: stop - first]
-                    out[first - start : first - start + len(rows)] = rows.view(stored)
-
             path = folder / f'{start // SHARD:06d}.npy'
-            piece = cached_array(path, (stop - start, *shape), fill, stored)
-            pieces[start] = piece.view(dtype)
-        return [pieces[start] for start in starts]
+            shard = cached_array(path, (stop - start, *shape), partial(fill, start, stop), stored)
+            shards[start] = shard.view(dtype)
+        return [shards[start] for start in starts]
 
-    def rows(self, compute: Callable, batches: Any, index: np.ndarray) -> np.ndarray:
-        """The features of some examples; positions past the end repeat the last one."""
+    def compute_batch(self, compute: Callable, batches: Any, index: np.ndarray) -> np.ndarray:
+        """Compute the features of some examples; indices past the end repeat the last one."""
         images = batches.read(np.minimum(index, batches.n - 1))
         return np.asarray(compute(self.weights, images, index))
 
 
-def _batch(image_shape: tuple[int, ...]) -> int:
-    """Images computed at once."""
-    pixels = PIXELS if jax.default_backend() == 'cpu' else PIXELS_ON_ACCELERATORS
+def _batch_size(image_shape: tuple[int, ...]) -> int:
+    """The number of images computed at once."""
+    on_cpu = jax.default_backend() == 'cpu'
+    pixels = PIXELS_PER_BATCH if on_cpu else PIXELS_PER_BATCH_ON_ACCELERATORS
     return int(np.clip(pixels // np.prod(image_shape[:2]), 8, SHARD))
 
 
@@ -207,18 +211,18 @@ def _track(starts: list[int], label: str) -> Iterable[int]:
 
 
 class FeatureBatches:
-    """Batches whose 'image' is the image's features; the order is that of the images' batches.
+    """Batches with features in the place of images, in the order of the images' batches.
 
     Features that fit into `memory_gb` are put on the device once; others are read from their
-    files batch by batch. With several views, the epoch chooses the view in turn.
+    files batch by batch. With several views, epochs alternate between them.
 
     Args:
         source: The batches of images, for labels and order.
-        views: The features of each view, as `Extractor.extract` gives them.
-        data: Batch sizes and memory.
+        views: The shards of each view, as `Extractor.extract` returns them.
+        data: The config's batch sizes and memory limit.
         which: `train` or `eval`.
-        seed: Of the order.
-        layout: On several devices, where batches go; each process takes its part of every one.
+        seed: The seed of the order.
+        layout: The sharding of batches over several devices; each process reads its part.
     """
 
     def __init__(
@@ -233,48 +237,47 @@ class FeatureBatches:
         self.n, self.labels, self.class_names = source.n, source.labels, source.class_names
         self.fingerprint = source.fingerprint
         self._seed, self._layout = seed, layout
-        self._share = jax.process_index(), jax.process_count()
-        self._batch = data.batch if which == 'train' else data.eval_batch or data.batch
-        self._pieces = [piece for view in views for piece in view]
-        self._per_view, self._views = len(views[0]), len(views)
-        nbytes = sum(piece.nbytes for piece in self._pieces)
+        self._process = jax.process_index(), jax.process_count()
+        self._batch_size = data.batch if which == 'train' else data.eval_batch or data.batch
+        self._shards = [shard for view in views for shard in view]
+        self._shards_per_view, self._views = len(views[0]), len(views)
+        nbytes = sum(shard.nbytes for shard in self._shards)
         self.streams = nbytes > data.memory_gb * 1e9  # the next batch may have to be waited for
         self._on_device = None
         if not self.streams:
-            whole = np.concatenate(self._pieces) if len(self._pieces) > 1 else self._pieces[0]
-            self._on_device = put(whole, layout and layout.replicated)
+            features = np.concatenate(self._shards) if len(self._shards) > 1 else self._shards[0]
+            self._on_device = put(features, layout and layout.replicated)
             self._gather = jax.jit(
                 lambda features, rows: features[rows], out_shardings=layout and layout.batch
             )
 
     def train(self, start_step: int = 0) -> Iterator[dict[str, Any]]:
-        """The endless training batches from step `start_step` on."""
-        local = local_size(self._batch, self._share[1])
+        """Yield training batches from step `start_step` on, without end."""
+        local = local_size(self._batch_size, self._process[1])
         mask = np.ones(local, bool)
         step = start_step
         while True:
-            index = train_indices(self.n, self._batch, self._seed, step, *self._share)
-            first = step * self._batch + self._share[0] * local
-            yield self._take(index, mask, views_at(first, local, self.n, self._views))
+            index = train_indices(self.n, self._batch_size, self._seed, step, *self._process)
+            first = step * self._batch_size + self._process[0] * local
+            yield self._batch(index, mask, views_at(first, local, self.n, self._views))
             step += 1
 
     def evaluate(self) -> Iterator[dict[str, Any]]:
-        """Each example once, the last batch padded."""
-        for index, mask in eval_batches(self.n, self._batch, *self._share):
-            yield self._take(index, mask, np.zeros(len(index), np.int64))
+        """Yield each example once, the last batch padded."""
+        for index, mask in eval_batches(self.n, self._batch_size, *self._process):
+            yield self._batch(index, mask, np.zeros(len(index), np.int64))
 
-    def _take(self, index: np.ndarray, mask: np.ndarray, view: np.ndarray) -> dict[str, Any]:
+    def _batch(self, index: np.ndarray, mask: np.ndarray, view: np.ndarray) -> dict[str, Any]:
         if self._on_device is not None:
             rows = (view * self.n + index).astype(np.int32)
-            features = self._gather(self._on_device, self._placed(rows))
+            features = self._gather(self._on_device, self._put(rows))
         else:
-            pieces = view * self._per_view + index // SHARD
-            features = self._placed(
-                np.stack([self._pieces[p][i] for p, i in zip(pieces, index % SHARD)])
-            )
-        rest = {'label': self.labels[index], 'index': index, 'mask': mask}
-        return {'image': features, **self._placed(rest)}
+            shards = view * self._shards_per_view + index // SHARD
+            rows = [self._shards[shard][row] for shard, row in zip(shards, index % SHARD)]
+            features = self._put(np.stack(rows))
+        others = {'label': self.labels[index], 'index': index, 'mask': mask}
+        return {'image': features, **self._put(others)}
 
-    def _placed(self, tree: Any) -> Any:
-        # One device takes arrays over when they are used, in a tenth of the time.
+    def _put(self, tree: Any) -> Any:
+        # A single device copies arrays when they are used, in a tenth of the time.
         return put(tree, self._layout.batch) if self._layout else tree

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Shaped
 
 from cnn_jax.errors import UserError
 from cnn_jax.params import flatten, unflatten
@@ -393,7 +394,9 @@ def _from_torch(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor]:
     return name, tensor
 
 
-def dense_kernel(weight: np.ndarray, positions: int) -> np.ndarray:
+def dense_kernel(
+    weight: Shaped[np.ndarray, 'outputs ...'], positions: int
+) -> Shaped[np.ndarray, 'inputs outputs']:
     """Reorder a fully connected layer: W[o, c·positions + p] → K[p·channels + c, o].
 
     Args:

@@ -66,7 +66,7 @@ def test_the_second_run_computes_nothing(lines, cache, monkeypatch):
     def refuse(*_):
         raise AssertionError('features were computed again')
 
-    monkeypatch.setattr(features.Extractor, 'rows', refuse)
+    monkeypatch.setattr(features.Extractor, 'compute_batch', refuse)
     assert lines() == first
     assert files(cache) == before
 
@@ -101,7 +101,7 @@ def test_what_they_do_not_depend_on_is_not(lines, cache, changes):
 
 def test_killed_in_the_middle_it_goes_on_with_the_next_piece(lines, cache, monkeypatch):
     monkeypatch.setattr(features, 'SHARD', 8)
-    compute, calls = features.Extractor.rows, []
+    compute, calls = features.Extractor.compute_batch, []
 
     def die_at_the_third(self, *arguments):
         calls.append(None)
@@ -109,12 +109,12 @@ def test_killed_in_the_middle_it_goes_on_with_the_next_piece(lines, cache, monke
             raise KeyboardInterrupt
         return compute(self, *arguments)
 
-    monkeypatch.setattr(features.Extractor, 'rows', die_at_the_third)
+    monkeypatch.setattr(features.Extractor, 'compute_batch', die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         lines()
     kept = files(cache)
     assert len(kept) == 2
-    monkeypatch.setattr(features.Extractor, 'rows', compute)
+    monkeypatch.setattr(features.Extractor, 'compute_batch', compute)
     again = lines()
     assert kept.items() <= files(cache).items()
     monkeypatch.setattr(features, 'SHARD', 256)
