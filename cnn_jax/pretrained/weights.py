@@ -155,7 +155,6 @@ def load(
         UserError: The weights are not available (every attempt is listed), are not VGG16's, or
             the preprocessing is unknown or contradicts what the weights were trained with.
     """
-    preprocessing = _named(preprocessing)
     if isinstance(source, Path) or source not in ('auto', *sources):
         return from_file(Path(source), preprocessing, include_top)
     if include_top:
@@ -163,9 +162,8 @@ def load(
             'no published source here has the fully connected layers; give a file, such as '
             "Keras's vgg16_weights_tf_dim_ordering_tf_kernels.h5"
         )
-    pretrained, _ = published(source, sources)
-    _check_preprocessing(preprocessing, pretrained.preprocessing, source)
-    return pretrained
+    _resolve(preprocessing, IMAGENET.preprocessing, source)
+    return published(source, sources)[0]
 
 
 def published(
@@ -206,7 +204,7 @@ def published(
 
 
 def from_file(
-    path: Path, preprocessing: Preprocessing | None = None, include_top: bool = False
+    path: Path, preprocessing: Preprocessing | str | None = None, include_top: bool = False
 ) -> Pretrained:
     """Load weights from a file, published or not.
 
@@ -222,20 +220,19 @@ def from_file(
     params, unused, contents = read(path, include_top)
     params, is_published = _recognize(params)
     if is_published:
-        _check_preprocessing(preprocessing, IMAGENET.preprocessing, path)
+        _resolve(preprocessing, IMAGENET.preprocessing, path)
         return _as_published(params, str(path), unused)
     metadata = contents.metadata
-    if stated := _named(metadata.get('preprocessing') or None):
-        _check_preprocessing(preprocessing, stated, path)
-    preprocessing = preprocessing or stated or _OF_LAYOUT.get(contents.layout)
-    if not preprocessing:
+    stated = metadata.get('preprocessing') or None
+    chosen = _resolve(preprocessing, stated, path) or _OF_LAYOUT.get(contents.layout)
+    if not chosen:
         raise UserError(
             f'{path} does not say which preprocessing its weights were trained with; save '
             f'them as safetensors with the metadata preprocessing, {" or ".join(PREPROCESSINGS)}'
         )
     return Pretrained(
         params,
-        preprocessing,
+        chosen,
         digest(params),
         str(path),
         metadata.get('licence', 'unknown: ask the author of the weights'),
@@ -377,21 +374,20 @@ def _download(source: str, file: File) -> Pretrained:
     return _as_published(params, source, unused)
 
 
-def _named(preprocessing: Preprocessing | str | None) -> Preprocessing | None:
-    if not isinstance(preprocessing, str):
-        return preprocessing
-    if preprocessing not in PREPROCESSINGS:
-        raise UserError(
-            f'there is no preprocessing {preprocessing!r}; it can be {", ".join(PREPROCESSINGS)}'
-        )
-    return PREPROCESSINGS[preprocessing]
-
-
-def _check_preprocessing(
-    given: Preprocessing | None, required: Preprocessing, source: str | Path
-) -> None:
-    if given not in (None, required):
+def _resolve(
+    given: Preprocessing | str | None, required: Preprocessing | str | None, source: str | Path
+) -> Preprocessing | None:
+    """The preprocessing to use, if one is known; what the weights require cannot be overridden."""
+    for each in (given, required):
+        if isinstance(each, str) and each not in PREPROCESSINGS:
+            raise UserError(
+                f'there is no preprocessing {each!r}; it can be {", ".join(PREPROCESSINGS)}'
+            )
+    given = PREPROCESSINGS[given] if isinstance(given, str) else given
+    required = PREPROCESSINGS[required] if isinstance(required, str) else required
+    if required and given not in (None, required):
         raise UserError(
             f'the weights of {source} were trained with preprocessing {required.name}, not '
             f'{given.name}; leave preprocessing out'
         )
+    return required or given

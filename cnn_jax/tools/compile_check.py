@@ -21,8 +21,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,20 +64,15 @@ GROUPS = re.compile(
 CALLBACK = re.compile(r'custom_call_target="(\w*callback\w*|MoveTo\w*)"')
 
 
-@dataclass(frozen=True)
-class Chip:
-    """One kind of chip: FLOP/s in bfloat16, bytes of memory, bytes/s to it and along a link.
+class Chip(NamedTuple):
+    """One kind of chip. By default JAX computes float32 products in bfloat16 on a TPU, too."""
 
-    In JAX's default precision products of float32 arrays run in bfloat16 on a TPU, too. The chips
-    of a slice lie along up to `axes` sides, which close to a ring in multiples of `cube`.
-    """
-
-    peak: float
-    memory: float
-    bandwidth: float
-    link: float  # one way
-    axes: int
-    cube: int
+    peak: float  # FLOP/s in bfloat16
+    memory: float  # bytes
+    bandwidth: float  # bytes/s of memory
+    link: float  # bytes/s of one link between chips, one way
+    axes: int  # sides of a slice
+    cube: int  # a side closes to a ring in multiples of it
 
 
 CHIPS = {
@@ -88,16 +82,12 @@ CHIPS = {
 }
 
 
-@dataclass(frozen=True)
-class Target:
-    """A slice of a pod, `v5e:2x4`: the chip, and the number of chips along each side."""
+class Target(NamedTuple):
+    """A slice of a pod, `v5e:2x4`: its chip, and the number of chips along each side."""
 
     name: str
+    chip: Chip
     sides: tuple[int, ...]
-
-    @property
-    def chip(self) -> Chip:
-        return CHIPS[self.name.partition(':')[0]]
 
 
 def parse_target(name: str) -> Target:
@@ -119,7 +109,7 @@ def parse_target(name: str) -> Target:
             f'--topology={name}: after the colon go the numbers of chips along the {axes} sides, '
             f'e.g. {example}'
         )
-    return Target(name.strip(), tuple(map(int, sides.split('x'))))
+    return Target(name.strip(), CHIPS[kind], tuple(map(int, sides.split('x'))))
 
 
 def prepare() -> None:
@@ -262,7 +252,7 @@ def cost(compiled: Any, target: Target) -> dict[str, Any]:
         'fits': total <= chip.memory,
         'flops': counts['flops'],
         'bytes_accessed': counts['bytes accessed'],
-        'collectives': [asdict(each) for each in found],
+        'collectives': [each._asdict() for each in found],
         'host_transfers': host_transfers(text),
         'estimate': times
         | {
@@ -273,20 +263,12 @@ def cost(compiled: Any, target: Target) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Collective:
-    """Communication between chips.
-
-    Attributes:
-        kind: One of `KINDS`.
-        nbytes: The size of the whole array: what an all-reduce, all-to-all or permutation gives
-            each chip, what is gathered, or what is reduced before it is scattered.
-        group: How many chips take part.
-    """
+class Collective(NamedTuple):
+    """Communication between chips."""
 
     kind: str
-    nbytes: int
-    group: int
+    nbytes: int  # of the whole array: as gathered, or before it is scattered
+    group: int  # chips that take part
 
 
 def collectives(hlo: str, chips: int) -> list[Collective]:
@@ -419,11 +401,10 @@ def _compile(lowered: Any) -> Any:
 
 
 def _with_sharding(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    def one(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, shardings)
 
 
 def _batch(program: Program, layout: Layout) -> Any:

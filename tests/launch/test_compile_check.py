@@ -138,10 +138,9 @@ def test_host_transfers_are_found_wherever_they_are():
         ('all-gather', (2, 4), 5.5, 4),
     ],
 )
-def test_communication_among_all_chips(monkeypatch, kind, sides, seconds, hops):
-    monkeypatch.setitem(CHIPS, 'toy', Chip(100.0, 1000.0, 10.0, 5.0, 2, 4))
-    collective = Collective(kind, 40, sides[0] * sides[1])
-    time = seconds_on_links(collective, Target('toy:', sides))
+def test_communication_among_all_chips(kind, sides, seconds, hops):
+    toy = Target('toy', Chip(100.0, 1000.0, 10.0, 5.0, 2, 4), sides)
+    time = seconds_on_links(Collective(kind, 40, sides[0] * sides[1]), toy)
     assert time == pytest.approx(seconds + hops * HOP, rel=1e-9)
 
 
