@@ -356,8 +356,9 @@ def _column(cost: dict[str, Any]) -> dict[str, str]:
     total = sum(each['nbytes'] for each in moved)
     kinds = ', '.join(f'{count} {kind}' for kind, count in by_kind.items())
     verdict = 'fits' if cost['fits'] else 'DOES NOT FIT'
-    low, high = (f'{time[bound] * 1e3:.3g}' for bound in ('overlapped', 'serial'))
-    rates = (cost['batch_per_chip'] / time[bound] for bound in ('serial', 'overlapped'))
+    bounds = time['overlapped'], time['serial']
+    step = _span(*(f'{seconds * 1e3:.3g}' for seconds in bounds))
+    rate = _span(*(f'{cost["batch_per_chip"] / seconds:,.0f}' for seconds in reversed(bounds)))
     return {
         'target': cost['topology'],
         'phase': str(cost['phase']),
@@ -372,11 +373,15 @@ def _column(cost: dict[str, Any]) -> dict[str, str]:
         'bytes accessed': _size(cost['bytes_accessed']),
         'communication': f'{kinds}; {_size(total)}' if moved else 'none',
         'host transfers': ', '.join(cost['host_transfers']) or 'none',
-        'estimated step': f'{low} ms' if low == high else f'{low} to {high} ms',
+        'estimated step': f'{step} ms',
         **{f'  {name}': f'{time[name] * 1e3:.3g} ms' for name in ('compute', 'memory', 'links')},
         '  bound by': time['bound'],
-        'images/s per chip': ' to '.join(f'{rate:,.0f}' for rate in rates),
+        'images/s per chip': rate,
     }
+
+
+def _span(low: str, high: str) -> str:
+    return low if low == high else f'{low} to {high}'
 
 
 def _size(nbytes: float) -> str:
