@@ -82,11 +82,8 @@ def sync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield an empty temporary file that takes the name `path`, whole and on the disk, at the end.
 
-    A reader, a second writer, a crash or a power cut never meets half a file. The file's mode is
-    0666 without the umask, as that of any new file.
-
-    Errors:
-        OSError: The disk is full or the folder cannot be written; `path` is as it was before.
+    A reader, a second writer, a crash or a power cut never meets half a file; after an `OSError`,
+    which names `path`, it is as it was before. Its mode is 0666 without the umask.
     """
     make_folder(path.parent)
     for leftover in path.parent.glob('.*.partial'):  # of killed writers
@@ -114,9 +111,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write(file)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `replacing` does."""
+    write_atomically(path, lambda file: file.write(content))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file as `replacing` does."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def digest(content: bytes | Path) -> str:

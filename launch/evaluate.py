@@ -28,7 +28,7 @@ def main(_) -> int:
     runtime.configure()  # before JAX is imported
 
     from cnn_jax.tools.evaluate import FILES, evaluate, write_evaluation
-    from cnn_jax.train import metrics, mirror
+    from cnn_jax.train import metrics, remote
     from cnn_jax.train.run import load_run
 
     run = load_run(WORKDIR.value, CHECKPOINT.value)
@@ -44,7 +44,7 @@ def main(_) -> int:
     for name, accuracy, row in zip(names, result['class_accuracy'], result['confusion']):
         print(f'  class {name:<{width}}  accuracy {accuracy:.4f}  of {row.sum():,}')
     write_evaluation(run, evaluation, run.folder)
-    mirror.upload(WORKDIR.value, FILES)
+    remote.upload(WORKDIR.value, FILES)
     print(f'written: {WORKDIR.value}/{", ".join(FILES)}')
     return cli.OK
 

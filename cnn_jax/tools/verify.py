@@ -12,7 +12,7 @@ from cnn_jax import runtime
 from cnn_jax.components import reopened
 from cnn_jax.errors import UserError
 from cnn_jax.mesh import Layout
-from cnn_jax.train import manifest, mirror, setup
+from cnn_jax.train import manifest, remote, setup
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.loop import Phase, shard_state, state_at, steps
 from cnn_jax.train.program import State, traced_values
@@ -37,7 +37,7 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
     Errors:
         UserError: There is no run, its data cannot be had, or own parts are missing.
     """
-    folder = mirror.opened(workdir)
+    folder = remote.fetch_workdir(workdir)
     config, before = manifest.load_config(folder), manifest.read(folder)
     settings = prepare_process(manifest.threads(folder, config))
     print(settings)

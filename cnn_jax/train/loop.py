@@ -26,6 +26,7 @@ from cnn_jax.tools import nonfinite
 from cnn_jax.tools.profile import LayerProfile, Stopwatch
 from cnn_jax.tools.progress import Interruption, Progress
 from cnn_jax.train import metrics, step
+from cnn_jax.train.checkpoint import open_checkpoints
 from cnn_jax.train.metrics import EarlyStopping, NotFinite, StepMetrics
 from cnn_jax.train.program import (
     Program,
@@ -36,7 +37,7 @@ from cnn_jax.train.program import (
     state_maker,
     traced_values,
 )
-from cnn_jax.train.shared import open_checkpoints, open_record
+from cnn_jax.train.record import open_record
 
 
 @dataclass(frozen=True)
@@ -307,11 +308,9 @@ class _Session:
         """
         notes: list[str] = []
         state = shard_state(state, self.layout)
-        found = self.checkpoints.resumable(
-            lambda progress: self.record.fault(progress['record']), notes.append
-        )
+        found = self.checkpoints.resumable(notes.append)
         if found is None:
-            if self.record.begun():
+            if self.record.has_metrics():
                 notes.append('no checkpoint had been saved: starting again from step 0')
             self.record.resume(0, None)
             self.meter = StepMetrics(self.record.step, None)
@@ -319,7 +318,7 @@ class _Session:
         start, progress = found
         like = shard_state(state_at(self.phases, state, start), self.layout)
         state, _ = self.checkpoints.restore(start, like)
-        self.record.resume(start, progress['record'])
+        self.record.resume(start, self.checkpoints.place(start))
         self.meter = StepMetrics(self.record.step, progress['sums'])
         if progress.get('best'):
             self.best = EarlyStopping(**progress['best'])
@@ -386,10 +385,10 @@ class _Session:
 
     def save(self, state: State, scores: dict[str, float] | None) -> None:
         """Write a checkpoint."""
-        position = {'sums': self.meter.pending(), 'record': self.record.position()}
+        position: dict[str, Any] = {'sums': self.meter.pending()}
         if self.config.train.patience:
             position['best'] = dataclasses.asdict(self.best) if self.best.step else None
-        self.checkpoints.save(state, position, scores)
+        self.checkpoints.save(state, position, scores, self.record.snapshot())
 
     def conclude(self, state: State, progress: Progress) -> State:
         """Go back to the best state with early stopping; evaluate, if that is not done."""
@@ -407,7 +406,6 @@ class _Session:
     def close(self, state: State, stopped: bool) -> Outcome:
         """Close all files."""
         self.record.close()
-        self.checkpoints.close()
         return Outcome(
             state,
             self.result,

@@ -1,10 +1,13 @@
-"""The record of a run: metrics, TensorBoard events, learning curves.
+"""The record of a run: metrics, TensorBoard events, learning curves, images left out.
 
 `metrics.jsonl` holds what the run computed and nothing that depends on the machine's speed, so
 that the same run writes the same file; so does `steps.f32`, two little-endian float32 a step: the
-objective and the norm of its gradient. Times are in `timing.jsonl`.
+objective and the norm of its gradient. Each checkpoint holds a copy of both, from which a resumed
+run writes them again: what a killed run wrote after it disappears. Times are in `timing.jsonl`.
 """
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from cnn_jax.files import write_atomically
+from cnn_jax import mesh
+from cnn_jax.files import sync, write_bytes
 from cnn_jax.tools.figures import draw_curves
-from cnn_jax.train.journal import Journal
 
-STEPS = 'steps.f32'
+METRICS, STEPS, TIMING = 'metrics.jsonl', 'steps.f32', 'timing.jsonl'
+FORMULA = ('=', '+', '-', '@', '\t', '\r')  # a spreadsheet would run what begins so
+
+
+def open_record(folder: Path) -> 'Record | NullRecorder':
+    """Return the record in a work directory; in processes other than the first, one of nothing."""
+    return Record(folder) if mesh.is_process_zero() else NullRecorder()
 
 
 class Record:
@@ -28,85 +37,137 @@ class Record:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._metrics = Journal(folder / 'metrics.jsonl')
-        self._steps = Journal(folder / STEPS)
-        self._waiting: list[tuple[float, float]] = []
+        self._content = {METRICS: b'', STEPS: b''}
+        self._pending: list[tuple[float, float]] = []
         self._events: Any = None
 
-    def fault(self, position: dict[str, Any]) -> str:
-        """What is wrong with the files if the run shall go on from a `position`; '' for nothing."""
-        for journal in (self._metrics, self._steps):
-            if not journal.holds(position[journal.path.name]):
-                return f'{journal.path.name} no longer holds what it held then'
-        return ''
+    def has_metrics(self) -> bool:
+        """Return whether a run has written metrics here."""
+        return bool(read_lines(self._folder / METRICS))
 
-    def begun(self) -> bool:
-        """Whether a run has written metrics here."""
-        return bool(read_lines(self._metrics.path))
+    def resume(self, step: int, checkpoint: Path | None) -> None:
+        """Restore the record as it was at a step.
 
-    def resume(self, step: int, position: dict[str, Any] | None) -> None:
-        """Go on after a step, where `position` was taken; with None, start anew.
-
-        What a killed run wrote after that is removed, and will be written again.
+        Args:
+            step: The step.
+            checkpoint: The folder of its checkpoint; None starts an empty record.
         """
         from tensorboardX import SummaryWriter
 
-        for journal in (self._metrics, self._steps):
-            journal.resume(position and position[journal.path.name])
-        path = self._folder / 'timing.jsonl'
-        kept = [line for line in read_lines(path) if line['step'] <= step]
-        write_atomically(path, lambda file: file.write(_encode(kept)))
+        for name in self._content:
+            self._content[name] = (checkpoint / name).read_bytes() if checkpoint else b''
+            write_bytes(self._folder / name, self._content[name])
+        timing = [line for line in read_lines(self._folder / TIMING) if line['step'] <= step]
+        write_bytes(self._folder / TIMING, _encode(timing))
         self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def step(self, objective: float, gradient_norm: float) -> None:
-        """Keep what one step computed, for `launch.verify`; written at the next `position`."""
-        self._waiting.append((objective, gradient_norm))
+        """Add what one step computed, for `launch.verify`; written at the next `snapshot`."""
+        self._pending.append((objective, gradient_norm))
 
     def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Append the metrics of one split at one step, to the file and to TensorBoard."""
-        self._metrics.append(_encode([{'step': step, 'split': split, **values}]))
+        self._append(METRICS, _encode([{'step': step, 'split': split, **values}]))
         for name, number in values.items():
             if isinstance(number, float):
                 self._events.add_scalar(f'{name}/{split}', number, step)
 
     def timing(self, step: int, values: dict[str, float]) -> None:
         """Append speeds and times, which are not part of the result."""
-        with (self._folder / 'timing.jsonl').open('ab') as file:
+        with (self._folder / TIMING).open('ab') as file:
             file.write(_encode([{'step': step, **values}]))
         for name, number in values.items():
             self._events.add_scalar(f'speed/{name}', number, step)
 
-    def position(self) -> dict[str, Any]:
-        """Where the files end, once they are on the disk; JSON, for a checkpoint."""
-        self._steps.append(np.array(self._waiting, '<f4').tobytes())
-        self._waiting = []
-        return {each.path.name: each.position() for each in (self._metrics, self._steps)}
+    def snapshot(self) -> dict[str, bytes]:
+        """Return the record's files as they are now, by name, for a checkpoint to hold.
+
+        They are whole copies: 8 bytes a step and some hundred an evaluation, so a long run of
+        100,000 steps adds about a megabyte to its checkpoints.
+        """
+        self._append(STEPS, np.array(self._pending, '<f4').tobytes())
+        self._pending = []
+        return dict(self._content)
 
     def close(self) -> None:
-        """Flush TensorBoard's events and draw the learning curves."""
+        """Flush everything to the disk and draw the learning curves."""
+        for name in self._content:
+            sync(self._folder / name)
         self._events.close()
-        draw_curves(read_lines(self._folder / 'metrics.jsonl'), self._folder / 'curves.png')
+        draw_curves(read_lines(self._folder / METRICS), self._folder / 'curves.png')
+
+    def _append(self, name: str, data: bytes) -> None:
+        self._content[name] += data
+        with (self._folder / name).open('ab') as file:
+            file.write(data)
+
+
+class NullRecorder:
+    """The record of the processes other than the first, which compute the same numbers."""
+
+    def has_metrics(self) -> bool:
+        """Return False."""
+        return False
+
+    def snapshot(self) -> dict[str, bytes]:
+        """Return no files."""
+        return {}
+
+    def _ignore(self, *_: Any) -> None:
+        pass
+
+    resume = step = metrics = timing = close = _ignore
 
 
 def read_steps(folder: Path) -> Float32[np.ndarray, 'n 2']:
-    """Objective and gradient norm of every step that was recorded."""
+    """Read objective and gradient norm of every step that was recorded."""
     path = folder / STEPS
-    whole = path.read_bytes() if path.exists() else b''
-    return np.frombuffer(whole[: len(whole) // 8 * 8], '<f4').reshape(-1, 2)
+    content = path.read_bytes() if path.exists() else b''
+    return np.frombuffer(content[: len(content) // 8 * 8], '<f4').reshape(-1, 2)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a JSONL file up to the first that is damaged or torn by a crash."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(line, dict) or not isinstance(line.get('step'), int):
+            break
+        lines.append(line)
+    return lines
+
+
+def write_skipped(folder: Path, batches: dict[str, Any]) -> int:
+    """Write `skipped.csv` into `folder`: split, path and reason of each image left out.
+
+    It is CSV as of RFC 4180 in UTF-8, so a name with a newline stands in quotes; bytes of a name
+    that are not UTF-8 are written as they are (`errors='surrogateescape'` reads them back). A path
+    that a spreadsheet would take for a formula begins with `./`. Without such images there is no
+    file.
+
+    Args:
+        folder: The work directory.
+        batches: The opened batches of each split, by name.
+
+    Returns:
+        The number of images left out; one that is listed for several splits counts once.
+    """
+    rows = [
+        (split, f'./{path}' if path.startswith(FORMULA) else path, reason)
+        for split, opened in batches.items()
+        for path, reason in opened.skipped
+    ]
+    if not rows:
+        (folder / 'skipped.csv').unlink(missing_ok=True)
+        return 0
+    table = io.StringIO(newline='')
+    csv.writer(table).writerows([('split', 'path', 'reason'), *rows])
+    write_bytes(folder / 'skipped.csv', table.getvalue().encode('utf-8', 'surrogateescape'))
+    return len({path for _, path, _ in rows})
 
 
 def _encode(lines: list[dict[str, Any]]) -> bytes:
     return ''.join(json.dumps(line) + '\n' for line in lines).encode()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last line torn by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines

@@ -1,90 +1,295 @@
-"""A folder in an object store, by fsspec: gs:// (gcsfs), s3:// (s3fs), memory://, file://."""
+"""A work directory in an object store: `--workdir=gs://bucket/run`.
+
+A run needs locks, renames and files that grow, which object stores lack. So it works in a folder
+of this machine, which is copied to the remote one after every checkpoint; at the start the remote
+one is copied here if its newest whole checkpoint is farther than the local one's. Wherever an
+upload breaks off, the remote folder holds a checkpoint to resume from: the seal of a new one goes
+last, and after that that of an old one is removed first (stores replace a file whole or not at
+all). Nothing locks the remote folder: who starts last owns it, and another process that still
+trains there ends at its next checkpoint.
+"""
 
 import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.errors import UserError
+from cnn_jax.errors import RunFailed, UserError
+from cnn_jax.files import SEAL, Corrupt, cache_folder, digest, lock, read_sealed_folder
+
+CONFIG = 'config.json'
+WRITER = 'writer.json'  # who trains there; remote only
+STEPS = 'steps.f32'  # 8 bytes a step, in each checkpoint
+CHECKPOINT = re.compile(r'checkpoints/step_(\d+)/.+')
+
+Seals = dict[int, bytes | None]  # of checkpoints, by step; None for one that is not finished
 
 
-class Remote:
-    """A folder in an object store.
+def is_remote(workdir: str) -> bool:
+    """Return whether a --workdir is the URL of a remote folder."""
+    return '://' in workdir
 
-    The methods raise what the store's file system raises, which may be of any type; `explained`
-    makes sentences of it.
+
+def fetch_workdir(workdir: str) -> Path:
+    """Return the folder of a --workdir, to read a run from; a remote one is copied."""
+    if not is_remote(workdir):
+        return Path(workdir)
+    mirror = Mirror(workdir, 'read')  # apart from the folder that a run may be at
+    with lock(mirror.base / 'lock', wait=True):
+        mirror.fetch()
+    return mirror.folder
+
+
+def upload(workdir: str, names: Iterable[str]) -> None:
+    """Copy files that were written into the folder from `fetch_workdir` to a remote --workdir."""
+    if is_remote(workdir):
+        mirror = Mirror(workdir, 'read')
+        with mirror.explained():
+            mirror.put(names)
+
+
+class Mirror:
+    """A remote work directory and the local folder that stands for it.
 
     Args:
-        url: Such as gs://BUCKET/FOLDER; no folder has to be there.
+        url: The remote folder, by fsspec: gs:// (gcsfs), s3:// (s3fs), memory://, file://.
+        use: Different uses have different local folders.
+
+    Attributes:
+        base: In the cache, the same for the same URL and use; to be locked by whoever uses it.
+        folder: The local work directory, in `base`.
 
     Errors:
-        UserError: A package is missing, or the URL or the credentials are wrong.
+        UserError: A package is missing; the URL, the network or the credentials are wrong; the
+            folder holds other files or another run. Any method may raise it.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, use: str = 'train'):
         self.url = url.rstrip('/')
         with self.explained():
-            self._fs, self._root = self._opened()
+            self._fs, self._root = _open(self.url)
+        name = re.sub(r'[^\w.-]+', '_', self.url.rpartition('/')[2])
+        key = digest(self.url.encode())[:12]
+        self.base = cache_folder() / 'workdirs' / f'{name}-{key}-{use}'
+        self.folder = self.base / 'run'
+        self._sent: dict[str, tuple[int, int]] = {}  # size and time of the files that are there
+        self._there: Seals = {}  # of the checkpoints that are there
+        self._me = {'host': socket.gethostname(), 'process': os.getpid(), 'token': uuid.uuid4().hex}
 
-    def _opened(self) -> tuple[Any, str]:
-        import fsspec.core
+    def fetch(self) -> None:
+        """Make the local folder what the remote one is."""
+        with self.explained():
+            names, seals = self._look()
+            if CONFIG not in names:
+                raise UserError(
+                    f'there is no run at {self.url}; give the --workdir that launch.train had'
+                )
+            self._download(names, seals, here=-1)
 
-        scheme = self.url.partition(':')[0]
-        options = {'auto_mkdir': True} if scheme == 'file' else {}
+    def resume(self) -> None:
+        """`fetch` if the remote folder is farther; else find out what to upload."""
+        with self.explained():
+            names, self._there = self._look()
+            finished = [step for step, seal in self._there.items() if seal]
+            here, there = _newest_whole(self.folder), max(finished, default=-1)
+            farther = here < 0 or there > here
+            if not farther or not self._download(names, self._there, here):
+                common = [step for step in finished if step <= here]
+                if common and not self._continues(max(common), here):
+                    raise UserError(
+                        f'{self.folder} and {self.url} hold different runs; remove one of them'
+                    )
+                if there < here:
+                    print(f'resuming from {self.folder}, which is farther than {self.url}')
+            # A checkpoint of the same run and step is as good as the local one, whatever its bytes.
+            mine = _seals(self.folder)
+            self._there |= {step: mine[step] for step in finished if step in mine}
+
+    def take(self) -> None:
+        """Become the owner of the remote folder."""
+        with self.explained():
+            self._fs.pipe_file(self._path(WRITER), json.dumps(self._me).encode())
+
+    def push(self, last: bool = False) -> None:
+        """Upload what is new or changed, and remove old checkpoints.
+
+        Args:
+            last: Raise an error as `RunFailed`; else print it, and the next call makes up for it.
+        """
         try:
-            fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
-        except ImportError as error:
-            how = 'pip install -r requirements-gcs.txt' if scheme in ('gs', 'gcs') else 'install it'
-            raise UserError(f'{self.url} needs a package ({reason(error)}); {how}') from error
-        return fs, root.rstrip('/')
-
-    def _path(self, name: str) -> str:
-        return f'{self._root}/{name}'
-
-    def names(self) -> list[str]:
-        """The names of all files, those in folders as folder/name."""
-        paths = [path for path in self._fs.find(self._root) if not path.endswith('/')]
-        return [path.removeprefix(self._path('')) for path in paths]
-
-    def read(self, name: str) -> bytes:
-        """The content of a file."""
-        return self._fs.cat_file(self._path(name))
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file."""
-        self._fs.pipe_file(self._path(name), content)
-
-    def get(self, names: Iterable[str], folder: Path) -> None:
-        """Copy files into a local folder, under their names."""
-        if names := list(names):
-            self._fs.get([self._path(name) for name in names], [str(folder / x) for x in names])
-
-    def put(self, names: Iterable[str], folder: Path) -> None:
-        """Copy files from a local folder here, under their names."""
-        if names := list(names):
-            self._fs.put([str(folder / name) for name in names], [self._path(x) for x in names])
-
-    def remove(self, name: str) -> None:
-        """Remove a file or a folder if it is there."""
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._path(name), recursive=True)
+            self._push()
+        except RunFailed:
+            raise
+        except Exception as error:
+            what = f'{self.url} cannot be written ({_reason(error)}); it is all in {self.folder}'
+            if last:
+                raise RunFailed(f'{what}; rerun the same command here to upload it') from error
+            print(f'warning: {what}; the next checkpoint tries again', file=sys.stderr)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Raise what the file system raises as a `UserError`."""
+        """Raise what the store's file system raises, which may be of any type, as a `UserError`."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
             raise UserError(
-                f'{self.url} cannot be used ({reason(error)}); check the name of the bucket, the '
+                f'{self.url} cannot be used ({_reason(error)}); check the name of the bucket, the '
                 'network, and that your credentials allow reading and writing (for gs://: gcloud '
                 'auth application-default login)'
             ) from error
 
+    def put(self, names: Iterable[str]) -> None:
+        """Copy files of the local folder to the remote one."""
+        if names := list(names):
+            self._fs.put([str(self.folder / name) for name in names], [*map(self._path, names)])
 
-def reason(error: Exception) -> str:
-    """The first line of what an error says."""
+    def _get(self, names: list[str], folder: Path) -> None:
+        if names:
+            self._fs.get([*map(self._path, names)], [str(folder / name) for name in names])
+
+    def _path(self, name: str) -> str:
+        return f'{self._root}/{name}'
+
+    def _look(self) -> tuple[list[str], Seals]:
+        """The names of the remote files, and the checkpoints' seals."""
+        paths = [path for path in self._fs.find(self._root) if not path.endswith('/')]
+        names = [path.removeprefix(self._path('')) for path in paths]
+        for name in names:
+            if not {'', '.', '..'}.isdisjoint(name.split('/')):  # it would be written elsewhere
+                raise UserError(f'{self.url} holds a file of the name {name!r}; remove it')
+        if names and CONFIG not in names and WRITER not in names:
+            raise UserError(f'{self.url} holds other files and no run; choose another --workdir')
+        seals = dict.fromkeys(step for name in names if (step := _step(name)) is not None)
+        for step in seals:
+            with contextlib.suppress(FileNotFoundError):
+                seals[step] = self._fs.cat_file(self._path(_name(step, SEAL)))
+        return names, seals
+
+    def _download(self, names: list[str], seals: Seals, here: int) -> bool:
+        """Put a copy of the remote folder in the local one's place, if it proves to be farther."""
+        incoming, mine = self.base / 'incoming', _seals(self.folder)
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir(parents=True)
+        for step in [step for step, seal in seals.items() if seal]:
+            own, new = self.folder / _name(step), incoming / _name(step)
+            if mine.get(step) == seals[step] and _is_whole(own):
+                shutil.copytree(own, new)
+                continue
+            try:
+                self._get([name for name in names if _step(name) == step], incoming)
+            except FileNotFoundError:  # the run has removed it meanwhile
+                shutil.rmtree(new, ignore_errors=True)
+        plain = [name for name in names if _is_plain(name)]
+        self._get(plain, incoming)
+        if not plain or 0 <= here >= _newest_whole(incoming):
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)
+        incoming.rename(self.folder)
+        return True
+
+    def _continues(self, there: int, here: int) -> bool:
+        """Return whether the local run's steps begin with those of a remote checkpoint."""
+        steps = (self.folder / _name(here, STEPS)).read_bytes()[: 8 * there]
+        return json.loads(self._there[there] or b'')['files'][STEPS] == digest(steps)
+
+    def _push(self) -> None:
+        writer = json.loads(self._fs.cat_file(self._path(WRITER)))
+        if writer != self._me:
+            raise RunFailed(
+                f'process {writer["process"]} on {writer["host"]} has begun to train in '
+                f'{self.url}, which ends this one; what it had not uploaded is in {self.folder}'
+            )
+        names, here = _files(self.folder), _seals(self.folder)
+        facts = {name: (self.folder / name).stat() for name in filter(_is_plain, names)}
+        files = {name: (fact.st_size, fact.st_mtime_ns) for name, fact in facts.items()}
+        self.put(name for name in files if self._sent.get(name) != files[name])
+        self._sent = files
+        for step in sorted(here, reverse=True):
+            if self._there.get(step) != here[step]:
+                self._remove(step)
+                self._there[step] = None  # some of it is there, from now on
+                seal = _name(step, SEAL)
+                self.put(name for name in names if _step(name) == step and name != seal)
+                self.put([seal])
+                self._there[step] = here[step]
+        for step in self._there.keys() - here.keys():
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Remove what is there of a checkpoint, the seal before all else."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._there.get(step):
+                self._fs.rm(self._path(_name(step, SEAL)))
+                self._there[step] = None
+        with contextlib.suppress(FileNotFoundError):
+            if step in self._there:
+                self._fs.rm(self._path(_name(step)), recursive=True)
+        self._there.pop(step, None)
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system and the path of a URL."""
+    import fsspec.core
+
+    scheme = url.partition(':')[0]
+    options = {'auto_mkdir': True} if scheme == 'file' else {}
+    try:
+        fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    except ImportError as error:
+        how = 'pip install -r requirements-gcs.txt' if scheme in ('gs', 'gcs') else 'install it'
+        raise UserError(f'{url} needs a package ({_reason(error)}); {how}') from error
+    return fs, root.rstrip('/')
+
+
+def _reason(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _name(step: int, file: str = '') -> str:
+    return f'checkpoints/step_{step}/{file}'.rstrip('/')
+
+
+def _step(name: str) -> int | None:
+    """The step of the checkpoint that a file belongs to."""
+    match = CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether a file is mirrored by itself: of no checkpoint, no lock, not temporary."""
+    first, *_ = parts = name.split('/')
+    return first not in ('checkpoints', 'lock', WRITER) and not any(p[:1] == '.' for p in parts)
+
+
+def _files(folder: Path) -> list[str]:
+    paths = [path for path in folder.rglob('*') if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _seals(folder: Path) -> dict[int, bytes]:
+    """The seals of the checkpoints in a local work directory, by step."""
+    names = [path.parent.name for path in folder.glob(f'checkpoints/*/{SEAL}')]
+    steps = [step for name in names if (step := _step(f'checkpoints/{name}/{SEAL}')) is not None]
+    return {step: (folder / _name(step, SEAL)).read_bytes() for step in steps}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    with contextlib.suppress(Corrupt):
+        read_sealed_folder(checkpoint)
+        return True
+    return False
+
+
+def _newest_whole(folder: Path) -> int:
+    """The step of the newest whole checkpoint in a local work directory; -1 without any."""
+    return max((step for step in _seals(folder) if _is_whole(folder / _name(step))), default=-1)

@@ -26,7 +26,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.summary import Layer, layers, summary
 from cnn_jax.tools import figures, profile
 from cnn_jax.tools.selfcheck import self_check
-from cnn_jax.train import loop, manifest, metrics, mirror, setup
+from cnn_jax.train import loop, manifest, metrics, remote, setup
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.program import (
     Program,
@@ -38,8 +38,7 @@ from cnn_jax.train.program import (
     state_maker,
     traced_values,
 )
-from cnn_jax.train.record import read_lines
-from cnn_jax.train.skipped import write_skipped
+from cnn_jax.train.record import read_lines, write_skipped
 from cnn_jax.train.step import predict_step
 
 
@@ -206,8 +205,8 @@ def fit(
     if components is None:
         components = own.from_objects(model, train, eval, optimizer, regularizers)
     config = cfg.validate(components.mark(config))
-    url = str(workdir) if mirror.is_remote(str(workdir)) else ''
-    copy = mirror.Mirror(url) if url else None
+    url = str(workdir) if remote.is_remote(str(workdir)) else ''
+    copy = remote.Mirror(url) if url else None
     folder = copy.folder if copy else Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
 
@@ -420,7 +419,7 @@ def load_run(
         UserError: The folder holds no run or no such checkpoint, or own parts are missing or not
             those of the run.
     """
-    folder = mirror.opened(str(workdir))
+    folder = remote.fetch_workdir(str(workdir))
     run_manifest, config = manifest.read(folder), manifest.load_config(folder)
     start(manifest.threads(folder, config))
     components = own.reopened(config, run_manifest, model, optimizer, regularizers)
@@ -436,7 +435,6 @@ def load_run(
         program = make_program(config, spec, phase=1)
         state = begin_phase(program, state)
     state, _ = checkpoints.restore(step, state)
-    checkpoints.close()
     lines = [line for line in read_lines(folder / 'metrics.jsonl') if line['step'] <= step]
     last = next(
         (line for line in lines[::-1] if line['split'] == 'eval' and line['step'] == step), {}

@@ -35,9 +35,9 @@ KINDS = [
     ),
     (
         'checkpoint truncated, bit-flipped, incomplete, empty, of another config or version; '
-        'record altered or torn',
-        'found by its digest; the one before is used, and said',
-        ['tests/train/test_damage.py'],
+        'record altered or torn; killed before any file operation of a save',
+        'found by its digest; the one before is used, and a warning is printed',
+        ['tests/train/test_checkpoint.py', 'tests/test_files.py'],
     ),
     ('result of an ablation altered', 'found', ['tests/ablation/test_ledger.py', '-k', 'digit']),
     (

@@ -54,7 +54,7 @@ def test_a_run_that_cannot_write_fails_plainly_and_goes_on_when_it_can(
     (said,) = [line for line in done.stderr.splitlines() if line.startswith('failed: ')]
     assert 'Event loop is closed' not in done.stderr
     assert 'File too large' in said
-    assert 'the same command goes on' in said
+    assert 'same command' in said
     launch('train', *tiny, f'--workdir={folder}', check=0)
     assert record(folder) == record(tiny_run[0])
 

@@ -138,7 +138,6 @@ def test_the_latest_and_the_best_checkpoints_are_kept(small, run, tmp_path):
     for step, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.2], start=1):
         scores = {'accuracy': accuracy, 'loss': 1.0}
         kept.save(state.replace(step=np.int32(step)), {'sums': None}, scores)
-    kept.close()
     again = Checkpoints(tmp_path / 'c', config)
     assert again.latest() == 5
     assert again.best() == 2

@@ -16,8 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.files import read_sealed_folder, seal_folder
-from cnn_jax.train import mirror
-from cnn_jax.train.journal import Journal
+from cnn_jax.train import remote
 
 ROOT = Path(__file__).resolve().parents[2]
 URL = 'faulty://bucket/run'
@@ -89,7 +88,7 @@ def machine(tmp_path, monkeypatch):
 
     def make(name, url=URL):
         monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / name))
-        return mirror.Mirror(url)
+        return remote.Mirror(url)
 
     return make
 
@@ -103,20 +102,16 @@ def train(folder, steps, keep=2, run='a'):
     """Write what a run writes by the way to some steps, each with a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'config.json').write_text(f'{{"run": "{run}"}}')
-    journals = [Journal(folder / name) for name in RECORD]
-    newest = max(steps_in(folder), default=None)
-    at = position(folder, newest) if newest else {}
-    for journal in journals:
-        journal.resume(at.get(journal.path.name))
     for step in steps:
-        for journal in journals:
-            journal.append(f'{run} to {step}\n'.encode())
+        record = {'metrics.jsonl': f'{run} to {step}\n', 'steps.f32': f'{run:8}' * step}
         place = folder / f'checkpoints/step_{step}'
         (place / 'state/d').mkdir(parents=True)
         (place / 'state/d' / os.urandom(4).hex()).write_text(f'{run} state {step}')
         (place / '_METADATA').write_text(f'saved at {time.time_ns()}')
-        record = {journal.path.name: journal.position() for journal in journals}
-        seal_folder(place, {'progress': {'record': record}})
+        for name, text in record.items():
+            (folder / name).write_text(text)
+            (place / name).write_text(text)
+        seal_folder(place, {'progress': {}})
         for old in steps_in(folder)[:-keep]:
             shutil.rmtree(folder / f'checkpoints/step_{old}')
 
@@ -125,17 +120,12 @@ def steps_in(folder):
     return sorted(int(path.parent.name[5:]) for path in folder.glob('checkpoints/*/seal.json'))
 
 
-def position(folder, step):
-    return read_sealed_folder(folder / f'checkpoints/step_{step}')['progress']['record']
-
-
 def resumes_at(folder):
-    """The step from which a run in a folder goes on, as `Checkpoints.resumable` finds it."""
-    for step in reversed(steps_in(folder)):
-        at = position(folder, step)
-        assert all(Journal(folder / name).holds(at[name]) for name in RECORD)
-        return step
-    return None
+    """The step from which a run in a folder resumes, as `Checkpoints.resumable` finds it."""
+    step = max(steps_in(folder), default=None)
+    if step is not None:
+        read_sealed_folder(folder / f'checkpoints/step_{step}')
+    return step
 
 
 def content(folder):
@@ -161,15 +151,13 @@ def test_what_goes_up_comes_back(machine, tmp_path, scheme):
         train(here.folder, [step])
         here.push()
     (here.folder / 'curves.png').write_bytes(b'curves')
-    (here.folder / 'checkpoints/unfinished').write_text('50')
-    (here.folder / 'checkpoints/step_50').mkdir()
-    (here.folder / 'checkpoints/step_50/half').write_text('half')
+    (here.folder / 'checkpoints/saving').mkdir()
+    (here.folder / 'checkpoints/saving/half').write_text('half')
     here.push(last=True)
     elsewhere = machine('elsewhere', url)
     begin(elsewhere)
-    whole = {name: x for name, x in content(here.folder).items() if 'step_50' not in name}
-    del whole['checkpoints/unfinished']
-    assert content(elsewhere.folder) == whole
+    shutil.rmtree(here.folder / 'checkpoints/saving')
+    assert content(elsewhere.folder) == content(here.folder)
     assert steps_in(elsewhere.folder) == [10, 20]
 
 
@@ -223,19 +211,6 @@ def test_a_download_that_breaks_off_anywhere_is_made_again(machine, monkeypatch)
         begin(again)
         assert content(again.folder) == content(there.folder)
     assert operations > 8
-
-
-def test_a_download_is_made_again_if_it_could_not_take_its_place(machine, monkeypatch):
-    there = uploaded(machine)
-    at = machine('other')
-    train(at.folder, [10])
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, 'rename', lambda *_: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            begin(at)
-    again = machine('other')
-    begin(again)
-    assert content(again.folder) == content(there.folder)
 
 
 def test_the_remote_folder_is_taken_if_it_is_farther(machine):
@@ -329,7 +304,7 @@ def test_another_run_is_not_mixed_with_that_in_the_cache(machine, steps):
         begin(at)
 
 
-def test_a_failed_upload_is_told_once_and_made_again_with_the_next_checkpoint(machine, capsys):
+def test_a_failed_upload_is_printed_and_made_again_with_the_next_checkpoint(machine, capsys):
     at = uploaded(machine, [10])
     train(at.folder, [20])
     Faulty.faults = itertools.chain([None] * 3, [OSError('the network is down\nfor long')])
@@ -344,15 +319,9 @@ def test_a_failed_upload_is_told_once_and_made_again_with_the_next_checkpoint(ma
     second = machine('second')
     begin(second)
     assert content(second.folder) == content(at.folder)
-
-
-def test_an_upload_that_fails_at_the_end_is_an_error_that_tells_where_everything_is(machine):
-    at = uploaded(machine, [10])
-    train(at.folder, [20])
     Faulty.faults = itertools.repeat(TimeoutError())
-    with pytest.raises(RunFailed, match=r'TimeoutError.*same command') as caught:
+    with pytest.raises(RunFailed, match=r'TimeoutError.*same command'):
         at.push(last=True)
-    assert str(at.folder) in str(caught.value)
 
 
 def test_other_files_are_left_alone(machine):
@@ -360,6 +329,17 @@ def test_other_files_are_left_alone(machine):
     with pytest.raises(UserError, match='holds other files'):
         begin(machine('first'))
     assert list(Faulty.store) == ['/bucket/run/thesis.tex']
+
+
+@pytest.mark.parametrize('name', ['/tmp/x', '../x', 'a/../../x', './x', 'checkpoints/step_1//x'])
+def test_no_file_is_written_outside_the_folder(machine, monkeypatch, name):
+    at = uploaded(machine)
+    find = Faulty.find
+    monkeypatch.setattr(Faulty, 'find', lambda *a, **k: [*find(*a, **k), f'/bucket/run/{name}'])
+    with pytest.raises(UserError, match='of the name'):
+        remote.fetch_workdir(URL)
+    with pytest.raises(UserError, match='of the name'):
+        begin(at)
 
 
 @pytest.mark.parametrize(
@@ -398,17 +378,17 @@ def test_a_missing_package_is_named(machine, monkeypatch):
 
 def test_readers_see_what_is_there_now(machine):
     at = uploaded(machine)
-    folder = mirror.opened(URL)
+    folder = remote.fetch_workdir(URL)
     assert folder != at.folder
     assert content(folder) == content(at.folder)
     train(at.folder, [30])
     (at.folder / 'checkpoints/step_30/seal.json').rename(at.folder / 'seal')
     at.push(last=True)  # as an upload that goes on
-    assert steps_in(mirror.opened(URL)) == [20]
+    assert steps_in(remote.fetch_workdir(URL)) == [20]
     (at.folder / 'seal').rename(at.folder / 'checkpoints/step_30/seal.json')
     at.push(last=True)
     (folder / 'checkpoints/step_20/_METADATA').write_text('damaged')
-    assert mirror.opened(URL) == folder
+    assert remote.fetch_workdir(URL) == folder
     assert resumes_at(folder) == 30
     assert read_sealed_folder(folder / 'checkpoints/step_20')
 
@@ -423,30 +403,30 @@ def test_readers_do_without_a_checkpoint_that_the_run_removes_meanwhile(machine,
         return real(self, remote, *args, **kwargs)
 
     monkeypatch.setattr(Faulty, 'get_file', get_file)
-    assert steps_in(mirror.opened(URL)) == [20, 30]
+    assert steps_in(remote.fetch_workdir(URL)) == [20, 30]
     assert steps_in(at.folder) == [10, 20, 30]
 
 
 def test_what_readers_write_is_uploaded(machine, tmp_path):
     at = uploaded(machine)
-    folder = mirror.opened(URL)
+    folder = remote.fetch_workdir(URL)
     (folder / 'evaluation.json').write_text('{}')
-    mirror.upload(URL, ['evaluation.json'])
+    remote.upload(URL, ['evaluation.json'])
     at.push(last=True)
     assert fsspec.filesystem('faulty').cat('/bucket/run/evaluation.json') == b'{}'
     Faulty.faults = itertools.repeat(OSError('down'))
     with pytest.raises(UserError, match=r'cannot be used \(down\)'):
-        mirror.upload(URL, ['evaluation.json'])
+        remote.upload(URL, ['evaluation.json'])
 
 
 def test_readers_need_a_run_and_leave_folders_of_this_machine_alone(machine, tmp_path):
     uploaded(machine)
-    mirror.opened(URL)
+    remote.fetch_workdir(URL)
     Faulty.store.clear()
     with pytest.raises(UserError, match='there is no run at faulty://bucket/run'):
-        mirror.opened(URL)
-    assert mirror.opened(f'{tmp_path}/run') == tmp_path / 'run'
-    mirror.upload(f'{tmp_path}/run', ['evaluation.json'])
+        remote.fetch_workdir(URL)
+    assert remote.fetch_workdir(f'{tmp_path}/run') == tmp_path / 'run'
+    remote.upload(f'{tmp_path}/run', ['evaluation.json'])
 
 
 @pytest.mark.slow

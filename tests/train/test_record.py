@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cnn_jax import config
 from cnn_jax.data.batches import open_batches
-from cnn_jax.train.skipped import write_skipped
+from cnn_jax.train.record import write_skipped
 
 
 def opened(*skipped):

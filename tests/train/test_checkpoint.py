@@ -1,0 +1,273 @@
+"""Checkpoints and records: killed, damaged or cut off, a run ends as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax import config as cfg
+from cnn_jax.errors import UserError
+from cnn_jax.files import SEAL, read_sealed_folder, seal_folder
+from cnn_jax.train import checkpoint, record
+from cnn_jax.train.checkpoint import Checkpoints, digest
+from cnn_jax.train.record import open_record, read_steps
+
+CONFIG = cfg.replace(cfg.Config(), {'train.keep': 2, 'train.best': 'accuracy'})
+END = 8  # steps, with a checkpoint after every second
+
+
+@flax.struct.dataclass
+class State:
+    step: jnp.ndarray
+    params: dict
+    averaged: dict
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr(record, 'draw_curves', lambda lines, path: None)
+
+
+def state_at(step):
+    """The state after a step; the training here is that each step is written into the weights."""
+    kernel = jnp.arange(12.0).reshape(3, 4) + step
+    return State(jnp.int32(step), {'conv': {'kernel': kernel, 'bias': jnp.float32(step)}}, {})
+
+
+def run(folder, config=CONFIG, last=END):
+    """Train, or resume, up to a step; returns the state and what was said."""
+    checkpoints, written, said = (
+        Checkpoints(folder / 'checkpoints', config),
+        open_record(folder),
+        [],
+    )
+    step = 0
+    found = checkpoints.resumable(said.append)
+    if found is None:
+        written.resume(0, None)
+    else:
+        start, progress = found
+        state, _ = checkpoints.restore(start, state_at(0))
+        assert digest(state) == digest(state_at(start))
+        assert progress == {'sums': start / 7}
+        written.resume(start, checkpoints.place(start))
+        said.append(f'resumed at {start}')
+    for step in range(start + 1, last + 1):
+        written.step(1 / step, 1 / 3)
+        if step % 2 == 0:
+            scores = {'loss': 1 / step, 'accuracy': 0.9 if step == 4 else step / 100}
+            written.metrics(step, 'eval', scores)
+            written.timing(step, {'images_per_second': 7.0})
+            checkpoints.save(state_at(step), {'sums': step / 7}, scores, written.snapshot())
+    written.close()
+    return said
+
+
+def end(folder):
+    """What must not depend on any disturbance: all files of the record, and the checkpoints."""
+    names = ('metrics.jsonl', 'steps.f32', 'timing.jsonl')
+    steps = Checkpoints(folder / 'checkpoints', CONFIG).steps()
+    return [(folder / name).read_bytes() for name in names], steps
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('undisturbed')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, 'draw_curves', lambda lines, path: None)
+        assert run(folder) == []
+    return end(folder)
+
+
+OPERATIONS = ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'os.chmod')
+watchers = []
+sys.addaudithook(lambda event, arguments: [watch(event, arguments) for watch in watchers] and None)
+
+
+def test_killed_before_any_file_operation_it_ends_the_same(tmp_path, undisturbed, record_property):
+    """A copy of the folder before each operation is what a kill at that moment leaves."""
+    folder, copies = tmp_path / 'run', tmp_path / 'copies'
+    run(folder, last=5)
+    copies.mkdir()
+
+    def copy(event, arguments):
+        path = arguments[0] if event in OPERATIONS else None
+        if isinstance(path, str | os.PathLike) and str(folder) in os.fspath(path):
+            watchers.clear()
+            shutil.copytree(folder, copies / str(len(os.listdir(copies))))
+            watchers.append(copy)
+
+    watchers.append(copy)
+    try:
+        run(folder, last=6)  # resumes, saves one, removes one
+    finally:
+        watchers.clear()
+    assert len(os.listdir(copies)) > 30
+    at = set()
+    for name in os.listdir(copies):
+        (said,) = run(copies / name)
+        at.add(said)
+        assert end(copies / name) == undisturbed
+    assert at == {f'resumed at {step}' for step in (4, 6)}
+    record_property('tried', len(os.listdir(copies)))
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(tmp_path, monkeypatch):
+    run(tmp_path, last=4)
+    events, real = [], {name: getattr(os, name) for name in ('fsync', 'rename')}
+
+    def fsync(descriptor):
+        events.append(('sync', os.readlink(f'/proc/self/fd/{descriptor}')))
+        real['fsync'](descriptor)
+
+    def rename(old, new):
+        if str(new).endswith('step_6'):
+            inside = [path for path in old.rglob('*') if path.name != SEAL]
+            assert {('sync', str(path)) for path in (old, *inside)} <= set(events)
+        events.append(('rename', os.path.basename(new)))
+        real['rename'](old, new)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'rename', rename)
+    run(tmp_path, last=6)
+    named = events.index(('rename', 'step_6'))
+    assert events[named + 1] == ('sync', str(tmp_path / 'checkpoints'))
+    assert events.index(('rename', 'removing')) > named + 1
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def remove(path):
+    path.unlink()
+
+
+def files(place):
+    return sorted(path for path in place.rglob('*') if path.is_file() and path.stat().st_size)
+
+
+@pytest.mark.parametrize('damage', [cut, flip, remove])
+@pytest.mark.parametrize('which', ['newest', 'oldest'])
+def test_any_damaged_file_of_a_checkpoint_is_found(tmp_path, undisturbed, damage, which):
+    whole = tmp_path / 'whole'
+    run(whole, last=7)
+    step, start = (6, 4) if which == 'newest' else (4, 6)
+    names = [path.relative_to(whole) for path in files(whole / f'checkpoints/step_{step}')]
+    assert {'metrics.jsonl', 'steps.f32', SEAL} < {name.name for name in names}
+    for name in names:
+        folder = tmp_path / 'damaged run'
+        shutil.copytree(whole, folder)
+        damage(folder / name)
+        aside, resumed = run(folder)
+        assert f'the checkpoint of step {step} cannot be used ({name.name}' in aside.replace(
+            '(' + '/'.join(name.parts[2:]), '(' + name.name
+        )
+        assert resumed == f'resumed at {start}'
+        assert (folder / f'damaged/step_{step}').is_dir()
+        assert end(folder)[0] == undisturbed[0]
+        shutil.rmtree(folder)
+
+
+def empty(place):
+    shutil.rmtree(place)
+    place.mkdir()
+
+
+def of_another_config(place):
+    seal_folder(place, read_sealed_folder(place) | {'config': '0' * 64})
+
+
+@pytest.mark.parametrize('damage', [empty, of_another_config])
+def test_a_checkpoint_that_is_not_this_runs_is_not_used(tmp_path, undisturbed, damage):
+    run(tmp_path, last=7)
+    damage(tmp_path / 'checkpoints/step_6')
+    assert run(tmp_path)[-1] == 'resumed at 4'
+    assert end(tmp_path)[0] == undisturbed[0]
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_left_where_it_is(tmp_path):
+    run(tmp_path, last=4)
+    for place in (tmp_path / 'checkpoints').iterdir():
+        seal_folder(place, read_sealed_folder(place) | {'format': checkpoint.FORMAT - 1})
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(UserError, match='another version of cnn_jax'):
+        run(tmp_path)
+    with pytest.raises(UserError, match='another version of cnn_jax'):
+        Checkpoints(tmp_path / 'checkpoints', CONFIG).restore(4, state_at(0))
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_without_any_good_checkpoint_it_does_not_start_from_zero(tmp_path):
+    run(tmp_path, last=4)
+    for place in (tmp_path / 'checkpoints').iterdir():
+        cut(max(files(place), key=lambda path: path.stat().st_size))
+    for _ in range(2):  # nothing was moved by the first attempt
+        with pytest.raises(UserError, match=r'no checkpoint .* can be used \(step 4: .* damaged'):
+            run(tmp_path)
+
+
+@pytest.mark.parametrize('damage', [cut, flip, remove, lambda path: path.write_text('[1]\n{"a"')])
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'steps.f32'])
+def test_a_damaged_record_is_restored_from_the_checkpoint(tmp_path, undisturbed, name, damage):
+    run(tmp_path, last=7)
+    damage(tmp_path / name)
+    assert run(tmp_path) == ['resumed at 6']
+    assert end(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize('damage', [cut, flip, remove, lambda path: path.write_text('[1]\n{"a"')])
+def test_damaged_timings_cost_nothing_but_themselves(tmp_path, undisturbed, damage):
+    run(tmp_path, last=7)
+    damage(tmp_path / 'timing.jsonl')
+    assert run(tmp_path) == ['resumed at 6']
+    assert end(tmp_path)[0][:2] == undisturbed[0][:2]
+
+
+def test_the_latest_and_the_best_are_what_remains(tmp_path):
+    run(tmp_path)
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', CONFIG)
+    assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([8, 6, 4], 8, 4)
+    flip(max(files(checkpoints.place(4)), key=lambda path: path.stat().st_size))
+    assert checkpoints.best() == 8  # of the whole ones
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    checkpoints = Checkpoints(tmp_path / 'none', CONFIG)
+    assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([], None, None)
+    assert checkpoints.resumable(print) is None
+
+
+@pytest.mark.parametrize(
+    'change', [{'params': {'conv': {}}}, {'averaged': {'kernel': jnp.zeros(2)}}]
+)
+def test_a_state_of_another_structure_is_a_usage_error(tmp_path, change):
+    run(tmp_path, last=2)
+    other = dataclasses.replace(state_at(0), **change)
+    with pytest.raises(UserError, match='step 2'):
+        Checkpoints(tmp_path / 'checkpoints', CONFIG).restore(2, other)
+
+
+def test_steps_and_metrics_are_recorded_bit_for_bit(tmp_path):
+    run(tmp_path)
+    steps = np.arange(1, END + 1)
+    expected = np.stack([1 / steps, np.full(END, 1 / 3)], 1).astype('<f4')
+    np.testing.assert_array_equal(read_steps(tmp_path), expected)
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['loss'] for line in lines] == [1 / step for step in range(2, END + 1, 2)]
