@@ -18,16 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
-from cnn_jax.validation import validate
 from experiments import small
 
 PRELOADED = (
-    'launch.train',
     'cnn_jax.data.batches',
-    'cnn_jax.train.loop',
-    'cnn_jax.train.setup',
-    'cnn_jax.tools.profile',
-    'cnn_jax.train.restore',
+    'cnn_jax.train.run',
     'orbax.checkpoint',
     'tensorboardX',
 )
@@ -84,7 +79,7 @@ def tiny(source: Path, **changes: Any) -> cfg.Config:
         'train.checkpoint_every': 0.14,
         'unfreeze.epochs': 1.0,
     }
-    return validate(cfg.replace(small.get_config(), base | changes))
+    return cfg.validate(cfg.replace(small.get_config(), base | changes))
 
 
 def start(config: cfg.Config, folder: Path, kill: Kill = Kill()):
@@ -164,22 +159,12 @@ def _train(config: str, folder: Path, kill: Kill) -> None:
     os.environ['CNN_JAX_CACHE'] = str(folder / 'cache')
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     operations = _count_operations(folder, kill)
-    from absl import flags
-
-    from cnn_jax import runtime
-    from cnn_jax.train import manifest, restore, workdir
     from cnn_jax.train.checkpoint import digest
-    from launch.train import train
+    from cnn_jax.train.run import fit, load_run
 
-    flags.FLAGS(['train', f'--workdir={folder}'])
-    read = cfg.from_json(config)
-    with workdir.held(folder):
-        workdir.claim(folder, read)
-        code = train(read, folder, runtime.configure(manifest.threads(folder, read)))
-    if code:
-        sys.exit(code)
+    fit(cfg.from_json(config), folder)
     count = operations[0]
-    state = digest(restore.open_run(folder).state)
+    state = digest(load_run(folder).state)
     facts = json.dumps({'state': state, 'operations': count})
     folder.with_suffix('.ended').write_text(facts)
     sys.stdout.flush()

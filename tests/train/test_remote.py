@@ -42,31 +42,19 @@ class Faulty(MemoryFileSystem):
         if fault := next(type(self).faults, None):
             raise fault
 
-    def find(self, *args, **kwargs):
+
+def _may_fail(name):
+    real = getattr(MemoryFileSystem, name)
+
+    def operation(self, *args, **kwargs):
         self._try()
-        return super().find(*args, **kwargs)
+        return real(self, *args, **kwargs)
 
-    def cat_file(self, *args, **kwargs):
-        self._try()
-        return super().cat_file(*args, **kwargs)
-
-    def pipe_file(self, *args, **kwargs):
-        self._try()
-        return super().pipe_file(*args, **kwargs)
-
-    def put_file(self, *args, **kwargs):
-        self._try()
-        return super().put_file(*args, **kwargs)
-
-    def get_file(self, *args, **kwargs):
-        self._try()
-        return super().get_file(*args, **kwargs)
-
-    def rm_file(self, *args, **kwargs):
-        self._try()
-        return super().rm_file(*args, **kwargs)
+    return operation
 
 
+for name in ('find', 'cat_file', 'pipe_file', 'put_file', 'get_file', 'rm_file'):
+    setattr(Faulty, name, _may_fail(name))
 fsspec.register_implementation('faulty', Faulty)
 
 
