@@ -97,7 +97,7 @@ def verify(
     initial = manifest.read(folder).get('initial_state')
     same = digest(state) == initial
     compare('the state before the first step', '' if same else 'other values')
-    checkpoints = Checkpoints(folder / 'checkpoints', config)
+    checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
     saved = checkpoints.steps()
     starts = [step for step in saved if step < len(recorded)]
     shapes = jax.eval_shape(lambda: state)

@@ -36,11 +36,6 @@ SAVING, REMOVING = 'saving', 'removing'  # folders of what has not, or no longer
 OVERHEAD = 1 << 18  # bytes of a checkpoint besides the state's, generously
 
 
-def open_checkpoints(folder: Path, config: cfg.Config, layout: Layout | None) -> 'Checkpoints':
-    """Return the checkpoints of a run, in any of its processes."""
-    return Checkpoints(folder, config, layout)
-
-
 class Checkpoints:
     """The checkpoints of one run, in folders `step_N` which appear whole, sealed and on the disk.
 
@@ -71,7 +66,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint, if there is one."""
-        return mesh.on_process_zero(lambda: self._latest())
+        return mesh.on_process_zero(self._latest)
 
     def best(self) -> int | None:
         """Return the step of the best whole checkpoint saved with metrics; a tie: the last."""
@@ -104,11 +99,11 @@ class Checkpoints:
     def resumable(self, say: Callable[[str], object]) -> tuple[int, dict[str, Any]] | None:
         """Return the newest whole checkpoint's step and its progress; None without any.
 
-        Damaged ones, newer or older, are moved to the folder `damaged` beside this one. For the
-        run alone that holds the work directory.
+        Damaged ones are moved to the folder `damaged` beside this one, so only the process that
+        holds the work directory may call it.
 
         Args:
-            say: Called with a sentence about each one that is set aside.
+            say: Called with a sentence about each one that is moved.
 
         Errors:
             UserError: There are checkpoints, but none that can be used.

@@ -26,7 +26,7 @@ from cnn_jax.tools import nonfinite
 from cnn_jax.tools.profile import LayerProfile, Stopwatch
 from cnn_jax.tools.progress import Interruption, Progress
 from cnn_jax.train import metrics, step
-from cnn_jax.train.checkpoint import open_checkpoints
+from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.metrics import EarlyStopping, NotFinite, StepMetrics
 from cnn_jax.train.program import (
     Program,
@@ -293,7 +293,7 @@ class _Session:
     ):
         self.config, self.spec, self.phases, self.layout = config, spec, phases, layout
         self.values = traced_values(config)
-        self.checkpoints = open_checkpoints(folder / 'checkpoints', config, layout)
+        self.checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
         self.record = open_record(folder)
         self.watches = [Stopwatch(config.data.batch, phase.train.streams) for phase in phases]
         self.best = EarlyStopping()
