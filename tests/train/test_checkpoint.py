@@ -45,13 +45,9 @@ def state_at(step):
 
 
 def run(folder, config=CONFIG, last=END):
-    """Train, or resume, up to a step; returns the state and what was said."""
-    checkpoints, written, said = (
-        Checkpoints(folder / 'checkpoints', config),
-        open_record(folder),
-        [],
-    )
-    step = 0
+    """Train, or resume, up to a step; returns what was said."""
+    checkpoints, written = Checkpoints(folder / 'checkpoints', config), open_record(folder)
+    start, said = 0, []
     found = checkpoints.resumable(said.append)
     if found is None:
         written.resume(0, None)
