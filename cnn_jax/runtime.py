@@ -51,6 +51,9 @@ class Settings:
         return ' · '.join(self.notes)
 
 
+_in_force: Settings | None = None  # what `configure` chose in this process
+
+
 def configure(threads: int = 0) -> Settings:
     """Configure the process for JAX; call once, before JAX is first used.
 
@@ -60,8 +63,11 @@ def configure(threads: int = 0) -> Settings:
             it belongs to a run's record; more threads than cores are slow, but correct.
 
     Returns:
-        The settings in force.
+        The settings in force: where JAX has started already, those that it started with.
     """
+    global _in_force
+    if has_started():
+        return _in_force or _unconfigured()
     if threads:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
     threads = int(os.environ.get('NPROC') or cores())
@@ -79,7 +85,26 @@ def configure(threads: int = 0) -> Settings:
         f'allocator {allocator}',
         f'compile cache {cache}',
     )
-    return Settings(flags, threads, allocator, cache, notes)
+    _in_force = Settings(flags, threads, allocator, cache, notes)
+    return _in_force
+
+
+def has_started() -> bool:
+    """Return whether JAX has started its devices, after which most settings have no effect."""
+    bridge = sys.modules.get('jax._src.xla_bridge')
+    return bridge is not None and bridge.backends_are_initialized()
+
+
+def _unconfigured() -> Settings:
+    """The settings of a process that used JAX before this package could configure it."""
+    flags, threads = os.environ.get('XLA_FLAGS', ''), int(os.environ.get('NPROC') or cores())
+    notes = (
+        f'jaxlib {jaxlib_version()}',
+        count(threads, 'thread'),
+        f'XLA_FLAGS {flags or "unset"}',
+        'JAX had started before cnn_jax was used, so nothing else is set',
+    )
+    return Settings(flags, threads, 'the system default', 'as JAX has it', notes)
 
 
 def cores() -> int:

@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from cnn_jax import freezing
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
     included, as the literature counts them. Bias, norm and activation are left out (about 1%).
 
     Args:
-        model: Module called as `model(x, train=False)`.
+        model: Any Linen module that maps images to logits.
         input_shape: Shape of one example: height, width, channels.
 
     Returns:
@@ -51,8 +54,9 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
         return y
 
     x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    mode: dict[str, Any] = freezing.mode_arguments(model, train=False)
     with nn.intercept_methods(record):
-        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **mode), x)
     inner = {path[:depth] for path in rows for depth in range(len(path))}
     return [row for path, row in rows.items() if path not in inner]
 
