@@ -1,7 +1,7 @@
 """What runs survive, tried here and now: runs the tests of each kind of fault and prints a table.
 
 python -m tests.faults                        # about half an hour on two cores
-python -m tests.faults --only=killed --write  # --write puts the whole table into the README
+python -m tests.faults --only=killed --write  # --write puts the whole table into docs/reliability.md
 """
 
 import argparse
@@ -96,7 +96,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--only', default='', help='kinds that contain this word')
-    parser.add_argument('--write', action='store_true', help='put the table into README.md')
+    parser.add_argument('--write', action='store_true', help='put the table into docs/reliability.md')
     given = parser.parse_args()
     rows, all_survived = [], True
     for fault, outcome, selection in KINDS:
@@ -109,7 +109,7 @@ def main() -> int:
     text = f'{table}\n\n{results.conditions("jaxlib")}.'
     print(text)
     if given.write:
-        results.insert(ROOT / 'README.md', 'survived', text)
+        results.insert(ROOT / 'docs' / 'reliability.md', 'survived', text)
     return 0 if all_survived else 1
 
 

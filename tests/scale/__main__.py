@@ -1,7 +1,7 @@
 """How far training on several devices is from training on one: trains both, and prints a table.
 
 python -m tests.scale           # some ten minutes on two cores
-python -m tests.scale --write   # puts the table into the README
+python -m tests.scale --write   # puts the table into docs/scaling.md
 """
 
 import argparse
@@ -22,7 +22,7 @@ COLUMNS = {
 def main() -> None:
     """Train on every layout, and print what differs."""
     parser = argparse.ArgumentParser('python -m tests.scale', description=__doc__)
-    parser.add_argument('--write', action='store_true', help='put the table into README.md')
+    parser.add_argument('--write', action='store_true', help='put the table into docs/scaling.md')
     given = parser.parse_args()
     rows = []
     for name, model in {'strided': 'strided net', 'vgg16': 'head on frozen VGG16'}.items():
@@ -40,7 +40,7 @@ def main() -> None:
     text = f'{results.table(header, rows)}\n\n{results.conditions("jaxlib")}.'
     print(text)
     if given.write:
-        results.insert(layouts.ROOT / 'README.md', 'equality', text)
+        results.insert(layouts.ROOT / 'docs' / 'scaling.md', 'equality', text)
 
 
 if __name__ == '__main__':
