@@ -96,7 +96,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--only', default='', help='kinds that contain this word')
-    parser.add_argument('--write', action='store_true', help='put the table into docs/reliability.md')
+    parser.add_argument(
+        '--write', action='store_true', help='put the table into docs/reliability.md'
+    )
     given = parser.parse_args()
     rows, all_survived = [], True
     for fault, outcome, selection in KINDS:

@@ -1,0 +1,188 @@
+"""The Python front door: fit, load_run, ablate and freeze with a user's own parts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+import cnn_jax as cj
+from cnn_jax.nn import BatchNorm, Conv, Dropout
+
+ROOT = Path(__file__).resolve().parents[1]
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(0, 3, 90)
+IMAGES = np.clip(RNG.normal(60 + 60 * LABELS[:, None, None, None], 40, (90, 8, 8, 1)), 0, 255)
+TRAIN, EVAL = ((IMAGES[part].astype(np.uint8), LABELS[part]) for part in (slice(60), slice(60, 90)))
+CONFIG = cj.Config(
+    data=cj.Data(batch=20),
+    loss=cj.Loss(l2=1e-3, l2_on=('*/kernel',)),
+    train=cj.Train(epochs=2, frozen=('norm/*',)),
+)
+PARTS = {'train': TRAIN, 'eval': EVAL, 'optimizer': optax.adamw(1e-2, weight_decay=0.1)}
+
+
+class Net(nn.Module):
+    """Flax's and this package's layers in one net, which calls its mode as it likes."""
+
+    rate: float = 0.25
+
+    @nn.compact
+    def __call__(self, x, training: bool = False):
+        x = nn.BatchNorm(use_running_average=not training, name='norm')(x)
+        x = nn.relu(BatchNorm()(Conv(4, 3, 2)(x), train=training))
+        return nn.Dense(3)(Dropout(self.rate)(x.mean((1, 2)), train=training))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('fit') / 'run'
+
+
+@pytest.fixture(scope='module')
+def run(folder):
+    return cj.fit(CONFIG, folder, model=Net(), **PARTS, say=lambda line: None)
+
+
+def test_fit_returns_what_it_measured(run):
+    assert run.step == 6
+    assert not run.stopped
+    assert list(run.curves['eval']['step']) == [3, 6]
+    assert run.curves['eval']['accuracy'][-1] == run.metrics['accuracy']
+    assert run.curves.plot().axes
+    assert f'{run.metrics["loss"]:.4f}' in repr(run)
+
+
+def test_predict_gives_the_probabilities_that_were_evaluated(run):
+    probabilities = run.predict(EVAL[0])
+    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, rtol=1e-6)
+    assert np.mean(probabilities.argmax(axis=-1) == EVAL[1]) == pytest.approx(
+        run.metrics['accuracy']
+    )
+    np.testing.assert_array_equal(run.predict(EVAL[0][0]), probabilities[:1])
+    with pytest.raises(cj.UserError, match='uint8'):
+        run.predict(EVAL[0].astype(np.float32))
+
+
+def test_a_frozen_foreign_layer_is_held_still(run):
+    np.testing.assert_array_equal(run.variables['batch_stats']['norm']['mean'], 0)
+    np.testing.assert_array_equal(run.variables['params']['norm']['scale'], 1)
+    frozen = [
+        p for p, _ in jax.tree_util.tree_leaves_with_path(run.state.opt_state) if 'norm' in str(p)
+    ]
+    assert not [path for path in frozen if 'BatchNorm' not in str(path)]
+
+
+def test_the_same_call_resumes(run, folder):
+    lines = []
+    again = cj.fit(CONFIG, folder, model=Net(), **PARTS, say=lines.append)
+    assert again.metrics == run.metrics
+    np.testing.assert_array_equal(again.predict(EVAL[0]), run.predict(EVAL[0]))
+
+
+def test_other_code_or_data_is_another_run(run, folder):
+    for parts in ({'model': Net(0.5)}, {'model': Net(), 'optimizer': optax.adamw(2e-2)}):
+        with pytest.raises(cj.UserError, match='own'):
+            cj.fit(CONFIG, folder, **PARTS | parts, say=lambda line: None)
+    other = TRAIN[0], 2 - TRAIN[1]
+    with pytest.raises(cj.UserError, match='changed'):
+        cj.fit(CONFIG, folder, model=Net(), **PARTS | {'train': other}, say=lambda line: None)
+
+
+def test_load_run_opens_it_again(run, folder):
+    again = cj.load_run(folder, model=Net())
+    assert again.metrics['loss'] == run.metrics['loss']
+    np.testing.assert_array_equal(again.predict(EVAL[0]), run.predict(EVAL[0]))
+    with pytest.raises(cj.UserError, match='model'):
+        cj.load_run(folder)
+    with pytest.raises(cj.UserError, match='code of the model'):
+        cj.load_run(folder, model=Net(0.5))
+
+
+def test_evaluate_takes_arrays(run):
+    evaluation = cj.evaluate(run, data=EVAL)
+    assert evaluation.metrics['accuracy'] == run.metrics['accuracy']
+    assert evaluation.metrics['confusion'].sum() == len(EVAL[1])
+
+
+@pytest.mark.parametrize(
+    ('parts', 'word'),
+    [
+        ({'train': TRAIN}, 'both'),
+        ({'train': TRAIN, 'eval': (EVAL[0][..., 0], EVAL[1])}, 'height'),
+        ({'model': nn.Dense(3), **PARTS}, 'logits'),
+    ],
+)
+def test_bad_parts_are_user_errors(tmp_path, parts, word):
+    with pytest.raises(cj.UserError, match=word):
+        cj.fit(cj.Config(data=cj.Data(batch=20)), tmp_path, **parts, say=lambda line: None)
+
+
+def test_a_module_that_cannot_be_held_in_inference_is_refused_by_name(tmp_path):
+    class Drifting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            seen = self.variable('batch_stats', 'seen', lambda: np.zeros((), np.float32))
+            seen.value += 1
+            return x * self.param('scale', nn.initializers.ones, ())
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(Drifting(name='drifting')(x).mean((1, 2)))
+
+    config = cj.Config(data=cj.Data(batch=20), train=cj.Train(frozen=('drifting/*',)))
+    with pytest.raises(cj.UserError, match='drifting is frozen'):
+        cj.fit(config, tmp_path, model=Whole(), **PARTS, say=lambda line: None)
+
+
+def test_ablate_compares_on_own_parts(tmp_path):
+    def model(config, classes):
+        return Net(config.model.head_dropout)
+
+    baseline = cj.replace(CONFIG, {'model.head_dropout': 0.0})
+    result = cj.ablate(
+        {'dropout': {'model.head_dropout': 0.5}},
+        baseline=baseline,
+        seeds=2,
+        model=model,
+        train=TRAIN,
+        eval=EVAL,
+        workdir=tmp_path,
+    )
+    assert set(result.verdicts) == {'dropout'}
+    assert 'dropout' in str(result.table)
+    assert result.plot().axes
+
+
+def test_importing_the_front_door_is_fast_and_starts_no_device():
+    code = (
+        'import sys, time; began = time.perf_counter(); import cnn_jax; '
+        'seconds = time.perf_counter() - began; assert "jax" not in sys.modules; '
+        'cnn_jax.Config(); assert "jax" not in sys.modules; cnn_jax.fit; '
+        'import jax._src.xla_bridge as bridge; assert not bridge._backends; print(seconds)'
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(cj.__all__) <= set(dir(cj))
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    code = '\n'.join(blocks).replace('epochs=5', 'epochs=1').replace('seeds=3', 'seeds=2')
+    images, more = (RNG.integers(0, 256, (n, 8, 8, 1)).astype(np.uint8) for n in (128, 64))
+    names = {
+        'images': images,
+        'labels': np.arange(128) % 10,
+        'more': more,
+        'their_labels': np.arange(64) % 10,
+    }
+    exec(compile(code, 'README.md', 'exec'), names)
+    assert names['run'].predict(more).shape == (64, 10)
