@@ -17,52 +17,84 @@ the XLA settings that this package computes right with.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cnn_jax import nn as nn
+    from cnn_jax.ablation.run import ablate as ablate
+    from cnn_jax.config import (
+        Augment,
+        Config,
+        Data,
+        Features,
+        Loss,
+        Model,
+        Optimizer,
+        Train,
+        Unfreeze,
+        replace,
+    )
+    from cnn_jax.data.source import Source
+    from cnn_jax.errors import RunFailed, UserError
+    from cnn_jax.freezing import freeze
+    from cnn_jax.regularizers import Regularizer
+    from cnn_jax.tools.evaluate import evaluate
+    from cnn_jax.train.run import Run, fit, load_run
 
 __version__ = '0.2.0.dev0'
 
-_HOMES = {
-    'fit': 'cnn_jax.train.run',
-    'load_run': 'cnn_jax.train.run',
-    'Run': 'cnn_jax.train.run',
-    'ablate': 'cnn_jax.ablation.run',
-    'evaluate': 'cnn_jax.tools.evaluate',
-    'freeze': 'cnn_jax.freezing',
-    'Regularizer': 'cnn_jax.regularizers',
-    'Source': 'cnn_jax.data.source',
-    'UserError': 'cnn_jax.errors',
-    'RunFailed': 'cnn_jax.errors',
-    **dict.fromkeys(
-        (
-            'Config',
-            'Model',
-            'Data',
-            'Augment',
-            'Loss',
-            'Optimizer',
-            'Train',
-            'Unfreeze',
-            'Features',
-        ),
-        'cnn_jax.config',
+_MODULES = {
+    'cnn_jax': ('nn',),
+    'cnn_jax.ablation.run': ('ablate',),
+    'cnn_jax.config': (
+        *('Augment', 'Config', 'Data', 'Features', 'Loss', 'Model', 'Optimizer', 'Train'),
+        *('Unfreeze', 'replace'),
     ),
+    'cnn_jax.data.source': ('Source',),
+    'cnn_jax.errors': ('RunFailed', 'UserError'),
+    'cnn_jax.freezing': ('freeze',),
+    'cnn_jax.regularizers': ('Regularizer',),
+    'cnn_jax.tools.evaluate': ('evaluate',),
+    'cnn_jax.train.run': ('Run', 'fit', 'load_run'),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 _WITHOUT_JAX = ('cnn_jax.config', 'cnn_jax.errors')
 
-__all__ = [*_HOMES, 'nn']
+__all__ = [
+    'Augment',
+    'Config',
+    'Data',
+    'Features',
+    'Loss',
+    'Model',
+    'Optimizer',
+    'Regularizer',
+    'Run',
+    'RunFailed',
+    'Source',
+    'Train',
+    'Unfreeze',
+    'UserError',
+    'ablate',
+    'evaluate',
+    'fit',
+    'freeze',
+    'load_run',
+    'nn',
+    'replace',
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name != 'nn' and name not in _HOMES:
+    if name not in _HOMES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    if _HOMES.get(name) not in _WITHOUT_JAX:
+    if _HOMES[name] not in _WITHOUT_JAX:
         from cnn_jax import runtime
 
         runtime.configure()  # before JAX is imported
     if name == 'nn':
         return importlib.import_module('cnn_jax.nn')
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return value
 
 

@@ -1,7 +1,7 @@
 """What runs survive, tried here and now: runs the tests of each kind of fault and prints a table.
 
 python -m tests.faults                        # about half an hour on two cores
-python -m tests.faults --only=killed --write  # --write puts the whole table into docs/reliability.md
+python -m tests.faults --only=killed --write  # --write writes docs/reliability.md
 """
 
 import argparse
