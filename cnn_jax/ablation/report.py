@@ -14,7 +14,7 @@ from typing import Any
 
 from cnn_jax.ablation import figures
 from cnn_jax.ablation import summary as words
-from cnn_jax.ablation.plan import METRICS, Metric, number
+from cnn_jax.ablation.plan import METRICS, number
 from cnn_jax.ablation.results import DEFINITION, Results, read_results
 from cnn_jax.ablation.summary import cost, summary_of
 from cnn_jax.files import write_atomically
@@ -26,29 +26,6 @@ LABELS = {
     'gap': 'Results on training and test images of each arm',
     'calibration': 'Expected calibration error of each arm',
 }
-COLUMNS: tuple[str, ...] = (
-    'arm',
-    'n',
-    'mean',
-    'sd',
-    'low',
-    'high',
-    'pairs',
-    'difference',
-    'difference_low',
-    'difference_high',
-    'p_t',
-    'p_t_corrected',
-    'p_sign_flip',
-    'p_sign_flip_corrected',
-    'effect_size',
-    'hedges_g',
-    'detectable',
-    'gap',
-    'calibration_error',
-    'parameters',
-    'verdict',
-)
 
 
 @dataclass(frozen=True)
@@ -151,43 +128,53 @@ def render(
     drawn: dict[str, dict[str, Any]],
 ) -> str:
     """The page; every name and text from outside is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     headline, *details = inspect.cleandoc(summary['question']).split('\n\n')
     definition, arms = results.definition, summary['arms'].values()
     methods = {arm['eval'][summary['metric']]['interval_method'] for arm in arms} - {None}
-    return environment.get_template('report.jinja').render(
-        ablation=definition,
-        summary=summary,
-        cost=spent,
-        headline=headline or summary['name'],
-        # An answer in an experiment's docstring, and what follows it, is of an earlier run.
-        details=[
-            block.strip('\n')
-            for block in itertools.takewhile(lambda each: not each.startswith('Answer'), details)
-        ],
-        data=definition['configs'][summary['baseline']],
-        examples=max((arm['examples'] or 0 for arm in arms), default=0),
-        methods=sorted(methods),
-        effects=words.EFFECTS,
-        manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
-        figures={
-            name: Markup(figures.themed(figure['svg'], LABELS[name]))
-            for name, figure in drawn.items()
-        },
-        metrics=METRICS,
-        dedent=textwrap.dedent,
-        number=number,
-        estimate=words.estimate,
-        p_value=words.p_value,
+    return (
+        _environment(autoescape=True)
+        .get_template('report.jinja')
+        .render(
+            ablation=definition,
+            summary=summary,
+            cost=spent,
+            headline=headline or summary['name'],
+            # An answer in an experiment's docstring, and what follows it, is of an earlier run.
+            details=[
+                block.strip('\n')
+                for block in itertools.takewhile(
+                    lambda each: not each.startswith('Answer'), details
+                )
+            ],
+            data=definition['configs'][summary['baseline']],
+            examples=max((arm['examples'] or 0 for arm in arms), default=0),
+            methods=sorted(methods),
+            effects=words.EFFECTS,
+            manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
+            figures={
+                name: Markup(figures.themed(figure['svg'], LABELS[name]))
+                for name, figure in drawn.items()
+            },
+            metrics=METRICS,
+            dedent=textwrap.dedent,
+            number=number,
+            estimate=words.estimate,
+            p_value=words.p_value,
+        )
+    )
+
+
+def _environment(**options: Any):
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
     )
 
 
@@ -213,91 +200,54 @@ def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
         metric, compared = arm['eval'][summary['metric']], arm['against_baseline'] or {}
         low, high = metric['interval'] or (None, None)
         difference_low, difference_high = compared.get('interval', (None, None))
-        row = dict.fromkeys(COLUMNS) | {key: compared[key] for key in COLUMNS if key in compared}
-        rows.append(
-            row
-            | {
-                'arm': name,
-                'n': arm['n'],
-                'mean': metric['mean'],
-                'sd': metric['sd'],
-                'low': low,
-                'high': high,
-                'pairs': compared.get('n'),
-                'difference': compared.get('mean'),
-                'difference_low': difference_low,
-                'difference_high': difference_high,
-                'p_t_corrected': compared.get('p_corrected'),
-                'gap': arm['gap']['mean'],
-                'calibration_error': arm['eval'].get('calibration_error', {}).get('mean'),
-                'parameters': arm['parameters'],
-                'verdict': arm['verdict']['kind'] if arm['verdict'] else 'baseline',
-            }
-        )
+        row = {'arm': name, 'n': arm['n'], 'mean': metric['mean'], 'sd': metric['sd']}
+        row |= {'low': low, 'high': high}
+        row |= {'pairs': compared.get('n'), 'difference': compared.get('mean')}
+        row |= {'difference_low': difference_low, 'difference_high': difference_high}
+        row |= {'p_t': compared.get('p_t'), 'p_t_corrected': compared.get('p_corrected')}
+        for key in ('p_sign_flip', 'p_sign_flip_corrected', 'effect_size', 'hedges_g'):
+            row[key] = compared.get(key)
+        row |= {'detectable': compared.get('detectable'), 'gap': arm['gap']['mean']}
+        row['calibration_error'] = arm['eval'].get('calibration_error', {}).get('mean')
+        row['parameters'] = arm['parameters']
+        row['verdict'] = arm['verdict']['kind'] if arm['verdict'] else 'baseline'
+        rows.append(row)
     return rows
 
 
 def to_csv(summary: dict[str, Any]) -> str:
-    """One line per arm, in natural units; what does not exist is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    """One line per arm with the columns of `rows_of`; what does not exist is empty."""
+    rows, text = rows_of(summary), io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator='\n')
     writer.writeheader()
-    writer.writerows(rows_of(summary))
+    writer.writerows(rows)
     return text.getvalue()
 
 
 def to_latex(summary: dict[str, Any]) -> str:
-    """A table for a paper; needs the package booktabs."""
-    metric = METRICS[summary['metric']]
-    unit = r'\%' if metric.suffix else metric.unit
-    rows = [_latex_row(name, arm, metric) for name, arm in summary['arms'].items()]
-    decision = summary['decision']
-    caption = (
-        f'{_escape(metric.title.capitalize())} on the evaluation split: mean and 95\\% confidence '
-        f'interval over seeds; $\\Delta$: paired difference from {_escape(summary["baseline"])} '
-        f'with 95\\% confidence interval; $p$: paired $t$ test, Holm-corrected for '
-        f'{decision["comparisons"]} comparisons; gap: how much worse on the evaluation than on '
-        'the training split.'
+    """Return a table for a paper; it needs the package booktabs."""
+    environment = _environment(
+        block_start_string='<%',
+        block_end_string='%>',
+        variable_start_string='<<',
+        variable_end_string='>>',
+        comment_start_string='<#',
+        comment_end_string='#>',
+        keep_trailing_newline=True,
     )
-    lines = [
-        r'\begin{table}',
-        r'  \centering',
-        f'  \\caption{{{caption}}}',
-        r'  \begin{tabular}{lrllrr}',
-        r'    \toprule',
-        f'    Arm & $n$ & {_escape(metric.title.capitalize())} ({unit}) & '
-        f'$\\Delta$ ({metric.unit}) & $p$ & Gap \\\\',
-        r'    \midrule',
-        # {}: the line before looks for a [ or * at the beginning of an arm's name.
-        *(f'    {{}}{row} \\\\' for row in rows),
-        r'    \bottomrule',
-        r'  \end{tabular}',
-        r'\end{table}',
-    ]
-    return '\n'.join(lines) + '\n'
-
-
-def _latex_row(name: str, arm: dict[str, Any], metric: Metric) -> str:
-    compared = arm['against_baseline']
-    numbers = [
-        str(arm['n']),
-        words.estimate(arm['eval'][metric.name], metric),
-        words.estimate(compared, metric, signed=True) if compared else '–',
-        words.p_value(compared['p_corrected']).removeprefix('= ') if compared else '–',
-        words.estimate({**arm['gap'], 'interval': None}, metric),
-    ]
-    signs = str.maketrans({'−': '$-$', '–': '--', '<': '$<$'})
-    return ' & '.join([_escape(name), *(each.translate(signs) for each in numbers)])
-
-
-def _escape(text: str) -> str:
-    """Text with LaTeX's special characters made harmless."""
-    special = {
+    special = {character: f'\\{character}' for character in '&%$#_{}'} | {
         '\\': r'\textbackslash{}',
         '~': r'\textasciitilde{}',
         '^': r'\textasciicircum{}',
         '<': r'\textless{}',
         '>': r'\textgreater{}',
-        **{character: f'\\{character}' for character in '&%$#_{}'},
     }
-    return text.translate(str.maketrans(special))
+    signs = {'−': '$-$', '–': '--', '<': '$<$'}
+    environment.filters['tex'] = lambda text: text.translate(str.maketrans(special))
+    environment.filters['math'] = lambda text: text.translate(str.maketrans(signs))
+    return environment.get_template('table.tex.jinja').render(
+        summary=summary,
+        metric=METRICS[summary['metric']],
+        estimate=words.estimate,
+        p_value=words.p_value,
+    )
