@@ -46,9 +46,9 @@ class Metric:
 
 
 METRICS = {
-    'accuracy': Metric('accuracy', 100, 'points', '%', 1, 1.0),
-    'top5': Metric('top5', 100, 'points', '%', 1, 1.0),
-    'calibration_error': Metric('calibration_error', 100, 'points', '%', -1, 1.0),
+    'accuracy': Metric('accuracy', 100, 'percentage points', '%', 1, 1.0),
+    'top5': Metric('top5', 100, 'percentage points', '%', 1, 1.0),
+    'calibration_error': Metric('calibration_error', 100, 'percentage points', '%', -1, 1.0),
     'loss': Metric('loss', 1, 'nats', '', -1, math.inf),
 }
 

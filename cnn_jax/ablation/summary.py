@@ -4,6 +4,7 @@ It holds nothing that depends on the machine's speed, so that the same results g
 times are in `cost`.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -230,21 +231,17 @@ def spread(sample: np.ndarray, least: float = -np.inf, most: float = np.inf) -> 
 
 def curves(runs: list[Result]) -> dict[str, list[dict[str, float]]]:
     """Per split and epoch the mean and the range over seeds of loss and accuracy."""
+    reductions = (('mean', np.mean), ('low', np.min), ('high', np.max))
     result: dict[str, list[dict[str, float]]] = {}
     for split in ('train', 'eval'):
         points: dict[float, list[dict[str, Any]]] = {}
-        for point in (point for run in runs for point in run['curves']):
-            if point['split'] == split:
-                points.setdefault(point['epoch'], []).append(point)
-        result[split] = [
-            {'epoch': epoch, 'n': len(points[epoch])}
-            | {
-                f'{name}_{kind}': float(f([p[name] for p in points[epoch]]))
-                for name in ('loss', 'accuracy')
-                for kind, f in (('mean', np.mean), ('low', np.min), ('high', np.max))
-            }
-            for epoch in sorted(points)
-        ]
+        for point in (point for run in runs for point in run['curves'] if point['split'] == split):
+            points.setdefault(point['epoch'], []).append(point)
+        result[split] = [{'epoch': epoch, 'n': len(points[epoch])} for epoch in sorted(points)]
+        for row, name, (kind, f) in itertools.product(
+            result[split], ('loss', 'accuracy'), reductions
+        ):
+            row[f'{name}_{kind}'] = float(f([point[name] for point in points[row['epoch']]]))
     return result
 
 
@@ -364,10 +361,10 @@ def verdict(
         return {'kind': kind, 'sentence': f'{start}: {kind} than {baseline}.'}
     detectable = compared['detectable_corrected']
     if detectable == 0:
-        limit = 'all seeds differ by the same amount, which tells nothing about the next seed'
+        limit = 'all seeds differ by the same amount, which says nothing about the next seed'
     elif detectable > metric.most:
-        limit = 'these seeds are too few and too different to find any possible difference'
+        limit = 'these seeds are too few and too different to detect any possible difference'
     else:
         size = number(detectable * metric.scale, decimals(detectable, metric.scale))
-        limit = f'these seeds would have found a difference of {size} {metric.unit} with 80% power'
-    return {'kind': 'inconclusive', 'sentence': f'{start}: inconclusive; {limit}.'}
+        limit = f'80% power to detect a difference of {size} {metric.unit}'
+    return {'kind': 'inconclusive', 'sentence': f'{start}: not significant; {limit}.'}
