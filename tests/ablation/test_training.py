@@ -1,0 +1,226 @@
+"""Runs of an ablation: each is the run that `fit` trains alone, whatever is trained beside it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax import config as cfg
+from cnn_jax import params
+from cnn_jax.ablation import training, workers
+from cnn_jax.ablation.plan import make_plan
+from cnn_jax.ablation.results import open_store
+from cnn_jax.ablation.training import compile_structure, train_runs
+from cnn_jax.components import from_objects
+from cnn_jax.train.run import fit
+from cnn_jax.train.setup import open_data
+
+SMALL = {
+    'model.stem_width': 0,
+    'model.widths': (4,),
+    'model.hidden': (8,),
+    'data.batch': 8,
+    'train.epochs': 2.0,
+    'optimizer.learning_rate': 0.01,
+}
+FINE_TUNED = {
+    'model.name': 'vgg16',
+    'model.cut': 'block2_pool',
+    'model.head_norm': 'none',
+    'train.frozen': ('backbone/*',),
+    'unfreeze.epochs': 1.0,
+    'unfreeze.frozen': ('backbone/block1*',),
+    'unfreeze.learning_rate': 1e-3,
+}
+IMPATIENT = {
+    'train.epochs': 9.0,
+    'train.patience': 2.0,
+    'train.best': 'loss',
+    'train.precise_norm': 2,
+    'optimizer.learning_rate': 0.1,
+}
+CASES = {
+    'strided': {'augment.crop': 1, 'loss.l2': 1e-3},
+    'averaged, and over before its end': IMPATIENT | {'train.swa_from': 1.0},
+    'fine-tuned': FINE_TUNED,
+    'head on features': FINE_TUNED | {'unfreeze.epochs': 0.0, 'features.cache': 'always'},
+    'head on kept views': FINE_TUNED
+    | {'unfreeze.epochs': 0.0, 'features.views': 2, 'augment.flip': True},
+}
+ARMS = {
+    'none': {'model.norm': 'none', 'model.head_norm': 'none', 'model.dropout': 0.0},
+    'dropout': {'model.norm': 'none', 'model.head_norm': 'none', 'model.dropout': 0.3},
+    'batch norm': {'model.dropout': 0.0},
+}
+
+
+def images(seed, count, size=8):
+    """Images of three classes, which differ in brightness."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, 3, count).astype(np.int32)
+    noise = draw.integers(0, 90, (count, size, size, 1)) + 70 * labels[:, None, None, None]
+    return noise.astype(np.uint8), labels
+
+
+def make_config(**changes):
+    return cfg.replace(cfg.Config(), SMALL | changes)
+
+
+def opened(config, size=8):
+    """A marked config, its data of 40 and 21 images, and the components that bring them."""
+    components = from_objects(train=images(0, 40, size), eval=images(1, 21, size))
+    config = cfg.validate(components.mark(config))
+    return config, open_data(config, components=components), components
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_run_is_what_fit_trains(case, tmp_path, monkeypatch):
+    monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'cache'))
+    config, data, components = opened(make_config(seed=3, **CASES[case]), size=32)
+    compiled = compile_structure(config, data, components=components)
+    [run] = train_runs([config], compiled, data)
+
+    alone = fit(config, tmp_path / 'run', train=images(0, 40, 32), eval=images(1, 21, 32))
+    for name in ('loss', 'accuracy', 'calibration_error'):
+        assert run['metrics']['eval'][name] == alone.metrics[name], name
+    assert run['steps'] == run['curves'][-1]['step']
+    assert (run['steps'] < compiled.spec.phase_ends[-1]) == bool(config.train.patience)
+    assert run['metrics']['train']['count'] == 40
+    points = [point['epoch'] for point in run['curves'] if point['split'] == 'eval']
+    assert points == [float(epoch) for epoch in range(1, len(points) + 1)]
+
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+    """A finished ablation of three arms and two seeds: store, data, components, totals."""
+    config, data, components = opened(make_config())
+    plan = make_plan(ARMS, config, seeds=2)
+    store = open_store(tmp_path_factory.mktemp('study'), plan, {'code': 'x'}, {})
+    return store, data, components, workers.run_missing(store, data, components=components)
+
+
+def test_every_run_is_done_and_each_structure_compiled_once(study):
+    store, _, _, totals = study
+    assert [run.status() for run in store.runs] == ['done'] * 6
+    assert totals == {'cells': 6, 'compilations': 2}
+
+
+def test_a_run_alone_gives_the_bits_it_gave_in_company(study):
+    store, data, components, _ = study
+    for run in store.runs[3:]:
+        config = store.plan.config(run.arm, run.seed)
+        compiled = compile_structure(config, data, components=components)
+        [alone] = train_runs([config], compiled, data)
+        for name in ('metrics', 'curves', 'correct', 'parameters'):
+            assert json.loads(json.dumps(alone[name])) == run.result()[name], (run.arm, name)
+
+
+def test_only_missing_runs_are_trained_and_to_the_same_result(study):
+    store, data, components, _ = study
+
+    def reproducible(run):
+        skipped = ('seconds', 'wall_seconds', 'compilations')
+        return {name: value for name, value in run.result().items() if name not in skipped}
+
+    run = store.runs[4]
+    before = reproducible(run)
+    run.path.unlink()
+    assert workers.run_missing(store, data, components=components)['cells'] == 1
+    assert reproducible(run) == before
+    again = workers.run_missing(store, data, go_on=lambda: pytest.fail('a run was repeated'))
+    assert again == {'cells': 0, 'compilations': 0}
+
+
+def test_correct_examples_and_accuracy_agree(study):
+    for run in study[0].runs:
+        result = run.result()
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(result['correct']), np.uint8))[:21]
+        assert bits.mean() == pytest.approx(result['metrics']['eval']['accuracy'])
+
+
+def test_a_seed_gives_every_arm_the_same_start(study):
+    store, data, components, _ = study
+    starts = {}
+    for arm in ARMS:
+        compiled = compile_structure(store.plan.config(arm, 1), data, components=components)
+        starts[arm] = params.flatten(compiled.init(1).params)
+    for arm in ('dropout', 'batch norm'):
+        assert starts['none'].keys() <= starts[arm].keys()
+        for path, leaf in starts['none'].items():
+            np.testing.assert_array_equal(leaf, starts[arm][path], err_msg=path)
+
+
+def seeds(count, **changes):
+    return [make_config(seed=s, **{'model.dropout': 0.1 * s, **changes}) for s in range(count)]
+
+
+def assert_together_agrees(together, configs):
+    """Runs that are trained together agree with each alone to rounding, in one compilation."""
+    _, data, components = opened(configs[0])
+    configs = [components.mark(config) for config in configs]
+    one, many = (compile_structure(configs[0], data, n, components) for n in (1, together))
+    for config, run in zip(configs, train_runs(configs, many, data), strict=True):
+        [alone] = train_runs([config], one, data)
+        assert run['correct'] == alone['correct']
+        for expected, point in zip(alone['curves'], run['curves'], strict=True):
+            assert point.pop('split') == expected.pop('split')
+            assert point == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert many.compilations() == 1
+
+
+@pytest.mark.parametrize(
+    ('together', 'configs'),
+    [
+        (5, seeds(4, **{'loss.l2': 1e-3})),  # one is repeated to fill the program
+        (3, seeds(3, **IMPATIENT | {'train.epochs': 5.0, 'train.patience': 1.0})),
+    ],
+)
+def test_together_they_agree_with_alone_to_rounding(together, configs):
+    assert_together_agrees(together, configs)
+
+
+def test_devices_share_the_runs():
+    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
+    environment = os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, __file__], check=True, env=environment)
+
+
+@pytest.mark.parametrize('together', [1, 3])
+def test_a_diverging_run_fails_alone_with_its_reason(together):
+    rates = (0.01, 1e30, 0.01)
+    configs = [make_config(seed=i, **{'optimizer.learning_rate': r}) for i, r in enumerate(rates)]
+    _, data, components = opened(configs[0])
+    configs = [components.mark(config) for config in configs]
+    compiled = compile_structure(configs[0], data, together, components)
+    groups = [configs] if together == 3 else [[config] for config in configs]
+    results = [result for group in groups for result in train_runs(group, compiled, data)]
+    assert [result['status'] for result in results] == ['done', 'failed', 'done']
+    assert 'not finite' in results[1]['reason']
+
+
+def test_where_memory_is_short_fewer_are_trained_together(monkeypatch, tmp_path):
+    widths = []
+
+    def train(configs, compiled, data):
+        widths.append(len(configs))
+        if len(configs) > 2:
+            raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
+        return train_runs(configs, compiled, data)
+
+    monkeypatch.setattr(training, 'train_runs', train)
+    config, data, components = opened(make_config())
+    plan = make_plan({'none': {}, 'some': {'model.dropout': 0.1}}, config, seeds=5)
+    store = open_store(tmp_path, plan, {'code': 'x'}, {})
+    totals = workers.run_missing(store, data, together=6, components=components)
+    assert widths == [5, 2, 2, 1, 2, 2, 1]
+    assert totals['cells'] == 10
+    assert [run.status() for run in store.runs] == ['done'] * 10
+
+
+if __name__ == '__main__':  # by test_devices_share_the_runs
+    assert len(jax.devices()) == 4
+    assert_together_agrees(6, [*seeds(4), *seeds(2)])  # on one device two are repeated
