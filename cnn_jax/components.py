@@ -218,13 +218,13 @@ def reopened(
     return components
 
 
-def describe(thing: Any, seen: set[int] | None = None) -> Iterator[str]:
+def describe(thing: Any, seen: dict[int, Any] | None = None) -> Iterator[str]:
     """What a thing is made of, as lines of text that are the same in every process.
 
     Code of the user is described by its source, with what it refers to; code of installed
     libraries by its name; containers, dataclasses and closures by what they hold.
     """
-    seen = set() if seen is None else seen
+    seen = {} if seen is None else seen
     if isinstance(thing, (bool, int, float, complex, str, bytes, type(None), types.EllipsisType)):
         yield repr(thing)
     elif id(thing) in seen:
@@ -236,11 +236,11 @@ def describe(thing: Any, seen: set[int] | None = None) -> Iterator[str]:
         digest = hashlib.sha256(array.tobytes()).hexdigest()
         yield f'array {array.dtype} {array.shape} {digest}'
     else:
-        seen.add(id(thing))
+        seen[id(thing)] = thing  # kept alive: no later object may have its id
         yield from _describe_object(thing, seen)
 
 
-def _describe_object(thing: Any, seen: set[int]) -> Iterator[str]:
+def _describe_object(thing: Any, seen: dict[int, Any]) -> Iterator[str]:
     if isinstance(thing, dict):
         for key in sorted(thing, key=repr):
             yield repr(key)
@@ -279,7 +279,7 @@ def _describe_object(thing: Any, seen: set[int]) -> Iterator[str]:
         yield from describe(getattr(thing, '__dict__', {}), seen)
 
 
-def _describe_function(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
+def _describe_function(function: types.FunctionType, seen: dict[int, Any]) -> Iterator[str]:
     yield f'{function.__module__}.{function.__qualname__}'
     yield from describe((function.__defaults__, function.__kwdefaults__), seen)
     for cell in function.__closure__ or ():
