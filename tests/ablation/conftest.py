@@ -53,14 +53,14 @@ def write_ablation() -> Callable[..., Path]:
                 wanted = 0.85 + effect + luck[seed] + generator.normal(0, spread / 3)
                 correct = difficulty < np.quantile(difficulty, np.clip(wanted, 0, 1))
                 path = folder / 'cells' / f'{place}-{seed}.json'
-                path.write_text(json.dumps(cell(arm, seed, correct)))
+                path.write_text(json.dumps(result(arm, seed, correct)))
         return folder
 
     return write
 
 
-def cell(arm: str, seed: int, correct: np.ndarray) -> dict[str, Any]:
-    """A finished cell whose network has these evaluation examples right."""
+def result(arm: str, seed: int, correct: np.ndarray) -> dict[str, Any]:
+    """A finished run whose network has these evaluation examples right."""
     accuracy = float(correct.mean())
 
     def metrics(accuracy: float, count: int) -> dict[str, float]:
@@ -91,8 +91,8 @@ def cell(arm: str, seed: int, correct: np.ndarray) -> dict[str, Any]:
 
 
 @pytest.fixture(scope='session')
-def change_cell() -> Callable[..., None]:
-    """Overwrites fields of a cell on disk."""
+def change_result() -> Callable[..., None]:
+    """Overwrites fields of a result on disk."""
 
     def change(folder: Path, name: str, **fields: Any) -> None:
         path = folder / 'cells' / f'{name}.json'

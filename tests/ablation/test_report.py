@@ -5,15 +5,22 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from cnn_jax.ablation import figures
-from cnn_jax.ablation.report import write_report
+from cnn_jax.ablation.report import Ablation, write_report
 from cnn_jax.ablation.summary import summarize
+from cnn_jax.errors import UserError
 
 FIGURES = ('forest', 'curves_accuracy', 'curves_loss', 'gap', 'calibration')
-SIZES = {'phone': 390, 'desk': 1280}
 HOSTILE = '<script>alert(1)</script>'
+BREAKERS = (
+    HOSTILE,
+    '"><img src=x onerror=alert(1)>',
+    '</title></style></svg></pre>',
+    '&lt;b&gt; &#60;b> <!-- ]]> {{ 7 * 7 }} {% raw %}',
+)
 
 # WCAG 2.1's contrast of every text with the nearest background that is not transparent.
 LOWEST_CONTRAST = """
@@ -54,78 +61,28 @@ return [...wide, ...cut].map(e => e.tagName + ': ' + e.textContent.slice(0, 40))
 """
 
 
-def show(browser, page, width=1280, theme='light'):
-    browser.execute_cdp_cmd(
-        'Emulation.setEmulatedMedia',
-        {'features': [{'name': 'prefers-color-scheme', 'value': theme}]},
-    )
-    browser.execute_cdp_cmd(
-        'Emulation.setDeviceMetricsOverride',
-        {'width': width, 'height': 900, 'deviceScaleFactor': 1, 'mobile': width < 600},
-    )
-    browser.get(page.as_uri())
-
-
-@pytest.fixture(scope='module', params=['plain', 'hostile'])
-def page(request, write_ablation, change_cell, tmp_path_factory):
-    """A report of usual arms, and one of names that are long, or meant to break it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == 'plain':
-        return write_report(write_ablation(folder))
+@pytest.mark.parametrize(('width', 'theme'), [(390, 'light'), (390, 'dark'), (1280, 'dark')])
+def test_report_is_readable(browser, ablation, change_result, width, theme):
+    """With names that are long, or meant to break it."""
     names = ('none', HOSTILE, 'a' * 60, '$x_1$ "quoted" & more', 'dropout, batch norm and L2')
-    write_ablation(
-        folder,
-        {name: 0.02 * i for i, name in enumerate(names)},
-        question=f'{HOSTILE}?\n\n{HOSTILE * 9}',
-        command=HOSTILE,
-        manifest={HOSTILE: HOSTILE},
-    )
-    change_cell(folder, '2-1', status='failed', reason=HOSTILE)
-    return write_report(folder)
-
-
-@pytest.mark.parametrize('theme', ['light', 'dark'])
-@pytest.mark.parametrize('size', SIZES)
-def test_report_is_readable(browser, page, size, theme):
-    show(browser, page, SIZES[size], theme)
+    gains = {name: 0.02 * i for i, name in enumerate(names)}
+    folder = ablation(gains, question=f'{HOSTILE}?\n\n{HOSTILE * 9}', command=HOSTILE)
+    change_result(folder, '2-1', status='failed', reason=HOSTILE)
+    media = {'features': [{'name': 'prefers-color-scheme', 'value': theme}]}
+    size = {'width': width, 'height': 900, 'deviceScaleFactor': 1, 'mobile': width < 600}
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', media)
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
+    browser.get(write_report(folder).as_uri())
     assert browser.get_log('browser') == []
-    assert browser.execute_script('return innerWidth') == SIZES[size]
-    assert browser.execute_script('return document.documentElement.scrollWidth') <= SIZES[size]
+    assert browser.execute_script('return document.documentElement.scrollWidth') <= width
     assert browser.execute_script(OVERFLOWING) == []
     contrast, text, texts = browser.execute_script(LOWEST_CONTRAST)
     assert texts > 200
     assert contrast >= 4.5, f'{text!r} has a contrast of {contrast:.2f}'
     for name in FIGURES:
-        figure = browser.find_element('css selector', f'#{name} svg')
-        assert figure.size['width'] > 300
-        assert figure.size['height'] > 100
-
-
-def test_figures_follow_the_theme(browser, ablation):
-    page = write_report(ablation())
-    ink = "return getComputedStyle(document.querySelector('#gap svg text')).fill"
-    show(browser, page, theme='light')
-    light = browser.execute_script(ink)
-    show(browser, page, theme='dark')
-    assert browser.execute_script(ink) != light
-
-
-def test_names_are_text_and_nothing_runs(browser, ablation):
-    page = write_report(ablation({'none': 0.0, HOSTILE: 0.1}, question=HOSTILE))
-    assert HOSTILE not in page.read_text()
-    show(browser, page)
+        assert browser.find_element('css selector', f'#{name} svg').size['width'] > 300
     assert browser.find_elements('css selector', 'script') == []
-    assert browser.find_element('css selector', 'h1').text == HOSTILE
     assert HOSTILE in browser.find_element('css selector', '.verdicts').text
-
-
-BREAKERS = (
-    '<script>alert(1)</script>',
-    '"><img src=x onerror=alert(1)>',
-    "'; onload='alert(1)",
-    '</title></style></svg></pre>',
-    '&lt;b&gt; &#60;b> <!-- ]]> {{ 7 * 7 }} {% raw %}',
-)
 
 
 class Skeleton(HTMLParser):
@@ -146,7 +103,7 @@ class Skeleton(HTMLParser):
         self.tags.append('comment')
 
 
-def test_no_name_changes_the_pages_structure(ablation, change_cell):
+def test_no_name_changes_the_pages_structure(ablation, change_result):
     """The page has the same tags as with the letters of all names alone."""
 
     def page(names):
@@ -164,54 +121,44 @@ def test_no_name_changes_the_pages_structure(ablation, change_cell):
             manifest={'source': text, 'class_names': names, text: text},
             budgets=dict.fromkeys(names, text),
         )
-        change_cell(folder, '3-1', status='failed', reason=text)
+        change_result(folder, '3-1', status='failed', reason=text)
         return Skeleton(write_report(folder))
 
     assert page(BREAKERS).tags == page([re.sub('[^a-z0-9 ]', 'x', name) for name in BREAKERS]).tags
 
 
-def test_report_needs_no_network(ablation):
-    text = write_report(ablation()).read_text()
+def test_report_says_what_it_rests_on_and_needs_no_network(ablation):
+    folder = ablation(question='What?\n\nOn digits.\n\nAnswer (n = 5): none.\n\nOn garments: none.')
+    text = ' '.join(write_report(folder).read_text().split())
     links = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\'\s)>]*)', text)
-    assert links
     assert {link for link in links if not link.startswith(('#', 'data:'))} == set()
-
-
-def test_report_says_what_five_seeds_cannot_show(ablation):
-    text = ' '.join(write_report(ablation()).read_text().split())
     assert 'With 5 pairs the exact sign-flip test cannot give a p below 0.0625' in text
-    assert 'it cannot decide at 5%: the paired t test does' in text
-    for arm in summarize(ablation())['arms'].values():
-        if arm['verdict']:
-            assert arm['verdict']['sentence'].split(': ', 1)[1][:30] in text
+    assert 'mnist_5k: train[:500] to train, test to test' in text
+    assert 'On digits.' in text
+    assert 'On garments' not in text  # the answer of an earlier run
+    for sentence in Ablation(folder).verdicts.values():
+        assert sentence.split(': ', 1)[1][:30] in text
 
 
-def test_report_of_one_seed_makes_no_claim(browser, ablation):
-    show(browser, write_report(ablation(seeds=1)))
-    text = browser.find_element('css selector', 'main').text
+def test_report_of_little_claims_nothing(ablation):
+    folder = ablation(seeds=1)
+    text = write_report(folder).read_text()
     assert 'No claim can be made with fewer than 2 seeds' in text
     assert 'Tests against' not in text
-
-
-def test_report_of_nothing_finished_says_so(ablation):
-    folder = ablation()
     for path in (folder / 'cells').iterdir():
         path.unlink()
-    text = write_report(folder).read_text()
-    assert '25 of 25 runs are missing' in text
-    assert text.count('has not run') == 25
+    assert write_report(folder).read_text().count('has not run') == 5
 
 
 def test_report_of_a_grid_shows_its_effects(ablation):
     arms = {f'{a}{b}': {'changes': {}, 'levels': {'a': a, 'b': b}} for a in (0, 1) for b in (0, 1)}
     gains = {'00': 0.0, '01': 0.05, '10': 0.02, '11': 0.1}
-    folder = ablation(gains, arms=arms, factors={'a': [0, 1], 'b': [0, 1]})
-    text = write_report(folder).read_text()
+    text = write_report(ablation(gains, arms=arms, factors={'a': [0, 1], 'b': [0, 1]})).read_text()
     for effect in ('a=1', 'b=1', 'a=1 × b=1'):
         assert f'<th scope="row">{effect}</th>' in text
 
 
-def test_the_same_cells_give_the_same_files(ablation):
+def test_the_same_results_give_the_same_files(ablation):
     folder = ablation()
     names = ['report.html', 'summary.json', 'summary.csv', 'summary.tex', 'cost.json']
     names += [f'figures/{name}.{kind}' for name in FIGURES for kind in ('svg', 'png')]
@@ -223,39 +170,68 @@ def test_the_same_cells_give_the_same_files(ablation):
     assert {name: (folder / name).read_bytes() for name in names} == first
 
 
-def test_summary_json_is_strict_json(ablation, change_cell):
+def test_summary_json_is_strict_json(ablation, change_result):
     folder = ablation()
-    cell = json.loads((folder / 'cells' / '1-0.json').read_text())
-    cell['curves'][0]['loss'] = cell['metrics']['train']['loss'] = float('nan')
-    change_cell(folder, '1-0', **cell)
+    result = json.loads((folder / 'cells' / '1-0.json').read_text())
+    result['curves'][0]['loss'] = result['metrics']['train']['loss'] = float('nan')
+    change_result(folder, '1-0', **result)
     write_report(folder)
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    summary = json.loads((folder / 'summary.json').read_text(), parse_constant=refuse)
+    text = (folder / 'summary.json').read_text()
+    summary = json.loads(text, parse_constant=pytest.fail)
     assert summary['arms']['dropout']['train']['loss']['mean'] is None
 
 
-def test_figures_hold_text_not_outlines(ablation):
-    drawn = figures.draw(summarize(ablation({'none': 0.0, 'a < $b$ & c': 0.05})))
-    for figure in drawn.values():
+def test_figures_hold_text_in_the_pages_colours(ablation):
+    for name, figure in figures.draw(
+        summarize(ablation({'none': 0.0, 'a < $b$ & c': 0.05}))
+    ).items():
         assert figure['png'].startswith(b'\x89PNG')
-        texts = [
-            ''.join(e.itertext()) for e in ET.fromstring(figure['svg']).iter() if 'text' in e.tag
-        ]
-        assert any('a < $b$ & c' in text for text in texts)
+        text = ''.join(ET.fromstring(figure['svg']).itertext())
+        assert 'a < $b$ & c' in text
+        assert re.findall(r'#[0-9a-fA-F]{6}\b', figures.themed(figure['svg'], name)) == []
 
 
-def test_every_colour_of_a_figure_belongs_to_the_theme(ablation):
-    for name, figure in figures.draw(summarize(ablation())).items():
-        text = figures.themed(figure['svg'], name)
-        assert re.findall(r'#[0-9a-fA-F]{6}\b', text) == []
+DIGITS = {'data.source': 'mnist_5k', 'data.train': 'train[:500]'}
+GARMENTS = {'data.source': 'idx:/data/fashion-mnist', 'data.train': 'train'}
+GAINS = {'none': 0.0, 'A': 0.05, 'B': -0.03}
 
 
-def test_answers_of_earlier_runs_are_left_out_and_the_data_are_named(ablation):
-    question = 'What?\n\nOn digits.\n\nAnswer (n = 5): none.\n\nThe same on garments: none.'
-    page = write_report(ablation(question=question)).read_text()
-    assert 'On digits.' in page
-    assert 'garments' not in page
-    assert 'mnist_5k: train[:500] to train, test to test' in page
+@pytest.fixture
+def write(write_ablation, tmp_path):
+    """Writes an ablation on some data into a folder of its own."""
+
+    def call(folder, data, gains=GAINS, **changes):
+        configs = {'configs': dict.fromkeys(gains, data)}
+        return write_ablation(tmp_path / folder, gains, **configs, **changes)
+
+    return call
+
+
+def test_side_by_side_has_a_block_for_each_experiment_and_a_column_for_each_data_set(write):
+    def means(axes):
+        """The markers that stand on whole rows, from the top down."""
+        points = [line.get_xydata() for line in axes.lines if line.get_marker() in 'oD']
+        return [float(x) for ((x, _),) in sorted(points, key=lambda point: point[0][1])]
+
+    folders = [
+        write('a', DIGITS, name='noise'),
+        write('b', DIGITS, name='penalties'),
+        write('c', GARMENTS, {'none': 0.0, 'B': 0.02, 'C': 0.04}, name='noise'),
+    ]
+    noise, noise_on_garments, penalties, empty = figures.draw_side_by_side(folders).axes
+    assert noise.get_title() == 'mnist_5k train[:500]'
+    assert noise_on_garments.get_title() == 'fashion-mnist train'
+    assert [axes.get_title('left') for axes in (noise, penalties)] == ['noise', 'penalties']
+    assert [label.get_text() for label in noise.get_yticklabels()] == ['A', 'B', 'C']
+    assert not means(empty)
+    for axes, folder in zip((noise, penalties, noise_on_garments), folders):
+        rows = Ablation(folder).table[1:]
+        np.testing.assert_allclose(means(axes), [100 * row['difference'] for row in rows])
+
+
+def test_ablations_that_cannot_stand_side_by_side_are_refused(write):
+    folders = [write('a', DIGITS), write('b', DIGITS), write('c', GARMENTS, metric='loss')]
+    with pytest.raises(UserError, match='second ablation'):
+        figures.draw_side_by_side(folders[:2])
+    with pytest.raises(UserError, match='metrics differ'):
+        figures.draw_side_by_side(folders[1:])

@@ -1,0 +1,108 @@
+"""`ablate` from Python, and the progress that it prints."""
+
+import io
+
+import flax.linen as flax
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from cnn_jax import nn
+from cnn_jax.ablation.plan import make_plan
+from cnn_jax.ablation.results import open_store
+from cnn_jax.ablation.run import Progress, ablate
+from cnn_jax.config import Config, Data, Train
+from cnn_jax.errors import UserError
+
+
+class Net(flax.Module):
+    """A model of the user's own."""
+
+    rate: float
+    classes: int
+
+    @flax.compact
+    def __call__(self, x, train: bool):
+        x = flax.relu(flax.Conv(4, (3, 3), strides=2)(x))
+        x = nn.Dropout(self.rate)(x.reshape(len(x), -1), train=train)
+        return flax.Dense(self.classes)(x)
+
+
+def images(seed, count):
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, 3, count).astype(np.int32)
+    noise = draw.integers(0, 90, (count, 8, 8, 1)) + 70 * labels[:, None, None, None]
+    return noise.astype(np.uint8), labels
+
+
+def test_arms_are_compared_on_the_users_own_model_data_and_optimizer(tmp_path, capsys):
+    own = {
+        'model': lambda config, classes: Net(config.model.dropout, classes),
+        'optimizer': optax.adam(1e-2),
+        'train': images(0, 40),
+        'eval': images(1, 21),
+    }
+    config = Config(data=Data(batch=8), train=Train(epochs=2.0))
+    arms = {'dropout': {'model.dropout': 0.5}, 'none': {'model.dropout': 0.0}}
+    call = {'baseline': config, 'workdir': tmp_path / 'run', **own}
+
+    result = ablate(arms, seeds=2, **call)
+    assert result.verdicts.keys() == {'dropout', 'none'}  # the config as it is comes first
+    assert [row['arm'] for row in result.table] == ['baseline', 'dropout', 'none']
+    assert [row['n'] for row in result.table] == [2, 2, 2]
+    assert result.verdicts['none'] in repr(result)
+    assert result.plot().axes
+    assert (tmp_path / 'run' / 'report.html').exists()
+    assert '[6/6]' in capsys.readouterr().out
+
+    more = ablate(arms, seeds=3, **call)
+    assert '6 of 9 runs were done before' in capsys.readouterr().out
+    assert [row['n'] for row in more.table] == [3, 3, 3]
+    with pytest.raises(UserError, match='differs'):
+        ablate(arms, seeds=2, **call | {'optimizer': optax.sgd(1e-2)})
+    with pytest.raises(UserError, match='workers'):
+        ablate(arms, seeds=2, workers=2, **call)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of two arms and two seeds."""
+    plan = make_plan({'plain': {}, 'drop': {'model.dropout': 0.3}}, Config(), seeds=2)
+    budgets = {'plain': 'one epoch', 'drop': 'two epochs'}
+    return open_store(tmp_path, plan, {'code': 'x'}, {'budgets': budgets})
+
+
+def done(accuracy):
+    return {'status': 'done', 'metrics': {'eval': {'accuracy': accuracy}}, 'wall_seconds': 2.0}
+
+
+def test_progress_prints_each_run_once(store, capsys):
+    store.write(store.runs[0], done(0.9))
+    with Progress(store, live=False) as progress:
+        assert 'DIFFERENT budgets' in capsys.readouterr().out
+        store.write(store.runs[2], done(0.92))
+        progress.update()
+        store.write(store.runs[1], {'status': 'failed', 'reason': 'why'})
+        progress.update()
+        progress.update()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith('[2/4] plain, seed 1: accuracy 92.00% (mean of 2: 91.00 ± 1.41)  2.0 s')
+    assert second.startswith('[3/4] drop, seed 0: FAILED: why, ')
+
+
+def test_the_table_has_running_means_and_paired_differences(store):
+    def rows():
+        """The table's lines, as a terminal of 100 columns shows them."""
+        console = Console(file=io.StringIO(), width=100)
+        console.print(Progress(store, live=False).table())
+        return [line.split() for line in console.file.getvalue().splitlines()]
+
+    plain0, drop0, plain1, drop1 = store.runs
+    for run, accuracy in ((plain0, 0.90), (plain1, 0.92), (drop1, 0.95)):
+        store.write(run, done(accuracy))
+    with store.claim(drop0):
+        _, plain, drop = rows()
+    assert plain == ['plain', '2/2', '91.00', '±', '1.41']
+    assert drop == ['drop', '1/2', '1', '95.00', '+3.00']
+    assert rows()[2] == ['drop', '1/2', '95.00', '+3.00']
