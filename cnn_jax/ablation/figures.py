@@ -288,7 +288,7 @@ def _draw_gap(summary: dict[str, Any]):
     """Training and evaluation results of the trained networks, joined: the gap is the length."""
     metric = METRICS[summary['metric']]
     figure, axes = _row_figure(list(summary['arms']))
-    marks = (
+    marks: tuple[tuple[str, str, Any], ...] = (
         ('train', 'training', {'marker': 's', 'color': ORANGE, 'markerfacecolor': SURFACE}),
         ('eval', 'test', {'marker': 'o', 'color': BLUE}),
     )

@@ -29,6 +29,8 @@ SMALL = {
 }
 FINE_TUNED = {
     'model.name': 'vgg16',
+    'model.stem_width': 16,
+    'model.widths': (32, 64, 128),
     'model.cut': 'block2_pool',
     'model.head_norm': 'none',
     'train.frozen': ('backbone/*',),
