@@ -160,7 +160,7 @@ def _blocks(folders: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
     return blocks
 
 
-def _row_figure(arms: list[str], height: float = 0.42):
+def _row_figure(arms: list[str], height: float = 0.42) -> tuple[Any, Any]:
     """A figure and its axes with one row per arm."""
     from matplotlib.figure import Figure
 
@@ -288,7 +288,7 @@ def _draw_gap(summary: dict[str, Any]):
     """Training and evaluation results of the trained networks, joined: the gap is the length."""
     metric = METRICS[summary['metric']]
     figure, axes = _row_figure(list(summary['arms']))
-    marks: tuple[tuple[str, str, Any], ...] = (
+    marks = (
         ('train', 'training', {'marker': 's', 'color': ORANGE, 'markerfacecolor': SURFACE}),
         ('eval', 'test', {'marker': 'o', 'color': BLUE}),
     )
