@@ -181,7 +181,7 @@ def initialize() -> None:
 
 
 def is_initialized() -> bool:
-    """Return whether `initialize` was called; unlike `is_multiprocess`, starts no device."""
+    """Return whether `initialize` was called; starts no device."""
     return _abort_handler is not None
 
 

@@ -202,20 +202,6 @@ def measure_peak(dtype: str = 'float32', seconds: float = 0.3) -> float:
     return 2 * size**3 / best
 
 
-def peak_units(layout: Layout | None) -> int:
-    """The peak of a layout's devices as a multiple of `measure_peak`.
-
-    Each accelerator has it. CPU devices of one process share that process's threads, and a product
-    on one of them takes all: there each process has it.
-    """
-    if layout is None:
-        return 1
-    devices = layout.mesh.devices.flat
-    if jax.default_backend() == 'cpu':
-        return len({device.process_index for device in devices})
-    return len(devices)
-
-
 def peak_memory() -> tuple[int, str]:
     """The most bytes ever held: of the device that held most, on a CPU of this process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -261,9 +247,11 @@ def measure(
     last = timed[-1]
     if stalls and stalls[last]:
         facts['waiting_share'] = statistics.median(stalls[last][1:] or stalls[last])
-    # A CPU computes products of bfloat16 in float32, which is what it can do at best.
-    dtype = 'float32' if jax.default_backend() == 'cpu' else dtype
-    images, peak = statistics.median(speeds[last]), measure_peak(dtype) * peak_units(layout)
+    owners = [device.process_index for device in layout.mesh.devices.flat] if layout else [0]
+    if jax.default_backend() == 'cpu':
+        # CPU devices of a process share its threads; bfloat16 is computed in float32 at best.
+        owners, dtype = set(owners), 'float32'
+    images, peak = statistics.median(speeds[last]), measure_peak(dtype) * len(owners)
     return {
         'images_per_second': images,
         'flops_per_image': flops[last],
@@ -292,16 +280,13 @@ def speed_line(facts: dict[str, Any]) -> str:
         f'{cost}'
     )
     stalled = facts.get('waiting_share', 0.0)
-    return f'{stall_advice(stalled)}\n{line}' if stalled > STALLED else line
-
-
-def stall_advice(stalled: float) -> str:
-    """Advice for a run that was stalled by its input for a fraction of the time."""
+    if stalled <= STALLED:
+        return line
     return (
         f'the device waited for data {stalled:.0%} of the time: reading and decoding on '
         f'{count(cores(), "core")} is slower than training. Give the process more cores, store the '
         'images at the size that the net takes, or set config.data.memory_gb above the size of the '
-        'decoded images, which are then decoded once and stay on the device'
+        f'decoded images, which are then decoded once and stay on the device\n{line}'
     )
 
 
@@ -339,11 +324,8 @@ class LayerProfile:
     def after(self, step: int, train_step: Any, arguments: tuple, last: bool) -> str:
         """The table, once the last traced step has ended; '' before and later.
 
-        Args:
-            step: The step just taken.
-            train_step: The jitted step.
-            arguments: Arguments of the next step: the new state, a batch, the values.
-            last: Whether this step ends its phase; the next compiles anew.
+        `arguments` are the next ones of the jitted `train_step`; after the `last` step of a phase
+        the next compiles anew.
         """
         self._done += 1
         traced = self._done - WARM
@@ -394,15 +376,10 @@ def layer_times(
 ) -> dict[tuple[str, str], float]:
     """Seconds of each layer's forward and backward pass, and of the rest; largest first.
 
-    A fused operation carries the name of one of its parts and counts for that alone. Of
-    convolutions and products XLA's CPU client records the start only: they last, here, until the
-    next operation starts. Time is not counted twice: of operations that overlap, the one that
-    started last has it.
-
-    Args:
-        events: Operations as `operations` gives them.
-        program: HLO text of the compiled step; the names it carries tell an operation's layer.
-        layers: Paths of the layers.
+    The names in the HLO text of the compiled step tell an operation's layer; a fused operation
+    carries that of one of its parts. Of convolutions and products XLA's CPU client records the
+    start only: they last, here, until the next operation starts. Of operations that overlap, the
+    one that started last has the time.
     """
     [module] = re.findall(r'\AHloModule ([\w.-]+)', program)
     names = dict(OP_NAME.findall(program))
