@@ -60,7 +60,7 @@ class Progress:
         self._bar.update(
             self._task,
             completed=step,
-            epoch=f'{step / self._per_epoch:.1f}/{self._total / self._per_epoch:g}',
+            epoch=f'{step / self._per_epoch:.1f}/{self._total / self._per_epoch:.3g}',
             loss=f'{loss:.4f}',
             accuracy=f'{accuracy:.4f}',
             speed=f'{speed:,.0f}',
@@ -81,7 +81,13 @@ class Progress:
         from rich.console import Console
 
         assert self._bar
-        console = Console(file=io.StringIO(), width=100, force_jupyter=False)
+        console = Console(
+            file=io.StringIO(),
+            width=100,
+            color_system=None,
+            force_terminal=False,
+            force_jupyter=False,
+        )
         with console.capture() as capture:
             console.print(self._bar.get_renderable())
         text = {'text/plain': capture.get().rstrip()}
