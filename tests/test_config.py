@@ -2,11 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.validation import validate
 
 
 def test_json_round_trip_keeps_every_field_and_the_hash():
@@ -74,7 +74,7 @@ def test_unknown_and_mistyped_fields_are_named(changes, sentence):
 )
 def test_validation_says_what_is_wrong_and_what_would_do(changes, sentence):
     with pytest.raises(UserError, match=sentence):
-        validate(cfg.replace(cfg.Config(), changes))
+        cfg.validate(cfg.replace(cfg.Config(), changes))
 
 
 def test_every_number_has_a_range_or_choices():
@@ -84,14 +84,15 @@ def test_every_number_has_a_range_or_choices():
 
 
 def test_the_default_configuration_is_valid():
-    validate(cfg.Config())
+    cfg.validate(cfg.Config())
 
 
 def test_values_and_structure_divide_the_config():
     config = cfg.Config()
-    paths = set(cfg.values(config)) | set(cfg.structure(config)) | {'seed'}
+    paths = set(cfg.traced_values(config)) | set(cfg.structure(config)) | {'seed'}
     assert paths == set(cfg.fields_by_path(config))
-    assert not set(cfg.values(config)) & set(cfg.structure(config))
+    both = set(cfg.traced_values(config)) & set(cfg.structure(config))
+    assert {path: cfg.structure(config)[path] for path in both} == {'loss.own': True}
 
 
 def test_of_a_switch_only_that_it_is_on_is_structure():
@@ -100,7 +101,7 @@ def test_of_a_switch_only_that_it_is_on_is_structure():
         for strength in (0.0, 1e-5, 1e-3)
     )
     assert low == high == off | {'loss.l1': True}
-    assert cfg.values(cfg.replace(cfg.Config(), {'loss.l1': 1e-5}))['loss.l1'] == 1e-5
+    assert cfg.traced_values(cfg.replace(cfg.Config(), {'loss.l1': 1e-5}))['loss.l1'] == 1e-5
 
 
 def test_differences_tell_old_and_new():
@@ -108,3 +109,17 @@ def test_differences_tell_old_and_new():
     new = cfg.replace(old, {'loss.l2': 0.5})
     assert cfg.differences(old, new) == {'loss.l2': (0.0, 0.5)}
     assert cfg.differences(old, dataclasses.replace(old)) == {}
+
+
+def test_bound_numbers_are_those_given_and_what_is_off_stays_off():
+    config = cfg.replace(cfg.Config(), {'loss.l1': 1e-3})
+    traced = {path: np.float32(0.5) for path in cfg.traced_values(config)}
+    bound = cfg.bind(config, traced)
+    for path, value in cfg.to_flat(bound).items():
+        if path in traced:
+            optional = cfg.fields_by_path(config)[path].metadata.get('optional')
+            is_off = bool(optional) and not cfg.get(config, path)
+            assert cfg.is_on(value) != is_off, path
+            assert value == (0.0 if is_off else 0.5), path
+        else:
+            assert value == cfg.get(config, path), path

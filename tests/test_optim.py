@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax import optim, penalties, rng
+from cnn_jax import optim, rng
 from cnn_jax.config import Optimizer
 
 STEPS = range(0, 40)
@@ -23,7 +23,7 @@ def rates(config, steps_per_epoch=10, total=40):
 def updates(config, gradients, weights, decayed=()):
     """The weights after applying `gradients` in turn."""
     group = optim.Group(list(weights), optim.schedule(config, 10, 100))
-    rule = optim.chain(config, [group], decayed)
+    rule = optim.make_optimizer(config, [group], decayed)
     state = rule.init(weights)
     for gradient in gradients:
         step, state = rule.update(gradient, state, weights)
@@ -97,7 +97,7 @@ def test_decay_moves_only_the_decayed():
 def test_under_plain_sgd_l2_equals_decoupled_decay_of_twice_the_strength():
     start, gradient = {'w': jnp.array([1.0, -3.0])}, {'w': jnp.array([0.2, 0.4])}
     plain = Optimizer(name='sgd', learning_rate=0.1, momentum=0.0)
-    penalty = jax.grad(lambda w: penalties.l2(w, ['w'], 0.03))(start)
+    penalty = jax.grad(lambda w: 0.03 * jnp.sum(jnp.square(w['w'])))(start)  # `regularizers.l2`
     by_loss, _ = updates(plain, [{'w': gradient['w'] + penalty['w']}], start)
     decay = Optimizer(name='sgd', learning_rate=0.1, momentum=0.0, weight_decay=0.06)
     by_decay, _ = updates(decay, [gradient], start, decayed=['w'])
@@ -107,7 +107,7 @@ def test_under_plain_sgd_l2_equals_decoupled_decay_of_twice_the_strength():
 def test_clipping_bounds_the_global_norm_and_keeps_the_direction():
     gradient = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
     for bound, expected in ((1.0, [0.6, 0.8]), (7.0, [3.0, 4.0])):
-        got = optim.clipped(gradient, bound)
+        got = optim.clip_by_norm(gradient, bound)
         np.testing.assert_allclose([got['a'][0], got['b'][0]], expected, rtol=1e-6)
 
 
@@ -129,7 +129,7 @@ def test_groups_have_rates_scales_and_step_counts_of_their_own():
         optim.Group(['a'], optim.schedule(config, 10, 100)),
         optim.Group(['b', 'c'], optim.schedule(slow, 10, 100), scales={'c': 0.5}),
     ]
-    rule = optim.chain(config, groups, [])
+    rule = optim.make_optimizer(config, groups)
     weights = {name: jnp.zeros(1) for name in 'abc'}
     gradient = {name: jnp.ones(1) for name in 'abc'}
     state = rule.init(weights)
@@ -151,21 +151,21 @@ def test_the_global_norm_is_optaxs():
 def test_no_unit_has_more_than_the_largest_norm(seed, bound):
     kernel = np.random.default_rng(seed).normal(size=(3, 2, 5)).astype(np.float32)
     norms = np.sqrt((np.float64(kernel) ** 2).sum(axis=(0, 1)))
-    got = np.asarray(optim.bounded(jnp.asarray(kernel), bound))
+    got = np.asarray(optim.project_max_norm(jnp.asarray(kernel), bound))
     np.testing.assert_allclose(got, kernel * np.minimum(1, bound / norms), rtol=1e-5)
     small = norms < bound * (1 - 1e-6)
     np.testing.assert_array_equal(got[..., small], kernel[..., small])
-    np.testing.assert_allclose(optim.bounded(jnp.asarray(got), bound), got, rtol=1e-6)
+    np.testing.assert_allclose(optim.project_max_norm(jnp.asarray(got), bound), got, rtol=1e-6)
 
 
 def test_a_kernel_of_zeros_has_no_norm_to_bound():
-    np.testing.assert_array_equal(optim.bounded(jnp.zeros((2, 3)), 1.0), 0)
+    np.testing.assert_array_equal(optim.project_max_norm(jnp.zeros((2, 3)), 1.0), 0)
 
 
 @pytest.mark.parametrize('step', [0, 99])
 def test_the_variance_of_the_noise_falls_as_in_the_paper(step):
     gradients = {'a': jnp.ones(20_000), 'b': jnp.zeros((100, 200))}
-    noisy = optim.with_noise(rng.key(0, 'gradient_noise', step), gradients, 0.3, step)
+    noisy = optim.add_gradient_noise(rng.key(0, 'gradient_noise', step), gradients, 0.3, step)
     noise = {path: np.asarray(noisy[path] - gradients[path], np.float64) for path in noisy}
     for drawn in noise.values():
         assert drawn.mean() == pytest.approx(0, abs=5 * drawn.std() / 20_000**0.5)
@@ -175,7 +175,7 @@ def test_the_variance_of_the_noise_falls_as_in_the_paper(step):
 
 def test_noise_depends_on_the_path_and_not_on_the_other_parameters():
     key, zeros = rng.key(3, 'gradient_noise'), {'a': jnp.zeros(4), 'b': jnp.zeros(4)}
-    both, one = (optim.with_noise(key, tree, 1.0, 0) for tree in (zeros, {'b': zeros['b']}))
+    both, one = (optim.add_gradient_noise(key, tree, 1.0, 0) for tree in (zeros, {'b': zeros['b']}))
     np.testing.assert_array_equal(both['b'], one['b'])
 
 
@@ -186,7 +186,7 @@ def test_sam_on_a_quadratic():
     def f(w):
         return sum(0.5 * curvature[name] * jnp.sum(w[name] ** 2) for name in w)
 
-    worse = optim.uphill(weights, jax.grad(f)(weights), 0.5)
+    worse = optim.sam_perturb(weights, jax.grad(f)(weights), 0.5)
     np.testing.assert_allclose([worse['a'][0], worse['b'][0]], [3.3, 1.4], rtol=1e-6)
     gradient = jax.grad(f)(worse)
     np.testing.assert_allclose([gradient['a'][0], gradient['b'][0]], [3.3, 5.6], rtol=1e-6)
@@ -194,4 +194,4 @@ def test_sam_on_a_quadratic():
 
 def test_uphill_of_a_flat_place_is_the_place():
     weights = {'a': jnp.array([3.0])}
-    np.testing.assert_array_equal(optim.uphill(weights, {'a': jnp.zeros(1)}, 0.5)['a'], [3.0])
+    np.testing.assert_array_equal(optim.sam_perturb(weights, {'a': jnp.zeros(1)}, 0.5)['a'], [3.0])

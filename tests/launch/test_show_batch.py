@@ -7,7 +7,6 @@ from PIL import Image
 from cnn_jax import config as cfg
 from cnn_jax.pretrained.weights import PREPROCESSINGS
 from cnn_jax.train import setup
-from cnn_jax.validation import validate
 from tests.launch.importing import imported
 
 show_batch = imported('show_batch')
@@ -17,7 +16,7 @@ DIGITS = {'data.source': 'digits', 'data.batch': 20}
 
 def columns(first=0, steps=2, count=4, **changes):
     changes = {name.replace('__', '.'): given for name, given in changes.items()}
-    config = validate(cfg.replace(cfg.Config(), DIGITS | changes))
+    config = cfg.validate(cfg.replace(cfg.Config(), DIGITS | changes))
     return show_batch.shown_batches(config, first, steps, count)
 
 

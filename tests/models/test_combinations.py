@@ -4,7 +4,6 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.validation import validate
 
 
 @pytest.mark.parametrize(
@@ -35,7 +34,7 @@ from cnn_jax.validation import validate
 def test_what_does_not_go_together_names_its_field(changes, field):
     config = cfg.replace(cfg.Config(), {f'model.{name}': v for name, v in changes.items()})
     if field is None:
-        validate(config)
+        cfg.validate(config)
         return
     with pytest.raises(UserError, match=f'config.model.{field}'):
-        validate(config)
+        cfg.validate(config)

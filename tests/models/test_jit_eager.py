@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.config import Model, fields_by_path
-from cnn_jax.losses import cross_entropy, log_probabilities
 from cnn_jax.models import StridedNet, minimum_size
+from cnn_jax.regularizers import cross_entropy, log_probabilities
 
 BATCH, SIZE, CHANNELS, CLASSES = 4, 8, 4, 4
 

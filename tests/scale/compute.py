@@ -26,27 +26,23 @@ def main():
 
     from cnn_jax import config as cfg
     from cnn_jax import mesh, runtime
-    from cnn_jax.validation import validate
 
-    config = validate(cfg.from_json(args.config.read_text()))
+    config = cfg.validate(cfg.from_json(args.config.read_text()))
     runtime.configure(config.train.threads)
     if 'JAX_COORDINATOR_ADDRESS' in os.environ:
         mesh.initialize()
 
     import jax
 
-    from cnn_jax.train import metrics, setup
-    from cnn_jax.train.loop import sum_metrics
-    from cnn_jax.train.shared import jitted
-    from cnn_jax.train.step import values_of
+    from cnn_jax.train import setup
+    from cnn_jax.train.program import traced_values
 
     layout = setup.layout_of(config, model=args.model, fsdp=args.fsdp)
-    images, split, description, weights = setup.open_data(config, layout)
-    task = setup.make_task(config, description, weights)
-    (phase, *_), state = setup.open_phases(config, description, task, images, split, layout)
+    data = setup.open_data(config, layout)
+    spec = setup.make_spec(config, data.description, data.weights)
+    (phase, *_), state = setup.open_phases(config, data, spec, layout)
     state = layout.shard(state) if layout else state
-    train, evaluate, _ = jitted(phase.steps, layout, state)
-    values, found = values_of(config), {}
+    train, values, found = phase.train_step, traced_values(config), {}
     trained = [
         number
         for number, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(state))
@@ -62,7 +58,7 @@ def main():
         found[f'{kind} objective/{number}'] = np.float32(sums['objective'])
 
     note('state', 0, state)
-    for number, batch in enumerate(itertools.islice(phase.train.train(), STEPS)):
+    for number, batch in enumerate(itertools.islice(phase.train.train(0), STEPS)):
         found[f'order/{number}'] = mesh.gather_to_host(batch['index'])
         if number in (0, STEPS - 1):
             found[f'mask/{number}'] = kept(batch['index'], number, layout)
@@ -70,7 +66,7 @@ def main():
         objective('free', number, sums)
         if args.states is None or number == STEPS - 1:
             note('state', number + 1, state)
-    result = metrics.result(sum_metrics(evaluate, state, phase.evaluate.evaluate(), values))
+    result = phase.metrics(state, values)
     found |= {'confusion': result['confusion'], 'evaluation loss': result['loss']}
     largest = max((jax.tree.leaves(state)[k] for k in trained), key=lambda leaf: leaf.size)
     found['share'] = largest.addressable_shards[0].data.size / largest.size
@@ -78,7 +74,7 @@ def main():
     if args.states:
         assert layout, 'it is compared with one device'
         given = np.load(args.states)
-        for number, batch in enumerate(itertools.islice(phase.train.train(), STEPS)):
+        for number, batch in enumerate(itertools.islice(phase.train.train(0), STEPS)):
             leaves, structure = jax.tree.flatten(state)
             before = [given[f'state/{number}/{leaf}'] for leaf in range(len(trained))]
             for k, leaf in zip(trained, layout.shard(before)):

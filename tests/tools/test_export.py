@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from jax import export as jax_export
@@ -18,10 +17,9 @@ from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from cnn_jax.tools.export import PLATFORMS, export, readme
 from cnn_jax.tools.predict import predict_files
-from cnn_jax.train.restore import Run
+from cnn_jax.train.program import RunSpec, make_program, state_maker
+from cnn_jax.train.run import Curves, Run
 from cnn_jax.train.setup import preparation
-from cnn_jax.train.step import make_steps, values_of
-from cnn_jax.train.task import Task
 
 BLOCK = 'import sys\nfor name in ("cnn_jax", "flax", "orbax"): sys.modules[name] = None\n'
 VGG = {'model__name': 'vgg16', 'model__cut': 'block2_pool', 'model__head_norm': 'none'}
@@ -30,33 +28,34 @@ LICENCE = 'CC BY 4.0, Visual Geometry Group'
 
 @pytest.fixture
 def opened(small):
-    """Makes what `open_run` gives, of a network that was never trained."""
+    """Makes what `load_run` returns, of a network that was never trained."""
 
     def make(shape=(8, 8, 1), classes=('a', 'b', 'c'), preprocessing=None, **changes):
         config = small(**changes)
-        spec = preprocessing or {
+        facts = preprocessing or {
             'kind': 'standardize',
             'mean': [0.3] * shape[-1],
             'std': [0.2] * shape[-1],
             'channels': shape[-1],
         }
-        task = Task(shape, len(classes), preparation(spec), steps_per_epoch=10.0, ends=(50,))
-        steps = make_steps(config, task)
+        spec = RunSpec(shape, len(classes), preparation(facts), 10.0, phase_ends=(50,))
+        program = make_program(config, spec)
         data = {
             'source': 'made up',
             'class_names': list(classes),
             'image_shape': list(shape),
-            'preprocessing': spec,
+            'preprocessing': facts,
             'train': {'count': 1234},
         }
-        return Run(config, {'data': data}, task, steps, steps.init(config.seed), 7)
+        state = state_maker(program)(config.seed)
+        return Run('', config, {'data': data}, spec, program, state, 7, {}, Curves([]))
 
     return make
 
 
 def images_of(run, count):
     draw = np.random.default_rng(count)
-    return draw.integers(0, 256, (count, *run.task.image_shape), np.uint8)
+    return draw.integers(0, 256, (count, *run.spec.image_shape), np.uint8)
 
 
 def loaded(folder):
@@ -81,7 +80,7 @@ def test_it_gives_the_numbers_of_the_network_for_any_batch_size(opened, tmp_path
     assert function.platforms == PLATFORMS
     for count in (1, 3, 8):
         images = images_of(run, count)
-        expected = np.exp(jax.jit(run.steps.predict)(run.state, images, values_of(run.config)))
+        expected = run.predict(images)
         got = function.call(weights, images)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
@@ -100,8 +99,8 @@ def test_the_weights_are_an_argument_and_not_in_the_program(opened, tmp_path):
 
 def test_averaged_weights_are_exported_where_there_are_any(opened, tmp_path):
     run = opened(train__ema=0.9)
-    shifted = {name: leaf + 1 for name, leaf in run.state.ema.items()}
-    run = dataclasses.replace(run, state=dataclasses.replace(run.state, ema=shifted))
+    shifted = {name: leaf + 1 for name, leaf in run.state.averaged.items()}
+    run = dataclasses.replace(run, state=dataclasses.replace(run.state, averaged=shifted))
     export(run, tmp_path / 'out')
     _, weights = loaded(tmp_path / 'out')
     learned = {name.removeprefix('params/'): w for name, w in weights.items() if 'params/' in name}

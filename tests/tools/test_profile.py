@@ -1,5 +1,6 @@
 """Speed, input stalls and the profile: on clocks that tests set, and on real runs."""
 
+import functools
 import json
 import re
 import time
@@ -17,6 +18,8 @@ from cnn_jax.models import build
 from cnn_jax.summary import layers
 from cnn_jax.tools import profile
 from cnn_jax.tools.profile import CompileClock, LayerProfile, Stopwatch, measure, training_flops
+from cnn_jax.train import step
+from tests.train.conftest import compiled
 
 VGG = {'model__name': 'vgg16', 'model__cut': 'block1_pool', 'train__frozen': ('backbone/*',)}
 LAYERS = ['block1_conv1', 'block1_conv2', 'block1_norm1', 'head/dense1', 'head/dense10']
@@ -229,10 +232,10 @@ def rows():
 def test_the_count_is_what_xla_counts_in_the_compiled_step(small, run, batch, rows):
     # VALID: XLA does not count the products with padding.
     config = small(model__widths=(48, 64), model__hidden=(8,), model__padding='VALID')
-    steps, state, values = run(config, (32, 32, 3), prepare=lambda images: images / 255.0)
-    lowered = jax.jit(steps.train).lower(state, batch(shape=(32, 32, 3)), values)
+    program, state, values = run(config, (32, 32, 3), prepare=lambda images: images / 255.0)
+    lowered = compiled(program).lower(state, batch(shape=(32, 32, 3)), values)
     counted: Any = lowered.compile().cost_analysis()
-    flops = 8 * training_flops(rows(config, (32, 32, 3)), steps.trainable)
+    flops = 8 * training_flops(rows(config, (32, 32, 3)), program.trainable)
     assert flops == pytest.approx(counted['flops'], rel=0.1)
 
 
@@ -255,11 +258,11 @@ def test_on_cached_features_the_head_alone_counts(small, run, rows):
     config = small(**VGG)
     table = rows(config, (32, 32, 3))
     f = {row.path: row.flops for row in table}
-    steps, *_ = run(config, (32, 32, 3), prepare=lambda images: images / 255.0)
+    program, *_ = run(config, (32, 32, 3), prepare=lambda images: images / 255.0)
     head = 2 * f['head/dense1'] + 3 * f['head/logits']
     backbone = sum(flops for path, flops in f.items() if path.startswith('backbone/'))
-    assert training_flops(table, steps.trainable, cached=True) == head
-    assert training_flops(table, steps.trainable) == head + backbone
+    assert training_flops(table, program.trainable, cached=True) == head
+    assert training_flops(table, program.trainable) == head + backbone
 
 
 @pytest.mark.parametrize(
@@ -313,14 +316,14 @@ def profiled(small, run, batch, tmp_path):
     """Trains some steps under a profile and returns what it said."""
 
     def make(count):
-        steps, state, values = run(small())
-        train_step, said = jax.jit(steps.train, donate_argnums=0), []
+        program, state, values = run(small())
+        train_step, said = jax.jit(functools.partial(step.train_step, program)), []
         traced = LayerProfile(tmp_path / 'profile', ['block1_conv1', 'block2_norm1', 'head/dense1'])
-        for step in range(1, count + 1):
+        for number in range(1, count + 1):
             traced.before(state)
-            state, _ = train_step(state, batch(step), values)
-            arguments = state, batch(step), values
-            said.append(traced.after(step, train_step, arguments, step == count))
+            state, _ = train_step(state, batch(number), values)
+            arguments = state, batch(number), values
+            said.append(traced.after(number, train_step, arguments, number == count))
         return traced, said
 
     return make

@@ -1,17 +1,17 @@
-"""Small runs on made-up images, for the tests of the step and the loop."""
+"""Small runs on made-up images, for the tests of the step, the loop and the tools."""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.data.batches import Arrays, DeviceBatches
-from cnn_jax.train import loop, record, setup, workdir
-from cnn_jax.train.step import make_steps, values_of
-from cnn_jax.train.task import Task
-from cnn_jax.validation import validate
+from cnn_jax.train import loop, record, setup, step
+from cnn_jax.train.program import RunSpec, make_program, state_maker, traced_values
+from cnn_jax.train.run import claim_workdir
 
 SHAPE, CLASSES = (8, 8, 1), 3
 
@@ -20,77 +20,111 @@ def scale(images):
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-@pytest.fixture
-def small():
-    """Makes the config of a tiny strided net with batch norm and dropout, some fields changed."""
-
-    def make(**changes):
-        base = {
-            'model.stem_width': 0,
-            'model.widths': (4, 6),
-            'model.hidden': (8,),
-            'data.batch': 8,
-            'optimizer.learning_rate': 0.01,
-        }
-        changes = {name.replace('__', '.'): given for name, given in changes.items()}
-        return validate(cfg.replace(cfg.Config(), base | changes))
-
-    return make
+def make_config(**changes):
+    """The config of a tiny strided net with batch norm and dropout, some fields changed."""
+    base = {
+        'model.stem_width': 0,
+        'model.widths': (4, 6),
+        'model.hidden': (8,),
+        'data.batch': 8,
+        'optimizer.learning_rate': 0.01,
+    }
+    changes = {name.replace('__', '.'): given for name, given in changes.items()}
+    return cfg.validate(cfg.replace(cfg.Config(), base | changes))
 
 
-@pytest.fixture
-def run():
-    """Makes the steps of a config, a fresh state, and the values that go with it."""
-
-    def make(config, shape=SHAPE, phase=0, cached=False, **task):
-        options = {'prepare': scale, 'steps_per_epoch': 10.0, 'ends': (50,)} | task
-        task = Task(image_shape=shape, num_classes=CLASSES, **options)
-        steps = make_steps(config, task, phase, cached)
-        return steps, steps.init(config.seed), values_of(config)
-
-    return make
+def make_spec(shape=SHAPE, prepare=scale, steps_per_epoch=10.0, phase_ends=(50,), **options):
+    return RunSpec(shape, CLASSES, prepare, steps_per_epoch, phase_ends, **options)
 
 
-@pytest.fixture
-def batch():
-    """Makes one of a sequence of reproducible random batches."""
-
-    def make(number=0, size=8, shape=SHAPE):
-        draw = np.random.default_rng(number)
-        return {
-            'image': jnp.asarray(draw.integers(0, 256, (size, *shape)), jnp.uint8),
-            'label': jnp.asarray(draw.integers(0, CLASSES, size), jnp.int32),
-            'index': jnp.arange(size, dtype=jnp.int32) + number * size,
-            'mask': jnp.ones(size, bool),
-        }
-
-    return make
+def begin(config, shape=SHAPE, phase=0, cached=False, **options):
+    """The program of a config, a fresh state, and the values that go with it."""
+    program = make_program(config, make_spec(shape, **options), phase, cached)
+    return program, state_maker(program)(config.seed), traced_values(config)
 
 
-def opened(config, shape, count):
-    """The task and the phases of a config, on made-up images that carry their class."""
+def compiled(program, function=step.train_step):
+    """A function of a step, in a third of the usual time of compilation."""
+    options: dict = {'xla_backend_optimization_level': 1}
+    return jax.jit(functools.partial(function, program), compiler_options=options)
+
+
+def gradient_step(program, state, batch, values):
+    """The gradients of a step, before clipping, with batch statistics and sums."""
+    config = step.bound_config(program, state, values)
+    return step.step_gradients(program, config, state, batch)
+
+
+def make_batch(number=0, size=8, shape=SHAPE):
+    """One of a sequence of reproducible random batches."""
+    draw = np.random.default_rng(number)
+    return {
+        'image': jnp.asarray(draw.integers(0, 256, (size, *shape)), jnp.uint8),
+        'label': jnp.asarray(draw.integers(0, CLASSES, size), jnp.int32),
+        'index': jnp.arange(size, dtype=jnp.int32) + number * size,
+        'mask': jnp.ones(size, bool),
+    }
+
+
+def equal(a, b):
+    """Whether two trees have the same structure and bits."""
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def make_data(config, *splits):
+    """The opened data of a run, from batches of both splits."""
+    description = setup.describe(config, *splits)
+    description['preprocessing'] = setup.preprocessing(config, splits[0], None)
+    return setup.Data(*splits, description, None)
+
+
+def made_up(seed, count, shape):
+    """Noise whose brightness tells the class."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, CLASSES, count).astype(np.int32)
+    noise = draw.integers(0, 100, (count, *shape))
+    images = (noise + labels[:, None, None, None] * 70).astype(np.uint8)
+    return Arrays(images, labels, tuple('abc'), f'made up {seed} {count} {shape}')
+
+
+def opened(config, shape=SHAPE, count=50):
+    """The spec and the phases of a config, on made-up images."""
     train, evaluation = (
         DeviceBatches(made_up(seed, count, shape), batch=config.data.batch, seed=config.seed)
         for seed in (0, 1)
     )
-    description = setup.describe(config, train, evaluation)
-    description['preprocessing'] = setup.preprocessing(config, train, None)
-    task = setup.make_task(config, description)
-    phases, _ = setup.open_phases(config, description, task, train, evaluation)
-    return task, phases
+    data = make_data(config, train, evaluation)
+    spec = setup.make_spec(config, data.description)
+    phases, _ = setup.open_phases(config, data, spec)
+    return spec, phases
+
+
+@pytest.fixture
+def small():
+    return make_config
+
+
+@pytest.fixture
+def run():
+    return begin
+
+
+@pytest.fixture
+def batch():
+    return make_batch
 
 
 @pytest.fixture
 def fit(tmp_path, monkeypatch):
-    """Trains as launch.train does, on made-up images that carry their class, in a new folder."""
+    """Trains as `cnn_jax.fit` does, on made-up images, in a new folder."""
     monkeypatch.setattr(record, 'draw_curves', lambda lines, path: None)  # half a second each
 
     def make(config, folder=None, shape=SHAPE, count=50, open=opened):
-        task, phases = open(config, shape, count)
+        spec, phases = open(config, shape, count)
         folder = folder or tmp_path / 'run'
-        workdir.claim(folder, config)
-        state = phases[0].steps.init(config.seed)
-        return loop.fit(config, task, phases, state, folder, live=False)
+        claim_workdir(folder, config)
+        state = state_maker(phases[0].program)(config.seed)
+        return loop.train(config, spec, phases, state, folder, live=False)
 
     return make
 
@@ -113,12 +147,3 @@ def kept():
 def fit_again(fit, kept):
     """`fit`, quicker for a config that it has trained before."""
     return functools.partial(fit, open=kept)
-
-
-def made_up(seed, count, shape):
-    """Noise whose brightness tells the class."""
-    draw = np.random.default_rng(seed)
-    labels = draw.integers(0, CLASSES, count).astype(np.int32)
-    noise = draw.integers(0, 100, (count, *shape))
-    images = (noise + labels[:, None, None, None] * 70).astype(np.uint8)
-    return Arrays(images, labels, tuple('abc'), f'made up {seed} {count} {shape}')

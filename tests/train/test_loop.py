@@ -1,16 +1,31 @@
-"""The loop: records, checkpoints, exact continuation, and a loss that is not finite."""
+"""The loop: one generator of steps; records, exact resumption, early stopping, failures."""
 
+import ast
 import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.errors import RunFailed
+from cnn_jax import config as cfg
+from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.train.checkpoint import Checkpoints
-from cnn_jax.train.meter import Meter
+from cnn_jax.train.loop import before_step, steps
+from cnn_jax.train.metrics import StepMetrics
+from cnn_jax.train.program import state_maker, traced_values
+from tests.train.conftest import begin, equal, make_config, opened
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = {'train__epochs': 2.0, 'train__eval_every': 0.5, 'train__checkpoint_every': 0.25}
+TWO_PHASES = SHORT | {
+    'train__epochs': 1.0,
+    'train__frozen': ('block1_*',),
+    'train__ema': 0.9,
+    'unfreeze__epochs': 1.0,
+    'unfreeze__learning_rate': 0.001,
+}  # they end at steps 6 and 12
 
 
 class Killed(Exception):
@@ -21,20 +36,87 @@ def lines(folder):
     return [json.loads(text) for text in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 
-def same(a, b):
-    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+@pytest.fixture(scope='module')
+def whole():
+    """The phases of a run, its values, and copies of the states, batches and sums of its steps."""
+    config = make_config(**TWO_PHASES)
+    _, phases = opened(config)
+    state, values = state_maker(phases[0].program)(config.seed), traced_values(config)
+    taken = [(jax.device_get(state), None, None)]
+    for step in steps(phases, state, 0, values):
+        taken.append(jax.device_get((step.state, step.batch, step.sums)))
+    return phases, values, taken
 
 
-def test_each_step_is_compiled_once_last_partial_batch_included(small, fit):
-    outcome = fit(small(**SHORT), count=53)
-    assert outcome.compilations == [{'train': 1, 'evaluate': 1}]
+def copy(state):
+    return jax.tree.map(jnp.array, state)  # which may be given away
+
+
+@pytest.mark.parametrize('start', range(13))
+def test_steps_from_any_start_are_those_from_zero(whole, start):
+    phases, values, taken = whole
+    numbers = []
+    for step in steps(phases, copy(taken[start][0]), start, values):
+        assert equal((step.state, step.batch, step.sums), taken[step.number])
+        assert step.phase is phases[step.number > 6]
+        numbers.append(step.number)
+    assert numbers == list(range(start + 1, 13))
+
+
+@pytest.mark.parametrize(('start', 'end'), [(0, 1), (0, 6), (5, 7), (6, 6), (6, 7), (12, 12)])
+def test_they_end_where_they_are_told_to(whole, start, end):
+    phases, values, taken = whole
+    found = list(steps(phases, copy(taken[start][0]), start, values, end=end))
+    assert [step.number for step in found] == list(range(start + 1, end + 1))
+    phase, state, batch = before_step(phases, copy(taken[start][0]), start, end + 1, values)
+    assert phase is phases[end >= 6]
+    expected = taken[end][0]
+    assert equal(state, phases[1].begin(expected) if end == 6 else expected)
+    if end < 12:
+        assert equal(batch, taken[end + 1][1])
+
+
+def test_values_may_change_between_steps_and_batches_are_taken_by_the_caller(whole):
+    phases, values, taken = whole
+    values, shown = dict(values), []
+
+    def take(phase, batches, sums):
+        shown.append(sums)
+        return next(batches)
+
+    sweep = steps(phases, copy(taken[0][0]), 0, values, take=take)
+    first = jax.device_get(next(sweep))
+    values['optimizer.learning_rate'] = 0.0
+    second = jax.device_get(next(sweep))
+    assert equal(first.state, taken[1][0])
+    assert equal(second.state.params, first.state.params)
+    assert shown[0] is None
+    assert equal(shown[1], first.sums)
+
+
+def test_no_other_loop_trains():
+    """`train` and `before_step` are in the module of `steps`, whose own call is the only one."""
+    trained, importing, calling = [], set(), set()
+    for path in sorted((ROOT / 'cnn_jax').rglob('*.py')) + sorted((ROOT / 'launch').glob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == 'cnn_jax.train.loop':
+                importing |= {path.stem for alias in node.names if alias.name == 'steps'}
+            elif isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'train_step':
+                trained.append(path.stem)
+            elif isinstance(node, ast.FunctionDef) and path.stem == 'loop':
+                inside = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
+                calling |= {node.name for f in inside if getattr(f, 'id', '') == 'steps'}
+    assert trained == ['loop']
+    assert calling == {'train', 'before_step'}
+    assert importing == {'training', 'verify', 'lr_finder'}
+
+
+def test_each_function_is_compiled_once_and_each_example_counted_once(small, fit, tmp_path):
+    outcome = fit(small(**SHORT | {'train__eval_every': 1.0}), count=53)
+    assert outcome.compilations == [{'train': 1, 'eval': 1}]
     assert outcome.metrics['count'] == 53
-
-
-def test_training_metrics_count_each_example_once_an_epoch(small, fit, tmp_path):
-    fit(small(**SHORT | {'train__eval_every': 1.0}), count=48)
     counts = [line['count'] for line in lines(tmp_path / 'run') if line['split'] == 'train']
-    assert counts == [48, 48]
+    assert counts == [48, 56]  # whole batches, by the end of each epoch of 6.625 of them
 
 
 def test_it_learns(small, fit):
@@ -43,87 +125,68 @@ def test_it_learns(small, fit):
 
 
 @pytest.fixture
-def killed_run(fit_again, tmp_path, monkeypatch):
+def kill_and_resume(fit_again, tmp_path, monkeypatch):
     """Kills a run after a step, starts it again, and returns its end and its record."""
 
-    def make(config, step):
-        folder, add = tmp_path / f'killed {step}', Meter.add
+    def make(config, number):
+        folder, add = tmp_path / f'killed {number}', StepMetrics.add
 
-        def add_then_die(self, number, sums):
-            if number == step:
+        def add_then_die(self, step, sums):
+            if step == number:
                 raise Killed
-            add(self, number, sums)
+            add(self, step, sums)
 
-        monkeypatch.setattr(Meter, 'add', add_then_die)
-        with pytest.raises(Killed):
-            fit_again(config, folder)
-        monkeypatch.setattr(Meter, 'add', add)
+        with monkeypatch.context() as patch:
+            patch.setattr(StepMetrics, 'add', add_then_die)
+            with pytest.raises(Killed):
+                fit_again(config, folder)
         return fit_again(config, folder), lines(folder)
 
     return make
 
 
-def test_killed_after_any_step_it_goes_on_to_the_same_bits(small, fit_again, killed_run, tmp_path):
-    config = small(**SHORT, train__ema=0.9)
-    whole = fit_again(config)
-    for step in range(1, 13):
-        again, record = killed_run(config, step)
-        assert same(whole.state, again.state), step
-        assert record == lines(tmp_path / 'run'), step
+ALL_OF_A_STATE = TWO_PHASES | {
+    'train__ema': 0.0,
+    'train__swa_from': 0.5,
+    'train__precise_norm': 2,
+    'loss__l2_sp': 0.1,
+    'loss__l2_sp_on': ('*/kernel',),
+    'optimizer__gradient_noise': 0.01,
+    'optimizer__max_norm': 2.0,
+    'optimizer__sam': 0.05,
+    'model__drop_ramp': 1.0,
+}
 
 
-def test_killed_in_either_phase_it_goes_on_to_the_same_bits(small, fit_again, killed_run, tmp_path):
-    config = small(
-        **SHORT | {'train__epochs': 1.0},
-        train__frozen=('block*',),
-        unfreeze__epochs=1.0,
-        unfreeze__learning_rate=0.001,
-    )
-    whole = fit_again(config)
-    for step in (4, 6, 7, 12):  # the phases end at steps 6 and 12
-        again, record = killed_run(config, step)
-        assert same(whole.state, again.state), step
-        assert record == lines(tmp_path / 'run'), step
-
-
-@pytest.mark.slow
-def test_killed_with_all_that_a_state_can_hold_it_goes_on_to_the_same_bits(
-    small, fit_again, killed_run, tmp_path
+@pytest.mark.parametrize(
+    ('changes', 'kills'),
+    [
+        (TWO_PHASES, (1, 5, 6, 7, 12)),
+        pytest.param(ALL_OF_A_STATE, (2, 7, 11), marks=pytest.mark.slow),
+    ],
+    ids=['averaged', 'all that a state can hold'],
+)
+def test_killed_in_either_phase_it_resumes_to_the_same_bits(
+    small, fit_again, kill_and_resume, tmp_path, changes, kills
 ):
-    config = small(
-        **SHORT | {'train__epochs': 1.0},
-        train__frozen=('block1_*',),
-        train__swa_from=0.5,
-        train__precise_norm=2,
-        unfreeze__epochs=1.0,
-        loss__l2_sp=0.1,
-        loss__l2_sp_on=('*/kernel',),
-        optimizer__gradient_noise=0.01,
-        optimizer__max_norm=2.0,
-        optimizer__sam=0.05,
-        model__drop_ramp=1.0,
-    )
+    config = small(**changes)
     whole = fit_again(config)
-    assert set(whole.state.start) == {path for path in whole.state.ema if path.endswith('kernel')}
-    for step in (2, 7, 11):
-        again, record = killed_run(config, step)
-        assert same(whole.state, again.state), step
-        assert record == lines(tmp_path / 'run'), step
+    for number in kills:
+        again, record = kill_and_resume(config, number)
+        assert equal(whole.state, again.state), number
+        assert record == lines(tmp_path / 'run'), number
 
 
-def test_a_checkpoint_holds_nothing_for_what_is_off(small, fit, tmp_path):
-    fit(small(**SHORT))
-    for name, held in (('opt_state', True), ('start', False), ('precise', False)):
-        path = tmp_path / 'run/checkpoints/step_12/state/_METADATA'
-        assert (f'"{name}"' in path.read_text()) == held, name
-
-
-def test_a_finished_run_is_not_trained_again(small, fit, tmp_path):
-    first = fit(small(**SHORT))
-    again = fit(small(**SHORT))
-    assert same(first.state, again.state)
+def test_a_finished_run_is_not_trained_again_and_keeps_nothing_for_what_is_off(
+    small, fit, tmp_path
+):
+    first, again = fit(small(**SHORT)), fit(small(**SHORT))
+    assert equal(first.state, again.state)
     assert again.compilations[0]['train'] == 0
     assert again.metrics['loss'] == first.metrics['loss']
+    kept = (tmp_path / 'run/checkpoints/step_12/state/_METADATA').read_text()
+    for name, held in (('opt_state', True), ('init_params', False), ('eval_batch_stats', False)):
+        assert (f'"{name}"' in kept) == held, name
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(small, fit):
@@ -131,29 +194,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(small, fit):
         fit(small(**SHORT, optimizer__name='sgd', optimizer__learning_rate=1e30))
 
 
-def test_the_latest_and_the_best_checkpoints_are_kept(small, run, tmp_path):
-    _, state, _ = run(small())
-    config = small(train__keep=2, train__best='accuracy')
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    config = make_config(train__best='loss')
+    _, state, _ = begin(config)
     kept = Checkpoints(tmp_path / 'c', config)
-    for step, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.2], start=1):
-        scores = {'accuracy': accuracy, 'loss': 1.0}
-        kept.save(state.replace(step=np.int32(step)), {'sums': None}, scores)
-    again = Checkpoints(tmp_path / 'c', config)
-    assert again.latest() == 5
-    assert again.best() == 2
-    restored, _ = again.restore(2, state)
-    assert same(restored, state.replace(step=np.int32(2)))
-
-
-def test_a_loss_that_is_no_number_is_never_the_best(small, run, tmp_path):
-    _, state, _ = run(small())
-    kept = Checkpoints(tmp_path / 'c', small(train__best='loss'))
     for step, loss in enumerate([0.5, float('nan'), 0.7, 0.6], start=1):
         scores = {'accuracy': 0.1, 'loss': loss}
         kept.save(state.replace(step=np.int32(step)), {'sums': None}, scores)
         assert kept.best() == 1
 
 
-def test_without_a_checkpoint_there_is_no_latest(small, tmp_path):
-    assert Checkpoints(tmp_path / 'none', small()).latest() is None
-    assert Checkpoints(tmp_path / 'none', small()).best() is None
+def test_a_run_ends_early_at_its_best_and_a_killed_one_at_the_same_step(
+    small, fit_again, kill_and_resume, tmp_path
+):
+    config = small(
+        train__epochs=12.0,
+        train__patience=1.0,
+        train__eval_every=0.5,
+        train__checkpoint_every=0.25,
+        train__best='loss',
+        train__precise_norm=2,
+        train__ema=0.5,
+        optimizer__learning_rate=0.3,  # too high to go on getting better
+    )
+    whole = fit_again(config)
+    record = lines(tmp_path / 'run')
+    evaluated = [line for line in record if line['split'] == 'eval']
+    best, last = min(evaluated, key=lambda line: line['loss']), evaluated[-1]
+    assert not whole.stopped
+    assert whole.compilations == [{'train': 1, 'eval': 1}]
+    assert last['epoch'] < 12
+    assert last['epoch'] - best['epoch'] == pytest.approx(1.0, abs=0.2)
+    assert int(whole.state.step) == best['step']
+    assert whole.metrics['loss'] == best['loss']
+    assert Checkpoints(tmp_path / 'run/checkpoints', config).best() == best['step']
+    for number in (best['step'] + 1, last['step']):
+        again, its_record = kill_and_resume(config, number)
+        assert equal(whole.state, again.state)
+        assert its_record == record
+    assert equal(whole.state, fit_again(config).state)  # which trains nothing
+    assert lines(tmp_path / 'run') == record
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({'train.patience': 1.0, 'train.eval_every': 0.0}, 'needs evaluations'),
+        ({'train.patience': 1.0, 'unfreeze.epochs': 1.0}, 'a run of one phase'),
+        ({'train.ema': 0.9, 'train.swa_from': 1.0}, 'both average the weights'),
+        ({'train.swa_from': 10.0}, 'nothing would be averaged'),
+    ],
+    ids=str,
+)
+def test_lengths_that_make_no_sense_are_refused(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        cfg.validate(cfg.replace(make_config(train__epochs=10.0), changes))

@@ -1,19 +1,21 @@
-"""Metrics against scikit-learn and a float64 computation; sums do not depend on batching."""
+"""Metrics against scikit-learn and float64; sums over batches; the early-stopping rule."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.metrics
 
-from cnn_jax import losses
+from cnn_jax import config as cfg
+from cnn_jax.regularizers import cross_entropy, log_probabilities
 from cnn_jax.tools import figures
 from cnn_jax.train import metrics
+from cnn_jax.train.metrics import EarlyStopping
 
 
 def sums_of(logits, labels, mask=None):
     mask = np.ones(len(labels), bool) if mask is None else mask
-    log_probs = losses.log_probabilities(jnp.asarray(logits))
-    each = losses.cross_entropy(log_probs, jnp.asarray(labels))
+    log_probs = log_probabilities(jnp.asarray(logits))
+    each = cross_entropy(log_probs, jnp.asarray(labels))
     return metrics.batch_sums(log_probs, each, jnp.asarray(labels), jnp.asarray(mask))
 
 
@@ -57,13 +59,13 @@ def test_accuracy_confusion_and_top5_equal_scikit_learn(scores):
     recall = sklearn.metrics.recall_score(labels, predicted, average=None)
     np.testing.assert_allclose(got['class_accuracy'], recall)
     assert got['loss'] == pytest.approx(
-        sklearn.metrics.log_loss(labels, np.exp(losses.log_probabilities(logits))), rel=1e-5
+        sklearn.metrics.log_loss(labels, np.exp(log_probabilities(logits))), rel=1e-5
     )
 
 
 def test_calibration_error_follows_its_definition(scores):
     logits, labels = scores
-    probs = np.exp(np.asarray(losses.log_probabilities(logits), np.float64))
+    probs = np.exp(np.asarray(log_probabilities(logits), np.float64))
     expected = expected_calibration_error(probs, labels, metrics.BINS)
     assert result_of(logits, labels)['calibration_error'] == pytest.approx(expected, rel=1e-5)
 
@@ -92,3 +94,32 @@ def test_a_confusion_matrix_is_drawn_whatever_the_classes_are_called(tmp_path):
     names = ['$5_$10', '10%-$20%$', '<b>']
     figures.draw_confusion(np.eye(3, dtype=int), names, tmp_path / 'confusion.png')
     assert (tmp_path / 'confusion.png').read_bytes()[:4] == b'\x89PNG'
+
+
+@pytest.mark.parametrize('per_epoch', [1.0, 4.0, 6.25, 15.6])
+@pytest.mark.parametrize(
+    ('scores', 'patience', 'expected'),  # the epoch after which the run ends, and its best one
+    [
+        ([1, 2, 3, 4, 5, 6], 2, (6, 6)),  # ever better: to the end
+        ([1, 3, 2, 2, 9], 2, (4, 2)),  # too late for the 9
+        ([1, 3, 2, 4, 2, 2, 2], 2, (6, 4)),
+        ([3, 3, 3, 3], 2, (3, 1)),  # an equal one is no better
+        ([3, float('nan'), 1, 4], 2, (3, 1)),
+        ([5, 4, 3, 2, 1], 0, (5, 1)),  # no patience asked for
+        ([5, 4, 3, 2, 1], 1, (2, 1)),
+    ],
+)
+def test_patience_on_made_up_curves(scores, patience, expected, per_epoch):
+    config = cfg.replace(cfg.Config(), {'train.patience': patience})
+    best, epoch = EarlyStopping(), 0
+    for epoch, score in enumerate(scores, start=1):
+        step = int(np.ceil(epoch * per_epoch))  # where `RunSpec.is_boundary` evaluates
+        best = best.after(step, score)
+        if best.is_over(config, step, per_epoch):
+            break
+    assert (epoch, round(best.step / per_epoch)) == expected
+
+
+def test_a_lower_loss_is_better():
+    config = cfg.replace(cfg.Config(), {'train.best': 'loss'})
+    assert metrics.score_of(config, {'loss': 0.5, 'accuracy': 0.9}) == -0.5

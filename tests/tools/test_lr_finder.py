@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cnn_jax.errors import UserError
-from cnn_jax.train import lr_finder
+from cnn_jax.tools import lr_finder
+from cnn_jax.train.program import state_maker
 
 RATES = lr_finder.rates(1e-4, 1.0, 81)
 
@@ -51,10 +52,10 @@ def sweep(small, kept):
 
     def make(**changes):
         sgd = {'optimizer__schedule': 'cosine', 'optimizer__name': 'sgd'}
-        config = lr_finder.swept(small(**sgd, **changes))
+        config = lr_finder.constant_rate(small(**sgd, **changes))
         _, phases = kept(config, (8, 8, 1), 50)
         rates = lr_finder.rates(1e-4, 1e4, 60)
-        state = phases[0].steps.init(config.seed)
+        state = state_maker(phases[0].program)(config.seed)
         return rates, lr_finder.losses(config, phases[0], state, rates)
 
     return make
