@@ -41,17 +41,17 @@ def test_the_gradient_of_the_maximum_is_xla_s_own_ties_included(padding, window,
 @pytest.mark.parametrize('padding', ['VALID', 'SAME'])
 @pytest.mark.parametrize('pool', [max_pool, avg_pool])
 def test_derivatives_of_both_modes_and_orders_also_of_many(pool, padding):
-    x = np.random.default_rng(0).permutation(2 * 7 * 6 * 2).reshape(2, 7, 6, 2) / 10
+    x = np.random.default_rng(0).permutation(2 * 5 * 4).reshape(2, 5, 4, 1) / 10
 
     @jax.jit
     def wavy(x):
-        return jnp.sin(pool(x, 3, 2, padding))
+        return jnp.sin(pool(x, 2, 1, padding))
 
     with jax.enable_x64(True):
         check_grads(wavy, (x,), order=2, modes=['fwd', 'rev'], eps=1e-4, rtol=1e-3, atol=1e-3)
-        hessian = jax.hessian(lambda x: wavy(x).sum())
-        at_once = jax.vmap(hessian)(jnp.stack([x[:1], x[1:]]))
-        np.testing.assert_allclose(at_once[1], hessian(x[1:]), rtol=1e-6, atol=1e-9)
+        gradient = jax.jit(jax.grad(lambda x: wavy(x).sum()))
+        at_once = jax.jit(jax.vmap(gradient))(x[:, None])
+        np.testing.assert_allclose(at_once[:, 0], gradient(x), rtol=1e-6, atol=1e-9)
 
 
 def test_windows_by_hand():
