@@ -98,7 +98,7 @@ def test_it_trains_a_step_as_an_nnx_module():
     def loss(model, rngs):
         return cross_entropy(model(x, train=True, rngs=rngs, mutable=['batch_stats']), y)
 
-    first, grads = nnx.value_and_grad(loss)(model, nnx.Rngs(dropout=1))
+    first, grads = nnx.jit(nnx.value_and_grad(loss))(model, nnx.Rngs(dropout=1))
     optimizer.update(model, grads)
     assert np.isfinite(first)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, nnx.state(model, nnx.Param))

@@ -20,7 +20,7 @@ def draw(*shapes):
     return [rng.normal(size=shape) for shape in shapes]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     batch=st.integers(1, 4),
     height=st.integers(1, 19),
