@@ -30,7 +30,7 @@ STUDY = (
     '--config.model.widths=(4,)',
     '--config.model.hidden=(8,)',
     '--config.train.epochs=2',
-    '--seeds=3',
+    '--seeds=2',
 )
 
 
@@ -113,8 +113,16 @@ def tiny_run(launch, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def images(launch, tmp_path_factory):
+    """Eight images of digits, in one folder."""
+    folder = tmp_path_factory.mktemp('images')
+    launch('sample', '--source=digits', '--count=8', f'--out={folder}', check=0)
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope='session')
 def study_flags():
-    """The flags of an ablation whose 15 cells take a fraction of a second each."""
+    """The flags of an ablation whose 10 cells take a fraction of a second each."""
     return STUDY
 
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import resource
+import shutil
 import signal
 
 import pytest
@@ -66,21 +68,6 @@ def test_evaluate_repeats_the_last_line_of_the_record(launch, tiny_run):
         assert (folder / name).read_bytes().startswith(b'\x89PNG')
 
 
-def test_evaluate_refuses_classes_that_are_not_the_runs(launch, tiny, tmp_path):
-    launch('sample', '--source=digits', '--count=60', f'--out={tmp_path}/all', check=0)
-    for path in sorted((tmp_path / 'all').iterdir()):
-        folder = tmp_path / 'photos' / path.stem.split('_')[1]
-        folder.mkdir(parents=True, exist_ok=True)
-        path.rename(folder / path.name)
-    where = f'--workdir={tmp_path}/run'
-    flags = f'--config.data.source=folder:{tmp_path}/photos', '--config.data.batch=10'
-    launch('train', *tiny, *flags, where, check=0)
-    (tmp_path / 'photos' / '9').rename(tmp_path / 'photos' / '10')  # sorts before 2
-    told = launch('evaluate', where, check=2).stderr
-    assert 'are 0, 1, 10, 2' in told
-    assert 'trained on 0, 1, 2' in told
-
-
 def test_sample_writes_images_of_the_classes_asked_for(launch, tmp_path):
     flags = ('--source=digits', '--classes=4,9', '--count=4', f'--out={tmp_path}')
     launch('sample', *flags, check=0)
@@ -89,24 +76,57 @@ def test_sample_writes_images_of_the_classes_asked_for(launch, tmp_path):
     assert set(names) == {'4', '9'}
 
 
-def test_predict_classifies_what_can_be_read_and_reports_the_rest(launch, tiny_run, tmp_path):
+def test_predict_classifies_what_can_be_read_and_reports_the_rest(
+    launch, tiny_run, images, tmp_path
+):
     folder, _ = tiny_run
-    launch('sample', '--source=digits', '--count=5', f'--out={tmp_path}', check=0)
-    (tmp_path / 'broken.png').write_bytes(b'not an image')
-    missing = tmp_path / 'missing.png'
-    done = launch('predict', f'--workdir={folder}', '--json', tmp_path, missing, check=0)
+    broken, missing = tmp_path / 'broken.png', tmp_path / 'missing.png'
+    broken.write_bytes(b'not an image')
+    paths = [images[0], broken, missing, *images[1:3], images[0]] * 10  # more than a batch
+    done = launch('predict', f'--workdir={folder}', '--json', *paths, check=0)
     rows = json.loads(done.stdout)
-    errors = {row['file']: row['error'] for row in rows if 'error' in row}
-    assert len(rows) == 7
-    assert set(errors) == {str(tmp_path / 'broken.png'), str(missing)}
-    for row in rows:
-        if 'error' not in row:
+    assert [row['file'] for row in rows] == [str(path) for path in paths]
+    assert [row == rows[0] for row in rows] == [path == images[0] for path in paths]
+    for row, path in zip(rows, paths):
+        if path in (broken, missing):
+            assert row['error']
+        else:
             assert row['class'] in '0123456789'
             assert 0.1 <= row['probability'] <= 1
-    table = launch('predict', f'--workdir={folder}', tmp_path, check=0)
+    table = launch('predict', f'--workdir={folder}', *images, broken, check=0)
     assert '%' in table.stdout
     assert 'broken.png: not read' in table.stderr
     launch('predict', f'--workdir={folder}', missing, check=1)
+
+
+def test_monte_carlo_dropout_adds_the_uncertainty_and_repeats_itself(launch, tiny_run, images):
+    command = 'predict', f'--workdir={tiny_run[0]}', '--mc=5', *images[:3]
+    done = launch(*command, '--json', check=0)
+    for row in json.loads(done.stdout):
+        assert 0 < row['mutual_information'] < row['entropy'] < math.log(10)
+    assert launch(*command, '--json', check=0).stdout == done.stdout
+    assert launch(*command, check=0).stdout.count('  mutual information ') == 3
+
+
+def test_heat_maps_are_drawn_whatever_a_file_is_called(launch, tiny_run, images, tmp_path):
+    names = [os.fsdecode(b'caf\xe9.png'), '図' * 80 + '.png', '$5_$10.png']
+    paths = [shutil.copy(images[0], tmp_path / name) for name in names]
+    maps, flag = tmp_path / 'maps', f'--workdir={tiny_run[0]}'
+    done = launch('predict', flag, f'--heatmaps={maps}', *paths, check=0)
+    assert '3 heat maps' in done.stderr
+    drawn = sorted(maps.iterdir())
+    assert [path.name[:4] for path in drawn] == ['000_', '001_', '002_']
+    assert all(path.read_bytes().startswith(b'\x89PNG') for path in drawn)
+    (tmp_path / 'file').write_text('mine')
+    launch('predict', flag, f'--heatmaps={tmp_path}/file', images[0], check=2)
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_find_lr_suggests_a_rate_and_writes_the_curve(launch, tiny, tmp_path):
+    done = launch('find_lr', *tiny, f'--out={tmp_path}', '--steps=60', check=0)
+    assert 'suggestion: --config.optimizer.learning_rate=' in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['lr_finder.csv', 'lr_finder.png']
+    launch('find_lr', *tiny, f'--out={tmp_path}', '--lowest=1', '--highest=0.1', check=2)
 
 
 def test_the_same_command_again_changes_nothing(launch, tiny, tiny_run):
@@ -147,7 +167,7 @@ def test_stopped_or_killed_it_goes_on_to_the_same_numbers(
     assert metrics_hash(folder) == metrics_hash(undisturbed)
 
 
-@pytest.mark.parametrize('name', ['train', 'evaluate', 'predict', 'sample', 'fetch_weights'])
+@pytest.mark.parametrize('name', ['train', 'predict'])
 def test_help_is_quick_and_shows_a_command(launch, name):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = launch(name, '--help', check=0, PYTHONUTF8='1')  # not in a fork

@@ -80,18 +80,22 @@ def test_evaluate_names_the_splits_there_are(mistake, tiny_run):
     assert 'test' in mistake('evaluate', f'--workdir={folder}', '--split=tset')
 
 
-def test_data_changed_between_two_starts_are_noticed(launch, mistake, tiny, tmp_path):
-    images = tmp_path / 'images'
+def test_images_and_classes_that_changed_since_the_run_are_noticed(launch, mistake, tiny, tmp_path):
+    images, where = tmp_path / 'images', f'--workdir={tmp_path}/run'
     launch('sample', '--source=digits', '--count=120', f'--out={tmp_path}/all', check=0)
     for path in sorted((tmp_path / 'all').iterdir()):
         name = path.stem.split('_')[1]
         (images / name).mkdir(parents=True, exist_ok=True)
         path.rename(images / name / path.name)
-    flags = (*tiny, f'--config.data.source=folder:{images}', '--config.data.batch=16')
-    launch('train', *flags, f'--workdir={tmp_path}/run', check=0)
+    flags = (*tiny, f'--config.data.source=folder:{images}', '--config.data.batch=16', where)
+    launch('train', *flags, check=0)
+    (images / '9').rename(images / '10')  # sorts before 2
+    told = mistake('evaluate', where)
+    assert 'are 0, 1, 10, 2' in told
+    assert 'trained on 0, 1, 2' in told
+    (images / '10').rename(images / '9')
     next((images / '3').iterdir()).unlink()
-    sentence = mistake('train', *flags, f'--workdir={tmp_path}/run')
-    assert 'have changed since the run' in sentence
+    assert 'changed' in mistake('train', *flags)
 
 
 def test_runs_and_ablations_do_not_share_a_folder(mistake, tiny, tiny_run, study_flags, tmp_path):

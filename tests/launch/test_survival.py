@@ -115,11 +115,9 @@ def test_how_a_run_is_fed_watched_and_saved_changes_no_bit(launch, tiny, tiny_ru
 
 
 @pytest.fixture(scope='module')
-def verified(launch, tiny, tmp_path_factory):
+def verified(tiny_run, tmp_path_factory):
     """A finished run to alter."""
-    folder = tmp_path_factory.mktemp('verified') / 'run'
-    launch('train', *tiny, f'--workdir={folder}', check=0)
-    return folder
+    return shutil.copytree(tiny_run[0], tmp_path_factory.mktemp('verified') / 'run')
 
 
 def test_verify_finds_an_undisturbed_run_the_same_and_changes_nothing(launch, verified):
