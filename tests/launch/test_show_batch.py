@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from cnn_jax import config as cfg
-from cnn_jax.config import validate
 from cnn_jax.pretrained.weights import PREPROCESSINGS
 from cnn_jax.train import setup
 from tests.launch.importing import imported
