@@ -85,7 +85,10 @@ class LocalWorkers:
         for number, log in enumerate(self._logs):
             with log.open('w') as file:
                 process = subprocess.Popen(
-                    [*command, f'--worker={number}'], stdout=file, stderr=subprocess.STDOUT
+                    [*command, f'--worker={number}'],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(),
                 )
             self._processes.append(process)
 
@@ -112,6 +115,13 @@ class LocalWorkers:
             process.terminate()
         for process in self._processes:
             process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a worker, which finds this package wherever it was imported from."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+    return os.environ | {'PYTHONPATH': os.pathsep.join(paths)}
 
 
 class RayWorkers:

@@ -115,7 +115,8 @@ class Checkpoints:
 
         Args:
             step: One that `latest`, `best` or `resumable` returned.
-            like: A state (or its shapes) of the same structure.
+            like: A state (or its shapes) of the same structure; where its optimizer state is None,
+                that is not read.
 
         Errors:
             UserError: The checkpoint is damaged or belongs to another run.
@@ -206,8 +207,7 @@ class Checkpoints:
         try:
             progress = self._content(step)['progress']
             target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-            with _checkpointer() as checkpointer:
-                return checkpointer.restore(self.place(step) / 'state', target), progress
+            return _restore(self.place(step) / 'state', target), progress
         except UserError:
             raise
         except (ValueError, KeyError, OSError) as error:
@@ -268,26 +268,49 @@ def digest(state: Any) -> str:
     return sha256.hexdigest()
 
 
+def _restore(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
+    """Read the arrays of a state, or some of its parts, with Orbax."""
+    import orbax.checkpoint as ocp
+
+    arguments = ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
+        return checkpointer.restore(folder, args=arguments)
+
+
 def _checkpointer():
-    """Orbax's writer and reader of a tree of arrays, done with a call when it returns.
+    """Orbax's writer of a tree of arrays, done with a call when it returns.
 
     A step is tens of milliseconds and a save not much more: a save that has returned is on the
     disk, and an error in it stops the run.
     """
     import orbax.checkpoint as ocp
+
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+    return ocp.Checkpointer(handler, multiprocessing_options=_alone())
+
+
+def _alone():
+    """Orbax's option for process 0, which does not wait for the others."""
     from orbax.checkpoint.options import MultiprocessingOptions
 
-    alone = MultiprocessingOptions()
-    if mesh.is_multiprocess():  # process 0 does not wait for the others
-        alone = MultiprocessingOptions(0, {0}, 'first')
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    if mesh.is_multiprocess():
+        return MultiprocessingOptions(0, {0}, 'first')
+    return MultiprocessingOptions()
 
 
 def _parts(state: State) -> dict[str, Any]:
     """The state as it is on the disk: without the parts that the run does not use."""
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: part for name, part in parts.items() if name not in OPTIONAL or part}
+    return {
+        name: part
+        for name, part in parts.items()
+        if part is not None and (name not in OPTIONAL or part)
+    }
 
 
 def _reason(error: Exception) -> str:

@@ -111,6 +111,7 @@ class Program:
         phase: 0, or 1 for the one that `config.unfreeze` describes.
         cached: Whether batches hold features of the frozen backbone in the place of images.
         shapes: Shapes of the parameters.
+        statistics: Shapes of the batch statistics.
         members: The parameters that each phase up to this one trains for the first time.
         acted_on: The trained parameters that each patterned field acts on, by that field, e.g.
             `loss.l2_on`.
@@ -122,6 +123,7 @@ class Program:
     phase: int
     cached: bool
     shapes: dict[str, Any]
+    statistics: dict[str, Any]
     members: tuple[tuple[str, ...], ...]
     acted_on: dict[str, list[str]]
     regularizers: tuple[Regularizer, ...]
@@ -187,7 +189,10 @@ def make_program(
     ever = {name for member in by_phase for name in member}
     known = (*REGULARIZERS, *spec.regularizers)
     regularizers = tuple(r for r in known if r.is_on(config))
-    program = Program(config, spec, phase, cached, shapes['params'], members, {}, regularizers)
+    statistics = shapes.get('batch_stats', {})
+    program = Program(
+        config, spec, phase, cached, shapes['params'], statistics, members, {}, regularizers
+    )
     strengths = {r.on: cfg.get(config, r.field) for r in known if r.on and not r.needs_activations}
     strengths['optimizer.decay_on'] = config.optimizer.weight_decay
     strengths['optimizer.max_norm_on'] = config.optimizer.max_norm
@@ -197,8 +202,8 @@ def make_program(
     }
     watching = [r.on for r in regularizers if r.needs_activations]
     frozen = freezing.frozen_modules(names, program.trainable, program.frozen_patterns)
-    statistics = params.flatten(shapes.get('batch_stats', {}))
-    if watching or spec.model or any(frozen(path.rpartition('/')[0]) for path in statistics):
+    held = [path for path in params.flatten(statistics) if frozen(path.rpartition('/')[0])]
+    if watching or spec.model or held:
         layers = _checked_layers(program, shapes, frozen)
         acted_on |= {field: _select_layers(program, layers, field) for field in watching}
     return dataclasses.replace(program, acted_on=acted_on)
@@ -396,6 +401,20 @@ def begin_phase(program: Program, state: State) -> State:
         opt_state=fresh._replace(inner_states=fresh.inner_states | kept),
         averaged=averaged | state.averaged,
         init_params=_copies(flat, _anchored(program)) | state.init_params,
+    )
+
+
+def eval_state_shapes(program: Program) -> State:
+    """The shapes of a phase's state without its optimizer's, which evaluation does not need."""
+    flat = params.flatten(program.shapes)
+    return State(
+        step=jax.ShapeDtypeStruct((), jnp.int32),  # pyright: ignore
+        params=program.shapes,
+        batch_stats=program.statistics,
+        opt_state=None,
+        averaged={path: flat[path] for path in program.trainable} if program.averages else {},
+        init_params={path: flat[path] for path in _anchored(program)},
+        eval_batch_stats=program.statistics if program.config.train.precise_norm else {},
     )
 
 

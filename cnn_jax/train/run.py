@@ -32,10 +32,9 @@ from cnn_jax.train.program import (
     Program,
     RunSpec,
     State,
-    begin_phase,
+    eval_state_shapes,
     make_program,
     parameter_table,
-    state_maker,
     traced_values,
 )
 from cnn_jax.train.record import read_lines, write_skipped
@@ -78,7 +77,7 @@ class Run:
         manifest: Where it came from: code, packages, machine, data.
         spec: Shapes, preprocessing and length.
         program: The phase of the state.
-        state: The state at `step`.
+        state: The state at `step`; of a run that was opened again, without the optimizer's.
         step: The steps done; with early stopping those of the best evaluation.
         metrics: Loss, accuracy, … on the evaluation split at that step; {} where there was no
             evaluation.
@@ -429,12 +428,8 @@ def load_run(
     step = {'latest': checkpoints.latest, 'best': checkpoints.best}[which]()
     if step is None:
         raise UserError(f'{folder} has no {which} checkpoint yet; train it further')
-    program = make_program(config, spec)
-    state = state_maker(program)(config.seed)
-    if step > spec.phase_ends[0]:
-        program = make_program(config, spec, phase=1)
-        state = begin_phase(program, state)
-    state, _ = checkpoints.restore(step, state)
+    program = make_program(config, spec, phase=int(step > spec.phase_ends[0]))
+    state, _ = checkpoints.restore(step, eval_state_shapes(program))
     lines = [line for line in read_lines(folder / 'metrics.jsonl') if line['step'] <= step]
     last = next(
         (line for line in lines[::-1] if line['split'] == 'eval' and line['step'] == step), {}

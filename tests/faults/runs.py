@@ -162,9 +162,9 @@ def _train(config: str, folder: Path, kill: Kill) -> None:
     from cnn_jax.train.checkpoint import digest
     from cnn_jax.train.run import fit, load_run
 
-    fit(cfg.from_json(config), folder)
+    run = fit(cfg.from_json(config), folder)
     count = operations[0]
-    state = digest(load_run(folder).state)
+    state = digest((run.state, load_run(folder).state))
     facts = json.dumps({'state': state, 'operations': count})
     folder.with_suffix('.ended').write_text(facts)
     sys.stdout.flush()
