@@ -47,13 +47,8 @@ def make_folder(folder: Path) -> None:
 def make_writable(folder: Path, what: str = 'the work directory', flag: str = '--workdir') -> None:
     """Create a folder, or check that files can be made in the one that is there.
 
-    Args:
-        folder: The folder.
-        what: Its name in the error.
-        flag: The flag that names it, for the error.
-
     Errors:
-        UserError: It cannot be written.
+        UserError: It cannot be written; names the folder as `what` and the `flag` to change.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,14 +208,11 @@ def cached_array(
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock `path` for as long as the context lasts, and yield whether this succeeded.
+    """Hold the lock `path` while the context lasts; yield whether this succeeded, or wait until so.
 
     The operating system holds it (flock), so a process that is killed leaves none behind. On a
     shared file system it works across machines where that system's locks do (NFS 4, Lustre, GPFS).
-
-    Args:
-        path: The lock's file; created, and never removed.
-        wait: Wait for the process that holds it.
+    The file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('ab', buffering=0) as file:
@@ -239,20 +231,18 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def lock_holder(path: Path) -> tuple[str, int] | None:
-    """Return the host and process that hold a lock, as far as can be seen from this machine.
-
-    A process of another machine that died counts until the lock is taken again.
-    """
+    """Return the host and process that hold a lock; a dead one of another machine counts, too."""
     try:
         host, process = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    if host == socket.gethostname():
-        with contextlib.suppress(PermissionError):  # another user's process
-            try:
-                os.kill(process, 0)
-            except ProcessLookupError:
-                return None
+    try:
+        if host == socket.gethostname():
+            os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # another user's process
+        pass
     return host, process
 
 

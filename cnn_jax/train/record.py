@@ -46,12 +46,7 @@ class Record:
         return bool(read_lines(self._folder / METRICS))
 
     def resume(self, step: int, checkpoint: Path | None) -> None:
-        """Restore the record as it was at a step.
-
-        Args:
-            step: The step.
-            checkpoint: The folder of its checkpoint; None starts an empty record.
-        """
+        """Restore the record of a step from its checkpoint's folder; with None, start anew."""
         from tensorboardX import SummaryWriter
 
         for name in self._content:
@@ -82,8 +77,7 @@ class Record:
     def snapshot(self) -> dict[str, bytes]:
         """Return the record's files as they are now, by name, for a checkpoint to hold.
 
-        They are whole copies: 8 bytes a step and some hundred an evaluation, so a long run of
-        100,000 steps adds about a megabyte to its checkpoints.
+        Whole copies: 8 bytes a step and some hundred an evaluation, a megabyte in 100,000 steps.
         """
         self._append(STEPS, np.array(self._pending, '<f4').tobytes())
         self._pending = []

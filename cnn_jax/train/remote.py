@@ -198,8 +198,11 @@ class Mirror:
 
     def _continues(self, there: int, here: int) -> bool:
         """Return whether the local run's steps begin with those of a remote checkpoint."""
-        steps = (self.folder / _name(here, STEPS)).read_bytes()[: 8 * there]
-        return json.loads(self._there[there] or b'')['files'][STEPS] == digest(steps)
+        steps = self.folder / _name(here, STEPS)
+        sealed = json.loads(self._there[there] or b'')['files'].get(STEPS)
+        if sealed is None or not steps.exists():  # of an older version, which training will refuse
+            return True
+        return sealed == digest(steps.read_bytes()[: 8 * there])
 
     def _push(self) -> None:
         writer = json.loads(self._fs.cat_file(self._path(WRITER)))

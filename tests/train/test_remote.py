@@ -150,7 +150,7 @@ def test_what_goes_up_comes_back(machine, tmp_path, scheme):
 
 
 @pytest.mark.parametrize('keep', [1, 2])
-def test_an_upload_that_breaks_off_anywhere_leaves_a_checkpoint_to_go_on_from(machine, keep):
+def test_an_upload_killed_anywhere_leaves_a_checkpoint_to_resume_from(machine, keep):
     seen = set()
     for operations in itertools.count():
         Faulty.store.clear()
@@ -182,7 +182,7 @@ def test_an_upload_that_breaks_off_anywhere_leaves_a_checkpoint_to_go_on_from(ma
     assert operations > 8
 
 
-def test_a_download_that_breaks_off_anywhere_is_made_again(machine, monkeypatch):
+def test_a_download_killed_anywhere_is_made_again(machine):
     there = uploaded(machine)
     for operations in itertools.count():
         at = machine(f'machine {operations}')
@@ -244,21 +244,6 @@ def test_half_a_checkpoint_is_never_taken_for_a_whole_one(machine, lost):
     second = machine('second')
     begin(second)
     assert resumes_at(second.folder) == 20
-
-
-def test_a_checkpoint_that_was_put_aside_and_saved_again_is_uploaded_again(machine):
-    uploaded(machine)
-    del Faulty.store['/bucket/run/checkpoints/step_20/_METADATA']
-    second = machine('second')
-    begin(second)
-    (second.folder / 'damaged').mkdir()
-    (second.folder / 'checkpoints/step_20').rename(second.folder / 'damaged/step_20')
-    train(second.folder, [20])
-    second.push(last=True)
-    third = machine('third')
-    begin(third)
-    assert resumes_at(third.folder) == 20
-    assert content(third.folder) == content(second.folder)
 
 
 def test_two_machines_that_saved_the_same_steps_do_not_mix_their_files(machine):
@@ -405,15 +390,11 @@ def test_what_readers_write_is_uploaded(machine, tmp_path):
     Faulty.faults = itertools.repeat(OSError('down'))
     with pytest.raises(UserError, match=r'cannot be used \(down\)'):
         remote.upload(URL, ['evaluation.json'])
-
-
-def test_readers_need_a_run_and_leave_folders_of_this_machine_alone(machine, tmp_path):
-    uploaded(machine)
-    remote.fetch_workdir(URL)
+    Faulty.faults = iter(())
     Faulty.store.clear()
-    with pytest.raises(UserError, match='there is no run at faulty://bucket/run'):
+    with pytest.raises(UserError, match='there is no run at'):
         remote.fetch_workdir(URL)
-    assert remote.fetch_workdir(f'{tmp_path}/run') == tmp_path / 'run'
+    assert remote.fetch_workdir(f'{tmp_path}/run') == tmp_path / 'run'  # of this machine
     remote.upload(f'{tmp_path}/run', ['evaluation.json'])
 
 
