@@ -1,4 +1,4 @@
-"""Draw the figures of docs/regularizers.md: everything in them is computed by the project itself.
+"""Draw the figures of docs/regularizers.md; all that they show is computed by this package.
 
 python -m launch.figures --out=docs
 
@@ -16,7 +16,7 @@ from absl import flags
 from cnn_jax import config as cfg
 from launch import cli
 
-OUT = flags.DEFINE_string('out', None, 'The folder for the PNGs.', required=True)
+OUT = flags.DEFINE_string('out', None, 'Folder of the PNGs.', required=True)
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, SKY, GREY = '#0072B2', '#E69F00', '#009E73', '#56B4E9', '#999999'

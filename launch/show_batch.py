@@ -1,12 +1,12 @@
-"""Draw what the network is shown: images as they are beside what training makes of them.
+"""Draw training images beside their augmented versions, as the network gets them.
 
   python -m launch.show_batch --config=experiments/small.py --out=batch.png
   python -m launch.show_batch --config=experiments/small.py --out=batch.png \\
       --config.augment.cutmix=1 --steps=4 --images=6
 
-Nothing is trained. A pair of columns is a step: the very images, in the very order, with the very
-changes that a run of the same config and seed sees at it. A mixed image bears both labels with
-their shares.
+Nothing is trained. Each pair of columns is one step: the images, in the order and with the
+augmentation that a run of the same config and seed has at that step. A mixed image bears both
+labels with their weights.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from cnn_jax.errors import UserError
 from launch import cli
 
 CONFIG = cli.define_config()
-OUT = flags.DEFINE_string('out', None, 'The PNG to write.', required=True)
-STEPS = flags.DEFINE_integer('steps', 4, 'How many steps, from --first on.', lower_bound=1)
-FIRST = flags.DEFINE_integer('first', 0, 'The first step.', lower_bound=0)
-IMAGES = flags.DEFINE_integer('images', 6, 'How many images of each batch.', lower_bound=1)
+OUT = flags.DEFINE_string('out', None, 'PNG to write.', required=True)
+STEPS = flags.DEFINE_integer('steps', 4, 'Number of steps, from --first on.', lower_bound=1)
+FIRST = flags.DEFINE_integer('first', 0, 'First step.', lower_bound=0)
+IMAGES = flags.DEFINE_integer('images', 6, 'Number of images of each batch.', lower_bound=1)
 
 MOST = 16  # columns and rows beyond which nothing is legible
 
@@ -46,7 +46,7 @@ def main(_) -> int:
 def shown_batches(
     config, components, first: int, steps: int, count: int
 ) -> tuple[list[dict[str, Any]], Any]:
-    """The first examples of some training batches, before and after augmentation and mixing.
+    """The first examples of some training batches, before and after augmentation.
 
     Returns:
         For each step `step`, `image` (uint8), `shown` (what the network gets, as pixels in 0…1),
@@ -78,7 +78,7 @@ def shown_batches(
     views = config.features.views if caches_views(config) else 0
 
     def drawn(batch, step):
-        """What is seen at a step: the changes of the step, or those of the epoch's kept view."""
+        """Augmented images of a step: of its own key, or of the cached view of its epoch."""
         if not views:
             return seen(batch, step)
         size = config.data.batch
@@ -99,7 +99,7 @@ def shown_batches(
 
 
 def caches_views(config) -> bool:
-    """Whether the first phase trains on kept features of augmented images."""
+    """Return whether the first phase trains on cached features of augmented images."""
     from cnn_jax.features import is_cached
 
     frozen = 'backbone/*' in config.train.frozen
@@ -107,7 +107,7 @@ def caches_views(config) -> bool:
 
 
 def unprepared(x, prepare, channels: int):
-    """Prepared floats as pixels in 0…1: every preparation is y = M·pixel + b, here inverted."""
+    """Normalized images as pixels in 0…1: normalization is y = M·pixel + b, inverted here."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -119,7 +119,7 @@ def unprepared(x, prepare, channels: int):
 
 
 def draw(columns: list[dict[str, Any]], class_names: Any, path: Path) -> None:
-    """A pair of columns for each step, an image a row: original, and as shown."""
+    """Draw a pair of columns for each step, an image a row: original and augmented."""
     from matplotlib.figure import Figure
 
     from cnn_jax.files import write_atomically

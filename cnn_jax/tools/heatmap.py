@@ -52,34 +52,37 @@ def grad_cam(
             f'{", ".join(known)}'
         )
 
-    def logits_and_features(shift):
-        outputs = {}
+    def score(shift):
+        return _score(model, variables, images, classes, layer, shift)
 
-        def intercept(call, args, kwargs, context):
-            out = call(*args, **kwargs)
-            if context.method_name == '__call__' and '/'.join(context.module.path) == layer:
-                outputs['features'] = out
-                # Adding zero leaves the output, and its gradient is that of the features.
-                out = out if shift is None else out + shift
-            return out
-
-        with nn.intercept_methods(intercept):
-            logits: Any = model.apply(variables, images, train=False)
-        if logits.shape[-1] == 1:
-            logits = jnp.concatenate([-logits, logits], axis=-1)
-        score = jnp.take_along_axis(logits, classes[:, None], axis=-1).sum()
-        return score, outputs['features']
-
-    shape = jax.eval_shape(lambda: logits_and_features(None)[1])
-    gradient, features = jax.grad(logits_and_features, has_aux=True)(
-        jnp.zeros(shape.shape, shape.dtype)
-    )
+    shape = jax.eval_shape(lambda: score(None)[1])
+    gradient, features = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape, shape.dtype))
     gradient, features = gradient.astype(jnp.float32), features.astype(jnp.float32)
     weights = gradient.mean(axis=(1, 2), keepdims=True)
     heat = nn.relu((weights * features).sum(axis=-1))
     peak = heat.max(axis=(1, 2), keepdims=True)
     heat = heat / jnp.where(peak > 0, peak, 1.0)
     return jax.image.resize(heat, images.shape[:3], 'bilinear')
+
+
+def _score(model, variables, images, classes, layer: str, shift) -> tuple[Array, Array]:
+    """The classes' summed logits, and the output of a layer, to which `shift` is added."""
+    outputs = {}
+
+    def intercept(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.method_name == '__call__' and '/'.join(context.module.path) == layer:
+            outputs['features'] = out
+            # Adding zero leaves the output, and its gradient is that of the features.
+            out = out if shift is None else out + shift
+        return out
+
+    with nn.intercept_methods(intercept):
+        logits: Any = model.apply(variables, images, train=False)
+    if logits.shape[-1] == 1:
+        logits = jnp.concatenate([-logits, logits], axis=-1)
+    score = jnp.take_along_axis(logits, classes[:, None], axis=-1).sum()
+    return score, outputs['features']
 
 
 def image_layers(model: nn.Module, images: Float[Array, 'b h w c']) -> list[str]:
