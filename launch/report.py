@@ -15,10 +15,11 @@ WORKDIR = cli.define_workdir('Folder of a run of launch.ablate.')
 
 def main(_) -> int:
     """Render; returns the exit code."""
-    from cnn_jax.ablation.report import Ablation, write_report
+    from cnn_jax.ablation.report import Ablation
 
-    path = write_report(Path(WORKDIR.value))
-    print(Ablation(path.parent))
+    result = Ablation(Path(WORKDIR.value))
+    path = result.write_report()
+    print(result)
     print(f'report: {path}')
     return cli.OK
 

@@ -46,9 +46,14 @@ class Ablation:
     interrupted: bool = False
 
     @functools.cached_property
+    def results(self) -> Results:
+        """The results on disk."""
+        return read_results(self.workdir)
+
+    @functools.cached_property
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`, as `summary_of` describes it."""
-        return summary_of(read_results(self.workdir))
+        return summary_of(self.results)
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -73,6 +78,28 @@ class Ablation:
         with rc_context(figures.STYLE):
             return figures.draw_forest(self.summary)
 
+    def write_report(self) -> Path:
+        """Write the report from what is on disk; returns the path of `report.html`.
+
+        Beside it `summary.json`, `summary.csv`, `summary.tex`, `cost.json`, and SVG and PNG under
+        `figures/`. The same results give the same bytes, but for the times in report and cost.
+        """
+        drawn, spent = figures.draw(self.summary), cost(self.results)
+        files: dict[str, str | bytes] = {
+            'summary.json': to_json(self.summary),
+            'summary.csv': to_csv(self.summary),
+            'summary.tex': to_latex(self.summary),
+            'cost.json': to_json(spent),
+        }
+        for name, figure in drawn.items():
+            files[f'figures/{name}.svg'] = figure['svg']
+            files[f'figures/{name}.png'] = figure['png']
+        files['report.html'] = render(self.results, self.summary, spent, drawn)
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            write_atomically(self.workdir / name, lambda file, data=data: file.write(data))
+        return self.workdir / 'report.html'
+
     def __repr__(self) -> str:
         if not (self.workdir / DEFINITION).exists():
             return f'Ablation in {self.workdir}: nothing was trained'
@@ -88,39 +115,6 @@ class Ablation:
         return '\n'.join(lines)
 
 
-def write_report(workdir: Path) -> Path:
-    """Write the report of an ablation from what is on disk.
-
-    `report.html`, `summary.json`, `summary.csv`, `summary.tex`, `cost.json`, and SVG and PNG
-    under `figures/`. The same results give the same bytes of everything but report and cost, which
-    hold times.
-
-    Returns:
-        The path of `report.html`.
-
-    Errors:
-        UserError: The folder holds no ablation, or a file in it is damaged.
-    """
-    results = read_results(workdir)
-    summary = summary_of(results)
-    spent = cost(results)
-    drawn = figures.draw(summary)
-    files: dict[str, str | bytes] = {
-        'summary.json': to_json(summary),
-        'summary.csv': to_csv(summary),
-        'summary.tex': to_latex(summary),
-        'cost.json': to_json(spent),
-    }
-    for name, figure in drawn.items():
-        files[f'figures/{name}.svg'] = figure['svg']
-        files[f'figures/{name}.png'] = figure['png']
-    files['report.html'] = render(results, summary, spent, drawn)
-    for name, content in files.items():
-        data = content if isinstance(content, bytes) else content.encode()
-        write_atomically(workdir / name, lambda file, data=data: file.write(data))
-    return workdir / 'report.html'
-
-
 def render(
     results: Results,
     summary: dict[str, Any],
@@ -133,36 +127,29 @@ def render(
     headline, *details = inspect.cleandoc(summary['question']).split('\n\n')
     definition, arms = results.definition, summary['arms'].values()
     methods = {arm['eval'][summary['metric']]['interval_method'] for arm in arms} - {None}
-    return (
-        _environment(autoescape=True)
-        .get_template('report.jinja')
-        .render(
-            ablation=definition,
-            summary=summary,
-            cost=spent,
-            headline=headline or summary['name'],
-            # An answer in an experiment's docstring, and what follows it, is of an earlier run.
-            details=[
-                block.strip('\n')
-                for block in itertools.takewhile(
-                    lambda each: not each.startswith('Answer'), details
-                )
-            ],
-            data=definition['configs'][summary['baseline']],
-            examples=max((arm['examples'] or 0 for arm in arms), default=0),
-            methods=sorted(methods),
-            effects=words.EFFECTS,
-            manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
-            figures={
-                name: Markup(figures.themed(figure['svg'], LABELS[name]))
-                for name, figure in drawn.items()
-            },
-            metrics=METRICS,
-            dedent=textwrap.dedent,
-            number=number,
-            estimate=words.estimate,
-            p_value=words.p_value,
-        )
+    # An answer in an experiment's docstring, and what follows it, is of an earlier run.
+    details = itertools.takewhile(lambda block: not block.startswith('Answer'), details)
+    template = _environment(autoescape=True).get_template('report.jinja')
+    return template.render(
+        ablation=definition,
+        summary=summary,
+        cost=spent,
+        headline=headline or summary['name'],
+        details=[block.strip('\n') for block in details],
+        data=definition['configs'][summary['baseline']],
+        examples=max((arm['examples'] or 0 for arm in arms), default=0),
+        methods=sorted(methods),
+        effects=words.EFFECTS,
+        manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
+        figures={
+            name: Markup(figures.themed(figure['svg'], LABELS[name]))
+            for name, figure in drawn.items()
+        },
+        metrics=METRICS,
+        dedent=textwrap.dedent,
+        number=number,
+        estimate=words.estimate,
+        p_value=words.p_value,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan, number
-from cnn_jax.ablation.report import Ablation, write_report
+from cnn_jax.ablation.report import Ablation
 from cnn_jax.ablation.results import Result, Run, Store, read_store
 from cnn_jax.ablation.workers import LocalWorkers, RayWorkers, Task, open_ablation, run_missing
 from cnn_jax.components import NO_COMPONENTS, Components, from_objects
@@ -116,27 +116,20 @@ def ablate(
     if retry_failed and (store := read_store(folder, plan)):
         store.retry_failed()
     together = together or (1 if on_cpu else TOGETHER_ON_ACCELERATORS)
-    settings = runtime.configure(
-        plan.threads
-    )  # JAX is not started here: the devices are the workers'
+    settings = runtime.configure(plan.threads)  # starts no JAX: the devices are the workers'
     print(settings)
     print(_introduction(plan, workers, together))
     if workers:
-        task = Task(
-            plan.to_json(),
-            command,
-            workers,
-            together,
-            components.experiment,
-            executor == 'local',
-        )
+        local = executor == 'local'
+        task = Task(plan.to_json(), command, workers, together, components.experiment, local)
         options = dict(ray or {}, cpus=plan.threads) if executor == 'ray' else None
         finished = _run_in_workers(folder, plan, task, options)
     else:
         finished = _run_here(folder, plan, settings, command, together, components)
+    result = Ablation(folder, interrupted=not finished)
     if finished:
-        write_report(folder)
-    return Ablation(folder, interrupted=not finished)
+        result.write_report()
+    return result
 
 
 def _introduction(plan: Plan, workers: int, together: int) -> str:

@@ -7,26 +7,16 @@ times are in `cost`.
 import itertools
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cnn_jax.ablation import statistics
 from cnn_jax.ablation.plan import METRICS, Metric, number
-from cnn_jax.ablation.results import Result, Results, read_results
+from cnn_jax.ablation.results import Result, Results
 from cnn_jax.errors import UserError
 
 EFFECTS = (0.002, 0.005, 0.01, 0.02)  # whose needed seeds are reported, in natural units
-
-
-def summarize(folder: Path) -> dict[str, Any]:
-    """The summary of the ablation in a work directory.
-
-    Errors:
-        UserError: The folder holds no ablation, or its metric is unknown.
-    """
-    return summary_of(read_results(folder))
 
 
 def summary_of(results: Results) -> dict[str, Any]:
@@ -34,6 +24,9 @@ def summary_of(results: Results) -> dict[str, Any]:
 
     `decision` says how verdicts are reached, `arms` holds per arm its results, the comparison
     with the baseline and the verdict, `factorial` the effects of a grid (else None).
+
+    Errors:
+        UserError: The metric is unknown.
     """
     ablation = results.definition
     metric, baseline, seeds = ablation['metric'], ablation['baseline'], ablation['seeds']

@@ -55,21 +55,40 @@ class Task:
     pinned: bool
 
 
-def _check(ended: list[tuple[int, str]], any_left: bool) -> None:
-    """Raise the error that the exit codes and outputs of ended workers call for."""
-    last_lines = [
-        (code, (text.strip().splitlines() or ['nothing on its standard error'])[-1])
-        for code, text in ended
-    ]
-    for code, line in last_lines:
-        if code == MISTAKE:
-            raise UserError(line.removeprefix('error: '))
-    if not any_left and all(code for code, _ in last_lines):
-        code, line = last_lines[-1]
-        raise RunFailed(f'every worker died, the last one with exit code {code}: {line}')
+class Workers:
+    """Workers that have been started; `LocalWorkers` and `RayWorkers` differ in where."""
+
+    def results(self) -> list[tuple[int | None, str]]:
+        """The exit code, None while it runs, and the output of each worker."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End the workers; their unfinished runs are free again."""
+        raise NotImplementedError
+
+    def running(self) -> bool:
+        """Tell whether any worker is still at work.
+
+        Errors:
+            UserError: A worker cannot work, for a reason that the user must mend.
+            RunFailed: All have ended with errors.
+        """
+        results = self.results()
+        lines = [(code, (text.strip().splitlines() or ['no output'])[-1]) for code, text in results]
+        for code, line in lines:
+            if code == MISTAKE:
+                raise UserError(line.removeprefix('error: '))
+        if all(code for code, _ in lines):
+            code, line = lines[-1]
+            raise RunFailed(f'every worker died, the last one with exit code {code}: {line}')
+        return any(code is None for code, _ in lines)
+
+    def outputs(self) -> list[str]:
+        """The output of each worker that ended well."""
+        return [text for code, text in self.results() if code == 0]
 
 
-class LocalWorkers:
+class LocalWorkers(Workers):
     """Processes of this machine; their output goes to `logs/`.
 
     Args:
@@ -83,34 +102,20 @@ class LocalWorkers:
         self._logs = [logs / f'{name}-{number}.log' for number in range(workers)]
         self._processes = []
         for number, log in enumerate(self._logs):
+            line = [*command, f'--worker={number}']
             with log.open('w') as file:
                 process = subprocess.Popen(
-                    [*command, f'--worker={number}'],
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(),
+                    line, stdout=file, stderr=subprocess.STDOUT, env=_environment()
                 )
             self._processes.append(process)
 
-    def running(self) -> bool:
-        """Tell whether any worker is still at work.
-
-        Errors:
-            UserError: A worker cannot work, for a reason that the user must mend.
-            RunFailed: All have ended with errors.
-        """
+    def results(self) -> list[tuple[int | None, str]]:
         codes = [process.poll() for process in self._processes]
-        ended = [(code, log) for code, log in zip(codes, self._logs) if code is not None]
-        _check([(code, log.read_text()) for code, log in ended], None in codes)
-        return None in codes
-
-    def outputs(self) -> list[str]:
-        """The output of each worker that ended well."""
-        ended = zip(self._processes, self._logs)
-        return [log.read_text() for process, log in ended if process.returncode == 0]
+        return [
+            (code, '' if code is None else log.read_text()) for code, log in zip(codes, self._logs)
+        ]
 
     def stop(self) -> None:
-        """End the workers; their unfinished runs are free again."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -124,7 +129,7 @@ def _environment() -> dict[str, str]:
     return os.environ | {'PYTHONPATH': os.pathsep.join(paths)}
 
 
-class RayWorkers:
+class RayWorkers(Workers):
     """Ray tasks. All nodes must see the work directory and this checkout under the same paths.
 
     Ray starts a worker again when its process or its node dies; the run it had claimed is free
@@ -166,18 +171,11 @@ class RayWorkers:
 
         self._tasks = [work.remote(number) for number in range(workers)]
 
-    def running(self) -> bool:
-        """Tell whether any worker is still at work; errors as those of `LocalWorkers`."""
-        ready, waiting = self._ray.wait(self._tasks, num_returns=len(self._tasks), timeout=0)
-        _check(self._ray.get(ready), bool(waiting))
-        return bool(waiting)
-
-    def outputs(self) -> list[str]:
-        """The output of each worker that ended well."""
-        return [text for code, text in self._ray.get(self._tasks) if code == 0]
+    def results(self) -> list[tuple[int | None, str]]:
+        ended, _ = self._ray.wait(self._tasks, num_returns=len(self._tasks), timeout=0)
+        return [self._ray.get(task) if task in ended else (None, '') for task in self._tasks]
 
     def stop(self) -> None:
-        """End the workers and leave the cluster."""
         for task in self._tasks:
             self._ray.cancel(task, force=True)
         self._ray.shutdown()

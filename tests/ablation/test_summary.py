@@ -11,8 +11,11 @@ from cnn_jax.ablation import summary as s
 from cnn_jax.ablation.plan import METRICS, number
 from cnn_jax.ablation.report import to_csv, to_latex
 from cnn_jax.ablation.results import read_results
-from cnn_jax.ablation.summary import summarize
 from cnn_jax.errors import UserError
+
+
+def summarize(folder):
+    return s.summary_of(read_results(folder))
 
 
 def test_verdicts_are_plain_sentences(ablation):
