@@ -108,8 +108,8 @@ class Ablation:
         lines = [
             f'Ablation {summary["name"]} in {self.workdir}: {runs["done"]} of {runs["planned"]} '
             f'runs, {len(runs["failed"])} failed',
-            f'{summary["baseline"]} (baseline): {metric.title} '
-            f'{words.estimate(baseline["eval"][metric.name], metric)}{metric.suffix}',
+            f'{summary["baseline"]} (baseline): {metric.title} in {metric.suffix or metric.unit} '
+            f'{words.estimate(baseline["eval"][metric.name], metric)}',
             *self.verdicts.values(),
         ]
         return '\n'.join(lines)

@@ -248,8 +248,8 @@ class Progress:
         if self._live:
             self._live.update(self._screen(), refresh=True)
         else:
-            for run in new:
-                print(self._line(run), flush=True)
+            for count, run in enumerate(new, len(self._results) - len(new) + 1):
+                print(f'[{count}/{len(self._store.runs)}] {self._line(run)}', flush=True)
 
     def table(self) -> Any:
         """The progress of each arm, with the mean of its results so far."""
@@ -315,8 +315,7 @@ class Progress:
             )
         else:
             text = f'FAILED: {result["reason"]}'
-        place = f'[{len(self._results)}/{len(self._store.runs)}]'
-        return f'{place} {run.arm}, seed {run.seed}: {text}, {self._left()}'
+        return f'{run.arm}, seed {run.seed}: {text}, {self._left()}'
 
     def _left(self) -> str:
         """The time left, if the rest runs as fast as since the start."""
