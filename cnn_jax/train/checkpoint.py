@@ -94,6 +94,7 @@ class Checkpoints:
         """
         step, parts = int(state.step), mesh.gather_to_host(_parts(state))
         content = self._facts | {'progress': progress, 'metrics': metrics}
+        content['structure'] = _structure(_parts(state))
         mesh.on_process_zero(lambda: self._save(step, parts, content, files or {}))
 
     def resumable(self, say: Callable[[str], object]) -> tuple[int, dict[str, Any]] | None:
@@ -205,9 +206,12 @@ class Checkpoints:
     def _read(self, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the arrays and the progress of a checkpoint into this host's memory."""
         try:
-            progress = self._content(step)['progress']
+            content = self._content(step)
+            for name, structure in _structure(shapes).items():  # which Orbax need not check
+                if content['structure'].get(name) != structure:
+                    raise ValueError(f'its {name} are arranged otherwise')
             target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-            return _restore(self.place(step) / 'state', target), progress
+            return _restore(self.place(step) / 'state', target), content['progress']
         except UserError:
             raise
         except (ValueError, KeyError, OSError) as error:
@@ -311,6 +315,16 @@ def _parts(state: State) -> dict[str, Any]:
         for name, part in parts.items()
         if part is not None and (name not in OPTIONAL or part)
     }
+
+
+def _structure(parts: dict[str, Any]) -> dict[str, str]:
+    """A digest of the paths, shapes and types of the arrays of each part."""
+
+    def arrays(part: Any) -> str:
+        leaves = jax.tree_util.tree_leaves_with_path(part)
+        return str([(jax.tree_util.keystr(at), leaf.shape, str(leaf.dtype)) for at, leaf in leaves])
+
+    return {name: hashlib.sha256(arrays(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def _reason(error: Exception) -> str:
