@@ -133,7 +133,7 @@ def test_the_same_command_again_changes_nothing(launch, tiny, tiny_run):
     folder, _ = tiny_run
     before = metrics_hash(folder)
     done = launch('train', *tiny, f'--workdir={folder}', check=0)
-    assert 'going on from the checkpoint of step' in done.stdout
+    assert 'resuming from the checkpoint of step' in done.stdout
     assert metrics_hash(folder) == before
 
 
@@ -163,7 +163,7 @@ def test_stopped_or_killed_it_goes_on_to_the_same_numbers(
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code, printed
     done = launch('train', *long, f'--workdir={folder}', check=0)
-    assert 'going on from the checkpoint' in done.stdout
+    assert 'resuming from the checkpoint' in done.stdout
     assert metrics_hash(folder) == metrics_hash(undisturbed)
 
 

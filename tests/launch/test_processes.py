@@ -91,7 +91,7 @@ def test_one_killed_stops_all_and_they_go_on_with_the_same_bits(
     assert f'process {which} was killed by SIGKILL' in errors
     assert f'process {1 - which}: failed: another process of this run has ended' in errors
     out, _ = ended(start(folder), 0)
-    assert 'going on from the checkpoint of step' in out
+    assert 'resuming from the checkpoint of step' in out
     assert records(folder)[:3] == records(undisturbed)[:3]
 
 
@@ -195,6 +195,6 @@ def test_a_second_phase_goes_on_on_several_devices(launch, tiny, tmp_path):
     before = records(folder)
     shutil.rmtree(folder / 'checkpoints' / before[2])
     done = launch(*command, check=0, **four)
-    step = re.search(r'going on from the checkpoint of step (\d+)', done.stdout)
+    step = re.search(r'resuming from the checkpoint of step (\d+)', done.stdout)
     assert int(step[1]) > 23, 'after the first phase'
     assert records(folder)[:3] == before[:3]

@@ -87,7 +87,7 @@ def test_a_second_process_is_refused_or_waits_and_a_killed_one_leaves_no_lock(
     assert 'waiting for process' in waiting.stdout.readline()
     process.kill()
     line = ''
-    while 'going on from the checkpoint' not in line:
+    while 'resuming from the checkpoint' not in line:
         assert waiting.poll() is None
         line = waiting.stdout.readline()
     waiting.terminate()
@@ -162,5 +162,5 @@ def test_on_fewer_cores_a_run_goes_on_with_its_threads_and_ends_with_the_same_bi
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].split(' · ')[1].startswith(f'{threads} thread')
-    assert 'going on from the checkpoint of step 23' in done.stdout
+    assert 'resuming from the checkpoint of step 23' in done.stdout
     assert record(folder) == record(tiny_run[0])
