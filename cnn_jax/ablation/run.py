@@ -90,10 +90,10 @@ def ablate(
         components = from_objects(model, train, eval, optimizer, regularizers)
     on_cpu = runtime.runs_on_cpu()
     here = components != NO_COMPONENTS and not components.experiment
-    if here and workers:
+    if here and (workers or executor != 'local'):
         raise UserError(
-            'own parts that are given as Python objects live in this process; leave workers at 0, '
-            'or bring them by an experiment file'
+            'own parts that are given as Python objects live in this process; leave out workers '
+            'and executor, or bring the parts by an experiment file'
         )
     if workers is None and (here or not on_cpu):
         workers = 0
@@ -103,10 +103,8 @@ def ablate(
         config = components.mark(baseline or cfg.Config())
         if workers != 0:  # one thread a run: results do not depend on the number of workers
             config = cfg.replace(config, {'train.threads': config.train.threads or 1})
-        unchanged = {arm: {} for arm, changes in arms.items() if not changes} or {'baseline': {}}
-        plan = make_plan(
-            {**unchanged, **arms}, config, seeds=seeds, metric=metric, name=name, question=question
-        )
+        options = {'seeds': seeds, 'metric': metric, 'name': name, 'question': question}
+        plan = make_plan(_with_baseline(arms), config, **options)
     if workers is None:
         workers = max(1, runtime.cores() // plan.threads)
     folder = Path(workdir)
@@ -130,6 +128,12 @@ def ablate(
     if finished:
         result.write_report()
     return result
+
+
+def _with_baseline(arms: Mapping[str, Changes]) -> dict[str, Changes]:
+    """The arms with the one that changes nothing in front; added where there is none."""
+    unchanged: dict[str, Changes] = {arm: {} for arm, changes in arms.items() if not changes}
+    return {**(unchanged or {'baseline': {}}), **arms}
 
 
 def _introduction(plan: Plan, workers: int, together: int) -> str:
