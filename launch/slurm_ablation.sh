@@ -4,11 +4,11 @@
 #
 #   sbatch --array=0-15 launch/slurm_ablation.sh --config=experiments/regularization.py \
 #       --workdir=runs/regularization
-#   sbatch --array=0-3 --gres=gpu:1 launch/slurm_ablation.sh …    # up to 16 cells at once on each
+#   sbatch --array=0-3 --gres=gpu:1 launch/slurm_ablation.sh …    # up to 16 runs at once on each
 #
-# Every task takes cells from the ledger in the work directory until none is left. Tasks may start
-# at any time and be of any number; one that is killed or preempted loses only the cells it was
-# in, which others take over. A task without work waits for the last cells: it may be needed.
+# Every task takes runs from the store in the work directory until none is left. Tasks may start
+# at any time and be of any number; one that is killed or preempted loses only the runs it was
+# in, which others take over. A task without work waits for the last runs: it may be needed.
 # Grace: a cell takes seconds to minutes and is not saved half done, so SIGTERM ends a task at once.
 # The work directory must be where file locks work across nodes (NFS 4, Lustre, GPFS).
 #SBATCH --job-name=ablation
