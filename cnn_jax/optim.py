@@ -6,6 +6,7 @@ decay and no update. Numbers may be traced, so nothing here branches on one.
 
 import ast
 import inspect
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,9 @@ from cnn_jax.errors import UserError
 from cnn_jax.freezing import FROZEN, keep
 from cnn_jax.params import Flat, map_paths
 
-# These need more than a training step gives them, or weights other than the trained ones to
-# evaluate.
-UNFIT = ('sam', 'schedule_free', 'schedule_free_adamw', 'schedule_free_sgd', 'lbfgs', 'dpsgd')
+# These need more than a training step gives them, a rate without a schedule, or weights other than
+# the trained ones to evaluate.
+UNFIT = re.compile('sam|schedule_free.*|lbfgs|dpsgd|noisy_sgd|rprop|sophia|scale_by.*')
 # Fields that only the built-in rules read, and their defaults.
 OURS = {
     name: getattr(Optimizer, name)
@@ -235,7 +236,7 @@ def _from_optax(config: Optimizer, rate: Callable) -> optax.GradientTransformati
         parameters = inspect.signature(factory).parameters  # pyright: ignore
     except (TypeError, ValueError):
         parameters = {}
-    if 'learning_rate' not in parameters or config.name in UNFIT:
+    if 'learning_rate' not in parameters or UNFIT.fullmatch(config.name):
         raise UserError(
             f'{named}; it can be adam, sgd, adamw or an optimizer of optax or optax.contrib that '
             'takes a learning_rate and needs no more than gradients and parameters, such as lion'

@@ -214,9 +214,8 @@ def train(
     """Train from the latest checkpoint in `folder`, or from the start, to the last step.
 
     Args:
-        config: A validated config.
-        spec: The rest of the run.
-        phases: In order; the last one's end is the end of the run.
+        config, spec: The run.
+        phases: Its phases in order.
         state: The state before the first step.
         folder: The work directory; process 0 uses it.
         layout: The layout of batches and state on several devices.
@@ -228,9 +227,8 @@ def train(
         RunFailed: The loss is no longer finite, or the disk is full.
         UserError: There are checkpoints, but none that can be used.
     """
-    run = _Session(config, spec, phases, folder, layout)
+    run = _Session(config, spec, phases, folder, layout, saved)
     start, before, notes = run.resume(state)
-    values, per_epoch = run.values, spec.steps_per_epoch
     stopped, over = False, run.is_over(start)
 
     def take(phase: Phase, batches: Iterator[Batch], sums: metrics.Sums | None) -> Batch:
@@ -239,37 +237,23 @@ def train(
 
     with (
         Interruption() as interruption,
-        Progress(phases[-1].end, start, config.data.batch, per_epoch, live) as progress,
+        Progress(phases[-1].end, start, config.data.batch, spec.steps_per_epoch, live) as progress,
     ):
         for note in notes:
             progress.say(note)
         if profile:
             profile.before(before)
         state, end = before, start if over else None
-        for number, phase, batch, state, sums in steps(
-            phases, before, start, values, end=end, take=take
-        ):
-            watch = run.watch(phase)
-            watch.step(sums)
-            run.count(number, sums, progress)
-            stopped = interruption.stops_after(number)
+        for taken in steps(phases, before, start, run.values, end=end, take=take):
+            state = taken.state
+            run.count(taken, progress)
+            stopped = interruption.stops_after(taken.number)
             if profile:
-                last = stopped or number == phase.end
-                if table := profile.after(number, phase.train_step, (state, batch, values), last):
-                    progress.say(table)
-                    watch.discard()
-            evaluating = spec.is_boundary(number, config.train.eval_every)
-            saving = stopped or spec.is_boundary(number, config.train.checkpoint_every)
+                run.profile(taken, profile, stopped, progress)
+            evaluating = spec.is_boundary(taken.number, config.train.eval_every)
+            saving = stopped or spec.is_boundary(taken.number, config.train.checkpoint_every)
             if evaluating or saving:
-                run.count_all(progress)
-                with watch.paused():
-                    state = with_eval_statistics(config, phase, state, values)
-                    scores = run.evaluate(number, phase, state, progress) if evaluating else None
-                    over = evaluating and run.is_over(number)
-                    if saving or over or (evaluating and run.has_new_best()):
-                        run.save(state, scores)
-                        if saved:
-                            saved()
+                state, over = run.pause(taken, evaluating, saving, progress)
             if stopped or over:
                 break
             if profile:
@@ -290,9 +274,10 @@ class _Session:
         phases: list[Phase],
         folder: Path,
         layout: Layout | None,
+        saved: Callable[[], object] | None,
     ):
         self.config, self.spec, self.phases, self.layout = config, spec, phases, layout
-        self.values = traced_values(config)
+        self.values, self._saved = traced_values(config), saved
         self.checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
         self.record = open_record(folder)
         self.watches = [Stopwatch(config.data.batch, phase.train.streams) for phase in phases]
@@ -329,21 +314,47 @@ class _Session:
         """The stopwatch of a phase."""
         return self.watches[phase.program.phase]
 
-    def count(self, number: int, sums: metrics.Sums, progress: Progress) -> None:
-        """Add the sums of a step that may still be running."""
+    def count(self, taken: Step, progress: Progress) -> None:
+        """Count a step that may still be running, and add its sums."""
+        self.watch(taken.phase).step(taken.sums)
         try:
-            self.meter.add(number, sums)
+            self.meter.add(taken.number, taken.sums)
         except NotFinite as error:
             raise self._failure(error.step, progress) from None
         if self.meter.latest:
-            progress.step(number, *self.meter.latest)
+            progress.step(taken.number, *self.meter.latest)
 
-    def count_all(self, progress: Progress) -> None:
-        """Wait for all steps."""
+    def profile(
+        self, taken: Step, profile: LayerProfile, stopped: bool, progress: Progress
+    ) -> None:
+        """Go on with the trace of some steps; print its table once it is complete."""
+        phase, last = taken.phase, stopped or taken.number == taken.phase.end
+        arguments = taken.state, taken.batch, self.values
+        if table := profile.after(taken.number, phase.train_step, arguments, last):
+            progress.say(table)
+            self.watch(phase).discard()
+
+    def pause(
+        self, taken: Step, evaluating: bool, saving: bool, progress: Progress
+    ) -> tuple[State, bool]:
+        """Wait for the steps, then evaluate and save as it is due.
+
+        Returns:
+            The state with the statistics of the evaluated weights; whether early stopping ends
+            the run.
+        """
+        number, phase = taken.number, taken.phase
         try:
             self.meter.flush()
         except NotFinite as error:
             raise self._failure(error.step, progress) from None
+        with self.watch(phase).paused():
+            state = with_eval_statistics(self.config, phase, taken.state, self.values)
+            scores = self.evaluate(number, phase, state, progress) if evaluating else None
+            over = evaluating and self.is_over(number)
+            if saving or over or (evaluating and self.has_new_best()):
+                self.save(state, scores)
+        return state, over
 
     def evaluate(
         self, number: int, phase: Phase, state: State, progress: Progress
@@ -389,6 +400,8 @@ class _Session:
         if self.config.train.patience:
             position['best'] = dataclasses.asdict(self.best) if self.best.step else None
         self.checkpoints.save(state, position, scores, self.record.snapshot())
+        if self._saved:
+            self._saved()
 
     def conclude(self, state: State, progress: Progress) -> State:
         """Go back to the best state with early stopping; evaluate, if that is not done."""

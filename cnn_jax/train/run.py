@@ -103,8 +103,10 @@ class Run:
     def __repr__(self) -> str:
         scores = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(self.metrics).items())
         state = 'stopped at' if self.stopped else 'trained to'
+        source = self.config.data.source
+        data = 'own data' if source == cfg.OWN else source
         return (
-            f'<Run {self.workdir}: {self.config.model.name} on {self.config.data.source}, '
+            f'<Run {self.workdir}: {type(self.model).__name__} on {data}, '
             f'{state} step {self.step} of {self.spec.phase_ends[-1]}; '
             f'{scores or "not evaluated yet"}>'
         )
@@ -312,8 +314,9 @@ class _Job:
             short = f'{data.weights.digest[:12]}…'
             self.say(f'weights: {data.weights.source}, digest {short}, {data.weights.licence}')
         devices = f'{runtime.devices()}, {layout}' if layout else runtime.devices()
+        source = self.config.data.source if self.config.data.source != cfg.OWN else 'own data'
         self.say(
-            f'{self.config.data.source}: {data.train.n:,} training and {data.evaluate.n:,} '
+            f'{source}: {data.train.n:,} training and {data.evaluate.n:,} '
             f'evaluation images, {setup.shape_text(spec.image_shape)}, {spec.num_classes} '
             f'classes; {spec.phase_ends[-1]:,} steps of {self.config.data.batch} on {devices}'
         )

@@ -16,6 +16,7 @@ from cnn_jax import config as cfg
 from cnn_jax.components import NO_COMPONENTS, Components
 from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import open_batches, statistics
+from cnn_jax.data.source import as_source
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
 from cnn_jax.mesh import Layout, make_mesh, on_process_zero
@@ -73,9 +74,17 @@ def open_data(
         'sharding': layout.batch if layout else None,
     }
 
+    sources: dict[str, Any] = {}
+    if components.source:
+        sources['train'] = as_source(components.source(config, 'train'), 'the training data')
+        sources['eval'] = as_source(
+            components.source(config, 'eval'),
+            'the evaluation data',
+            class_names=sources['train'].class_names,
+        )
+
     def open_split(split: str, **options: Any) -> Any:
-        source = components.source(config, split) if components.source else None
-        return open_batches(config.data, split, source=source, **part, **options)
+        return open_batches(config.data, split, source=sources.get(split), **part, **options)
 
     train, evaluate = open_split('train', seed=config.seed), open_split('eval')
     description, weights = describe(config, train, evaluate), load_weights(config)
