@@ -7,7 +7,7 @@ of everything that the features depend on: nothing stale can be read.
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -40,12 +40,15 @@ SHARD = 256  # examples per file: what a kill can lose, some seconds of work
 DTYPES = {'float32': (np.float32, np.float32), 'bfloat16': (ml_dtypes.bfloat16, np.uint16)}
 
 
-def is_cached(config: cfg.Config, trainable: Iterable[str]) -> bool:
+def is_cached(
+    config: cfg.Config, trainable: Iterable[str], need_images: Sequence[str] = ()
+) -> bool:
     """Return whether a phase trains on cached features instead of images.
 
     Args:
         config: A validated config.
         trainable: The paths of the parameters that the phase trains.
+        need_images: The fields of the regularizers that are on and need images.
 
     Errors:
         UserError: config.features.cache is `always`, but the features change from step to step.
@@ -64,6 +67,8 @@ def is_cached(config: cfg.Config, trainable: Iterable[str]) -> bool:
             'config.augment changes the images at each step; set config.features.views to the '
             'number of augmented views to cache of each image'
         )
+    elif need_images:
+        reason = f'config.{need_images[0]} needs the images'
     if mode == 'always' and reason:
         raise UserError(f'config.features.cache is always, but {reason}')
     return mode != 'never' and not reason

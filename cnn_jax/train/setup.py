@@ -221,7 +221,8 @@ def make_programs(config: cfg.Config, spec: RunSpec) -> list[Program]:
     programs = []
     for phase in range(len(spec.phase_ends)):
         program = make_program(config, spec, phase)
-        if is_cached(config, program.trainable):
+        need_images = [r.field for r in program.regularizers if r.needs_images]
+        if is_cached(config, program.trainable, need_images):
             program = make_program(config, spec, phase, cached=True)
         programs.append(program)
     return programs
