@@ -9,7 +9,7 @@ from cnn_jax import params
 from cnn_jax.data.batches import DeviceBatches
 from cnn_jax.tools.nonfinite import locate
 from cnn_jax.train.loop import before_step, compile_phase, steps
-from tests.train.conftest import SHAPE, begin, made_up
+from tests.train.conftest import SHAPE, begin, copied, made_up
 
 FINITE = ' (the parameters were finite)'
 TINY = {'model__widths': (4,), 'model__hidden': ()}
@@ -58,11 +58,11 @@ def open_phases(config, phase_ends):
 def test_a_rate_too_high_is_found_at_its_step_and_layer(small):
     config = small(**PLAIN, optimizer__learning_rate=1e30)
     phases, start, values = open_phases(config, (50,))
-    before = jax.device_get(start())
+    before = copied(start())
     for taken in steps(phases, start(), 0, values):
         if not np.isfinite(taken.sums['objective']):
             break
-        before = jax.device_get(taken.state)
+        before = copied(taken.state)
     found = before_step(phases, start(), 0, taken.number, values)
     jax.tree.map(np.testing.assert_array_equal, found[1:], (before, taken.batch))
     text = locate(phases[0].program, *found[1:])

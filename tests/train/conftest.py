@@ -22,13 +22,9 @@ def scale(images):
 
 def make_config(**changes):
     """The config of a tiny strided net with batch norm and dropout, some fields changed."""
-    base = {
-        'model.stem_width': 0,
-        'model.widths': (4, 6),
-        'model.hidden': (8,),
-        'data.batch': 8,
-        'optimizer.learning_rate': 0.01,
-    }
+    base = {'model.hidden': (8,), 'data.batch': 8, 'optimizer.learning_rate': 0.01}
+    if 'model__name' not in changes:
+        base |= {'model.stem_width': 0, 'model.widths': (4, 6)}
     changes = {name.replace('__', '.'): given for name, given in changes.items()}
     return cfg.validate(cfg.replace(cfg.Config(), base | changes))
 
@@ -69,6 +65,11 @@ def make_batch(number=0, size=8, shape=SHAPE):
 def equal(a, b):
     """Whether two trees have the same structure and bits."""
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def copied(tree):
+    """The arrays of a tree on the host, in memory that no step is given."""
+    return jax.tree.map(np.array, tree)
 
 
 def make_data(config, *splits):

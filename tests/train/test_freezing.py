@@ -264,6 +264,7 @@ for name, kind in NAMED.items():
         kind,
         lambda block, x, train, name=name: block(x, train != MODES[name]),
     )
+    CASES[f'{name} by default'] = (kind, lambda block, x, train: block(x))
 
 
 def passes(program, state):
