@@ -154,14 +154,16 @@ def in_inference(
 def _call_in_inference(context: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of a call with the training mode, if it has one, switched off."""
     method = getattr(type(context.module), context.method_name)
-    known = list(inspect.signature(method).parameters)[1:]
-    kwargs = dict(kwargs)
-    args = list(args)
+    parameters = inspect.signature(method).parameters
+    args, kwargs, known = list(args), dict(kwargs), list(parameters)[1:]
     for name, value in MODES.items():
-        if name in kwargs and kwargs[name] is not None:
+        if name in kwargs:
+            kwargs[name] = value if kwargs[name] is not None else None
+        elif name in known[: len(args)]:
+            place = known.index(name)
+            args[place] = value if args[place] is not None else None
+        elif name in known and isinstance(parameters[name].default, bool):
             kwargs[name] = value
-        elif name in known[: len(args)] and args[known.index(name)] is not None:
-            args[known.index(name)] = value
     return args, kwargs
 
 
