@@ -222,7 +222,7 @@ def _checked_layers(
 
     def note(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
         path = '/'.join(context.module.path)
-        if path and context.method_name == '__call__':
+        if path and path not in layers and context.method_name == '__call__':
             layers[path] = any(layers.values()) or path in trained
         return call(*args, **kwargs)
 
