@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from cnn_jax import config as cfg
+from cnn_jax.components import NO_COMPONENTS
 from cnn_jax.pretrained.weights import PREPROCESSINGS
 from cnn_jax.train import setup
 from tests.launch.importing import imported
@@ -17,7 +18,7 @@ DIGITS = {'data.source': 'digits', 'data.batch': 20}
 def columns(first=0, steps=2, count=4, **changes):
     changes = {name.replace('__', '.'): given for name, given in changes.items()}
     config = cfg.validate(cfg.replace(cfg.Config(), DIGITS | changes))
-    return show_batch.shown_batches(config, first, steps, count)
+    return show_batch.shown_batches(config, NO_COMPONENTS, first, steps, count)
 
 
 def test_it_writes_a_picture_and_nothing_else(launch, tmp_path):

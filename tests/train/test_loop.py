@@ -117,7 +117,7 @@ def test_each_function_is_compiled_once_and_each_example_counted_once(small, fit
     assert outcome.compilations == [{'train': 1, 'eval': 1}]
     assert outcome.metrics['count'] == 53
     counts = [line['count'] for line in lines(tmp_path / 'run') if line['split'] == 'train']
-    assert counts == [48, 56]  # whole batches, by the end of each epoch of 6.625 of them
+    assert counts == [56, 48]  # of an epoch of 6.625 batches, and of the rest of 13 batches
 
 
 def test_it_learns(small, fit):
