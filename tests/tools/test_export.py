@@ -164,7 +164,8 @@ def test_it_says_what_it_is(opened, tmp_path):
     spec = {'kind': 'caffe', 'weights': 'd9a2', 'licence': LICENCE}
     run = opened((32, 32, 3), preprocessing=spec, **VGG)
     measured = {'loss': 0.25, 'accuracy': 0.9, 'calibration_error': 0.02}  # no top5 of three
-    export(run, tmp_path / 'out', measured | {'count': 5000, 'class_accuracy': [0.9] * 3})
+    evaluated = measured | {'count': 5000, 'class_accuracy': [0.9] * 3}
+    export(dataclasses.replace(run, metrics=evaluated), tmp_path / 'out')
     facts = json.loads((tmp_path / 'out' / 'classes.json').read_text())
     assert facts['classes'] == ['a', 'b', 'c']
     assert facts['image_shape'] == [32, 32, 3]
