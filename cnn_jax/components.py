@@ -219,7 +219,7 @@ def reopened(
 
 
 def describe(thing: Any, seen: dict[int, Any] | None = None) -> Iterator[str]:
-    """What a thing is made of, as lines of text that are the same in every process.
+    """The parts of a thing, as lines of text that are the same in every process.
 
     Code of the user is described by its source, with what it refers to; code of installed
     libraries by its name; containers, dataclasses and closures by what they hold.
@@ -308,7 +308,7 @@ def _source(thing: Any) -> str:
 
 
 def _is_installed(thing: Any) -> bool:
-    """Whether code belongs to a library (or to this package), whose version the manifest keeps."""
+    """Return whether code is a library's (or this package's), whose version the manifest keeps."""
     name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
     if name.partition('.')[0] in ('cnn_jax', *sys.stdlib_module_names):
         return name != '__main__'

@@ -153,7 +153,7 @@ class Model:
 
 @dataclass
 class Data:
-    """Where the images come from, and how they reach the network."""
+    """The images: their source, and their way to the network."""
 
     source: str = 'mnist_5k'  # mnist_5k | digits | tfds:NAME | folder:PATH | idx:PATH | own
     data_dir: str = ''  # where TFDS keeps prepared sets; '' is TFDS's default
@@ -242,7 +242,7 @@ class Optimizer:
 
 @dataclass
 class Train:
-    """How long, how often, and what is kept."""
+    """The length of a run, its evaluations and checkpoints."""
 
     epochs: float = number(10.0)
     frozen: tuple[str, ...] = ()  # parameter path patterns that are not trained

@@ -1,8 +1,8 @@
-"""What stops a run: a mistake that the user can mend, or something that went wrong."""
+"""The two reasons for which a run stops: a usage error, or a failure."""
 
 
 class UserError(ValueError):
-    """A mistake in the input: its message says what is wrong, where, and how to mend it.
+    """A usage error: its message says what is wrong, where, and how to mend it.
 
     Launchers print the message as one plain sentence and exit with status 2.
     """

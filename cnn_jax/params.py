@@ -39,7 +39,7 @@ def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether any pattern matches the whole path."""
+    """Return whether any pattern matches the whole path."""
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
@@ -52,10 +52,10 @@ def select(
         paths: Parameter paths.
         patterns: Shell wildcards.
         field: The config field that the patterns come from, for the error.
-        called: What has the paths, for the error.
+        called: The noun for what has the paths, for the error.
 
     Errors:
-        UserError: A pattern matches nothing, which is nearly always a typing mistake.
+        UserError: A pattern matches nothing, which is nearly always a typo.
     """
     paths = list(paths)
     for pattern in patterns:
@@ -85,7 +85,7 @@ def trainable(paths: Iterable[str], frozen: Iterable[str]) -> list[str]:
 
 
 def depths(paths: Iterable[str]) -> dict[str, int]:
-    """How far each parameter is from the head, in blocks.
+    """The distance of each parameter from the head, in blocks.
 
     0 for the head, 1 for the last block (`blockN`), …, and one more than the first block for
     what comes before it (a stem).

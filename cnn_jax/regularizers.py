@@ -52,11 +52,11 @@ class Regularizer:
     """A term of what a training step minimizes.
 
     Attributes:
-        field: Where the config has the strength, e.g. `loss.l2`; a regularizer with strength 0 is
+        field: The config field of the strength, e.g. `loss.l2`; a regularizer with strength 0 is
             not compiled in.
         term: `(strength, context) -> a scalar`, added to the mean loss; or one number an example,
             added to its loss.
-        on: Where the config has the patterns of the parameters (of the layers, with
+        on: The config field with the patterns of the parameters (of the layers, with
             `needs_activations`) that it acts on; '' for all.
         needs_initial: Whether the state must keep the weights that training began with.
         needs_activations: Whether it looks at the outputs of layers.

@@ -18,8 +18,8 @@ The same on 2,000 images of Fashion-MNIST (n = 5 seeds, 800 steps, 2,000 of the 
 0.75), cutout −0.1 (−0.4 to 0.3, p = 1.00), erasing +0.1 (−0.7 to 1.0, p = 1.00), RandAugment +1.5
 (0.5 to 2.5, p = 0.14), TrivialAugment +0.9 (0.3 to 1.5, p = 0.14), mixup +0.3 (−0.6 to 1.2, p =
 1.00), CutMix +1.0 (0.3 to 1.7, p = 0.15), label smoothing +0.2 (−0.5 to 0.9, p = 1.00), confidence
-penalty 0.0 (−0.6 to 0.5, p = 1.00). Here nothing is told apart from none by five seeds, after the
-correction for ten arms; the two policies and CutMix come closest.
+penalty 0.0 (−0.6 to 0.5, p = 1.00). Here nothing differs significantly from none by five seeds,
+after the correction for ten arms; the two policies and CutMix come closest.
 """
 
 from experiments.baseline import get_config as get_config

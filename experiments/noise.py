@@ -11,15 +11,15 @@ jaxlib 0.10.2; accuracy against none, which has 89.8%, in points, 95% CI, Holm-c
 elements +0.7 (−0.5 to 1.9, p = 0.57), channels +0.5 (−0.2 to 1.1, p = 0.49), blocks +0.7 (0.2 to
 1.1, p = 0.065), gaussian +0.4 (−1.1 to 1.9, p = 0.73), input noise −0.2 (−0.7 to 0.3, p = 0.73),
 residual −4.6 (−5.8 to −3.4, p = 0.003), residual, stochastic depth −5.0 (−5.6 to −4.4, p < 0.001).
-On the digits no noise is told apart from none by five seeds, blocks come closest; the residual net,
-which has no normalization here, is worse with and without skipping.
+On the digits no noise differs significantly from none with five seeds, blocks come closest; the
+residual net, which has no normalization here, is worse with and without skipping.
 
 The same on 2,000 images of Fashion-MNIST (n = 5 seeds, 800 steps, 2,000 of the test images,
 2026-11-26; none has 83.4%): elements +0.7 (0.4 to 1.0, p = 0.020), channels +0.7 (0.0 to 1.3, p =
 0.18), blocks +0.2 (−0.1 to 0.4, p = 0.26), gaussian +0.4 (−0.2 to 0.9, p = 0.26), input noise −0.4
 (−0.7 to 0.0, p = 0.18), residual −1.2 (−2.4 to −0.1, p = 0.18), residual, stochastic depth −1.4
 (−2.0 to −0.7, p = 0.024). Here dropped elements help; of the residual nets the one that skips is
-told apart, as worse.
+significantly worse.
 """
 
 from experiments.baseline import get_config as get_config

@@ -17,7 +17,7 @@ The same on 2,000 images of Fashion-MNIST (n = 5 seeds, 800 steps, 2,000 of the 
 2026-11-26; none has 83.4%): batch 0.0 (−0.4 to 0.5, p = 1.00), ghost batch of 10 +0.1 (−0.4 to 0.6,
 p = 1.00), batch renormalization +0.1 (−0.4 to 0.6, p = 1.00), group −0.1 (−0.6 to 0.5, p = 1.00),
 layer −0.2 (−1.0 to 0.6, p = 1.00), instance +0.5 (−0.3 to 1.2, p = 1.00), group, weights
-standardized 0.0 (−0.4 to 0.4, p = 1.00). Here, too, no kind is told apart from none.
+standardized 0.0 (−0.4 to 0.4, p = 1.00). Here, too, no kind differs significantly from none.
 """
 
 from experiments.baseline import get_config as get_config

@@ -20,7 +20,7 @@ The same on 2,000 images of Fashion-MNIST (n = 5 seeds, 800 steps, 2,000 of the 
 0.1, p = 1.00), SAM 0.05 +0.7 (0.1 to 1.3, p = 0.20), gradient noise 0.01 −0.3 (−1.1 to 0.4, p =
 1.00), batch 25 0.0 (−0.7 to 0.7, p = 1.00), batch 100 0.0 (−0.8 to 0.7, p = 1.00), learning rate
 3e-4 −0.1 (−0.4 to 0.1, p = 1.00), learning rate 3e-3 +0.2 (−0.7 to 1.0, p = 1.00). Here nothing is
-told apart from none; SAM comes closest, at twice the gradients.
+significantly different from none; SAM comes closest, at twice the gradients.
 """
 
 from experiments.baseline import get_config as get_config

@@ -1,6 +1,6 @@
-"""What every launcher shares: flags, plain errors, exit codes, the process's set-up.
+"""The shared parts of the launchers: flags, plain errors, exit codes, the process's set-up.
 
-Exit codes: 0 success, 1 a failed run, 2 a user's mistake, 75 stopped on request after saving, 130
+Exit codes: 0 success, 1 a failed run, 2 a usage error, 75 interrupted after saving, 130
 stopped by Ctrl-C before there was anything to save.
 """
 
@@ -152,7 +152,7 @@ def _quieten() -> None:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    """Parse the flags; a mistake in one is a `UserError`."""
+    """Parse the flags; a wrong one is a `UserError`."""
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:

@@ -65,7 +65,7 @@ def padded(padding: str, size: int = 4, kernel: int = 3, stride: int = 2):
 
 
 def dropout_masks(kind: str, seed: int, step: int):
-    """What dropout of rate 0.3 keeps of four 12×12 channels, as one picture of 2×2 of them."""
+    """Four 12×12 channels after dropout of rate 0.3, as one picture of 2×2 of them."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -82,7 +82,7 @@ def dropout_masks(kind: str, seed: int, step: int):
 
 
 def norm_activations(steps: int = 100, layer: str = 'block2_norm1'):
-    """What a batch normalization of a trained small net gets and gives, [examples·h·w, channels].
+    """The input and output of a batch norm in a trained small net, [examples·h·w, channels].
 
     The net is trained on the digits of scikit-learn; the batch is one of its training batches.
     """

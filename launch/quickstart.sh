@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up and main job, from a clean clone, on data and weights that come with Python packages:
 # what each regularizer buys on 500 digits, and what ImageNet pretraining buys on 200.
-# OUT chooses where the results go (default runs/quickstart). Killed? It goes on where it was.
+# OUT chooses where the results go (default runs/quickstart). Killed? Run it again: it resumes.
 . "$(dirname "$0")/setup.sh"
 set_up requirements.txt
 OUT="${OUT:-runs/quickstart}"

@@ -12,7 +12,7 @@
 # Grace: Slurm sends SIGTERM 120 seconds before the time limit (--signal below). When it preempts, it
 # sends SIGTERM and, after the partition's GraceTime (0 by default: ask for some), SIGKILL. At SIGTERM
 # the run saves at the next step, which takes seconds, and ends with 75; the job is then put into
-# the queue again and goes on with the same bits. A run that was killed goes on from its last
+# the queue again and resumes with the same bits. A run that was killed resumes from its last
 # checkpoint (--config.train.checkpoint_every, in epochs): after the loss of a node Slurm queues the
 # job again by itself; after SIGKILL or a crash of one of several processes, this script does, as
 # long as the job was queued again fewer than $RESTARTS times (5). Other failures are final.

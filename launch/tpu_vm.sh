@@ -22,7 +22,7 @@
 # Its parts: bash launch/tpu_vm.sh create|run|logs|stop|delete --name=… --zone=… …
 #
 # Taken away (PREEMPTED, TERMINATED, SUSPENDED): the TPU VM is deleted, made and set up again, and
-# the run goes on from its last checkpoint. A TPU VM that this script did not make is never deleted
+# the run resumes from its last checkpoint. A TPU VM that this script did not make is never deleted
 # without --delete. Asked to stop by the machine (75), a process killed or crashed: started again.
 # A mistake (2) or a failure (1) is final. Ctrl-C stops the run, which saves first. Exit codes are
 # those of launch.train.

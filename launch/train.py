@@ -6,7 +6,7 @@
   python -m launch.train --config=experiments/small.py --workdir=runs/timed --profile
   python -m launch.train --config=experiments/small.py --workdir=gs://bucket/small
 
-The same command again goes on where the run stopped. The work directory holds config.json,
+Run the same command again to resume. The work directory holds config.json,
 manifest.json, metrics.jsonl, steps.f32 (objective and gradient norm of every step), timing.jsonl,
 TensorBoard events, curves.png, speed.json, checkpoints/ and, if images were left out, skipped.csv.
 
@@ -44,7 +44,7 @@ DISTRIBUTED = flags.DEFINE_bool(
     'have JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set.',
 )
 WAIT = flags.DEFINE_bool(
-    'wait', False, 'If another process trains in --workdir, go on after it instead of giving up.'
+    'wait', False, 'If another process trains in --workdir, resume after it instead of giving up.'
 )
 
 

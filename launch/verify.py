@@ -1,10 +1,11 @@
-"""Check that a run can be had again: train parts of it once more and compare every bit.
+"""Verify that a run is reproducible: train parts of it again and compare every bit.
 
   python -m launch.verify --workdir=runs/small
   python -m launch.verify --workdir=runs/small --steps=100
 
 The first steps are trained again, and those after the newest checkpoint that has some after it.
-What has changed since the run began (device, threads, versions, flags, data, code) is told. Nothing
+Conditions that have changed since the run began (device, threads, versions, flags, data, code) are
+listed. Nothing
 in the work directory is changed. Exit code 0: bit for bit the same; 1: something differs.
 """
 

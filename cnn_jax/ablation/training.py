@@ -35,7 +35,7 @@ class Compiled:
 
     Attributes:
         spec, description: The same for every run.
-        together: How many runs the functions train. Over 1, states, batches, values and results
+        together: The number of runs that the functions train. Over 1, states, batches, values and results
             have a leading axis of that length.
         phases: The functions of each phase, without batches.
         init: From a seed to a run's state before its first step.
@@ -62,7 +62,7 @@ class Compiled:
         ]
 
     def compilations(self) -> int:
-        """How often XLA compiled a training step."""
+        """The number of times that XLA compiled a training step."""
         return sum(compilations(phase.train_step) for phase in self.phases)
 
 
@@ -77,7 +77,7 @@ def compile_structure(
     Args:
         config: Any of them.
         data: The opened data.
-        together: How many runs one call trains; over 1, up to a multiple of the devices.
+        together: The number of runs that one call trains; over 1, up to a multiple of the devices.
         components: Own parts of the runs.
     """
     devices = jax.devices()
@@ -229,7 +229,7 @@ class _Runs:
         return self._compiled.choose(self._compiled.stack(flags), state, best)
 
     def steps_done(self, i: int) -> int:
-        """How many steps a run trained."""
+        """The number of steps that a run trained."""
         return self._over.get(i, self._compiled.spec.phase_ends[-1])
 
     def _report(self, number: int, pending: list) -> None:
@@ -263,7 +263,7 @@ class _Runs:
         return [{**metrics.scalars(result), 'count': result['count']} for result in results]
 
     def correct(self, state: State) -> list[np.ndarray]:
-        """Whether each evaluation example is classified correctly, for each run."""
+        """For each run, a mask of the evaluation examples that are classified correctly."""
         phase, split, parts = self._phases[-1], self._compiled.split, []
         for batch in phase.train.split('eval'):
             log_probs = split(phase.predict(state, batch['image'], self._values))

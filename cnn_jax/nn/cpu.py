@@ -27,7 +27,7 @@ _chosen = contextvars.ContextVar('platform', default='')
 
 
 def on_cpu() -> bool:
-    """Whether the computation that is traced now will run on a CPU."""
+    """Return whether the computation that is traced now will run on a CPU."""
     return (_chosen.get() or jax.default_backend()) == 'cpu'
 
 
@@ -360,7 +360,7 @@ def _rows(x, kernel_shape, *window):
 
 
 def _shifted(x, kernel_shape, stride, pads, dilation):
-    """What each tap of the kernel sees: the padded images, moved and strided."""
+    """The input of each tap of the kernel: the padded images, moved and strided."""
     # lax.pad, since explicit padding may be negative.
     x = lax.pad(x, jnp.zeros((), x.dtype), [(lo, hi, 0) for lo, hi in ((0, 0), *pads, (0, 0))])
     taps = kernel_shape[:2]

@@ -149,7 +149,7 @@ def load(
         preprocessing: Only for unpublished weights whose file does not name theirs, or whose
             layout suggests another.
         include_top: Load the fully connected layers, too; only from a file.
-        sources: Where published weights are looked for.
+        sources: The sources of published weights to try.
 
     Errors:
         UserError: The weights are not available (every attempt is listed), are not VGG16's, or
@@ -293,7 +293,7 @@ def save_cached(params: Params, source: str) -> None:
 
     Args:
         params: The published parameters; preprocessing, licence and citation are stored with them.
-        source: Where they came from.
+        source: Their origin.
 
     Errors:
         UserError: The folder cannot be written, or the disk is full.

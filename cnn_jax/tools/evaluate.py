@@ -29,7 +29,7 @@ class Evaluation:
     Attributes:
         split: The split's name.
         sums: The sums that the metrics follow from.
-        metrics: What `metrics.result` makes of them.
+        metrics: The metrics, as `metrics.result` returns them.
         seen: Whether these are the images that the run itself was evaluated on.
     """
 

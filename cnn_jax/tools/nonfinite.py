@@ -1,4 +1,4 @@
-"""Where a number stopped being finite: the parameter, the layer, the examples.
+"""Find where a number stopped being finite: the parameter, the layer, the examples.
 
 A step gives away the memory of the state that it starts from, so this state is gone when the
 failure shows. But a run repeats itself bit for bit: `train.loop.before_step` leads from a saved

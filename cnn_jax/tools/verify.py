@@ -27,7 +27,7 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
 
     Args:
         workdir: The folder of the run, or its URL.
-        count: How many steps to train again, in both places.
+        count: The number of steps to train again, in both places.
         tell: Called with each comparison.
 
     Returns:
@@ -75,7 +75,7 @@ def verify(
         phases: As `loop.train` takes them.
         state: The state before the first step.
         folder: The work directory.
-        count: How many steps to train again, in both places.
+        count: The number of steps to train again, in both places.
         tell: Called with each comparison.
         layout: The layout of batches and state, on several devices of this process.
 

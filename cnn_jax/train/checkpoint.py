@@ -45,9 +45,9 @@ class Checkpoints:
     any number of processes can resume, and the files are those of a run with one process.
 
     Args:
-        folder: Where they are; created when the first one is saved.
+        folder: Their folder; created when the first one is saved.
         config: The run's config.
-        layout: Where a restored state goes, on several devices.
+        layout: The layout of a restored state on several devices.
     """
 
     def __init__(self, folder: Path, config: cfg.Config, layout: Layout | None = None):
@@ -85,7 +85,7 @@ class Checkpoints:
 
         Args:
             state: The training state.
-            progress: What the loop needs to resume in the middle of an epoch; JSON.
+            progress: The facts with which the loop resumes in the middle of an epoch; JSON.
             metrics: The evaluation at this step, if there was one.
             files: More files to hold, by name.
 
@@ -328,7 +328,7 @@ def _structure(parts: dict[str, Any]) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """What an error of the file system or of TensorStore says, in short."""
+    """The short text of an error of the file system or of TensorStore."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)

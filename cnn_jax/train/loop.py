@@ -178,7 +178,7 @@ def with_eval_statistics(config: cfg.Config, phase: Phase, state: State, values:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended.
+    """The outcome of a call of `train`.
 
     With `train.patience`, the state and its evaluation are the best of the run.
 
@@ -186,7 +186,7 @@ class Outcome:
         state: The last state.
         metrics: The final evaluation; None if the run was interrupted before it.
         stopped: Whether it was interrupted, and saved.
-        compilations: How often each function of each phase was compiled.
+        compilations: The number of compilations of each function of each phase.
         speeds: Images/s of the training steps of each phase, between evaluations.
         stalls: The fraction of that time in which the device waited for data.
     """
@@ -265,7 +265,7 @@ def train(
 
 
 class _Session:
-    """What a call of `train` keeps beside the state: its files, its metrics and its best."""
+    """The files, metrics and best evaluation of a call of `train`."""
 
     def __init__(
         self,
@@ -486,5 +486,5 @@ def shard_state(state: State, layout: Layout | None) -> State:
 
 
 def compilations(jitted: Any) -> int:
-    """How often XLA compiled a jitted function."""
+    """The number of times that XLA compiled a jitted function."""
     return jitted._cache_size()

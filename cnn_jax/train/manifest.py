@@ -1,4 +1,4 @@
-"""Where a run came from: its code, packages, machine and data; and what has changed since."""
+"""The manifest of a run: its code, packages, machine and data; and what has changed since."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ DECISIVE = ('devices', 'layout', 'threads', 'xla_flags', 'python')
 
 
 def manifest(config_hash: str, machine: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the run.
+    """The facts that a reader needs to judge or repeat the run.
 
     Args:
         config_hash: SHA-256 of the config.
@@ -122,7 +122,7 @@ def check_data(folder: Path, description: dict[str, Any]) -> None:
 
     Args:
         folder: The work directory.
-        description: Of the data as they are now, as `setup.describe` gives it.
+        description: The data as they are now, from `setup.describe`.
 
     Errors:
         UserError: The images, the labels, their order, their preprocessing or the pretrained
@@ -171,7 +171,7 @@ def begin(folder: Path, now: dict[str, Any]) -> list[str]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two manifests and can change the numbers: by name, old and new."""
+    """The differences between two manifests that can change the numbers: by name, old and new."""
     a, b = map(_decisive, (before, now))
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 

@@ -146,7 +146,7 @@ class StepMetrics:
 
     Args:
         record: Called with each step's objective and gradient norm, in order.
-        sums: What `pending` gave before the run was stopped, if it was.
+        sums: The result of `pending` before the run was interrupted, if it was.
     """
 
     def __init__(self, record: Callable[[float, float], object], sums: dict[str, Any] | None):

@@ -139,7 +139,7 @@ class Program:
 
     @property
     def averages(self) -> bool:
-        """Whether the evaluated weights are an average."""
+        """True if the evaluated weights are an average."""
         return bool(self.config.train.ema or self.config.train.swa_from)
 
     @property

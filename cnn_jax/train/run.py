@@ -74,7 +74,7 @@ class Run:
     Attributes:
         workdir: Its folder, or the URL that was given.
         config: The run's config.
-        manifest: Where it came from: code, packages, machine, data.
+        manifest: Its origin: code, packages, machine, data.
         spec: Shapes, preprocessing and length.
         program: The phase of the state.
         state: The state at `step`; of a run that was opened again, without the optimizer's.
@@ -190,7 +190,7 @@ def fit(
         wait: Whether to wait for another process that trains in the work directory.
         live: Whether to draw a progress bar; by default on a terminal and in a notebook.
         trace: Whether to trace five steps soon after the start into the folder `profile`.
-        model_parallel, fsdp: How several devices share parameters (`mesh.make_mesh`).
+        model_parallel, fsdp: The way in which devices share parameters (`mesh.make_mesh`).
         distributed: Whether this process is one of several.
         say: Called with each line for the user.
 

@@ -45,7 +45,7 @@ class Data:
 
     Attributes:
         train, evaluate: The batches of both splits.
-        description: What `describe` returns, with `preprocessing` under that name; JSON.
+        description: The result of `describe`, with `preprocessing` under that name; JSON.
         weights: Pretrained weights that the config names, if any.
     """
 
@@ -236,7 +236,7 @@ def open_phases(
     Args:
         config: A validated config.
         data: The opened data.
-        spec: What `make_spec` returns.
+        spec: The rest of the run, from `make_spec`.
         layout: The layout of batches and state on several devices.
     """
     programs = make_programs(config, spec)

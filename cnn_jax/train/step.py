@@ -202,7 +202,7 @@ def forward(
         program, config: The phase, and its config with numbers.
         variables: `params` and `batch_stats`.
         images: Prepared images or features.
-        key: Of dropout.
+        key: The key of dropout.
 
     Returns:
         Log class probabilities; the new batch statistics; the outputs of the layers that a
