@@ -35,8 +35,8 @@ class Compiled:
 
     Attributes:
         spec, description: The same for every run.
-        together: The number of runs that the functions train. Over 1, states, batches, values and results
-            have a leading axis of that length.
+        together: The number of runs that the functions train. Over 1, states, batches, values and
+            results have a leading axis of that length.
         phases: The functions of each phase, without batches.
         init: From a seed to a run's state before its first step.
         stack: From one tree a run to what the functions take.
