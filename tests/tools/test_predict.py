@@ -44,7 +44,7 @@ def run(variables):
             step=10,
             model=StridedNet(model, 3),
             variables=variables,
-            task=SimpleNamespace(prepare=lambda images: images),
+            spec=SimpleNamespace(prepare=lambda images: images),
         )
 
     return make

@@ -163,8 +163,9 @@ def test_features_too_large_for_memory_are_read_batch_by_batch(lines):
 def test_always_refuses_a_network_without_a_frozen_backbone(lines):
     with pytest.raises(UserError, match='the backbone is trained'):
         lines(train__frozen=(), features__cache='always')
+    strided = {'model__name': 'strided_net', 'model__cut': 'block5_pool'}
     with pytest.raises(UserError, match='has no backbone'):
-        lines(model__name='strided_net', train__frozen=(), features__cache='always')
+        lines(train__frozen=(), features__cache='always', **strided)
 
 
 @pytest.mark.parametrize('mix', ['mixup', 'cutmix'])
