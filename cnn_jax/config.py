@@ -550,6 +550,11 @@ def _check_training(config: Config) -> None:
             f'config.train.swa_from is {config.train.swa_from:g}, but the run has {epochs:g} '
             'epochs, so nothing would be averaged; lower it'
         )
+    if config.optimizer.name == OWN and config.unfreeze.epochs:
+        raise UserError(
+            'config.unfreeze.epochs asks for a second phase with a learning rate of its own, which '
+            'an own optimizer does not read; set it to 0, or use an optimizer that the config names'
+        )
     if config.train.patience and config.unfreeze.epochs:
         raise UserError(
             'config.train.patience ends a run of one phase, but config.unfreeze.epochs asks for a '
