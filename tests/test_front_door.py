@@ -104,6 +104,20 @@ def test_load_run_opens_it_again(run, folder):
         cj.load_run(folder, model=Net(0.5))
 
 
+def test_a_run_on_cached_features_predicts_from_images(tmp_path, monkeypatch):
+    monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'cache'))
+    vgg = {'name': 'vgg16', 'cut': 'block1_pool', 'hidden': (4,), 'head_norm': 'none'}
+    config = cj.Config(
+        model=cj.Model(**vgg),
+        data=cj.Data(batch=20, resize='stretch', size=32, channels=3),
+        train=cj.Train(epochs=1, frozen=('backbone/*',)),
+    )
+    run = cj.fit(config, tmp_path / 'run', train=TRAIN, eval=EVAL, say=lambda line: None)
+    images = np.repeat(EVAL[0].repeat(4, axis=1).repeat(4, axis=2), 3, axis=3)
+    again = cj.load_run(tmp_path / 'run')
+    np.testing.assert_array_equal(run.predict(images), again.predict(images))
+
+
 def test_evaluate_takes_arrays(run):
     evaluation = cj.evaluate(run, data=EVAL)
     assert evaluation.metrics['accuracy'] == run.metrics['accuracy']

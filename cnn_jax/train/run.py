@@ -9,7 +9,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,13 +286,13 @@ class _Job:
         self._report(outcome, phases, rows, clock, layout)
         if tracer and not tracer.taken:
             self.say('no profile: it needs three steps, the first two of which are not traced')
-        phase = phases[loop.phase_at(phases, int(outcome.state.step))]
+        program = phases[loop.phase_at(phases, int(outcome.state.step))].program
         return Run(
             self.workdir,
             config,
             manifest.read(folder) if mesh.is_process_zero() else {'data': data.description},
             spec,
-            phase.program,
+            replace(program, cached=False),  # whoever has the run predicts from images
             mesh.gather_to_host(outcome.state) if layout else outcome.state,
             int(outcome.state.step),
             metrics.as_json(outcome.metrics) if outcome.metrics else {},
