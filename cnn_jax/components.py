@@ -44,7 +44,7 @@ class Components:
     source: Callable[[Config, str], Any] | None = None
     optimizer: Callable[[Config], Any] | None = None
     regularizers: tuple[Any, ...] = ()
-    experiment: str = dataclasses.field(default='', metadata={'digested': False})
+    experiment: str = ''
 
     def mark(self, config: Config) -> Config:
         """Return the config with `own` where these components stand, and with their digest.

@@ -103,8 +103,7 @@ def verify(
     shapes = jax.eval_shape(lambda: state)
 
     def restored(step: int) -> State:
-        like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        like = shard_state(state_at(phases, like, step), layout)
+        like = jax.eval_shape(lambda start: state_at(phases, start, step), shapes)
         return checkpoints.restore(step, like)[0]
 
     for start in [0, *starts[:1]]:

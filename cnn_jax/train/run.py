@@ -103,10 +103,8 @@ class Run:
     def __repr__(self) -> str:
         scores = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(self.metrics).items())
         state = 'stopped at' if self.stopped else 'trained to'
-        source = self.config.data.source
-        data = 'own data' if source == cfg.OWN else source
         return (
-            f'<Run {self.workdir}: {type(self.model).__name__} on {data}, '
+            f'<Run {self.workdir}: {type(self.model).__name__} on {_data_name(self.config)}, '
             f'{state} step {self.step} of {self.spec.phase_ends[-1]}; '
             f'{scores or "not evaluated yet"}>'
         )
@@ -148,7 +146,7 @@ class Run:
                 f'the images are {images.dtype} {list(images.shape)}; this run takes uint8 '
                 f'[n, {", ".join(map(str, self.spec.image_shape))}]'
             )
-        size, values = self.config.data.eval_batch or self.config.data.batch, None
+        size = self.config.data.eval_batch or self.config.data.batch
         values, parts = traced_values(self.config), []
         for start in range(0, len(images), size):
             part = images[start : start + size]
@@ -314,9 +312,8 @@ class _Job:
             short = f'{data.weights.digest[:12]}…'
             self.say(f'weights: {data.weights.source}, digest {short}, {data.weights.licence}')
         devices = f'{runtime.devices()}, {layout}' if layout else runtime.devices()
-        source = self.config.data.source if self.config.data.source != cfg.OWN else 'own data'
         self.say(
-            f'{source}: {data.train.n:,} training and {data.evaluate.n:,} '
+            f'{_data_name(self.config)}: {data.train.n:,} training and {data.evaluate.n:,} '
             f'evaluation images, {setup.shape_text(spec.image_shape)}, {spec.num_classes} '
             f'classes; {spec.phase_ends[-1]:,} steps of {self.config.data.batch} on {devices}'
         )
@@ -379,6 +376,10 @@ class _Job:
         )
         profile.write_speed(self.folder, facts)
         self.say(profile.speed_line(facts))
+
+
+def _data_name(config: cfg.Config) -> str:
+    return 'own data' if config.data.source == cfg.OWN else config.data.source
 
 
 def start(threads: int = 0, distributed: bool = False) -> runtime.Settings:
