@@ -177,26 +177,21 @@ def mode_arguments(module: Any, train: bool) -> dict[str, bool]:
     return {name: value != train for name, value in MODES.items() if name in known}
 
 
-def check_statistics(
-    run: Callable, weights: Any, before: Any, inputs: Sequence[Any], is_frozen: Callable
-) -> None:
+def check_statistics(jaxpr: Any, before: Any, is_frozen: Callable[[str], bool]) -> None:
     """Check that a training pass leaves the statistics of frozen modules alone.
 
     Args:
-        run: `(weights, statistics, *inputs) -> (logits, {'batch_stats': new statistics})`.
-        weights, before, inputs: Its arguments, or their shapes.
+        jaxpr: A traced pass whose first arguments, and first results, are the batch statistics.
+        before: The statistics, or their shapes.
         is_frozen: Test of `frozen_modules`.
 
     Errors:
         UserError: A frozen module changes its statistics; the sentence names it.
     """
-
-    def updated(statistics: Any, weights: Any, *inputs: Any) -> Any:
-        return run(weights, statistics, *inputs)[1].get('batch_stats', statistics)
-
+    paths: list[str] = []
+    params.map_paths(lambda path, _: paths.append(path), before)
     # A statistic that is left alone is one and the same variable before and after.
-    jaxpr = jax.make_jaxpr(updated)(before, weights, *inputs).jaxpr
-    for path, old, new in zip(params.flatten(before), jaxpr.invars, jaxpr.outvars):
+    for path, old, new in zip(paths, jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars):
         module, _, name = path.rpartition('/')
         if new is not old and is_frozen(module):
             raise UserError(

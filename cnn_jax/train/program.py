@@ -204,14 +204,12 @@ def make_program(
     frozen = freezing.frozen_modules(names, program.trainable, program.frozen_patterns)
     held = [path for path in params.flatten(statistics) if frozen(path.rpartition('/')[0])]
     if watching or spec.model or held:
-        layers = _checked_layers(program, shapes, frozen)
+        layers = _checked_layers(program, frozen)
         acted_on |= {field: _select_layers(program, layers, field) for field in watching}
     return dataclasses.replace(program, acted_on=acted_on)
 
 
-def _checked_layers(
-    program: Program, shapes: Any, frozen: Callable[[str], bool]
-) -> dict[str, bool]:
+def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str, bool]:
     """Trace a training pass over images, and check its logits and the frozen statistics.
 
     Returns:
@@ -228,27 +226,28 @@ def _checked_layers(
 
     mode: dict[str, Any] = freezing.mode_arguments(net, train=True)
 
-    def run(weights: Any, batch_stats: Any, images: Any, key: Any) -> Any:
+    def run(batch_stats: Any, weights: Any, images: Any, key: Any) -> Any:
         with nn.intercept_methods(note), nn.intercept_methods(program.interceptor):
-            return net.apply(
+            logits, updated = net.apply(
                 {'params': weights, 'batch_stats': batch_stats},
                 images,
                 **mode,
                 rngs={'dropout': key},
                 mutable=['batch_stats'],
             )
+        return updated.get('batch_stats', batch_stats), logits
 
     images = jax.ShapeDtypeStruct((2, *spec.image_shape), jnp.uint8)
-    weights, before = shapes['params'], shapes.get('batch_stats', {})
     inputs = jax.eval_shape(spec.prepare, images), jax.eval_shape(lambda: rng.key(0, 'dropout'))
-    logits, _ = jax.eval_shape(run, weights, before, *inputs)
+    trace = jax.make_jaxpr(run, return_shape=True)
+    jaxpr, (_, logits) = trace(program.statistics, program.shapes, *inputs)
     outputs = program.config.model.outputs or spec.num_classes
     if getattr(logits, 'shape', None) not in ((2, spec.num_classes), (2, outputs)):
         raise UserError(
             f'the network returns {getattr(logits, "shape", type(logits).__name__)} for two images '
             f'of {spec.num_classes} classes; it must return logits [2, {spec.num_classes}]'
         )
-    freezing.check_statistics(run, weights, before, inputs, frozen)
+    freezing.check_statistics(jaxpr, program.statistics, frozen)
     return layers
 
 

@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 
 from cnn_jax import params
 from cnn_jax.errors import UserError
-from cnn_jax.freezing import MODES, freeze
+from cnn_jax.freezing import MODES, check_statistics, freeze
 from cnn_jax.train import step
 from tests.train.conftest import begin, compiled, equal, gradient_step, make_batch, make_config
 
@@ -309,3 +309,12 @@ def test_a_whole_net_is_told_the_mode_by_any_of_its_names(name):
     images = make_batch(shape=(2, 2, 1))['image']
     one, other = (step.predict_step(program, state, part, values) for part in (images, images[:1]))
     np.testing.assert_allclose(one[:1], other, rtol=1e-5)
+
+
+def test_a_statistic_is_known_by_its_path_whatever_characters_it_has():
+    """Nested, `a` comes before `a-b`; as joined paths it is the other way round."""
+    before = {'a': {'mean': jnp.zeros(2)}, 'a-b': {'mean': jnp.zeros(2)}}
+    moved = jax.make_jaxpr(lambda s: s | {'a': {'mean': s['a']['mean'] + 1}})(before)
+    check_statistics(moved, before, lambda module: module == 'a-b')
+    with pytest.raises(UserError, match='a is frozen'):
+        check_statistics(moved, before, lambda module: module == 'a')
