@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation.plan import Plan, budget, by_structure, code_digest
 from cnn_jax.ablation.results import Result, Run, Store, open_store
@@ -232,10 +231,9 @@ def open_ablation(
     }
     if not first.train.threads:  # as many as the cores of this machine
         provenance['threads'] = str(settings.threads)
-    machine = runtime.machine(settings)
     facts = {
         'command': command,
-        'manifest': manifest.manifest(cfg.content_hash(first), machine, description),
+        'manifest': manifest.manifest(first, settings, description),
         'budgets': {arm: budget(config, data.train.n) for arm, config in plan.configs.items()},
     }
     return open_store(folder, plan, provenance, facts), data

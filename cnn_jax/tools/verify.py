@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from cnn_jax import config as cfg
-from cnn_jax import runtime
 from cnn_jax.components import reopened
 from cnn_jax.errors import UserError
 from cnn_jax.mesh import Layout
@@ -45,9 +44,7 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
     had = before['machine'].get('layout') or {}
     layout = setup.layout_of(config, model=had.get('model', 1), fsdp=had.get('fsdp', False))
     data = setup.open_data(config, layout, components)
-    now = manifest.manifest(cfg.content_hash(config), runtime.machine(settings), data.description)
-    if layout:
-        now['machine']['layout'] = layout.facts
+    now = manifest.manifest(config, settings, data.description, layout)
     changed = manifest.differences(before, now)
     for name, (old, new) in changed.items():
         print(f'changed since the run began: {name}: {old} → {new}')

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
+from cnn_jax import runtime
 from cnn_jax.errors import UserError
 from cnn_jax.files import write_text
+from cnn_jax.mesh import Layout
 
 NAME = 'manifest.json'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'pillow')
@@ -16,19 +18,28 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grai
 DECISIVE = ('devices', 'layout', 'threads', 'xla_flags', 'python')
 
 
-def manifest(config_hash: str, machine: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def manifest(
+    config: cfg.Config,
+    settings: runtime.Settings,
+    data: dict[str, Any],
+    layout: Layout | None = None,
+) -> dict[str, Any]:
     """The facts that a reader needs to judge or repeat the run.
 
     Args:
-        config_hash: SHA-256 of the config.
-        machine: Devices and runtime settings.
+        config: The run's config.
+        settings: The runtime settings of this process.
         data: Names, sizes, classes and fingerprints of the splits.
+        layout: The layout of batches and state on several devices.
     """
     import jax
 
     options: Any = jax.config
+    machine = runtime.machine(settings)
+    if layout:
+        machine['layout'] = layout.facts
     return {
-        'config_hash': config_hash,
+        'config_hash': cfg.content_hash(config),
         'code': code_version(),
         'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
         'machine': machine,

@@ -326,10 +326,7 @@ class _Job:
 
     def _begin(self, data: setup.Data, state: State, layout: mesh.Layout | None) -> None:
         """Write the manifest, or note what has changed since the run began."""
-        machine = runtime.machine(self.settings)
-        now = manifest.manifest(cfg.content_hash(self.config), machine, data.description)
-        if layout:
-            now['machine']['layout'] = layout.facts
+        now = manifest.manifest(self.config, self.settings, data.description, layout)
         if self.config.own:
             now['own'] = self.components.facts
 
