@@ -292,16 +292,15 @@ class _Session:
             The step, the state after it, and what the user should know.
         """
         notes: list[str] = []
-        state = shard_state(state, self.layout)
         found = self.checkpoints.resumable(notes.append)
         if found is None:
             if self.record.has_metrics():
                 notes.append('no checkpoint had been saved: starting again from step 0')
             self.record.resume(0, None)
             self.meter = StepMetrics(self.record.step, None)
-            return 0, state, notes
+            return 0, shard_state(state, self.layout), notes
         start, progress = found
-        like = shard_state(state_at(self.phases, state, start), self.layout)
+        like = jax.eval_shape(lambda first: state_at(self.phases, first, start), state)
         state, _ = self.checkpoints.restore(start, like)
         self.record.resume(start, self.checkpoints.place(start))
         self.meter = StepMetrics(self.record.step, progress['sums'])
