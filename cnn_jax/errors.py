@@ -1,4 +1,14 @@
-"""The two reasons for which a run stops: a usage error, or a failure."""
+"""The two reasons for which a run stops; names as they may be told, on a terminal or in a table."""
+
+import re
+
+# Controls (ESC, newline, C1 …), halves of surrogate pairs, and what turns the direction of text
+# round or cannot be seen; the joiners of emoji and of Persian stay.
+_UNSEEN = re.compile(
+    '[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff'
+    '\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]'
+)
+_FORMULA = tuple('=+-@＝＋－＠')  # how a spreadsheet's formula begins
 
 
 class UserError(ValueError):
@@ -13,3 +23,33 @@ class RunFailed(RuntimeError):
 
     Launchers print the message as one plain sentence and exit with status 1.
     """
+
+
+def printable(text: object, keep: str = '') -> str:
+    r"""Text whose control characters and changes of direction are seen and do nothing.
+
+    A name from a file, a folder or a server is data: it must not set a terminal's title, colour
+    what follows, begin a line of its own or turn one round.
+
+    Args:
+        text: A name, path or message.
+        keep: Characters to leave as they are, such as the newlines of a text of several lines.
+
+    >>> printable('a\x1b[31m.png')
+    'a\\x1b[31m.png'
+    """
+    return _UNSEEN.sub(
+        lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], str(text)
+    )
+
+
+def csv_cell(value: object) -> object:
+    r"""A value as a cell of a CSV file: text is `printable` and never a spreadsheet's formula.
+
+    >>> csv_cell('=HYPERLINK("http://…")')
+    '\'=HYPERLINK("http://…")'
+    """
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text

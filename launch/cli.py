@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 a failed run, 2 a usage error, 75 interrupted after sav
 stopped by Ctrl-C before there was anything to save.
 """
 
+import builtins
 import io
 import os
 import sys
@@ -17,7 +18,9 @@ from absl import app, flags, logging
 
 from cnn_jax import config as cfg
 from cnn_jax.components import Components, from_experiment
-from cnn_jax.errors import RunFailed, UserError
+from cnn_jax.errors import RunFailed, UserError, printable
+
+PRINT = print  # as Python has it
 
 OK, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 
@@ -88,6 +91,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+    builtins.print = _print
     debug = any(a in ('--debug', '--debug=true') for a in arguments)
     if {'--help', '-h', '-help'} & set(arguments[1:]):
         print((sys.modules['__main__'].__doc__ or '') + flags.FLAGS.main_module_help())
@@ -101,7 +105,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         if debug:
             raise
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(error)}', file=sys.stderr)
         _leave(MISTAKE)
     except BrokenPipeError:  # the reader of the output, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,8 +116,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except Exception as error:
         if debug:
             raise
-        print(f'failed: {_sentence(error)}', file=sys.stderr)
+        print(f'failed: {printable(_sentence(error))}', file=sys.stderr)
         _leave(FAILED)
+
+
+def _print(*values: object, **options: Any) -> None:
+    """`print` for a launcher's whole process: names of files and classes are data, not controls."""
+    PRINT(*(printable(value, keep='\n\t') for value in values), **options)
 
 
 def _leave(code: int) -> None:
