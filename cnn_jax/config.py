@@ -13,16 +13,16 @@ it is static whether it is 0, so that what is off costs nothing.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, nearest
 
 C = TypeVar('C')
 OWN = 'own'  # the name of a model, source or optimizer that the user brings
@@ -339,13 +339,31 @@ def replace(config: C, changes: dict[str, Any]) -> C:
 
 
 def unknown_key(path: str, known: Iterable[str]) -> str:
-    """Return the sentence for a key that does not exist, with a near one that does."""
-    near = difflib.get_close_matches(path, list(known), n=1)
-    if not near:  # the right name in the wrong group
-        name = path.rpartition('.')[2]
-        near = [other for other in known if other.rpartition('.')[2] == name]
-    hint = f'; did you mean config.{near[0]}?' if near else ''
-    return f'config.{path} is not a field of the configuration{hint}'
+    """The sentence for a key that does not exist, with a near one of its group or, else, of any."""
+    group, _, name = path.rpartition('.')
+    inside = [other for other in known if other.rpartition('.')[0] == group]
+    leaves = {other.rpartition('.')[2]: f'config.{other}' for other in [*known][::-1] + inside}
+    return f'config.{path} is not a field of the configuration{nearest(name, leaves)}'
+
+
+def local_path(given: str, name: str) -> str:
+    """A path of this machine with its `~` expanded; a URL stays as it is.
+
+    Args:
+        given: What the user wrote.
+        name: Where, such as `--workdir`.
+
+    Errors:
+        UserError: It is empty or cannot be a path, or there is no such home.
+    """
+    if not given.strip():
+        raise UserError(f'{name} is empty; give a path')
+    if '\0' in given:
+        raise UserError(f'{name} is {given!r}; a path holds no zero byte')
+    try:
+        return str(Path(given).expanduser()) if given.startswith('~') else given
+    except RuntimeError as error:
+        raise UserError(f'{name} is {given}, and there is no such home; give the path') from error
 
 
 def _coerce(path: str, kind: Any, value: Any) -> Any:
@@ -487,8 +505,7 @@ def check_fields(config: Any) -> None:
         value = attrgetter(path)(config)
         if 'choices' in f.metadata and value not in f.metadata['choices']:
             choices = [str(each) for each in f.metadata['choices']]
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
+            hint = nearest(str(value), choices)
             raise UserError(f'config.{path} is {value!r}; it can be {", ".join(choices)}{hint}')
         if 'range' in f.metadata:
             low, high = f.metadata['range']

@@ -1,6 +1,8 @@
-"""The two reasons for which a run stops; names as they may be told, on a terminal or in a table."""
+"""The two reasons for which a run stops; hints, and names as a reader may be shown them."""
 
+import difflib
 import re
+from collections.abc import Iterable, Mapping
 
 # Controls (ESC, newline, C1 …), halves of surrogate pairs, and what turns the direction of text
 # round or cannot be seen; the joiners of emoji and of Persian stay.
@@ -53,3 +55,22 @@ def csv_cell(value: object) -> object:
         return value
     text = printable(value)
     return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The end of an error's sentence: `; did you mean train?`, or nothing where none is near.
+
+    Args:
+        word: What the user wrote.
+        choices: What it may be; a mapping says how each is written in the sentence.
+
+    >>> nearest('trian', ['train', 'test'])
+    '; did you mean train?'
+    >>> nearest('val', ['train', 'all'])
+    ''
+    """
+    written = choices if isinstance(choices, Mapping) else {each: each for each in choices}
+    plain = {each.casefold(): text for each, text in written.items()}
+    # Of three letters, two in the same order are 0.67: val and all.
+    found = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=0.7)
+    return f'; did you mean {plain[found[0]]}?' if found else ''

@@ -30,13 +30,36 @@ flags.disclaim_key_flags()
 flags.DEFINE_bool('debug', False, 'Show the traceback of an error.')
 
 
+class _Path(flags.ArgumentParser):
+    """A path flag: `~` is expanded, and an empty value is refused."""
+
+    def __init__(self, name: str, url: bool):
+        self.name, self.url = name, url
+
+    def parse(self, argument: str) -> str:
+        if '://' in argument and not self.url:
+            raise UserError(
+                f'--{self.name} is {argument}, but an object store cannot be used here; give a '
+                'path of this machine'
+            )
+        return cfg.local_path(argument, f'--{self.name}')
+
+
+def define_path(name: str, text: str, *, required: bool = False, url: bool = False) -> Any:
+    """A flag that takes a path; None if it is not given.
+
+    Args:
+        name: The flag's.
+        text: Its help.
+        required: Whether it must be given.
+        url: Whether it may be a URL such as gs://BUCKET/RUN.
+    """
+    return flags.DEFINE(_Path(name, url), name, None, text, required=required)
+
+
 def define_workdir(text: str, url: bool = False) -> flags.FlagHolder:
-    """The --workdir flag, required; a URL such as gs://BUCKET/RUN where `url` says so."""
-    holder = flags.DEFINE_string('workdir', None, text, required=True)
-    if not url:
-        known = 'an object store cannot be used here; give a folder of this machine'
-        flags.register_validator(holder, lambda given: not given or '://' not in given, known)
-    return holder
+    """The --workdir flag, required."""
+    return define_path('workdir', text, required=True, url=url)
 
 
 def define_layout() -> tuple[flags.FlagHolder, flags.FlagHolder]:
@@ -165,6 +188,8 @@ def _parse(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:
+        if isinstance(error.__context__, UserError):  # of a parser of ours
+            raise error.__context__ from None
         raise UserError(f'{error}; --help lists the flags') from error
 
 
