@@ -9,8 +9,9 @@ With --mc the network predicts that many times with dropout on; the mean is prin
 entropy and with the mutual information of prediction and dropout, which measures how much the
 draws disagree.
 
-Images are brought to the network's size as in training. A file that cannot be read is reported
-and the others are classified; the exit code is 1 when none could be.
+Images are brought to the network's size as in training, and a line is printed for each as soon as
+its batch is done; Ctrl-C keeps what was printed. A file that cannot be read is reported and the
+others are classified; the exit code is 1 when none could be.
 """
 
 import json
@@ -23,7 +24,7 @@ from cnn_jax import runtime
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
-JSON = flags.DEFINE_bool('json', False, 'Print JSON instead of a table.')
+JSON = flags.DEFINE_bool('json', False, 'Print JSON, one object a line.')
 TOP = flags.DEFINE_integer('top', 3, 'Number of classes to print for each image.', lower_bound=1)
 MC = flags.DEFINE_integer(
     'mc', 0, 'Draws of Monte-Carlo dropout; 0 predicts once, without dropout.', lower_bound=0
@@ -45,6 +46,9 @@ def main(arguments: list[str]) -> int:
     """Predict; returns the exit code."""
     runtime.configure()  # before JAX is imported
 
+    from rich.console import Console
+    from rich.progress import Progress
+
     from cnn_jax.files import make_writable
     from cnn_jax.tools import predict
     from cnn_jax.train.run import load_run
@@ -54,16 +58,23 @@ def main(arguments: list[str]) -> int:
     if maps:
         make_writable(maps, 'the folder for heat maps', '--heatmaps')
     run = load_run(WORKDIR.value, CHECKPOINT.value)
-    rows = predict.predict_files(run, paths, draws=MC.value)
-    if JSON.value:
-        print(json.dumps([row.as_json(TOP.value) for row in rows], indent=2))
-    else:
-        for row in rows:
-            print(row.as_text(TOP.value), file=sys.stderr if row.error else sys.stdout)
+    draw = predict.heatmap_drawer(run, maps) if maps else None
+    read = drawn = 0
+    rows = predict.predict_files(run, paths, draws=MC.value, top=TOP.value)
+    shown = sys.stderr.isatty() and not sys.stdout.isatty()  # else the lines show how far it is
+    bar = Progress(console=Console(stderr=True), disable=not shown, redirect_stdout=False)
+    with bar:
+        for row in bar.track(rows, len(paths)):
+            if JSON.value:
+                print(json.dumps(row.as_json()), flush=True)
+            else:
+                print(row.as_text(), file=sys.stderr if row.error else sys.stdout, flush=True)
+            read += not row.error
+            if draw:
+                drawn += draw(row)
     if maps:
-        drawn = predict.draw_heatmaps(run, rows, maps)
-        print(f'{len(drawn)} heat maps in {maps}', file=sys.stderr)
-    return cli.OK if any(not row.error for row in rows) else cli.FAILED
+        print(f'{drawn} heat maps in {maps}', file=sys.stderr)
+    return cli.OK if read else cli.FAILED
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Class probabilities of image files, with Monte-Carlo dropout and heat maps on request."""
 
-import os
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from scipy.special import entr
 
 from cnn_jax import regularizers, rng
 from cnn_jax.data import decode
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, printable
 from cnn_jax.models import Classifier
 from cnn_jax.nn import Dropout
 from cnn_jax.tools import heatmap
@@ -34,7 +34,7 @@ class Prediction:
     error: str = ''
     uncertainty: dict[str, float] = field(default_factory=dict)  # in nats, of several draws
 
-    def as_json(self, top: int) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """`{"file", "class", "probability", "top"}` or `{"file", "error"}`.
 
         With several draws also `"entropy"` and `"mutual_information"`.
@@ -42,63 +42,68 @@ class Prediction:
         if self.error:
             return {'file': str(self.path), 'error': self.error}
         name, probability = self.classes[0]
-        ranked = [{'class': c, 'probability': p} for c, p in self.classes[:top]]
+        ranked = [{'class': c, 'probability': p} for c, p in self.classes]
         row = {'file': str(self.path), 'class': name, 'probability': probability, 'top': ranked}
         return row | self.uncertainty
 
-    def as_text(self, top: int) -> str:
+    def as_text(self) -> str:
         """One line: the file, then classes with their probabilities, then the uncertainty."""
         if self.error:
-            return f'{self.path}: not read: {self.error}'
-        parts = [f'{c} {p:.1%}' for c, p in self.classes[:top]]
+            return printable(f'{self.path}: not read: {self.error}')
+        parts = [f'{c} {p:.1%}' for c, p in self.classes]
         parts += [f'{k.replace("_", " ")} {v:.3f}' for k, v in self.uncertainty.items()]
-        return f'{self.path}: ' + '  '.join(parts)
+        return printable(f'{self.path}: ' + '  '.join(parts))
 
 
 def image_paths(names: Sequence[str]) -> list[Path]:
     """The named files, and those with an image's suffix in the named folders, sorted.
 
     Errors:
-        UserError: Nothing is named, or a folder holds no image.
+        UserError: Nothing is named, a folder holds no image, or a URL or a pattern is named.
     """
-    if not names:
+    if not all(names) or not names:
         raise UserError('no image is named; give files or folders after the flags')
     paths: list[Path] = []
-    for path in map(Path, names):
+    for name in names:
+        path = Path(name)
         if path.is_dir():
             inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in decode.SUFFIXES)
             if not inside:
                 suffixes = ', '.join(decode.SUFFIXES)
                 raise UserError(f'the folder {path} holds no image ({suffixes})')
             paths += inside
+        elif '://' in name and not path.exists():
+            raise UserError(f'{name} is a URL, which is not read; download it and give the file')
+        elif set(name) & set('*?[') and not path.exists():
+            raise UserError(f'no file matches {name}; name files or folders that are there')
         else:
             paths.append(path)
     return paths
 
 
 def predict_files(
-    run: Run, paths: Iterable[Path], batch_size: int = 32, draws: int = 0
-) -> list[Prediction]:
-    """Classify files with the network of a run.
+    run: Run, paths: Sequence[Path], batch_size: int = 32, draws: int = 0, top: int | None = None
+) -> Iterator[Prediction]:
+    """Classify files with the network of a run, batch by batch; nothing is kept.
 
     Args:
         run: Opened run.
         paths: Image files; those that cannot be read become predictions with an error.
         batch_size: Images computed at once.
         draws: Draws of Monte-Carlo dropout, whose mean is predicted; 0 predicts without dropout.
+        top: Number of the most probable classes to give; `None` for all.
 
     Returns:
-        One prediction a path, in their order.
+        An iterator of one prediction a path, in their order.
 
     Errors:
         UserError: Draws are asked for, but the network has no dropout.
     """
-    paths = list(paths)
     size = min(batch_size, max(len(paths), 1))
     predict = _mc_predictor(run, draws) if draws else _predictor(run)
     names = run.manifest['data']['class_names']
 
-    def classify(part: list[Path]) -> Iterator[Prediction]:
+    def classify(part: Sequence[Path]) -> Iterator[Prediction]:
         read = [read_image(run, path) for path in part]
         images = [image for image in read if not isinstance(image, str)]
         answers: Iterator[Answer] = iter(())
@@ -110,12 +115,12 @@ def predict_files(
                 yield Prediction(path, error=image)
             else:
                 probabilities, uncertain = next(answers)
-                ranked = sorted(zip(names, probabilities.tolist()), key=lambda pair: -pair[1])
-                yield Prediction(path, tuple(ranked), uncertainty=uncertain)
+                order = np.argsort(-probabilities, kind='stable')[:top]
+                ranked = tuple((names[i], float(probabilities[i])) for i in order)
+                yield Prediction(path, ranked, uncertainty=uncertain)
 
-    # Part by part, so that the pixels of a large folder are never in memory together.
-    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
-    return [prediction for part in parts for prediction in classify(part)]
+    parts = (paths[start : start + size] for start in range(0, len(paths), size))
+    return (prediction for part in parts for prediction in classify(part))
 
 
 def read_image(run: Run, path: Path) -> np.ndarray | str:
@@ -133,47 +138,42 @@ def read_image(run: Run, path: Path) -> np.ndarray | str:
     return image
 
 
-def draw_heatmaps(run: Run, predictions: Iterable[Prediction], folder: Path) -> list[Path]:
-    """Draw a PNG for each classified file: the evidence for its most probable class (Grad-CAM).
+def heatmap_drawer(run: Run, folder: Path) -> Callable[[Prediction], bool]:
+    """Draws the evidence for the most probable class of a prediction (Grad-CAM) as a PNG.
 
     Args:
         run: Opened run.
-        predictions: Predictions of `predict_files`.
         folder: Folder of the PNGs, named `NNN_FILE.png` in the order of the predictions.
 
     Returns:
-        The PNGs.
+        A function that draws one prediction's PNG and returns whether it could.
     """
     names = run.manifest['data']['class_names']
     blank = np.zeros((1, *run.spec.image_shape), np.uint8)
     layer = heatmap.image_layers(run.model, run.spec.prepare(jnp.asarray(blank)))[-1]
+    numbers = itertools.count()
 
     @jax.jit
     def compute(variables, image, number):
         return heatmap.grad_cam(run.model, variables, run.spec.prepare(image), number, layer)
 
-    written = []
-    for number, prediction in enumerate(predictions):
-        image = read_image(run, prediction.path)
+    def draw(prediction: Prediction) -> bool:
+        number, image = next(numbers), read_image(run, prediction.path)
         if prediction.error or isinstance(image, str):
-            continue
+            return False
         name, probability = prediction.classes[0]
         heat = compute(run.variables, image[None], np.array([names.index(name)]))[0]
         # A name of a file takes at most 255 bytes, those that are added in writing it included.
-        stem = os.fsencode(prediction.path.stem)[:200].decode(errors='ignore')
-        title = f'{prediction.path.name}: {name} {probability:.1%}'
-        title = title.encode(errors='backslashreplace').decode()
-        written.append(folder / f'{number:03d}_{stem}.png')
-        heatmap.draw_heatmap(image, np.asarray(heat), title, written[-1])
-    return written
+        stem = printable(prediction.path.stem).encode()[:200].decode(errors='ignore')
+        title = printable(f'{prediction.path.name}: {name} {probability:.1%}')
+        heatmap.draw_heatmap(image, np.asarray(heat), title, folder / f'{number:03d}_{stem}.png')
+        return True
+
+    return draw
 
 
 def _predictor(run: Run) -> Callable[[np.ndarray], Iterable[Answer]]:
-    def predict(images: np.ndarray) -> Iterator[Answer]:
-        for probabilities in run.predict(images):
-            yield probabilities, {}
-
-    return predict
+    return lambda images: ((probabilities, {}) for probabilities in run.predict(images))
 
 
 def _mc_predictor(run: Run, draws: int) -> Callable[[np.ndarray], Iterable[Answer]]:

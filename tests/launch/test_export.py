@@ -36,7 +36,8 @@ def as_the_readme_says(out, paths):
 def test_it_gives_the_numbers_of_predict_for_any_batch_size(launch, tiny_run, exported):
     out, paths = exported
     done = launch('predict', f'--workdir={tiny_run[0]}', '--json', *paths, check=0)
-    ours = {row['file']: (row['class'], row['probability']) for row in json.loads(done.stdout)}
+    rows = map(json.loads, done.stdout.splitlines())
+    ours = {row['file']: (row['class'], row['probability']) for row in rows}
     for count in (1, 3, 8):
         for path, (name, probability) in as_the_readme_says(out, paths[:count]).items():
             assert name == ours[path][0]

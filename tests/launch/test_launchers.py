@@ -84,7 +84,7 @@ def test_predict_classifies_what_can_be_read_and_reports_the_rest(
     broken.write_bytes(b'not an image')
     paths = [images[0], broken, missing, *images[1:3], images[0]] * 10  # more than a batch
     done = launch('predict', f'--workdir={folder}', '--json', *paths, check=0)
-    rows = json.loads(done.stdout)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row['file'] for row in rows] == [str(path) for path in paths]
     assert [row == rows[0] for row in rows] == [path == images[0] for path in paths]
     for row, path in zip(rows, paths):
@@ -102,7 +102,7 @@ def test_predict_classifies_what_can_be_read_and_reports_the_rest(
 def test_monte_carlo_dropout_adds_the_uncertainty_and_repeats_itself(launch, tiny_run, images):
     command = 'predict', f'--workdir={tiny_run[0]}', '--mc=5', *images[:3]
     done = launch(*command, '--json', check=0)
-    for row in json.loads(done.stdout):
+    for row in map(json.loads, done.stdout.splitlines()):
         assert 0 < row['mutual_information'] < row['entropy'] < math.log(10)
     assert launch(*command, '--json', check=0).stdout == done.stdout
     assert launch(*command, check=0).stdout.count('  mutual information ') == 3

@@ -152,7 +152,7 @@ def test_the_readme_reads_photographs_as_the_training_does(opened, tmp_path, sha
     )
     assert done.returncode == 0, done.stderr
     printed = [line.split() for line in done.stdout.splitlines()]
-    ours = predict_files(run, paths)
+    ours = list(predict_files(run, paths))
     # To a network of one channel plain.png and grey.png are the same.
     assert len({row.classes for row in ours}) >= len(paths) - 1
     for row, (path, name, probability) in zip(ours, printed, strict=True):

@@ -15,7 +15,8 @@ from scipy.stats import entropy
 from cnn_jax.config import Model
 from cnn_jax.errors import UserError
 from cnn_jax.models import StridedNet
-from cnn_jax.tools.predict import Prediction, mc_dropout, uncertainty, with_dropout
+from cnn_jax.tools import predict
+from cnn_jax.tools.predict import Prediction, image_paths, mc_dropout, uncertainty, with_dropout
 
 MODEL = Model(stem_width=0, widths=(4,), hidden=(8,), input_noise=1.0, residual=True)
 X = jax.random.normal(jax.random.key(1), (6, 8, 8, 1))
@@ -73,7 +74,7 @@ def test_only_dropout_leaves_inference(variables):
 def test_dropout_of_every_kind_acts(change, variables):
     still = dataclasses.replace(MODEL, dropout=0.0, head_dropout=0.0)
     changed = apply(dataclasses.replace(still, **change), variables)
-    assert (changed != apply(still, variables)).any()
+    assert not np.array_equal(changed, apply(still, variables))
 
 
 def test_draws_differ_by_their_number_and_can_be_repeated(run):
@@ -124,27 +125,69 @@ def test_float32_answers_are_counted_in_float64(run):
 
 
 CLASSES = (('cat', 0.75), ('dog', 0.25))
+UNSURE = {'entropy': 0.5623, 'mutual_information': 0.125}
+TOP = [{'class': 'cat', 'probability': 0.75}, {'class': 'dog', 'probability': 0.25}]
+FIRST = {'class': 'cat', 'probability': 0.75, 'top': TOP}
 
 
-def test_a_prediction_without_draws_has_no_uncertainty():
-    row = Prediction(Path('a.png'), CLASSES)
-    assert row.as_text(top=2) == 'a.png: cat 75.0%  dog 25.0%'
-    assert row.as_json(top=1) == {
-        'file': 'a.png',
-        'class': 'cat',
-        'probability': 0.75,
-        'top': [{'class': 'cat', 'probability': 0.75}],
-    }
+@pytest.mark.parametrize(
+    ('name', 'fields', 'text', 'row'),
+    [
+        ('a.png', {'classes': CLASSES}, 'a.png: cat 75.0%  dog 25.0%', FIRST),
+        (
+            'a.png',
+            {'classes': CLASSES, 'uncertainty': UNSURE},
+            'a.png: cat 75.0%  dog 25.0%  entropy 0.562  mutual information 0.125',
+            FIRST | UNSURE,
+        ),
+        (
+            'a.png',
+            {'error': 'it is empty'},
+            'a.png: not read: it is empty',
+            {'error': 'it is empty'},
+        ),
+        ('\x1b[1m\n.png', {'error': 'no'}, r'\x1b[1m\n.png: not read: no', {'error': 'no'}),
+    ],
+)
+def test_a_prediction_is_one_line_and_one_object(name, fields, text, row):
+    prediction = Prediction(Path(name), **fields)
+    assert prediction.as_text() == text
+    assert prediction.as_json() == {'file': name} | row
 
 
-def test_a_prediction_from_draws_says_how_unsure_it_is():
-    unsure = {'entropy': 0.5623, 'mutual_information': 0.125}
-    row = Prediction(Path('a.png'), CLASSES, uncertainty=unsure)
-    assert row.as_text(top=1) == 'a.png: cat 75.0%  entropy 0.562  mutual information 0.125'
-    assert row.as_json(top=1).items() >= unsure.items()
+class Counting(list):
+    """Paths that count how many were asked for."""
+
+    asked = 0
+
+    def __getitem__(self, part):
+        found = super().__getitem__(part)
+        self.asked += len(found)
+        return found
 
 
-def test_a_file_that_was_not_read_says_why():
-    row = Prediction(Path('a.png'), error='it is empty')
-    assert row.as_text(top=1) == 'a.png: not read: it is empty'
-    assert row.as_json(top=1) == {'file': 'a.png', 'error': 'it is empty'}
+def test_files_are_read_batch_by_batch_as_they_are_asked_for(run, monkeypatch):
+    probabilities = np.array([0.2, 0.5, 0.3])
+    fake = run()
+    fake.manifest = {'data': {'class_names': ['a', 'b', 'c']}}
+    fake.predict = lambda images: np.tile(probabilities, (len(images), 1))
+    monkeypatch.setattr(
+        predict, 'read_image', lambda _, path: np.zeros((8, 8, 1), np.uint8) if path != 7 else 'no'
+    )
+    paths = Counting(range(1000))
+    rows = predict.predict_files(fake, paths, batch_size=10, top=2)
+    assert paths.asked == 0
+    assert next(rows).classes == (('b', 0.5), ('c', 0.3))
+    assert paths.asked == 10
+    rest = list(rows)
+    assert [row.path for row in rest] == list(range(1, 1000))
+    assert [row.path for row in rest if row.error] == [7]
+
+
+@pytest.mark.parametrize('name', ['https://example.org/a.jpg', '*.jpg', 'img[0-9].png', ''])
+def test_what_is_no_file_is_told_before_anything_is_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r'URL|matches|no image'):
+        image_paths([name])
+    Path('a*[1].png').touch()
+    assert image_paths(['a*[1].png', 'missing.png']) == [Path('a*[1].png'), Path('missing.png')]
