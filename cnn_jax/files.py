@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import tempfile
 import time
 import warnings
@@ -51,7 +52,7 @@ def make_writable(folder: Path, what: str = 'the work directory', flag: str = '-
         UserError: It cannot be written; names the folder as `what` and the `flag` to change.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -124,25 +125,50 @@ def digest(content: bytes | Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a regular file, or of the one that a link names.
+
+    Errors:
+        Corrupt: It is a pipe or a device, from which reading might never end.
+        OSError: It is missing or cannot be read.
+    """
+    with open(path, 'rb', opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Corrupt('it is not a regular file')
+        return file.read()
+
+
+def read_text(path: Path) -> str:
+    """Return the UTF-8 text of a file; errors as of `read_bytes`, other bytes are `Corrupt`."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise Corrupt(f'it is not UTF-8 text: {error}') from error
+
+
+def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
     """Write a JSON file that carries the digest of its content under the key `sha256`."""
-    write_text(path, json.dumps({**content, SHA256: _json_digest(content)}) + '\n')
+    content = json.loads(json.dumps(content))  # as a reader will find it: lists, texts as keys
+    content.pop(SHA256, None)
+    sealed = {**content, SHA256: _json_digest(content)}
+    write_text(path, json.dumps(sealed, indent=indent) + '\n')
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what `write_json` wrote; a file without a digest is returned unchecked.
+    """Return what `write_json` wrote: any changed bit is found, or changes nothing.
 
     Errors:
-        Corrupt: It is no JSON object, or its digest is that of another content.
+        Corrupt: It is no JSON object, has no digest, or that of another content.
         OSError: It is missing or cannot be read.
     """
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Corrupt(f'it is not JSON: {error}') from error
-    if not isinstance(content, dict):
-        raise Corrupt('it is not a JSON object')
-    if SHA256 in content and content.pop(SHA256) != _json_digest(content):
+    if not isinstance(content, dict) or SHA256 not in content:
+        raise Corrupt('it carries no digest')
+    if content.pop(SHA256) != _json_digest(content):
         raise Corrupt('its digest is that of another content')
     return content
 
@@ -215,35 +241,73 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     The file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('ab', buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
+    while True:
+        with _open_lock(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError as error:
+                raise UserError(
+                    f'{path} cannot be locked ({error.strerror}); choose a folder on another file '
+                    'system'
+                ) from error
+            if not _is_named(file, path):  # removed while this process waited
+                continue
+            with contextlib.suppress(OSError):  # for messages; a full disk must not cost the lock
+                file.truncate(0)
+                file.write(json.dumps([socket.gethostname(), os.getpid()]).encode())
+            try:
+                yield True
+            finally:
+                file.truncate(0)
             return
-        with contextlib.suppress(OSError):  # for messages; a full disk must not cost the lock
-            file.truncate(0)
-            file.write(json.dumps([socket.gethostname(), os.getpid()]).encode())
-        try:
-            yield True
-        finally:
-            file.truncate(0)
 
 
 def lock_holder(path: Path) -> tuple[str, int] | None:
     """Return the host and process that hold a lock; a dead one of another machine counts, too."""
     try:
-        host, process = json.loads(path.read_text())
-    except (OSError, ValueError):
+        host, process = json.loads(read_bytes(path))
+        process = int(process)
+    except (OSError, ValueError, TypeError, OverflowError):
         return None
     try:
         if host == socket.gethostname():
             os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
     except PermissionError:  # another user's process
         pass
     return host, process
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    """Open the file of a lock: no link, whose target would be emptied, and no pipe."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f'{path} is a link; remove it') from error
+    file = os.fdopen(descriptor, 'r+b', buffering=0)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return file
+    file.close()
+    raise UserError(f'{path} is not a regular file; remove it')
+
+
+def _is_named(file: BinaryIO, path: Path) -> bool:
+    """Return whether a path still names an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _json_digest(content: dict[str, Any]) -> str:
@@ -256,6 +320,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _ends_in_its_digest(path: Path) -> bool:
+    if not path.is_file():  # to open a pipe could take for ever
+        return False
     try:
         whole = np.memmap(path, np.uint8, 'r')
     except (OSError, ValueError):  # ValueError: an empty file cannot be mapped

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import files
+from cnn_jax.errors import UserError
 
 
 def build(path, value=7, calls=None, shape=(3, 4)):
@@ -104,28 +105,71 @@ def test_leftovers_of_killed_writers_go_after_a_day(tmp_path):
     assert (old.exists(), young.exists()) == (False, True)
 
 
-def test_any_changed_bit_of_a_json_file_is_found_or_means_nothing(tmp_path):
-    path, content = tmp_path / 'a.json', {'accuracy': 0.875, 'names': ['a', 'b'], 'none': None}
-    files.write_json(path, content)
-    whole = path.read_bytes()
-    for position in range(len(whole) * 8):
-        changed = bytearray(whole)
+CONTENT = {'accuracy': 0.875, 'names': ['a', 'ü'], 'none': None, 'tiny': 1e-30, '1': [True, -0.0]}
+
+
+def flips(content):
+    """All contents that differ in one bit."""
+    for position in range(len(content) * 8):
+        changed = bytearray(content)
         changed[position // 8] ^= 1 << position % 8
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize('indent', [None, 2])
+def test_any_changed_bit_or_cut_of_a_json_file_is_found_or_changes_nothing(tmp_path, indent):
+    path, found = tmp_path / 'a.json', 0
+    files.write_json(path, CONTENT, indent)
+    whole = path.read_bytes()
+    assert files.read_json(path) == CONTENT
+    changes = [*flips(whole), *(whole[:size] for size in range(len(whole) - 1)), whole + b'0']
+    for changed in changes:
         path.write_bytes(changed)
         try:
-            read = files.read_json(path)
+            assert files.read_json(path) == CONTENT
         except files.Corrupt:
-            continue
-        if 'sha256' in changed.decode():  # else the key itself was hit, which nothing tells yet
-            assert read == content
+            found += 1
+    assert found == len(changes) - 3  # 1E-30, and two digits of \\u00fc written large
 
 
-@pytest.mark.parametrize('text', ['', '[1]', '[' * 100_000, '{"a": 1, "sha256": "0"}', '{"a": '])
+def test_what_json_writes_otherwise_keeps_its_digest(tmp_path):
+    files.write_json(tmp_path / 'a.json', {'shape': (1, 2), 'by number': {10: 1, 9: 2}})
+    content = {'shape': [1, 2], 'by number': {'10': 1, '9': 2}}
+    assert files.read_json(tmp_path / 'a.json') == content
+
+
+TEXTS = (
+    '',
+    '[1]',
+    '[' * 100_000,
+    '{"a": 1, "sha256": "0"}',
+    '{"a": ',
+    '{"a": 1}',
+    '1' * 5000,
+    '\x80',
+)
+
+
+@pytest.mark.parametrize('text', TEXTS)
 def test_what_is_not_what_was_written_is_corrupt(tmp_path, text):
     path = tmp_path / 'a.json'
-    path.write_text(text)
+    path.write_text(text, encoding='latin-1')
     with pytest.raises(files.Corrupt):
         files.read_json(path)
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'link to a device'])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / 'file'
+    if kind == 'pipe':
+        os.mkfifo(path)
+    else:
+        path.symlink_to('/dev/zero')
+    for read in (files.read_bytes, files.read_text, files.read_json):
+        with pytest.raises(files.Corrupt, match='regular'):
+            read(path)
+    assert (build(path) == 7).all()
+    assert stat.S_ISREG(os.lstat(path).st_mode)  # it was replaced
 
 
 DAMAGE = {
@@ -272,3 +316,43 @@ def test_a_lock_ends_with_its_process(tmp_path):
         assert held
         assert json.loads(path.read_text())[1] == os.getpid()
     assert files.lock_holder(path) is None
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'link', 'dangling link'])
+def test_a_lock_is_no_way_to_another_file(tmp_path, kind):
+    path, other = tmp_path / 'lock', tmp_path / 'other'
+    if kind == 'pipe':
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other)
+        if kind == 'link':
+            other.write_text('precious')
+    assert files.lock_holder(path) is None
+    with pytest.raises(UserError, match='remove it'), files.lock(path, wait=True):
+        pass
+    assert other.exists() == (kind == 'link')
+    assert kind != 'link' or other.read_text() == 'precious'
+
+
+def test_who_waited_for_a_lock_that_was_removed_locks_the_new_one(tmp_path):
+    path, held = tmp_path / 'lock', []
+
+    def wait():
+        with files.lock(path, wait=True) as mine:
+            held.append((mine, os.stat(path).st_ino))
+
+    with files.lock(path):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        path.unlink()
+        path.touch()
+        number = os.stat(path).st_ino
+    waiting.join()
+    assert held == [(True, number)]
+
+
+@pytest.mark.parametrize('text', ['', '[]', '["a"]', '{"a": 1, "b": 2}', '["a", 1e999]', '\xff'])
+def test_a_lock_that_tells_nothing_has_no_holder(tmp_path, text):
+    (tmp_path / 'lock').write_text(text, encoding='latin-1')
+    assert files.lock_holder(tmp_path / 'lock') is None

@@ -20,7 +20,7 @@ from typing import Any
 from cnn_jax import config as cfg
 from cnn_jax.ablation.plan import Plan
 from cnn_jax.errors import UserError
-from cnn_jax.files import Corrupt, lock, lock_holder, read_json, write_json, write_text
+from cnn_jax.files import Corrupt, lock, lock_holder, read_json, write_json
 
 DEFINITION = 'ablation.json'
 FOLDER = 'cells'
@@ -153,7 +153,7 @@ def open_store(
                 f'{folder} has results of an ablation, but its {DEFINITION} is missing; restore it '
                 'or choose another --workdir'
             )
-        write_text(path, json.dumps(facts | now, indent=2) + '\n')
+        write_json(path, facts | now, indent=2)
     return Store(folder, plan, provenance)
 
 

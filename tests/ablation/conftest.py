@@ -1,13 +1,14 @@
 """An ablation's work directory with results drawn at random, and a real browser."""
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from cnn_jax.files import read_json, write_json
 
 EXAMPLES = 400
 DATA = {'data.source': 'mnist_5k', 'data.train': 'train[:500]', 'data.eval': 'test'}
@@ -45,7 +46,7 @@ def write_ablation() -> Callable[..., Path]:
             'manifest': {'packages': {'jax': '0.10.2'}},
             'budgets': dict.fromkeys(gains, '3 epochs'),
         }
-        (folder / 'ablation.json').write_text(json.dumps(definition | changes))
+        write_json(folder / 'ablation.json', definition | changes)
         generator = np.random.default_rng(0)
         difficulty, luck = generator.random(EXAMPLES), generator.normal(0, spread, seeds)
         for place, (arm, effect) in enumerate(gains.items()):
@@ -53,7 +54,7 @@ def write_ablation() -> Callable[..., Path]:
                 wanted = 0.85 + effect + luck[seed] + generator.normal(0, spread / 3)
                 correct = difficulty < np.quantile(difficulty, np.clip(wanted, 0, 1))
                 path = folder / 'cells' / f'{place}-{seed}.json'
-                path.write_text(json.dumps(result(arm, seed, correct)))
+                write_json(path, result(arm, seed, correct))
         return folder
 
     return write
@@ -96,6 +97,6 @@ def change_result() -> Callable[..., None]:
 
     def change(folder: Path, name: str, **fields: Any) -> None:
         path = folder / 'cells' / f'{name}.json'
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        write_json(path, read_json(path) | fields)
 
     return change

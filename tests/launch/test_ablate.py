@@ -1,9 +1,10 @@
 """launch.ablate as a user types it, killed and started again, and its mistakes."""
 
-import json
 import shutil
 
 from PIL import Image
+
+from cnn_jax.files import write_json
 
 
 def test_it_says_what_it_compares_and_what_it_found(study, summary):
@@ -37,7 +38,7 @@ def test_a_failed_cell_is_run_again_on_request(launch, study, tmp_path, study_fl
     folder = tmp_path / 'failed'
     shutil.copytree(study[0], folder)
     cell = next((folder / 'cells').glob('L2-0-*.json'))
-    cell.write_text(json.dumps({'arm': 'L2', 'seed': 0, 'status': 'failed', 'reason': 'made up'}))
+    write_json(cell, {'arm': 'L2', 'seed': 0, 'status': 'failed', 'reason': 'made up'})
     done = launch('ablate', *study_flags, f'--workdir={folder}', check=1)
     assert '1 runs failed; --retry_failed repeats them' in done.stdout
     launch('ablate', *study_flags, f'--workdir={folder}', '--retry_failed', check=0)
