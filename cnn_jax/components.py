@@ -12,20 +12,24 @@ Their source code is digested into the config (its field `own`), so runs of diff
 never mixed. An experiment file is executed: open only those that you trust.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import re
 import sys
 import sysconfig
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cnn_jax import config as cfg
 from cnn_jax.config import OWN, Config, replace
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -146,41 +150,90 @@ class _Splits:
 
 
 def load_experiment(path: str | Path) -> types.ModuleType:
-    """Execute an experiment file and return it as a module.
+    """Execute an experiment file, once in a process, and return it as a module.
 
     Errors:
-        UserError: The file is missing, or fails.
+        UserError: The file is missing, or fails; the line is named.
     """
     path = Path(path)
     name = f'experiment_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}'
     if name in sys.modules:
         return sys.modules[name]
+    if not path.is_file():
+        raise UserError(f'{path}: there is no such file')
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f'{path} is not a Python file')
+    if spec is None or spec.loader is None:
+        raise UserError(f'{path} is not a Python file; its name must end in .py')
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _blamed_on(path):
+            spec.loader.exec_module(module)
+    except UserError:
         del sys.modules[name]
-        where = f', line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        raise UserError(f'{path}{where} fails: {type(error).__name__}: {error}') from error
+        raise
     return module
+
+
+@contextlib.contextmanager
+def _blamed_on(path: Path) -> Iterator[None]:
+    """Turn what an experiment file raises into a `UserError` that names its line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines = [error.lineno]
+        where = f'{path}, line {lines[-1]}' if lines else str(path)
+        if isinstance(error, UserError):
+            raise UserError(f'{where}: {error}') from error
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        told = f'{type(error).__name__}: {text}' if text else type(error).__name__
+        if isinstance(error, SystemExit):
+            told = 'it ends the program'
+        found = re.match(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(error))
+        group = getattr(cfg, found[1], None) if found else None
+        if found and dataclasses.is_dataclass(group):
+            told = f'{found[1]} has no field {found[2]}'
+            told += nearest(found[2], [f.name for f in dataclasses.fields(group)])
+        raise UserError(f'{where}: {told}') from error
+
+
+def get_config(path: str | Path) -> Config:
+    """The config of an experiment file; errors as for `load_experiment`."""
+    module = load_experiment(path)
+    function = getattr(module, 'get_config', None)
+    if not callable(function):
+        raise UserError(f'{path} has no function get_config(); an experiment file needs one')
+    with _blamed_on(Path(path)):
+        config = function()
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise UserError(f'{path}: get_config() returns a {kind}; it must return a cnn_jax.Config')
+    return config
 
 
 def from_experiment(path: str | Path) -> Components:
     """The components that an experiment file defines; errors as for `load_experiment`."""
     module = load_experiment(path)
-    defines = any(
-        hasattr(module, name) for name in ('model', 'source', 'optimizer', 'REGULARIZERS')
-    )
-    return Components(
-        model=getattr(module, 'model', None),
-        source=getattr(module, 'source', None),
-        optimizer=getattr(module, 'optimizer', None),
-        regularizers=tuple(getattr(module, 'REGULARIZERS', ())),
-        experiment=str(Path(path).resolve()) if defines else '',
-    )
+    functions: dict[str, Any] = {
+        name: getattr(module, name, None) for name in ('model', 'source', 'optimizer')
+    }
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise UserError(f'{path}: {name} is no function; define it as `def {name}(config, …)`')
+    regularizers = getattr(module, 'REGULARIZERS', ())
+    if not isinstance(regularizers, (list, tuple)) or not all(
+        hasattr(each, 'term') for each in regularizers
+    ):
+        raise UserError(f'{path}: REGULARIZERS must be a list of cnn_jax.Regularizer(…)')
+    brings = Components(regularizers=tuple(regularizers), **functions)
+    if brings == NO_COMPONENTS:
+        return brings
+    return dataclasses.replace(brings, experiment=str(Path(path).resolve()))
 
 
 def reopened(

@@ -12,10 +12,12 @@ it is static whether it is 0, so that what is off costs nothing.
   config = replace(config, {'optimizer.learning_rate': 1e-3})
 """
 
+import ast
 import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -65,8 +67,18 @@ VGG: dict[str, Any] = {'only_for': 'vgg16'}
 GHOST_AS_BATCH = {'ghost': 'batch'}  # pooled statistics lack the variance between the groups
 
 
+class Fields:
+    """A group of fields, in which a misspelt one cannot be set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = [f.name for f in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]
+        if name not in known:
+            raise UserError(f'{type(self).__name__} has no field {name}{nearest(name, known)}')
+        super().__setattr__(name, value)
+
+
 @dataclass
-class Model:
+class Model(Fields):
     """The network.
 
     `strided_net` is: an optional stem convolution (no activation, no normalization), then for
@@ -152,7 +164,7 @@ class Model:
 
 
 @dataclass
-class Data:
+class Data(Fields):
     """The images: their source, and their way to the network."""
 
     source: str = 'mnist_5k'  # mnist_5k | digits | tfds:NAME | folder:PATH | idx:PATH | own
@@ -171,7 +183,7 @@ class Data:
 
 
 @dataclass
-class Augment:
+class Augment(Fields):
     """Random changes to the training images, made on the device, keyed by example."""
 
     flip: bool = False  # left-right, with probability 1/2
@@ -193,7 +205,7 @@ class Augment:
 
 
 @dataclass
-class Loss:
+class Loss(Fields):
     """Task loss and regularizers (equations in `cnn_jax.regularizers`)."""
 
     label_smoothing: float = traced(0.0, high=1)
@@ -214,7 +226,7 @@ class Loss:
 
 
 @dataclass
-class Optimizer:
+class Optimizer(Fields):
     """Update rule and learning-rate schedule (equations in `cnn_jax.optim`)."""
 
     name: str = 'adam'  # adam | sgd | adamw | any in optax or optax.contrib | own
@@ -241,7 +253,7 @@ class Optimizer:
 
 
 @dataclass
-class Train:
+class Train(Fields):
     """The length of a run, its evaluations and checkpoints."""
 
     epochs: float = number(10.0)
@@ -258,7 +270,7 @@ class Train:
 
 
 @dataclass
-class Unfreeze:
+class Unfreeze(Fields):
     """A second phase, which trains more of the network; it starts after `train.epochs`.
 
     What the first phase trained keeps its optimizer state and learning rate; what is new starts
@@ -272,7 +284,7 @@ class Unfreeze:
 
 
 @dataclass
-class Features:
+class Features(Fields):
     """Outputs of a frozen backbone, computed once and kept in the user's cache folder."""
 
     cache: str = choice('auto', 'always', 'never')  # auto: wherever the backbone is frozen
@@ -281,7 +293,7 @@ class Features:
 
 
 @dataclass
-class Config:
+class Config(Fields):
     """One run. `seed` decides initial weights, data order, augmentation and dropout."""
 
     seed: int = number(0, high=2**32 - 1)
@@ -327,8 +339,8 @@ def replace(config: C, changes: dict[str, Any]) -> C:
     Errors:
         UserError: A path is unknown, or a value does not have its field's type.
     """
-    known = fields_by_path(config)
     new = type(config)()
+    known = fields_by_path(new)
     for path, value in (to_flat(config) | changes).items():
         if path not in known:
             raise UserError(unknown_key(path, known))
@@ -343,7 +355,8 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
     group, _, name = path.rpartition('.')
     inside = [other for other in known if other.rpartition('.')[0] == group]
     leaves = {other.rpartition('.')[2]: f'config.{other}' for other in [*known][::-1] + inside}
-    return f'config.{path} is not a field of the configuration{nearest(name, leaves)}'
+    hint = nearest(name, leaves) or '; cnn_jax/config.py lists them'
+    return f'config.{path} is not a field of the configuration{hint}'
 
 
 def local_path(given: str, name: str) -> str:
@@ -366,22 +379,62 @@ def local_path(given: str, name: str) -> str:
         raise UserError(f'{name} is {given}, and there is no such home; give the path') from error
 
 
+def from_text(path: str, kind: Any, text: str) -> Any:
+    """The value of a field that a command line gives as text; a tuple's items stand at commas.
+
+    Args:
+        path: The field.
+        kind: Its type.
+        text: For example `0.5`, `true`, `32,64`, `(32, 64)`, `a,b` or `('a,b',)`.
+
+    Errors:
+        UserError: The text does not say such a value.
+    """
+    try:
+        if kind is bool:
+            return {'true': True, 't': True, '1': True, 'false': False, 'f': False, '0': False}[
+                text.lower()
+            ]
+        if kind in (int, float, str):
+            return kind(text)
+        if get_args(kind)[0] is str and not set(text) & set('\'"'):
+            text = repr([each.strip() for each in text.strip('()[] ').split(',') if each.strip()])
+        with warnings.catch_warnings(action='ignore'):  # of Python, on odd literals
+            value = ast.literal_eval(text.strip())
+        return _coerce(path, kind, value if isinstance(value, (list, tuple)) else (value,))
+    except (KeyError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise _mistyped(path, kind, text) from error
+
+
 def _coerce(path: str, kind: Any, value: Any) -> Any:
     """Return the value as the field's type, or raise; a traced array passes as a number."""
     if hasattr(value, 'dtype') and kind in (int, float):
         return value
     if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
         if isinstance(value, (list, tuple)):
-            return tuple(_coerce(path, item, each) for each in value)
+            try:
+                return tuple(_coerce(path, get_args(kind)[0], each) for each in value)
+            except UserError:
+                pass  # told with the whole list
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                return math.inf
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    items = get_args(kind)
-    name = f'a list of {items[0].__name__}' if items else kind.__name__
-    raise UserError(f'config.{path} must be {name}, not {value!r}')
+    raise _mistyped(path, kind, value)
+
+
+def _mistyped(path: str, kind: Any, value: Any) -> UserError:
+    """The error for a value that is not of its field's type."""
+    names = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'True or False'}
+    if get_origin(kind) is tuple:
+        name = 'a list of ' + names[get_args(kind)[0]].partition(' ')[2] + 's'
+    else:
+        name = names.get(kind, f'a {kind.__name__}')
+    return UserError(f'config.{path} must be {name}, not {value!r}')
 
 
 def traced_values(config: Config) -> dict[str, float]:

@@ -75,6 +75,11 @@ class Regularizer:
     needs_activations: bool = False
     needs_images: bool = False
 
+    def __post_init__(self) -> None:
+        for path in (self.field, self.on):
+            if path:
+                get(Config(), path)  # an unknown one is a UserError
+
     def is_on(self, config: Config) -> bool:
         """Return whether it is compiled in; a strength that is not optional always is."""
         always = not fields_by_path(config)[self.field].metadata.get('optional')

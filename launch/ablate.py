@@ -62,7 +62,7 @@ def main(_) -> int:
     workers = max(1, runtime.cores() // threads) if runtime.runs_on_cpu() else 1
     arguments = [each for each in sys.argv[1:] if not each.startswith(('--workers=', '--retry'))]
     result = ablate(
-        plan_of(load_experiment(cli.config_file()), config, SEEDS.value),
+        plan_of(load_experiment(CONFIG.value), config, SEEDS.value),
         workdir=WORKDIR.value,
         components=components,
         workers=WORKERS.value or workers,

@@ -7,20 +7,21 @@ stopped by Ctrl-C before there was anything to save.
 import builtins
 import io
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from absl import app, flags, logging
+from absl import flags
 
 from cnn_jax import config as cfg
-from cnn_jax.components import Components, from_experiment
-from cnn_jax.errors import RunFailed, UserError, printable
+from cnn_jax.components import Components, from_experiment, get_config
+from cnn_jax.errors import RunFailed, UserError, nearest, printable
 
 PRINT = print  # as Python has it
+_overrides: dict[str, Any] = {}  # the values of --config.KEY=VALUE
 
 OK, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 
@@ -45,16 +46,22 @@ class _Path(flags.ArgumentParser):
         return cfg.local_path(argument, f'--{self.name}')
 
 
-def define_path(name: str, text: str, *, required: bool = False, url: bool = False) -> Any:
-    """A flag that takes a path; None if it is not given.
+def define_path(
+    name: str,
+    text: str,
+    default: str | None = None,
+    *,
+    required: bool = False,
+    url: bool = False,
+) -> Any:
+    """A flag that takes a path.
 
     Args:
-        name: The flag's.
-        text: Its help.
+        name, text, default: The flag's name, help and value where it is not given.
         required: Whether it must be given.
         url: Whether it may be a URL such as gs://BUCKET/RUN.
     """
-    return flags.DEFINE(_Path(name, url), name, None, text, required=required)
+    return flags.DEFINE(_Path(name, url), name, default, text, required=required)
 
 
 def define_workdir(text: str, url: bool = False) -> flags.FlagHolder:
@@ -76,39 +83,31 @@ def define_layout() -> tuple[flags.FlagHolder, flags.FlagHolder]:
 
 
 def define_config() -> flags.FlagHolder:
-    """The --config=FILE flag with its --config.KEY=VALUE overrides, required."""
-    from ml_collections import config_flags
-
-    return config_flags.DEFINE_config_file(
+    """The --config=FILE flag, required, beside which --config.KEY=VALUE overrides may stand."""
+    return define_path(
         'config',
-        None,
-        'The experiment: a Python file with get_config(). Override any field with '
-        '--config.KEY=VALUE, e.g. --config.optimizer.learning_rate=1e-3; '
+        'The experiment: a Python file with get_config(), which is executed. Override any field '
+        'with --config.KEY=VALUE, e.g. --config.optimizer.learning_rate=1e-3; '
         'cnn_jax/config.py says what the fields mean.',
+        required=True,
     )
-
-
-def config_file() -> str:
-    """The path of the experiment file that --config names."""
-    from ml_collections import config_flags
-
-    return config_flags.get_config_filename(flags.FLAGS['config'])
 
 
 def read_experiment(holder: flags.FlagHolder) -> tuple[cfg.Config, Components]:
     """The validated config of a `define_config` flag, and what its file brings."""
-    config = holder.value
-    if not isinstance(config, cfg.Config):
-        raise UserError('--config is missing; give an experiment file, e.g. experiments/small.py')
-    components = from_experiment(config_file())
-    return cfg.validate(components.mark(config)), components
+    config, components = get_config(holder.value), from_experiment(holder.value)
+    return cfg.validate(components.mark(cfg.replace(config, _overrides))), components
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run(main: Callable[[list[str]], int | None], takes_words: bool = False) -> None:
     """Run a launcher's `main` and leave the process with its exit code.
 
     A `UserError` is one sentence on standard error and exit code 2; any other exception is a
     failed run, exit code 1, with one sentence, too. `--debug` shows the traceback.
+
+    Args:
+        main: Takes the words that are no flags, behind the program's name.
+        takes_words: Whether it reads them; else one is an error.
     """
     arguments = sys.argv
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
@@ -121,10 +120,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         print('  --debug: Show the traceback of an error.')
         sys.exit(OK)
     try:
-        _check_config_argument(arguments)
+        words = _parse(arguments)
+        if words[1:] and not takes_words:
+            _refuse(words[1], arguments)
         if not debug:
             _quieten()
-        app.run(lambda argv: sys.exit(main(argv) or OK), flags_parser=_parse)
+        sys.exit(main(words) or OK)
     except UserError as error:
         if debug:
             raise
@@ -167,6 +168,9 @@ def _sentence(error: Exception) -> str:
 
 def _quieten() -> None:
     """Let libraries say nothing of their own accord: their errors are raised, and told once."""
+    from absl import logging  # has flags of its own, which are not the launchers'
+
+    logging.use_absl_handler()
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of all threads that fail
     getLogger('asyncio').setLevel(CRITICAL)
 
@@ -184,24 +188,65 @@ def _quieten() -> None:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    """Parse the flags; a wrong one is a `UserError`."""
+    """Parse the flags, keep the overrides, and return the rest; what is wrong is a `UserError`."""
+    known = flags.FLAGS
     try:
-        return flags.FLAGS(arguments)
+        return known(_take_overrides([arguments[0], *known.read_flags_from_files(arguments[1:])]))
+    except flags.UnrecognizedFlagError as error:
+        hint = nearest(error.flagname, {name: f'--{name}' for name in known})
+        hint = hint or '; --help lists the flags'
+        raise UserError(f'there is no flag --{error.flagname}{hint}') from error
     except flags.Error as error:
         if isinstance(error.__context__, UserError):  # of a parser of ours
             raise error.__context__ from None
-        raise UserError(f'{error}; --help lists the flags') from error
+        found = re.match(r'flag --(\w+)=(.*)', str(error), re.DOTALL)
+        if not found:
+            raise UserError(f'{error}; --help lists the flags') from error
+        flag, given = known[found[1]], found[2].removesuffix(f': {error.__context__}')
+        if flag.value is None and flag.default is None and 'other than None' in given:
+            raise UserError(f'--{flag.name} is missing; give --{flag.name}=…') from None
+        choices = ['true', 'false'] if flag.boolean else getattr(flag.parser, 'enum_values', [])
+        wanted = flag.parser.syntactic_help or ' or '.join(choices)
+        raise UserError(f'--{flag.name} is {given!r}; it takes {wanted}') from error
+    except UnicodeDecodeError as error:
+        raise UserError('the --flagfile is not UTF-8') from error
 
 
-def _check_config_argument(arguments: list[str]) -> None:
-    """Say in our own words what ml_collections would answer with a traceback."""
-    known = cfg.fields_by_path(cfg.Config())
-    for argument in arguments[1:]:
-        name, _, given = argument.lstrip('-').partition('=')
-        if name == 'config' and given and not Path(given).is_file():
-            raise UserError(f'--config={given}: there is no such file')
-        if name.startswith('config.') and name.removeprefix('config.') not in known:
-            raise UserError(cfg.unknown_key(name.removeprefix('config.'), known))
+def _take_overrides(arguments: list[str]) -> list[str]:
+    """Move `--config.KEY=VALUE` from the arguments to `_overrides`; return the others."""
+    known, others = cfg.fields_by_path(cfg.Config()), []
+    words = iter(arguments)
+    for word in words:
+        if word == '--':
+            return [*others, word, *words]
+        dashed, equals, text = word.partition('=')
+        is_flag = re.fullmatch(r'--?(no)?config\.(.*)', dashed, re.DOTALL)
+        if not is_flag or 'config' not in flags.FLAGS:
+            others.append(word)
+            continue
+        off, path = is_flag.groups()
+        if path not in known:
+            raise UserError(cfg.unknown_key(path, known))
+        is_switch = known[path].type is bool
+        if off and (equals or not is_switch):
+            raise UserError(f'{word} is no flag; write --config.{path}=VALUE')
+        if not equals:
+            text = str(not off) if is_switch else next(words, '')
+        _overrides[path] = cfg.from_text(path, known[path].type, text)
+    return others
+
+
+def _refuse(word: str, arguments: list[str]) -> NoReturn:
+    """Raise the error for a word that nothing reads, with what was perhaps meant."""
+    before = arguments[arguments.index(word) - 1] if word in arguments[1:] else ''
+    hint = 'leave it out'
+    if before.startswith('--') and before != '--' and '=' not in before:
+        hint = f'write {before}={word}'
+    elif '--' in arguments and word.startswith('-'):
+        hint = 'leave out the --, behind which words are no flags'
+    elif '=' in word:
+        hint = f'write --{word}'
+    raise UserError(f'nothing reads {word!r}; {hint}')
 
 
 def start(threads: int = 0) -> Any:

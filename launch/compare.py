@@ -36,4 +36,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    cli.run(main)
+    cli.run(main, takes_words=True)

@@ -48,7 +48,7 @@ CLASSES = flags.DEFINE_integer(
     '0: ten, or two for one output.',
     lower_bound=0,
 )
-JSON = flags.DEFINE_string('json', '', 'Also write the costs to this file, as JSON.')
+JSON = cli.define_path('json', 'Also write the costs to this file, as JSON.')
 
 
 def main(_) -> int:

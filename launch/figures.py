@@ -11,12 +11,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from cnn_jax import config as cfg
 from launch import cli
 
-OUT = flags.DEFINE_string('out', None, 'Folder of the PNGs.', required=True)
+OUT = cli.define_path('out', 'Folder of the PNGs.', required=True)
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, SKY, GREY = '#0072B2', '#E69F00', '#009E73', '#56B4E9', '#999999'

@@ -9,6 +9,7 @@ lr_finder.csv and lr_finder.png into the folder. Of two phases, the rate is that
 run is changed: a training afterwards gives the same bits as without it.
 """
 
+import math
 from pathlib import Path
 
 from absl import flags
@@ -17,7 +18,7 @@ from cnn_jax.errors import UserError
 from launch import cli
 
 CONFIG = cli.define_config()
-OUT = flags.DEFINE_string('out', None, 'The folder for the curve; created.', required=True)
+OUT = cli.define_path('out', 'The folder for the curve; created.', required=True)
 LOWEST = flags.DEFINE_float('lowest', 1e-6, 'The first learning rate.', lower_bound=1e-12)
 HIGHEST = flags.DEFINE_float('highest', 1.0, 'The last one.', lower_bound=1e-12)
 STEPS = flags.DEFINE_integer('steps', 100, 'How many rates to try.', lower_bound=30)
@@ -26,8 +27,10 @@ STEPS = flags.DEFINE_integer('steps', 100, 'How many rates to try.', lower_bound
 def main(_) -> int:
     """Sweep the learning rate; returns the exit code."""
     (config, components), folder = cli.read_experiment(CONFIG), Path(OUT.value)
-    if LOWEST.value >= HIGHEST.value:
-        raise UserError(f'--lowest is {LOWEST.value:g}; it must be below --highest')
+    if not LOWEST.value < HIGHEST.value < math.inf:
+        raise UserError(
+            f'--lowest is {LOWEST.value:g}; it must be below --highest, which is finite'
+        )
     print(cli.start(config.train.threads))
 
     from rich.progress import track

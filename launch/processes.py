@@ -145,4 +145,4 @@ def _pass_on(stream: IO[str], out: IO[str], prefix: str) -> None:
 
 
 if __name__ == '__main__':
-    cli.run(main)
+    cli.run(main, takes_words=True)

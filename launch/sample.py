@@ -14,7 +14,7 @@ SOURCE = flags.DEFINE_string('source', 'mnist_5k', 'A source, as in config.data.
 SPLIT = flags.DEFINE_string('split', 'test', 'A split of the source.')
 COUNT = flags.DEFINE_integer('count', 6, 'Number of images.', lower_bound=1)
 CLASSES = flags.DEFINE_list('classes', [], 'Only images of these classes.')
-OUT = flags.DEFINE_string('out', None, 'Folder to write to.', required=True)
+OUT = cli.define_path('out', 'Folder to write to.', required=True)
 
 
 def main(_) -> int:

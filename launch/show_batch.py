@@ -18,7 +18,7 @@ from cnn_jax.errors import UserError
 from launch import cli
 
 CONFIG = cli.define_config()
-OUT = flags.DEFINE_string('out', None, 'PNG to write.', required=True)
+OUT = cli.define_path('out', 'PNG to write.', required=True)
 STEPS = flags.DEFINE_integer('steps', 4, 'Number of steps, from --first on.', lower_bound=1)
 FIRST = flags.DEFINE_integer('first', 0, 'First step.', lower_bound=0)
 IMAGES = flags.DEFINE_integer('images', 6, 'Number of images of each batch.', lower_bound=1)

@@ -41,9 +41,9 @@ def test_an_integer_is_accepted_for_a_float_and_hashes_alike():
     ('changes', 'sentence'),
     [
         ({'model.widhts': (1,)}, 'did you mean config.model.widths'),
-        ({'model.widths': ('a',)}, 'config.model.widths must be int'),
-        ({'train.epochs': 'ten'}, 'config.train.epochs must be float'),
-        ({'seed': True}, 'config.seed must be int'),
+        ({'model.widths': ('a',)}, 'config.model.widths must be a list of whole numbers'),
+        ({'train.epochs': 'ten'}, 'config.train.epochs must be a number'),
+        ({'seed': True}, 'config.seed must be a whole number'),
     ],
 )
 def test_unknown_and_mistyped_fields_are_named(changes, sentence):

@@ -12,7 +12,7 @@ import signal
 import sys
 
 USED = (
-    'absl.app flax.linen jax matplotlib.pyplot ml_collections.config_flags optax orbax.checkpoint '
+    'absl.logging flax.linen jax matplotlib.pyplot optax orbax.checkpoint '
     'PIL.Image rich.progress scipy.stats tensorboardX'
 )
 LONGEST = 300  # seconds
