@@ -4,6 +4,7 @@ Together, each function of a run is mapped over a leading axis, and devices shar
 steps are those of `train.loop.steps`.
 """
 
+import collections
 import functools
 import math
 import time
@@ -27,6 +28,9 @@ from cnn_jax.train.metrics import EarlyStopping
 from cnn_jax.train.program import RunSpec, State, begin_phase, state_maker, traced_values
 
 Result = dict[str, Any]
+
+# The sums of a step that a curve is drawn from; [K, K] confusions would fill the memory.
+KEPT = ('count', 'loss', 'bin_correct', 'objective', 'gradient_norm')
 
 
 @dataclass(frozen=True)
@@ -201,16 +205,21 @@ class _Runs:
 
     def train(self) -> State:
         """Train to the end, or until no run goes on; the last state, or with patience the best."""
-        state, pending, config = self._start, [], self._config.train
+        state, config = self._start, self._config.train
+        waiting: collections.deque[metrics.Sums] = collections.deque()
+        total = None
         best = jax.tree.map(jnp.copy, state) if config.patience else None
         for number, phase, _, state, sums in steps(self._phases, self._start, 0, self._values):
-            pending.append(sums)
-            if not self._compiled.spec.is_boundary(number, config.eval_every):
+            reports = self._compiled.spec.is_boundary(number, config.eval_every)
+            waiting.append({name: sums[name] for name in KEPT})
+            while len(waiting) > (0 if reports else 2):  # behind the device, so it need not wait
+                total = metrics.add(total, waiting.popleft())
+            if not reports:
                 continue
             state = with_eval_statistics(self._config, phase, state, self._values)
             self.evaluated = self.evaluate(phase_at(self._phases, number), state, 'eval')
-            self._report(number, pending)
-            pending = []
+            self._report(number, total)
+            total = None
             if best is not None:
                 best = self._better(number, state, best)
             if len(self.failures | self._over) == len(self.curves):
@@ -232,17 +241,22 @@ class _Runs:
         """The number of steps that a run trained."""
         return self._over.get(i, self._compiled.spec.phase_ends[-1])
 
-    def _report(self, number: int, pending: list) -> None:
+    def _report(self, number: int, total: Any) -> None:
         """Add a point to each curve: training since the last one, and evaluation now."""
         epoch = round(number / self._compiled.spec.steps_per_epoch, 6)
-        for i, sums in enumerate(zip(*map(self._compiled.split, pending))):
+        for i, sums in enumerate(self._compiled.split(total)):
             if i in self._over:
                 continue
+            count = int(sums['count'])
+            means = {  # with regularization on
+                'loss': float(sums['loss']) / count,
+                'accuracy': float(sums['bin_correct'].sum()) / count,
+            }
             point = {'step': number, 'epoch': epoch}
-            self.curves[i].append({**point, 'split': 'train', **_mean(sums)})
+            self.curves[i].append({**point, 'split': 'train', **means})
             self.curves[i].append({**point, 'split': 'eval', **self.evaluated[i]})
-            numbers = [each[name] for each in sums for name in ('objective', 'gradient_norm')]
-            if not np.isfinite(numbers).all():
+            # One step that is not finite leaves a sum that is not.
+            if not np.isfinite([sums['objective'], sums['gradient_norm']]).all():
                 self.failures.setdefault(i, f'the loss is not finite by step {number}')
 
     def all_failed(self) -> bool:
@@ -303,12 +317,3 @@ class _Stacked:
     def split(self, name: str) -> Iterator[Any]:
         """The examples of a split, `train` or `eval`, once and not augmented."""
         return map(self._stack, zip(*(run[name].evaluate() for run in self._runs)))
-
-
-def _mean(steps: Sequence[metrics.Sums]) -> dict[str, float]:
-    """Training loss and accuracy over some steps, with regularization on."""
-    count = sum(int(sums['count']) for sums in steps)
-    return {
-        'loss': sum(float(sums['loss']) for sums in steps) / count,
-        'accuracy': sum(int(np.trace(sums['confusion'])) for sums in steps) / count,
-    }

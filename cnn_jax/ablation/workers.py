@@ -7,6 +7,7 @@ is an error. JAX is imported by the workers alone: the process that starts them 
 """
 
 import ctypes
+import functools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from cnn_jax.errors import RunFailed, UserError
 RETRIES = 10  # of a Ray worker, for nodes that die
 MISTAKE = 2  # a worker's exit code when the user must mend something
 OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'  # in XLA's message
+LIBC = ctypes.CDLL(None)  # loaded before any fork
 WAIT = 0.5  # seconds between looks at runs that other processes have claimed
 
 
@@ -104,7 +106,11 @@ class LocalWorkers(Workers):
             line = [*command, f'--worker={number}']
             with log.open('w') as file:
                 process = subprocess.Popen(
-                    line, stdout=file, stderr=subprocess.STDOUT, env=_environment()
+                    line,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(),
+                    preexec_fn=functools.partial(end_with_parent, os.getpid()),
                 )
             self._processes.append(process)
 
@@ -164,7 +170,7 @@ class RayWorkers(Workers):
             max_retries=RETRIES,
         )
         def work(number: int) -> tuple[int, str]:
-            line = [*command, f'--worker={number}']
+            line = [*command, f'--parent={os.getpid()}', f'--worker={number}']
             done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
             return done.returncode, done.stdout if done.returncode == 0 else done.stderr
 
@@ -184,7 +190,6 @@ def work(folder: Path, task: Task, worker: int) -> None:
     """Train runs in this process, a worker's, and print what was done."""
     from cnn_jax.tools.selfcheck import self_check
 
-    end_with_parent()
     plan = Plan.from_json(task.plan)
     if task.pinned:
         pin(worker, task.workers, plan.threads)
@@ -353,11 +358,16 @@ class _Structure:
         return results
 
 
-def end_with_parent() -> None:
-    """Let the kernel end this process when the one that started it ends, however it does."""
+def end_with_parent(parent: int) -> None:
+    """Let the kernel end this process when `parent`, which started it, ends, however it does.
+
+    Local workers do so between fork and exec, so that no kill of their launcher is too early.
+    """
     if sys.platform == 'linux':
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        LIBC.prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(MISTAKE)
 
 
 def pin(number: int, workers: int, threads: int) -> None:
@@ -372,6 +382,8 @@ def pin(number: int, workers: int, threads: int) -> None:
 def main() -> None:
     """Be a worker; a `UserError` is one line on standard error and exit code 2."""
     options = dict(argument.lstrip('-').split('=', 1) for argument in sys.argv[1:])
+    if 'parent' in options:
+        end_with_parent(int(options['parent']))
     task = Task(**json.loads(Path(options['task']).read_text()))
     try:
         work(Path(options['workdir']), task, int(options['worker']))

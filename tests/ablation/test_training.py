@@ -16,6 +16,7 @@ from cnn_jax.ablation.plan import make_plan
 from cnn_jax.ablation.results import open_store
 from cnn_jax.ablation.training import compile_structure, train_runs
 from cnn_jax.components import from_objects
+from cnn_jax.train.loop import steps
 from cnn_jax.train.run import fit
 from cnn_jax.train.setup import open_data
 
@@ -188,6 +189,23 @@ def test_devices_share_the_runs():
     flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
     environment = os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__], check=True, env=environment)
+
+
+def test_nothing_of_a_step_is_kept_but_what_is_reported(monkeypatch):
+    """As many arrays live on the device at the end of a long epoch as at its beginning."""
+    config, data, components = opened(make_config(**{'train.epochs': 8.0}))
+    compiled = compile_structure(config, data, components=components)
+    alive = []
+
+    def counted(*arguments):
+        for each in steps(*arguments):
+            alive.append(len(jax.live_arrays()))
+            yield each
+
+    monkeypatch.setattr(training, 'steps', counted)
+    train_runs([cfg.replace(config, {'train.eval_every': 8.0})], compiled, data)
+    assert len(alive) == 40
+    assert max(alive[10:]) <= max(alive[:10])
 
 
 @pytest.mark.parametrize('together', [1, 3])

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -45,6 +46,33 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_summary(
         launch('ablate', *many, f'--workdir={folder}', check=0)
         assert summary(folder) == summary(tmp_path / 'whole')
     record_property('tried', kills)
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from cnn_jax.ablation.workers import LocalWorkers
+print('ready', flush=True)
+worker = [sys.executable, '-c', 'import time; time.sleep(60)', sys.argv[1]]
+LocalWorkers(worker, 2, Path(sys.argv[1]))
+time.sleep(60)
+"""
+
+
+def test_no_worker_outlives_a_launcher_that_is_killed(tmp_path):
+    """At 20 moments, from before the first worker is started until both run."""
+    draw = random.Random(0)
+    for _ in range(20):
+        command = [sys.executable, '-c', LAUNCHER, str(tmp_path)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(draw.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    time.sleep(1)
+    found = [p.info['cmdline'] for p in psutil.process_iter(['cmdline'])]
+    assert [command for command in found if command and str(tmp_path) in command] == []
 
 
 def test_a_killed_workers_cells_go_to_the_others(
