@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cnn_jax.errors import UserError
 from cnn_jax.files import cache_folder
 
 # jaxlib 0.10's YNNPACK reductions give wrong results on CPU (jax issue 39103), and its single
@@ -32,6 +33,28 @@ CPU_FLAGS = {
 # Without it cuDNN's backward convolutions add in any order, and each start may choose others:
 # neither a restart nor next year's run would give the same bits. Its cost was not measured.
 GPU_FLAGS = {'xla_gpu_deterministic_ops': '--xla_gpu_deterministic_ops=true'}
+
+# Settings of JAX that change what is computed, and the values with which runs compute.
+PINNED = {
+    'jax_threefry_partitionable': True,
+    'jax_enable_x64': False,
+    'jax_default_prng_impl': 'threefry2x32',
+    'jax_default_matmul_precision': None,
+    'jax_numpy_dtype_promotion': 'standard',
+    'jax_numpy_rank_promotion': 'allow',
+    'jax_random_seed_offset': 0,
+    'jax_enable_custom_prng': False,
+    'jax_legacy_prng_key': 'allow',
+    'jax_allow_f16_reductions': True,
+    'jax_high_dynamic_range_gumbel': False,
+    'jax_optimization_level': 'UNKNOWN',
+    'jax_exec_time_optimization_effort': 0.0,
+    'jax_memory_fitting_effort': 0.0,
+    'jax_disable_jit': False,
+    'jax_disable_most_optimizations': False,
+    'jax_debug_nans': False,
+    'jax_debug_infs': False,
+}
 
 CUDA_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
 ACCELERATOR_PLUGINS = (*CUDA_PLUGINS, 'jax_rocm7_plugin', 'libtpu')
@@ -70,7 +93,7 @@ def configure(threads: int = 0) -> Settings:
         return _in_force or _unconfigured()
     if threads:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
-    threads = int(os.environ.get('NPROC') or cores())
+    threads = _default_threads()
     version, on_cpu = jaxlib_version(), runs_on_cpu()
     flags = add_xla_flags(default_flags(version, on_cpu))
     allocator = _keep_freed_memory() if on_cpu else 'the system default'
@@ -97,7 +120,7 @@ def has_started() -> bool:
 
 def _unconfigured() -> Settings:
     """The settings of a process that used JAX before this package could configure it."""
-    flags, threads = os.environ.get('XLA_FLAGS', ''), int(os.environ.get('NPROC') or cores())
+    flags, threads = os.environ.get('XLA_FLAGS', ''), _default_threads()
     notes = (
         f'jaxlib {jaxlib_version()}',
         count(threads, 'thread'),
@@ -105,6 +128,47 @@ def _unconfigured() -> Settings:
         'JAX had started before cnn_jax was used, so nothing else is set',
     )
     return Settings(flags, threads, 'the system default', 'as JAX has it', notes)
+
+
+def start_jax() -> None:
+    """Start JAX for a run.
+
+    Errors:
+        UserError: A setting of JAX is not that with which runs compute, or there is no device of
+            the platform that was asked for.
+    """
+    import jax
+
+    for name, value in PINNED.items():
+        # Each version has its own; some are no attributes.
+        now = getattr(jax.config, name, jax.config.values.get(name, value))
+        if getattr(now, 'value', now) != value:
+            raise UserError(
+                f'{name} is {now} in this process, with which a run would compute other numbers; '
+                f'call jax.config.update({name!r}, {value!r}) first'
+            )
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get('JAX_PLATFORMS', '')
+        told = str(error).partition(' (set JAX')[0] or 'there is no such device'
+        raise UserError(f'JAX cannot start with JAX_PLATFORMS={asked}: {told}') from error
+
+
+def forget_settings() -> list[str]:
+    """Take the pinned settings out of the environment, before JAX reads it; return their names."""
+    given = [name.upper() for name in PINNED if name.upper() in os.environ]
+    for name in given:
+        del os.environ[name]
+    return given
+
+
+def _default_threads() -> int:
+    """The threads that NPROC names, else one for each core."""
+    given = os.environ.get('NPROC') or str(cores())
+    if not given.isdecimal() or not int(given):
+        raise UserError(f'NPROC is {given!r} in the environment; it must be a whole number from 1')
+    return int(given)
 
 
 def cores() -> int:

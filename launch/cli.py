@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 from cnn_jax import config as cfg
+from cnn_jax import runtime
 from cnn_jax.components import Components, from_experiment, get_config
 from cnn_jax.errors import RunFailed, UserError, nearest, printable
 
@@ -125,6 +126,8 @@ def run(main: Callable[[list[str]], int | None], takes_words: bool = False) -> N
             _refuse(words[1], arguments)
         if not debug:
             _quieten()
+        if unused := runtime.forget_settings():
+            print(f'note: {", ".join(unused)} of the environment: not used', file=sys.stderr)
         sys.exit(main(words) or OK)
     except UserError as error:
         if debug:
@@ -251,8 +254,6 @@ def _refuse(word: str, arguments: list[str]) -> NoReturn:
 
 def start(threads: int = 0) -> Any:
     """Prepare the process for JAX and check that it computes right; return the settings."""
-    from cnn_jax import runtime
-
     runtime.configure(threads)  # before JAX is imported
 
     from cnn_jax.train.run import start

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from cnn_jax import runtime
+from cnn_jax.errors import UserError
 
 CLEAN = ('XLA_FLAGS', 'NPROC', 'JAX_COMPILATION_CACHE_DIR', 'CNN_JAX_CACHE', 'JAX_PLATFORMS')
 
@@ -130,3 +132,58 @@ def test_the_settings_are_one_line(settings):
     made, _ = settings()
     assert any('jaxlib' in note for note in made['notes'])
     assert not any('\n' in note for note in made['notes'])
+
+
+OTHERS = {
+    'jax_default_prng_impl': 'rbg',
+    'jax_default_matmul_precision': 'bfloat16',
+    'jax_numpy_dtype_promotion': 'strict',
+    'jax_numpy_rank_promotion': 'raise',
+    'jax_random_seed_offset': 3,
+    'jax_legacy_prng_key': 'error',
+    'jax_optimization_level': 'O1',
+    'jax_exec_time_optimization_effort': 0.5,
+    'jax_memory_fitting_effort': 0.5,
+}
+
+
+def test_a_launcher_forgets_the_settings_that_change_numbers(settings):
+    """Each set otherwise, in words or in nonsense: JAX starts as if none were."""
+    for others in (OTHERS, dict.fromkeys(runtime.PINNED, 'nonsense')):
+        given = {
+            name.upper(): str(others.get(name, int(not value)))
+            for name, value in runtime.PINNED.items()
+        }
+        code = 'print(runtime.forget_settings()); import jax; runtime.start_jax()'
+        _, environment = settings(code=code, **given)
+        assert not environment.keys() & given.keys()
+
+
+@pytest.mark.parametrize('name', runtime.PINNED)
+def test_a_run_refuses_settings_that_change_numbers(name):
+    assert name in jax.config.values
+    jax.config.update(name, OTHERS.get(name, not runtime.PINNED[name]))
+    try:
+        with pytest.raises(UserError, match=name):
+            runtime.start_jax()
+    finally:
+        jax.config.update(name, runtime.PINNED[name])
+    runtime.start_jax()
+
+
+@pytest.mark.parametrize('platforms', ['cuda', 'tpu', 'banana'])
+def test_a_platform_that_is_not_there_is_named(settings, platforms):
+    code = (
+        'try: runtime.start_jax()\n'
+        'except Exception as error: os.environ["TOLD"] = f"{type(error).__name__}: {error}"'
+    )
+    _, environment = settings(code=code, JAX_PLATFORMS=platforms)
+    assert environment['TOLD'].startswith('UserError: JAX cannot start with JAX_PLATFORMS=')
+    assert not environment['TOLD'].endswith(': ')
+
+
+@pytest.mark.parametrize('given', ['auto', '0', '-1', '1.5'])
+def test_threads_that_are_no_number_are_named(monkeypatch, given):
+    monkeypatch.setenv('NPROC', given)
+    with pytest.raises(UserError, match='NPROC'):
+        runtime._default_threads()

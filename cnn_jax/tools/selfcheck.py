@@ -36,11 +36,13 @@ Results = dict[str, Any]
 
 
 def self_check() -> None:
-    """Compare reductions, convolutions, their gradients and random numbers with NumPy's.
+    """Start JAX; compare reductions, convolutions, gradients and random numbers with NumPy's.
 
     Errors:
-        UserError: A result is wrong; the message says which, by how much, and what fixes it.
+        UserError: A result is wrong (the message says which, by how much, and what fixes it), or
+            JAX cannot start as a run needs it.
     """
+    runtime.start_jax()
     given = inputs()
     # As arguments: XLA folds constants while it compiles, by other code than at run time.
     compare(jax.device_get(jax.jit(compute)(given)), exact(given))
