@@ -15,7 +15,7 @@ from cnn_jax.train import manifest, remote, setup
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.loop import Phase, shard_state, state_at, steps
 from cnn_jax.train.program import State, traced_values
-from cnn_jax.train.record import read_steps
+from cnn_jax.train.record import damaged_files, read_steps
 from cnn_jax.train.run import start as prepare_process
 
 Tell = Callable[[str, str], object]  # what was compared, and how it differs ('': not at all)
@@ -37,7 +37,7 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
         UserError: There is no run, its data cannot be had, or own parts are missing.
     """
     folder = remote.fetch_workdir(workdir)
-    config, before = manifest.load_config(folder), manifest.read(folder)
+    config, before = manifest.read(folder)
     settings = prepare_process(manifest.threads(folder, config))
     print(settings)
     components = reopened(config, before)
@@ -50,7 +50,8 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
         print(f'changed since the run began: {name}: {old} → {new}')
     spec = setup.make_spec(config, data.description, data.weights, components)
     phases, state = setup.open_phases(config, data, spec, layout)
-    return verify(config, phases, state, folder, count, tell, layout), list(changed)
+    same = verify(config, phases, state, folder, count, tell, layout)
+    return same and changed.keys().isdisjoint(manifest.DATA.values()), list(changed)
 
 
 def verify(
@@ -83,27 +84,31 @@ def verify(
         UserError: The run has no recorded step, or a checkpoint is damaged.
     """
     recorded = read_steps(folder)
-    if not len(recorded):
+    checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
+    saved = checkpoints.steps()
+    if not saved:
         raise UserError(f'{folder} has no step to verify yet; let launch.train reach a checkpoint')
+    for step in saved:
+        checkpoints.check(step)
     differences: list[str] = []
 
     def compare(what: str, difference: str) -> None:
         differences.append(difference)
         tell(what, difference)
 
-    initial = manifest.read(folder).get('initial_state')
+    initial = manifest.read(folder)[1].get('initial_state')
     same = digest(state) == initial
     compare('the state before the first step', '' if same else 'other values')
-    checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
-    saved = checkpoints.steps()
-    starts = [step for step in saved if step < len(recorded)]
+    for name in damaged_files(folder, checkpoints.place(saved[0])):
+        compare(name, 'it was altered since the newest checkpoint was saved')
+    starts = [step for step in (*saved, 0) if step < len(recorded)]
     shapes = jax.eval_shape(lambda: state)
 
     def restored(step: int) -> State:
         like = jax.eval_shape(lambda start: state_at(phases, start, step), shapes)
         return checkpoints.restore(step, like)[0]
 
-    for start in [0, *starts[:1]]:
+    for start in sorted({*starts[:1], *starts[-1:]}):
         end = min(start + count, len(recorded))
         before = restored(start) if start else shard_state(state, layout)
         again = []

@@ -1,8 +1,8 @@
 """Checkpoints by Orbax: the latest k and the best one, each whole or not used."""
 
-import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import math
 import os
@@ -25,12 +25,14 @@ from cnn_jax.files import (
     read_sealed_folder,
     seal_folder,
     sync,
+    write_json,
 )
 from cnn_jax.mesh import Layout
+from cnn_jax.train import manifest
 from cnn_jax.train.metrics import score_of
 from cnn_jax.train.program import State
 
-FORMAT = 2  # raised when a checkpoint's content is arranged otherwise
+FORMAT = 3  # raised when a checkpoint's content is arranged otherwise
 OPTIONAL = ('init_params', 'eval_batch_stats')  # parts of the state that a run may not use
 SAVING, REMOVING = 'saving', 'removing'  # folders of what has not, or no longer, a step's name
 OVERHEAD = 1 << 18  # bytes of a checkpoint besides the state's, generously
@@ -39,13 +41,15 @@ OVERHEAD = 1 << 18  # bytes of a checkpoint besides the state's, generously
 class Checkpoints:
     """The checkpoints of one run, in folders `step_N` which appear whole, sealed and on the disk.
 
+    Each holds a copy of the run's manifest, which readers compare, and the step of the best one.
+
     With several processes every method but `steps` and `place` is a collective: all must call it
     at once. Process 0 alone reads and writes. The state is gathered into its memory, array by
     array, when it is saved, and broadcast when it is restored. So no file system need be shared,
     any number of processes can resume, and the files are those of a run with one process.
 
     Args:
-        folder: Their folder; created when the first one is saved.
+        folder: Their folder in the work directory; created when the first one is saved.
         config: The run's config.
         layout: The layout of a restored state on several devices.
     """
@@ -66,11 +70,27 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Return the step of the newest checkpoint, if there is one."""
-        return mesh.on_process_zero(self._latest)
+        return mesh.on_process_zero(lambda: next(iter(self.steps()), None))
 
     def best(self) -> int | None:
-        """Return the step of the best whole checkpoint saved with metrics; a tie: the last."""
-        return mesh.on_process_zero(lambda: self._best(self._content))
+        """Return the step of the best checkpoint saved with metrics; a tie: the last.
+
+        Errors:
+            UserError: The newest one, which names it, is damaged.
+        """
+
+        def best() -> int | None:
+            latest = next(iter(self.steps()), None)
+            return None if latest is None else self.check(latest)['best'].get('step')
+
+        return mesh.on_process_zero(best)
+
+    def check(self, step: int) -> dict[str, Any]:
+        """Return what was sealed into a checkpoint; errors as of `restore`. Process 0 alone."""
+        try:
+            return self._content(step)
+        except (Corrupt, OSError) as error:
+            raise self._unusable(step, error) from error
 
     def save(
         self,
@@ -150,10 +170,15 @@ class Checkpoints:
                 checkpointer.save(new / 'state', parts)
             for name, data in files.items():
                 (new / name).write_bytes(data)
-            seal_folder(new, content)
+            if self._manifest:
+                write_json(new / manifest.NAME, self._manifest, indent=2)
+            best = self._best(step, content['metrics'])
+            seal_folder(new, content | {'best': best})
             os.rename(new, self.place(step))
             sync(self._folder)
-            for old in self._unwanted():
+            for old in self.steps()[self._config.train.keep :]:
+                if old == best.get('step'):
+                    continue
                 os.rename(self.place(old), self._folder / REMOVING)
                 shutil.rmtree(self._folder / REMOVING)
         except (OSError, ValueError) as error:  # ValueError: TensorStore's
@@ -163,24 +188,19 @@ class Checkpoints:
                 'one before'
             ) from error
 
-    def _latest(self) -> int | None:
-        sealed = (step for step in self.steps() if (self.place(step) / SEAL).exists())
-        return next(sealed, None)
+    @functools.cached_property
+    def _manifest(self) -> dict[str, Any] | None:
+        return manifest.stored(self._folder.parent)
 
-    def _best(self, read: Callable[[int], dict[str, Any]]) -> int | None:
-        """Find the best checkpoint among those whose content can be read."""
-        scores = {}
-        for step in self.steps():
-            with contextlib.suppress(Corrupt, OSError):
-                if metrics := read(step)['metrics']:
-                    score = score_of(self._config, metrics)
-                    scores[step] = -math.inf if math.isnan(score) else score
-        return max(scores, key=lambda step: (scores[step], step)) if scores else None
-
-    def _unwanted(self) -> list[int]:
-        """The steps that are neither among the latest nor the best."""
-        best = self._best(lambda step: read_json(self.place(step) / SEAL)['content'])
-        return [step for step in self.steps()[self._config.train.keep :] if step != best]
+    def _best(self, step: int, metrics: dict[str, float] | None) -> dict[str, Any]:
+        """The step and the score of the best checkpoint, with that of a new step; {}: of none."""
+        steps = self.steps()
+        best = read_json(self.place(steps[0]) / SEAL)['content']['best'] if steps else {}
+        if not metrics:
+            return best
+        score = score_of(self._config, metrics)
+        score = -math.inf if math.isnan(score) else score
+        return {'step': step, 'score': score} if score >= best.get('score', -math.inf) else best
 
     def _resumable(self, say: Callable[[str], object]) -> tuple[int, dict[str, Any]] | None:
         self._sweep()
@@ -205,28 +225,31 @@ class Checkpoints:
 
     def _read(self, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the arrays and the progress of a checkpoint into this host's memory."""
+        content = self.check(step)
         try:
-            content = self._content(step)
             for name, structure in _structure(shapes).items():  # which Orbax need not check
                 if content['structure'].get(name) != structure:
                     raise ValueError(f'its {name} are arranged otherwise')
             target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
             return _restore(self.place(step) / 'state', target), content['progress']
-        except UserError:
-            raise
         except (ValueError, KeyError, OSError) as error:
-            raise UserError(
-                f'the checkpoint of step {step} in {self._folder} cannot be used '
-                f'({_reason(error)}); rerun launch.train with the same command to go back to the '
-                'one before'
-            ) from error
+            raise self._unusable(step, error) from error
+
+    def _unusable(self, step: int, error: Exception) -> UserError:
+        mend = 'rerun launch.train with the same command to go back to the one before'
+        if step != max(self.steps(), default=None):
+            mend = f'restore it, or take the latest (step {max(self.steps(), default=0)})'
+        return UserError(
+            f'the checkpoint of step {step} in {self._folder} cannot be used ({_reason(error)}); '
+            f'{mend}'
+        )
 
     def _content(self, step: int) -> dict[str, Any]:
         """Return what was sealed into a checkpoint that is whole and this run's.
 
         Errors:
             Corrupt: It is damaged, or of another config.
-            UserError: Another version of cnn_jax wrote it.
+            UserError: Another version of cnn_jax wrote it, or the run's manifest was another.
         """
         content = read_sealed_folder(self.place(step))
         if content['format'] != FORMAT:
@@ -237,6 +260,13 @@ class Checkpoints:
             )
         if content['config'] != self._facts['config']:
             raise Corrupt('it belongs to a run of another config')
+        copy = self.place(step) / manifest.NAME
+        saved = read_json(copy) if copy.exists() else None
+        if manifest.origin(saved) != manifest.origin(self._manifest):
+            raise UserError(
+                f'{self._folder.parent / manifest.NAME} is not the one that the checkpoint of step '
+                f'{step} was saved with; copy {copy} to its place'
+            )
         return content
 
     def _check_room(self, parts: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import mesh
 from cnn_jax.data.batches import Batch
-from cnn_jax.errors import RunFailed
+from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.mesh import Layout
 from cnn_jax.tools import nonfinite
 from cnn_jax.tools.profile import LayerProfile, Stopwatch
@@ -296,13 +296,13 @@ class _Session:
         if found is None:
             if self.record.has_metrics():
                 notes.append('no checkpoint had been saved: starting again from step 0')
-            self.record.resume(0, None)
+            notes += self.record.resume(0, None)
             self.meter = StepMetrics(self.record.step, None)
             return 0, shard_state(state, self.layout), notes
         start, progress = found
         like = jax.eval_shape(lambda first: state_at(self.phases, first, start), state)
         state, _ = self.checkpoints.restore(start, like)
-        self.record.resume(start, self.checkpoints.place(start))
+        notes += self.record.resume(start, self.checkpoints.place(start))
         self.meter = StepMetrics(self.record.step, progress['sums'])
         if progress.get('best'):
             self.best = EarlyStopping(**progress['best'])
@@ -408,9 +408,13 @@ class _Session:
         if self.config.train.patience:
             best = self.checkpoints.best()
             assert best is not None, 'each better evaluation is followed by a checkpoint'
-            state, _ = self.checkpoints.restore(best, state)
-            self.result = self.best_result
-            progress.say(f'the weights are those of step {best}, the best of {number}')
+            try:
+                state, _ = self.checkpoints.restore(best, state)
+            except UserError as error:
+                progress.say(f'{error}; the weights are those of step {number}, the last')
+            else:
+                self.result = self.best_result
+                progress.say(f'the weights are those of step {best}, the best of {number}')
         if self.result is None:
             self.result = phase.metrics(state, self.values)
         return state

@@ -1,7 +1,11 @@
-"""The manifest of a run: its code, packages, machine and data; and what has changed since."""
+"""The manifest of a run: its code, packages, machine and data; and what has changed since.
+
+Predictions depend on it (classes, preprocessing), so no bit of it may change unnoticed: the file
+carries its digest, each checkpoint a copy, and the digest of the config is in it.
+"""
 
 import importlib.metadata
-import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,13 +13,23 @@ from typing import Any
 from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.errors import UserError
-from cnn_jax.files import write_text
+from cnn_jax.files import Corrupt, read_json, read_text, write_json
 from cnn_jax.mesh import Layout
 
 NAME = 'manifest.json'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'pillow')
 # Of the machine's facts, those that the numbers depend on.
 DECISIVE = ('devices', 'layout', 'threads', 'xla_flags', 'python')
+# Of the data's, those that predictions depend on, as messages call them.
+DATA = {
+    'class_names': 'class names',
+    'image_shape': 'shape of the images',
+    'kind': 'preprocessing',
+    'weights': 'pretrained weights',
+    'mean': 'means of the channels',
+    'std': 'standard deviations of the channels',
+    'channels': 'number of prepared channels',
+}
 
 
 def manifest(
@@ -73,50 +87,60 @@ def code_version() -> dict[str, Any]:
     return version
 
 
-def load_config(folder: Path) -> cfg.Config:
-    """The config of the run in a work directory.
-
-    Errors:
-        UserError: The folder is missing or holds no run.
-    """
-    path = folder / 'config.json'
-    if not path.exists():
-        raise UserError(
-            f'{folder} is not the work directory of a run (it has no config.json); '
-            'give the --workdir that launch.train was given'
-        )
-    return cfg.from_json(path.read_text())
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest in a work directory.
+def read(folder: Path) -> tuple[cfg.Config, dict[str, Any]]:
+    """The config and the manifest of the run in a work directory.
 
     Errors:
         UserError: The folder holds no run, one that never started to train, or a damaged file.
     """
-    load_config(folder)
-    found = stored(folder)
+    found, path = stored(folder), folder / 'config.json'
     if found is None:
+        if not path.exists():
+            raise UserError(
+                f'{folder} is not the work directory of a run (it has no config.json); '
+                'give the --workdir that launch.train was given'
+            )
         raise UserError(f'{folder} has no {NAME}: its run never started; run launch.train')
-    return found
+    mend = 'run launch.train again with the same command, which restores it'
+    try:
+        config = cfg.from_json(read_text(path))
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing; {mend}') from None
+    except (Corrupt, UserError) as error:
+        raise UserError(f'{path} is damaged ({error}); {mend}') from error
+    if cfg.content_hash(config) != found['config_hash']:
+        raise UserError(f'{path} is not the config that the run began with; {mend}')
+    return config, found
 
 
 def stored(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a work directory, if there is one.
+    """The manifest in a work directory; None in one without checkpoints, where none may be yet.
 
     Errors:
-        UserError: It is damaged.
+        UserError: It is damaged or missing.
     """
     path = folder / NAME
-    if not path.exists():
-        return None
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
         # What every reader relies on.
         _ = found['config_hash'], found['machine']['threads'], found['data']['train']['fingerprint']
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f'{path} is damaged ({error}); restore it') from error
+    except FileNotFoundError:
+        if any(folder.glob('checkpoints/step_*')):
+            raise UserError(f'{path} is missing; {_way_on(folder)}') from None
+        return None
+    except (Corrupt, KeyError, TypeError) as error:
+        raise UserError(f'{path} is damaged ({error}); {_way_on(folder)}') from error
     return found
+
+
+def _way_on(folder: Path) -> str:
+    copy = max(folder.glob(f'checkpoints/step_*/{NAME}'), default=None, key=os.path.getmtime)
+    return f'copy {copy} to its place' if copy else 'restore it, or choose another --workdir'
+
+
+def origin(manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """The part of a manifest that is written once, at the start of a run."""
+    return {name: value for name, value in (manifest or {}).items() if name != 'resumed'}
 
 
 def threads(folder: Path, config: cfg.Config) -> int:
@@ -143,13 +167,6 @@ def check_data(folder: Path, description: dict[str, Any]) -> None:
     if found is None:
         return
     before = found['data']
-    for name, called in (('weights', 'pretrained weights'), ('kind', 'preprocessing')):
-        old, new = (facts['preprocessing'].get(name) for facts in (before, description))
-        if old != new:
-            raise UserError(
-                f'the {called} of the run in {folder} were others when it began ({old} then, {new} '
-                'now); restore them or choose another --workdir'
-            )
     for split in ('train', 'eval'):
         if before[split] != description[split]:
             raise UserError(
@@ -157,6 +174,11 @@ def check_data(folder: Path, description: dict[str, Any]) -> None:
                 f'{folder} began ({before[split]["count"]} images then, '
                 f'{description[split]["count"]} now); restore them or choose another --workdir'
             )
+    for called, (old, new) in _changes(_data_facts(before), _data_facts(description)).items():
+        raise UserError(
+            f'the {called} of the run in {folder} were others when it began ({old} then, {new} '
+            'now); restore them or choose another --workdir'
+        )
 
 
 def begin(folder: Path, now: dict[str, Any]) -> list[str]:
@@ -167,14 +189,14 @@ def begin(folder: Path, now: dict[str, Any]) -> list[str]:
     """
     before = stored(folder)
     if before is None:
-        write_text(folder / NAME, json.dumps(now, indent=2) + '\n')
+        write_json(folder / NAME, now, indent=2)
         return []
     changed = differences(before, now)
     if not changed:
         return []
     told = [f'{name}: {old} → {new}' for name, (old, new) in changed.items()]
     before.setdefault('resumed', []).append(told)
-    write_text(folder / NAME, json.dumps(before, indent=2) + '\n')
+    write_json(folder / NAME, before, indent=2)
     return [
         f'this run began under other conditions ({"; ".join(told)}): from here on its numbers may '
         'differ in the last digits from those of an undisturbed run'
@@ -183,13 +205,23 @@ def begin(folder: Path, now: dict[str, Any]) -> list[str]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The differences between two manifests that can change the numbers: by name, old and new."""
-    a, b = map(_decisive, (before, now))
+    return _changes(_decisive(before), _decisive(now))
+
+
+def _changes(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The values that differ, by name."""
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
+
+
+def _data_facts(data: dict[str, Any]) -> dict[str, Any]:
+    facts = data | data['preprocessing']
+    return {called: facts.get(name) for name, called in DATA.items()}
 
 
 def _decisive(manifest: dict[str, Any]) -> dict[str, Any]:
     code, data = manifest['code'], manifest['data']
     return {
+        **_data_facts(data),
         **{name: manifest['machine'].get(name) for name in DECISIVE},
         **manifest['packages'],
         **{f'code ({name})': value for name, value in code.items()},

@@ -6,6 +6,7 @@ objective and the norm of its gradient. Each checkpoint holds a copy of both, fr
 run writes them again: what a killed run wrote after it disappears. Times are in `timing.jsonl`.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cnn_jax import mesh
-from cnn_jax.files import sync, write_bytes
+from cnn_jax.files import Corrupt, read_bytes, sync, write_bytes
 from cnn_jax.tools.figures import draw_curves
 
 METRICS, STEPS, TIMING = 'metrics.jsonl', 'steps.f32', 'timing.jsonl'
@@ -45,16 +46,28 @@ class Record:
         """Return whether a run has written metrics here."""
         return bool(read_lines(self._folder / METRICS))
 
-    def resume(self, step: int, checkpoint: Path | None) -> None:
-        """Restore the record of a step from its checkpoint's folder; with None, start anew."""
+    def resume(self, step: int, checkpoint: Path | None) -> list[str]:
+        """Restore the record of a step from its checkpoint's folder; with None, start anew.
+
+        Returns:
+            A sentence about each file that was damaged.
+        """
         from tensorboardX import SummaryWriter
 
+        damaged = damaged_files(self._folder, checkpoint) if checkpoint else []
+        notes = [
+            f'{self._folder / name} was damaged: restored from the checkpoint' for name in damaged
+        ]
         for name in self._content:
-            self._content[name] = (checkpoint / name).read_bytes() if checkpoint else b''
+            self._content[name] = read_bytes(checkpoint / name) if checkpoint else b''
             write_bytes(self._folder / name, self._content[name])
-        timing = [line for line in read_lines(self._folder / TIMING) if line['step'] <= step]
-        write_bytes(self._folder / TIMING, _encode(timing))
+        path = self._folder / TIMING
+        lines = read_lines(path)
+        if len(lines) < len(_content(path).splitlines()) - 1:  # not only torn at its end
+            notes.append(f'{path} was damaged; it goes on after line {len(lines)}')
+        write_bytes(path, _encode([line for line in lines if line['step'] <= step]))
         self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
+        return notes
 
     def step(self, objective: float, gradient_norm: float) -> None:
         """Add what one step computed, for `launch.verify`; written at the next `snapshot`."""
@@ -107,23 +120,35 @@ class NullRecorder:
         """Return no files."""
         return {}
 
+    def resume(self, *_: Any) -> list[str]:
+        """Do nothing."""
+        return []
+
     def _ignore(self, *_: Any) -> None:
         pass
 
-    resume = step = metrics = timing = close = _ignore
+    step = metrics = timing = close = _ignore
+
+
+def damaged_files(folder: Path, checkpoint: Path) -> list[str]:
+    """The names of a record's files that do not begin as they were at a checkpoint."""
+    return [
+        name
+        for name in (METRICS, STEPS)
+        if not _content(folder / name).startswith(_content(checkpoint / name))
+    ]
 
 
 def read_steps(folder: Path) -> Float32[np.ndarray, 'n 2']:
     """Read objective and gradient norm of every step that was recorded."""
-    path = folder / STEPS
-    content = path.read_bytes() if path.exists() else b''
+    content = _content(folder / STEPS)
     return np.frombuffer(content[: len(content) // 8 * 8], '<f4').reshape(-1, 2)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a JSONL file up to the first that is damaged or torn by a crash."""
     lines = []
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    for text in _content(path).splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
@@ -161,6 +186,13 @@ def write_skipped(folder: Path, batches: dict[str, Any]) -> int:
     csv.writer(table).writerows([('split', 'path', 'reason'), *rows])
     write_bytes(folder / 'skipped.csv', table.getvalue().encode('utf-8', 'surrogateescape'))
     return len({path for _, path, _ in rows})
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file; b'' where there is none that can be read."""
+    with contextlib.suppress(OSError, Corrupt):
+        return read_bytes(path)
+    return b''
 
 
 def _encode(lines: list[dict[str, Any]]) -> bytes:

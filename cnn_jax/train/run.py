@@ -288,7 +288,7 @@ class _Job:
         return Run(
             self.workdir,
             config,
-            manifest.read(folder) if mesh.is_process_zero() else {'data': data.description},
+            manifest.read(folder)[1] if mesh.is_process_zero() else {'data': data.description},
             spec,
             replace(program, cached=False),  # whoever has the run predicts from images
             mesh.gather_to_host(outcome.state) if layout else outcome.state,
@@ -420,7 +420,7 @@ def load_run(
             those of the run.
     """
     folder = remote.fetch_workdir(str(workdir))
-    run_manifest, config = manifest.read(folder), manifest.load_config(folder)
+    config, run_manifest = manifest.read(folder)
     start(manifest.threads(folder, config))
     components = own.reopened(config, run_manifest, model, optimizer, regularizers)
     spec = setup.make_spec(config, run_manifest['data'], components=components)
@@ -431,7 +431,7 @@ def load_run(
         raise UserError(f'{folder} has no {which} checkpoint yet; train it further')
     program = make_program(config, spec, phase=int(step > spec.phase_ends[0]))
     state, _ = checkpoints.restore(step, eval_state_shapes(program))
-    lines = [line for line in read_lines(folder / 'metrics.jsonl') if line['step'] <= step]
+    lines = read_lines(checkpoints.place(step) / 'metrics.jsonl')  # which is known to be whole
     last = next(
         (line for line in lines[::-1] if line['split'] == 'eval' and line['step'] == step), {}
     )
@@ -485,20 +485,21 @@ def claim_workdir(folder: Path, config: cfg.Config) -> None:
     """
     if (folder / 'ablation.json').exists():
         raise UserError(f'{folder} holds an ablation; choose another --workdir')
-    if not any((folder / name).exists() for name in ('manifest.json', 'checkpoints')):
+    for inside in ('profile', 'damaged', 'checkpoints', 'checkpoints/*'):
+        if link := next(filter(Path.is_symlink, folder.glob(inside)), None):
+            raise UserError(f'{link} is a link, and training writes to no other place; remove it')
+    before = manifest.stored(folder)
+    if before is None or before['config_hash'] == cfg.content_hash(config):
         files.write_text(folder / 'config.json', cfg.to_json(config))
         return
-    changed = cfg.differences(manifest.load_config(folder), config)
-    if changed:
-        if list(changed) == ['own']:
-            raise UserError(
-                f'the code of the own model, source, optimizer or regularizers is not the code '
-                f'that the run in {folder} began with; choose another --workdir or restore it'
-            )
-        listed = '; '.join(
-            f'config.{name}: {old!r} → {new!r}' for name, (old, new) in changed.items()
-        )
+    changed = cfg.differences(manifest.read(folder)[0], config)
+    if list(changed) == ['own']:
         raise UserError(
-            f'the work directory {folder} belongs to a run of another config ({listed}); '
-            'choose another --workdir or restore these fields'
+            f'the code of the own model, source, optimizer or regularizers is not the code '
+            f'that the run in {folder} began with; choose another --workdir or restore it'
         )
+    listed = '; '.join(f'config.{name}: {old!r} → {new!r}' for name, (old, new) in changed.items())
+    raise UserError(
+        f'the work directory {folder} belongs to a run of another config ({listed}); '
+        'choose another --workdir or restore these fields'
+    )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
+from cnn_jax import files
 from cnn_jax.data.batches import Arrays, DeviceBatches
 from cnn_jax.train import loop, record, setup, step
 from cnn_jax.train.program import RunSpec, make_program, state_maker, traced_values
@@ -124,6 +125,9 @@ def fit(tmp_path, monkeypatch):
         spec, phases = open(config, shape, count)
         folder = folder or tmp_path / 'run'
         claim_workdir(folder, config)
+        data = {'train': {'fingerprint': ''}}
+        facts = {'config_hash': cfg.content_hash(config), 'machine': {'threads': 1}, 'data': data}
+        files.write_json(folder / 'manifest.json', facts)
         state = state_maker(phases[0].program)(config.seed)
         return loop.train(config, spec, phases, state, folder, live=False)
 

@@ -13,7 +13,7 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.files import SEAL, read_sealed_folder, seal_folder
+from cnn_jax.files import SEAL, read_json, read_sealed_folder, seal_folder, write_json
 from cnn_jax.train import checkpoint, record
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.record import open_record, read_steps
@@ -46,6 +46,10 @@ def state_at(step):
 
 def run(folder, config=CONFIG, last=END):
     """Train, or resume, up to a step; returns what was said."""
+    data = {'train': {'fingerprint': ''}}
+    facts = {'config_hash': cfg.content_hash(config), 'machine': {'threads': 1}, 'data': data}
+    if not (folder / 'checkpoints').exists():
+        write_json(folder / 'manifest.json', facts)
     checkpoints, written = Checkpoints(folder / 'checkpoints', config), open_record(folder)
     start, said = 0, []
     found = checkpoints.resumable(said.append)
@@ -56,7 +60,7 @@ def run(folder, config=CONFIG, last=END):
         state, _ = checkpoints.restore(start, state_at(0))
         assert digest(state) == digest(state_at(start))
         assert progress == {'sums': start / 7}
-        written.resume(start, checkpoints.place(start))
+        said += written.resume(start, checkpoints.place(start))
         said.append(f'resumed at {start}')
     for step in range(start + 1, last + 1):
         written.step(1 / step, 1 / 3)
@@ -155,6 +159,10 @@ def remove(path):
     path.unlink()
 
 
+def flip_largest(place):
+    flip(max(files(place), key=lambda path: path.stat().st_size))
+
+
 def files(place):
     return sorted(path for path in place.rglob('*') if path.is_file() and path.stat().st_size)
 
@@ -224,7 +232,9 @@ def test_without_any_good_checkpoint_it_does_not_start_from_zero(tmp_path):
 def test_a_damaged_record_is_restored_from_the_checkpoint(tmp_path, undisturbed, name, damage):
     run(tmp_path, last=7)
     damage(tmp_path / name)
-    assert run(tmp_path) == ['resumed at 6']
+    damaged, resumed = run(tmp_path)
+    assert damaged == f'{tmp_path / name} was damaged: restored from the checkpoint'
+    assert resumed == 'resumed at 6'
     assert end(tmp_path) == undisturbed
 
 
@@ -232,7 +242,7 @@ def test_a_damaged_record_is_restored_from_the_checkpoint(tmp_path, undisturbed,
 def test_damaged_timings_cost_nothing_but_themselves(tmp_path, undisturbed, damage):
     run(tmp_path, last=7)
     damage(tmp_path / 'timing.jsonl')
-    assert run(tmp_path) == ['resumed at 6']
+    assert run(tmp_path)[-1] == 'resumed at 6'
     assert end(tmp_path)[0][:2] == undisturbed[0][:2]
 
 
@@ -240,8 +250,40 @@ def test_the_latest_and_the_best_are_what_remains(tmp_path):
     run(tmp_path)
     checkpoints = Checkpoints(tmp_path / 'checkpoints', CONFIG)
     assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([8, 6, 4], 8, 4)
-    flip(max(files(checkpoints.place(4)), key=lambda path: path.stat().st_size))
-    assert checkpoints.best() == 8  # of the whole ones
+
+
+@pytest.mark.parametrize('damage', [flip_largest, shutil.rmtree, lambda at: remove(at / SEAL)])
+def test_no_other_takes_the_place_of_the_best_or_the_newest(tmp_path, damage):
+    run(tmp_path)
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', CONFIG)
+    damage(checkpoints.place(4))
+    assert checkpoints.best() == 4
+    with pytest.raises(UserError, match='the latest'):
+        checkpoints.restore(4, state_at(0))
+    run(tmp_path)  # which puts the damaged one aside
+    assert (checkpoints.latest(), checkpoints.best()) == (8, 4)
+    if damage is not shutil.rmtree:
+        damage(checkpoints.place(8))
+        for read in (checkpoints.best, lambda: checkpoints.restore(8, state_at(0))):
+            with pytest.raises(UserError, match='rerun'):
+                read()
+
+
+def altered(path):
+    write_json(path, read_json(path) | {'data': {'train': {'fingerprint': 'other'}}})
+
+
+@pytest.mark.parametrize('damage', [cut, flip, remove, altered])
+def test_the_manifest_is_the_one_of_the_checkpoints(tmp_path, undisturbed, damage):
+    run(tmp_path, last=7)
+    path, before = tmp_path / 'manifest.json', sorted(tmp_path.rglob('*'))
+    damage(path)
+    with pytest.raises(UserError, match=r'copy (\S*/step_\d/manifest.json) to its place') as caught:
+        run(tmp_path)
+    assert sorted(tmp_path.rglob('*')) in (before, [file for file in before if file != path])
+    shutil.copy(str(caught.value).split(' copy ')[1].split()[0], path)
+    assert run(tmp_path) == ['resumed at 6']
+    assert end(tmp_path) == undisturbed
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
