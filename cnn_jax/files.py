@@ -62,6 +62,20 @@ def make_writable(folder: Path, what: str = 'the work directory', flag: str = '-
         ) from error
 
 
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file below a folder by a name that came from elsewhere.
+
+    Errors:
+        ValueError: It has empty parts, `.` or `..`, or lies elsewhere once links are resolved.
+    """
+    path = folder / name
+    if not {'', '.', '..'}.isdisjoint(name.split('/')) or (
+        not path.resolve().is_relative_to(folder.resolve())
+    ):
+        raise ValueError(f'of the name {name!r}')
+    return path
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -22,14 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax.errors import RunFailed, UserError
-from cnn_jax.files import SEAL, Corrupt, cache_folder, digest, lock, read_sealed_folder
+from cnn_jax.files import SEAL, Corrupt, cache_folder, digest, inside, lock, read_sealed_folder
 
 CONFIG = 'config.json'
 WRITER = 'writer.json'  # who trains there; remote only
-STEPS = 'steps.f32'  # 8 bytes a step, in each checkpoint
 CHECKPOINT = re.compile(r'checkpoints/step_(\d+)/.+')
-
-Seals = dict[int, bytes | None]  # of checkpoints, by step; None for one that is not finished
 
 
 def is_remote(workdir: str) -> bool:
@@ -42,8 +39,11 @@ def fetch_workdir(workdir: str) -> Path:
     if not is_remote(workdir):
         return Path(workdir)
     mirror = Mirror(workdir, 'read')  # apart from the folder that a run may be at
-    with lock(mirror.base / 'lock', wait=True):
-        mirror.fetch()
+    with lock(mirror.base / 'lock', wait=True), mirror.explained():
+        names = mirror.names()
+        if CONFIG not in names:
+            raise UserError(f'there is no run at {workdir}; give the --workdir of launch.train')
+        mirror.download(names)
     return mirror.folder
 
 
@@ -76,41 +76,33 @@ class Mirror:
         with self.explained():
             self._fs, self._root = _open(self.url)
         name = re.sub(r'[^\w.-]+', '_', self.url.rpartition('/')[2])
-        key = digest(self.url.encode())[:12]
-        self.base = cache_folder() / 'workdirs' / f'{name}-{key}-{use}'
+        self.base = cache_folder() / 'workdirs' / f'{name}-{digest(self.url.encode())[:12]}-{use}'
         self.folder = self.base / 'run'
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of the files that are there
-        self._there: Seals = {}  # of the checkpoints that are there
+        self._broken: set[int] = set()  # steps of checkpoints there that are not what was sealed
         self._me = {'host': socket.gethostname(), 'process': os.getpid(), 'token': uuid.uuid4().hex}
 
-    def fetch(self) -> None:
-        """Make the local folder what the remote one is."""
-        with self.explained():
-            names, seals = self._look()
-            if CONFIG not in names:
-                raise UserError(
-                    f'there is no run at {self.url}; give the --workdir that launch.train had'
-                )
-            self._download(names, seals, here=-1)
-
     def resume(self) -> None:
-        """`fetch` if the remote folder is farther; else find out what to upload."""
+        """Copy the remote folder here if it is farther; else check that it holds the same run."""
         with self.explained():
-            names, self._there = self._look()
-            finished = [step for step, seal in self._there.items() if seal]
-            here, there = _newest_whole(self.folder), max(finished, default=-1)
-            farther = here < 0 or there > here
-            if not farther or not self._download(names, self._there, here):
-                common = [step for step in finished if step <= here]
-                if common and not self._continues(max(common), here):
+            names = self.names()
+            here, there = _newest_whole(self.folder), max(_sealed(names), default=-1)
+            if (here < 0 or there > here) and self.download(names, here):
+                return
+            common = max((step for step in _sealed(names) if step <= here), default=None)
+            if common is not None:
+                steps = f'checkpoints/step_{common}/steps.f32'  # of each step so far, 8 bytes
+                theirs = self._fs.cat_file(self._path(steps)) if steps in names else b''
+                if (
+                    not (self.folder / f'checkpoints/step_{here}/steps.f32')
+                    .read_bytes()
+                    .startswith(theirs)
+                ):
                     raise UserError(
                         f'{self.folder} and {self.url} hold different runs; remove one of them'
                     )
-                if there < here:
-                    print(f'resuming from {self.folder}, which is farther than {self.url}')
-            # A checkpoint of the same run and step is as good as the local one, whatever its bytes.
-            mine = _seals(self.folder)
-            self._there |= {step: mine[step] for step in finished if step in mine}
+            if there < here:
+                print(f'resuming from {self.folder}, which is farther than {self.url}')
 
     def take(self) -> None:
         """Become the owner of the remote folder."""
@@ -152,43 +144,33 @@ class Mirror:
         if names := list(names):
             self._fs.put([str(self.folder / name) for name in names], [*map(self._path, names)])
 
-    def _get(self, names: list[str], folder: Path) -> None:
-        if names:
-            self._fs.get([*map(self._path, names)], [str(folder / name) for name in names])
-
-    def _path(self, name: str) -> str:
-        return f'{self._root}/{name}'
-
-    def _look(self) -> tuple[list[str], Seals]:
-        """The names of the remote files, and the checkpoints' seals."""
+    def names(self) -> list[str]:
+        """The names of the remote files; one that would be written elsewhere is refused."""
         paths = [path for path in self._fs.find(self._root) if not path.endswith('/')]
         names = [path.removeprefix(self._path('')) for path in paths]
         for name in names:
-            if not {'', '.', '..'}.isdisjoint(name.split('/')):  # it would be written elsewhere
-                raise UserError(f'{self.url} holds a file of the name {name!r}; remove it')
+            try:
+                inside(self.folder, name)
+            except ValueError as error:
+                raise UserError(f'{self.url} holds a file {error}; remove it') from error
         if names and CONFIG not in names and WRITER not in names:
             raise UserError(f'{self.url} holds other files and no run; choose another --workdir')
-        seals = dict.fromkeys(step for name in names if (step := _step(name)) is not None)
-        for step in seals:
-            with contextlib.suppress(FileNotFoundError):
-                seals[step] = self._fs.cat_file(self._path(_name(step, SEAL)))
-        return names, seals
+        return names
 
-    def _download(self, names: list[str], seals: Seals, here: int) -> bool:
+    def download(self, names: list[str], here: int = -1) -> bool:
         """Put a copy of the remote folder in the local one's place, if it proves to be farther."""
-        incoming, mine = self.base / 'incoming', _seals(self.folder)
+        incoming, plain = self.base / 'incoming', [name for name in names if _is_plain(name)]
         shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
-        for step in [step for step, seal in seals.items() if seal]:
-            own, new = self.folder / _name(step), incoming / _name(step)
-            if mine.get(step) == seals[step] and _is_whole(own):
-                shutil.copytree(own, new)
-                continue
-            try:
-                self._get([name for name in names if _step(name) == step], incoming)
-            except FileNotFoundError:  # the run has removed it meanwhile
+        for step in _sealed(names):
+            own, new = (folder / f'checkpoints/step_{step}' for folder in (self.folder, incoming))
+            with contextlib.suppress(FileNotFoundError):  # the run has removed it meanwhile
+                if _is_whole(own) and (own / SEAL).read_bytes() == self._seal(step):
+                    shutil.copytree(own, new)
+                else:
+                    self._get([name for name in names if _step(name) == step], incoming)
+            if not _is_whole(new):
                 shutil.rmtree(new, ignore_errors=True)
-        plain = [name for name in names if _is_plain(name)]
+                self._broken.add(step)
         self._get(plain, incoming)
         if not plain or 0 <= here >= _newest_whole(incoming):
             return False
@@ -196,13 +178,15 @@ class Mirror:
         incoming.rename(self.folder)
         return True
 
-    def _continues(self, there: int, here: int) -> bool:
-        """Return whether the local run's steps begin with those of a remote checkpoint."""
-        steps = self.folder / _name(here, STEPS)
-        sealed = json.loads(self._there[there] or b'')['files'].get(STEPS)
-        if sealed is None or not steps.exists():  # of an older version, which training will refuse
-            return True
-        return sealed == digest(steps.read_bytes()[: 8 * there])
+    def _get(self, names: list[str], folder: Path) -> None:
+        if names:
+            self._fs.get([*map(self._path, names)], [str(inside(folder, name)) for name in names])
+
+    def _seal(self, step: int) -> bytes:
+        return self._fs.cat_file(self._path(f'checkpoints/step_{step}/{SEAL}'))
+
+    def _path(self, name: str) -> str:
+        return f'{self._root}/{name}'
 
     def _push(self) -> None:
         writer = json.loads(self._fs.cat_file(self._path(WRITER)))
@@ -211,32 +195,28 @@ class Mirror:
                 f'process {writer["process"]} on {writer["host"]} has begun to train in '
                 f'{self.url}, which ends this one; what it had not uploaded is in {self.folder}'
             )
-        names, here = _files(self.folder), _seals(self.folder)
-        facts = {name: (self.folder / name).stat() for name in filter(_is_plain, names)}
+        there, here = self.names(), _files(self.folder)
+        facts = {name: (self.folder / name).stat() for name in filter(_is_plain, here)}
         files = {name: (fact.st_size, fact.st_mtime_ns) for name, fact in facts.items()}
         self.put(name for name in files if self._sent.get(name) != files[name])
         self._sent = files
-        for step in sorted(here, reverse=True):
-            if self._there.get(step) != here[step]:
-                self._remove(step)
-                self._there[step] = None  # some of it is there, from now on
-                seal = _name(step, SEAL)
-                self.put(name for name in names if _step(name) == step and name != seal)
-                self.put([seal])
-                self._there[step] = here[step]
-        for step in self._there.keys() - here.keys():
-            self._remove(step)
+        steps = _sealed(here)
+        # A whole checkpoint there of the same run and step is as good, whatever its bytes.
+        for step in sorted(steps - (_sealed(there) - self._broken), reverse=True):
+            self._remove(step, there)
+            seal = f'checkpoints/step_{step}/{SEAL}'
+            self.put(name for name in here if _step(name) == step and name != seal)
+            self.put([seal])
+            self._broken.discard(step)
+        for step in {_step(name) for name in there} - steps - {None}:
+            self._remove(step, there)
 
-    def _remove(self, step: int) -> None:
+    def _remove(self, step: int | None, names: list[str]) -> None:
         """Remove what is there of a checkpoint, the seal before all else."""
-        with contextlib.suppress(FileNotFoundError):
-            if self._there.get(step):
-                self._fs.rm(self._path(_name(step, SEAL)))
-                self._there[step] = None
-        with contextlib.suppress(FileNotFoundError):
-            if step in self._there:
-                self._fs.rm(self._path(_name(step)), recursive=True)
-        self._there.pop(step, None)
+        mine = [name for name in names if _step(name) == step]
+        for name in sorted(mine, key=lambda name: not name.endswith(f'/{SEAL}')):
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(name))
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -258,14 +238,15 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _name(step: int, file: str = '') -> str:
-    return f'checkpoints/step_{step}/{file}'.rstrip('/')
-
-
 def _step(name: str) -> int | None:
     """The step of the checkpoint that a file belongs to."""
     match = CHECKPOINT.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def _sealed(names: Iterable[str]) -> set[int]:
+    """The steps of the checkpoints that are there with their seals."""
+    return {step for name in names if name.endswith(f'/{SEAL}') if (step := _step(name))}
 
 
 def _is_plain(name: str) -> bool:
@@ -279,13 +260,6 @@ def _files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
-def _seals(folder: Path) -> dict[int, bytes]:
-    """The seals of the checkpoints in a local work directory, by step."""
-    names = [path.parent.name for path in folder.glob(f'checkpoints/*/{SEAL}')]
-    steps = [step for name in names if (step := _step(f'checkpoints/{name}/{SEAL}')) is not None]
-    return {step: (folder / _name(step, SEAL)).read_bytes() for step in steps}
-
-
 def _is_whole(checkpoint: Path) -> bool:
     with contextlib.suppress(Corrupt):
         read_sealed_folder(checkpoint)
@@ -295,4 +269,5 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _newest_whole(folder: Path) -> int:
     """The step of the newest whole checkpoint in a local work directory; -1 without any."""
-    return max((step for step in _seals(folder) if _is_whole(folder / _name(step))), default=-1)
+    steps = _sealed(_files(folder))
+    return max((s for s in steps if _is_whole(folder / f'checkpoints/step_{s}')), default=-1)
