@@ -31,10 +31,16 @@ class Corrupt(ValueError):
 
 
 def cache_folder() -> Path:
-    """Return $CNN_JAX_CACHE, else $XDG_CACHE_HOME/cnn_jax, else ~/.cache/cnn_jax."""
-    if chosen := os.environ.get('CNN_JAX_CACHE'):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'cnn_jax'
+    """Return $CNN_JAX_CACHE, else $XDG_CACHE_HOME/cnn_jax, else ~/.cache/cnn_jax.
+
+    A process without a home directory gets a folder that nobody can make: it works without cache.
+    """
+    chosen = os.environ.get('CNN_JAX_CACHE')
+    path = Path(chosen or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'cnn_jax'))
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return Path(os.devnull, 'no home directory, set CNN_JAX_CACHE')
 
 
 def make_folder(folder: Path) -> None:
@@ -74,6 +80,12 @@ def inside(folder: Path, name: str) -> Path:
     ):
         raise ValueError(f'of the name {name!r}')
     return path
+
+
+def sync_all(folder: Path) -> None:
+    """`sync` a folder and all that is in it."""
+    for path in (folder, *folder.rglob('*')):
+        sync(path)
 
 
 def sync(path: Path) -> None:
@@ -189,8 +201,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def seal_folder(folder: Path, content: dict[str, Any]) -> None:
     """Write `content` (JSON) and the digest of each file into `seal.json`, and sync them all."""
-    for path in (folder, *folder.rglob('*')):
-        sync(path)
+    sync_all(folder)
     write_json(folder / SEAL, {'content': content, 'files': _digests(folder)})
 
 
@@ -252,31 +263,63 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
     The operating system holds it (flock), so a process that is killed leaves none behind. On a
     shared file system it works across machines where that system's locks do (NFS 4, Lustre, GPFS).
-    The file stays.
+    The file stays. A folder is locked itself, where its file system can.
+
+    Errors:
+        UserError: It is a link or a pipe, or the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    held = _take_lock(path, wait)
+    if held is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):
+            os.truncate(held, 0)
+        os.close(held)
+
+
+def _take_lock(path: Path, wait: bool) -> int | None:
+    """Return the descriptor of a file once it is locked; None if another process has it."""
     while True:
-        with _open_lock(path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            except OSError as error:
+        descriptor = _open_lock(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            if not path.is_dir():
+                os.close(descriptor)
                 raise UserError(
-                    f'{path} cannot be locked ({error.strerror}); choose a folder on another file '
-                    'system'
+                    f'{path} cannot be locked ({error.strerror}); use another file system'
                 ) from error
-            if not _is_named(file, path):  # removed while this process waited
-                continue
-            with contextlib.suppress(OSError):  # for messages; a full disk must not cost the lock
-                file.truncate(0)
-                file.write(json.dumps([socket.gethostname(), os.getpid()]).encode())
-            try:
-                yield True
-            finally:
-                file.truncate(0)
-            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # the file was removed while this process waited
+    with contextlib.suppress(OSError):  # for messages; a full disk must not cost the lock
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps([socket.gethostname(), os.getpid()]).encode())
+    return descriptor
+
+
+def _open_lock(path: Path) -> int:
+    """Open the file of a lock: no link, whose target would be emptied, and no pipe."""
+    if path.is_dir():
+        return os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f'{path} is a link; remove it') from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f'{path} is not a regular file; remove it')
+    return descriptor
 
 
 def lock_holder(path: Path) -> tuple[str, int] | None:
@@ -299,29 +342,6 @@ def lock_holder(path: Path) -> tuple[str, int] | None:
 def _open_at_once(path: str, flags: int) -> int:
     """An opener that does not wait for the other end of a pipe."""
     return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _open_lock(path: Path) -> BinaryIO:
-    """Open the file of a lock: no link, whose target would be emptied, and no pipe."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise UserError(f'{path} is a link; remove it') from error
-    file = os.fdopen(descriptor, 'r+b', buffering=0)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return file
-    file.close()
-    raise UserError(f'{path} is not a regular file; remove it')
-
-
-def _is_named(file: BinaryIO, path: Path) -> bool:
-    """Return whether a path still names an open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _json_digest(content: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.errors import UserError
+from cnn_jax.files import make_folder, sync, sync_all
 from cnn_jax.regularizers import log_probabilities
 from cnn_jax.train.run import Run
 
@@ -53,14 +54,15 @@ def export(run: Run, folder: Path) -> None:
         'classes.json': (json.dumps(facts, indent=2) + '\n').encode(),
         'README.md': readme(facts).encode(),
     }
+    partial = folder.with_name(f'.{folder.name}.partial')
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.') as temporary:
-            inside = Path(temporary) / 'export'
-            inside.mkdir()
-            for name, content in files.items():
-                (inside / name).write_bytes(content)
-            os.replace(inside, folder)
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        make_folder(partial)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        sync_all(partial)
+        os.replace(partial, folder)
+        sync(folder.parent)
     except OSError as error:
         raise UserError(
             f'{folder} cannot be written ({error.strerror}); choose another --out'

@@ -46,9 +46,6 @@ def manifest(
         data: Names, sizes, classes and fingerprints of the splits.
         layout: The layout of batches and state on several devices.
     """
-    import jax
-
-    options: Any = jax.config
     machine = runtime.machine(settings)
     if layout:
         machine['layout'] = layout.facts
@@ -57,10 +54,6 @@ def manifest(
         'code': code_version(),
         'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
         'machine': machine,
-        'prng': {
-            'implementation': 'threefry2x32',
-            'partitionable': bool(options.jax_threefry_partitionable),
-        },
         'data': data,
     }
 

@@ -465,8 +465,9 @@ def lock_workdir(folder: Path, wait: bool = False) -> Iterator[None]:
     path = folder / 'lock'
     if wait and (other := files.lock_holder(path)):
         print(f'waiting for process {other[1]} on {other[0]}, which trains in {folder}', flush=True)
-    with files.lock(path, wait) as mine:
-        if not mine:
+    # The folder, too: the lock's file may be removed.
+    with files.lock(folder, wait) as first, files.lock(path, wait) as second:
+        if not first or not second:
             host, process = files.lock_holder(path) or ('another machine', '?')
             raise UserError(
                 f'process {process} on {host} is training in {folder}; give --wait to resume after '
