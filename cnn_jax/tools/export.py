@@ -15,7 +15,7 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.errors import UserError
-from cnn_jax.files import make_folder, sync, sync_all
+from cnn_jax.files import make_folder, read_text, sync, sync_all
 from cnn_jax.regularizers import log_probabilities
 from cnn_jax.train.run import Run
 
@@ -133,7 +133,8 @@ def readme(facts: dict[str, Any]) -> str:
         f'{name} {measured[name]:.4f}' for name in METRICS if name in measured
     )
     licence = facts['preprocessing'].get('licence')
-    return _README.substitute(
+    template = Template(read_text(Path(__file__).with_suffix('.md')))
+    text = template.substitute(
         facts,
         classes=', '.join(facts['classes']),
         training_images=f'{facts["training_images"]:,}',
@@ -142,64 +143,6 @@ def readme(facts: dict[str, Any]) -> str:
         resizing=resizing,
         mode='L' if channels == 1 else 'RGB',
         channels=channels,
-        licence=f'\n## Licence\n\n{licence}\n' if licence else '',
+        licence=f'\n## Licence\n\n{licence}' if licence else '',
     )
-
-
-_README = Template("""# An image classifier
-
-A $network network of cnn_jax for the classes $classes.
-
-| | |
-|---|---|
-| trained on | `$source`, $training_images images, $step steps |
-| evaluation | $evaluation |
-| images | $images; preprocessing is inside the function |
-| config | SHA-256 `$config_hash` |
-| written with | JAX $jax, for CPU, NVIDIA GPU and TPU |
-
-| file | |
-|---|---|
-| `model.stablehlo` | the function, serialized by `jax.export`: (weights, images) → probabilities |
-| `weights.safetensors` | its first argument |
-| `classes.json` | class names, image shape, preprocessing, and the facts above |
-
-## Use
-
-`pip install jax flatbuffers safetensors numpy pillow`, then run this in this folder with image
-files as arguments, any number of them:
-
-```python
-import json
-import sys
-
-import numpy as np
-from jax import export
-from PIL import Image, ImageOps
-from safetensors.numpy import load_file
-
-model = export.deserialize(open('model.stablehlo', 'rb').read())
-weights = load_file('weights.safetensors')
-classes = json.load(open('classes.json'))['classes']
-
-
-def pixels(path):
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith('I'):  # 16 bits a pixel: keep the high byte
-        deep, transparent = np.asarray(image), image.info.get('transparency')
-        image = Image.fromarray(np.where(deep == transparent, 255, deep >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba)
-    image = image.convert('RGB').convert('$mode')
-$resizing    return np.asarray(image).reshape(image.height, image.width, $channels)
-
-
-images = np.stack([pixels(path) for path in sys.argv[1:]])
-for path, row in zip(sys.argv[1:], np.asarray(model.call(weights, images))):
-    print(path, classes[row.argmax()], row.max())
-```
-
-jaxlib 0.10 needs `XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce` in the environment on
-CPU: without it some of its sums are wrong (JAX issue 39103).
-$licence""")
+    return text.rstrip() + '\n'

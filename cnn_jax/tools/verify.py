@@ -1,20 +1,19 @@
 """Verify that a run is reproducible: train parts of it again, and compare bit for bit."""
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from cnn_jax import config as cfg
 from cnn_jax.components import reopened
 from cnn_jax.errors import UserError
 from cnn_jax.mesh import Layout
 from cnn_jax.train import manifest, remote, setup
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.loop import Phase, shard_state, state_at, steps
-from cnn_jax.train.program import State, traced_values
+from cnn_jax.train.program import State, Values, traced_values
 from cnn_jax.train.record import damaged_files, read_steps
 from cnn_jax.train.run import start as prepare_process
 
@@ -22,7 +21,11 @@ Tell = Callable[[str, str], object]  # what was compared, and how it differs (''
 
 
 def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list[str]]:
-    """Open the run in a work directory and `verify` it.
+    """Train the first steps again, and those after the newest checkpoint that has some after it.
+
+    The objective and the gradient norm of each step must have the bits that `steps.f32` keeps; the
+    first state, and that at each checkpoint passed, the digest of what was saved; the data must be
+    what predictions take them for. Every file that decides anything is compared with its digest.
 
     Args:
         workdir: The folder of the run, or its URL.
@@ -34,15 +37,23 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
         which are printed.
 
     Errors:
-        UserError: There is no run, its data cannot be had, or own parts are missing.
+        UserError: There is no run or no recorded step, a file is damaged, the data cannot be had,
+            or own parts are missing.
     """
     folder = remote.fetch_workdir(workdir)
     config, before = manifest.read(folder)
+    checkpoints = Checkpoints(folder / 'checkpoints', config)
+    saved, recorded = checkpoints.steps(), read_steps(folder)
+    if not saved:
+        raise UserError(f'{folder} has no step to verify yet; let launch.train reach a checkpoint')
+    for step in saved:
+        checkpoints.check(step)
     settings = prepare_process(manifest.threads(folder, config))
     print(settings)
     components = reopened(config, before)
     had = before['machine'].get('layout') or {}
     layout = setup.layout_of(config, model=had.get('model', 1), fsdp=had.get('fsdp', False))
+    checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
     data = setup.open_data(config, layout, components)
     now = manifest.manifest(config, settings, data.description, layout)
     changed = manifest.differences(before, now)
@@ -50,84 +61,57 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
         print(f'changed since the run began: {name}: {old} → {new}')
     spec = setup.make_spec(config, data.description, data.weights, components)
     phases, state = setup.open_phases(config, data, spec, layout)
-    same = verify(config, phases, state, folder, count, tell, layout)
-    return same and changed.keys().isdisjoint(manifest.DATA.values()), list(changed)
-
-
-def verify(
-    config: cfg.Config,
-    phases: list[Phase],
-    state: State,
-    folder: Path,
-    count: int,
-    tell: Tell,
-    layout: Layout | None = None,
-) -> bool:
-    """Train the first steps again, and those after the newest checkpoint that has some after it.
-
-    The objective and the gradient norm of each step must have the bits that `steps.f32` keeps;
-    the first state, and that at each checkpoint passed, the digest of what was saved.
-
-    Args:
-        config: The run's config.
-        phases: As `loop.train` takes them.
-        state: The state before the first step.
-        folder: The work directory.
-        count: The number of steps to train again, in both places.
-        tell: Called with each comparison.
-        layout: The layout of batches and state, on several devices of this process.
-
-    Returns:
-        Whether nothing differs.
-
-    Errors:
-        UserError: The run has no recorded step, or a checkpoint is damaged.
-    """
-    recorded = read_steps(folder)
-    checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
-    saved = checkpoints.steps()
-    if not saved:
-        raise UserError(f'{folder} has no step to verify yet; let launch.train reach a checkpoint')
-    for step in saved:
-        checkpoints.check(step)
-    differences: list[str] = []
-
-    def compare(what: str, difference: str) -> None:
+    differences = [name for name in manifest.DATA.values() if name in changed]
+    found = [('the state before the first step', _same(digest(state) == before['initial_state']))]
+    for name in damaged_files(folder, checkpoints.place(saved[0])):
+        found.append((name, 'it was altered since the newest checkpoint was saved'))
+    again = _repeat(phases, state, checkpoints, recorded, count, traced_values(config), layout)
+    for what, difference in itertools.chain(found, again):
         differences.append(difference)
         tell(what, difference)
+    return not any(differences), list(changed)
 
-    initial = manifest.read(folder)[1].get('initial_state')
-    same = digest(state) == initial
-    compare('the state before the first step', '' if same else 'other values')
-    for name in damaged_files(folder, checkpoints.place(saved[0])):
-        compare(name, 'it was altered since the newest checkpoint was saved')
-    starts = [step for step in (*saved, 0) if step < len(recorded)]
+
+def _repeat(
+    phases: list[Phase],
+    state: State,
+    checkpoints: Checkpoints,
+    recorded: np.ndarray,
+    count: int,
+    values: Values,
+    layout: Layout | None,
+) -> Iterator[tuple[str, str]]:
+    """Train again from step 0 and from the newest checkpoint with steps after it, and compare."""
     shapes = jax.eval_shape(lambda: state)
 
     def restored(step: int) -> State:
         like = jax.eval_shape(lambda start: state_at(phases, start, step), shapes)
         return checkpoints.restore(step, like)[0]
 
+    saved = checkpoints.steps()
+    starts = [step for step in (*saved, 0) if step < len(recorded)]
     for start in sorted({*starts[:1], *starts[-1:]}):
         end = min(start + count, len(recorded))
-        before = restored(start) if start else shard_state(state, layout)
+        first = restored(start) if start else shard_state(state, layout)
         again = []
-        for taken in steps(phases, before, start, traced_values(config), end=end):
+        for taken in steps(phases, first, start, values, end=end):
             sums, now = taken.sums, taken.state
             again.append((float(sums['objective']), float(sums['gradient_norm'])))
             if taken.number in saved:
                 then = restored(taken.number)
                 # The statistics of the evaluated weights are the loop's; training never sees them.
                 then = dataclasses.replace(then, eval_batch_stats=now.eval_batch_stats)
-                same = digest(now) == digest(then)
-                compare(f'the checkpoint of step {taken.number}', '' if same else 'other values')
-        compare(f'steps {start + 1} to {end}', _difference(start, recorded[start:end], again))
-    return not any(differences)
+                yield f'the checkpoint of step {taken.number}', _same(digest(now) == digest(then))
+        yield f'steps {start + 1} to {end}', _difference(start, recorded[start:end], again)
+
+
+def _same(same: bool) -> str:
+    return '' if same else 'other values'
 
 
 def _difference(start: int, before: np.ndarray, again: list[tuple[float, float]]) -> str:
     """The first difference of the steps, and how large it is, in words."""
-    now = np.array(again, np.float32)
+    now = np.array(again, np.float32).reshape(-1, 2)
     wrong = np.flatnonzero((before.view(np.uint32) != now.view(np.uint32)).any(axis=1))
     if not len(wrong):
         return ''

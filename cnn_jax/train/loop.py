@@ -294,8 +294,6 @@ class _Session:
         notes: list[str] = []
         found = self.checkpoints.resumable(notes.append)
         if found is None:
-            if self.record.has_metrics():
-                notes.append('no checkpoint had been saved: starting again from step 0')
             notes += self.record.resume(0, None)
             self.meter = StepMetrics(self.record.step, None)
             return 0, shard_state(state, self.layout), notes

@@ -42,22 +42,18 @@ class Record:
         self._pending: list[tuple[float, float]] = []
         self._events: Any = None
 
-    def has_metrics(self) -> bool:
-        """Return whether a run has written metrics here."""
-        return bool(read_lines(self._folder / METRICS))
-
     def resume(self, step: int, checkpoint: Path | None) -> list[str]:
         """Restore the record of a step from its checkpoint's folder; with None, start anew.
 
         Returns:
-            A sentence about each file that was damaged.
+            A sentence about each file that was damaged, or about what is lost.
         """
         from tensorboardX import SummaryWriter
 
         damaged = damaged_files(self._folder, checkpoint) if checkpoint else []
-        notes = [
-            f'{self._folder / name} was damaged: restored from the checkpoint' for name in damaged
-        ]
+        notes = [f'{self._folder / name} was damaged and is restored' for name in damaged]
+        if not checkpoint and read_lines(self._folder / METRICS):
+            notes.append('no checkpoint had been saved: starting again from step 0')
         for name in self._content:
             self._content[name] = read_bytes(checkpoint / name) if checkpoint else b''
             write_bytes(self._folder / name, self._content[name])
@@ -111,10 +107,6 @@ class Record:
 
 class NullRecorder:
     """The record of the processes other than the first, which compute the same numbers."""
-
-    def has_metrics(self) -> bool:
-        """Return False."""
-        return False
 
     def snapshot(self) -> dict[str, bytes]:
         """Return no files."""

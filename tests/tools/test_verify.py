@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def copy(finished, tmp_path):
 def opened(folder, which):
     """All that an answer of an opened run depends on, but the program."""
     run = load_run(folder, which)
-    image = np.full((1, *run.spec.image_shape), 100, np.uint8)
+    image: Any = np.full((1, *run.spec.image_shape), 100, np.uint8)
     pixels = run.spec.prepare(image)
     curves = {split: {k: v.tolist() for k, v in c.items()} for split, c in run.curves.items()}
     told = run.class_names, run.metrics, curves, cfg.to_json(run.config), run.step

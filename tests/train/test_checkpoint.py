@@ -233,7 +233,7 @@ def test_a_damaged_record_is_restored_from_the_checkpoint(tmp_path, undisturbed,
     run(tmp_path, last=7)
     damage(tmp_path / name)
     damaged, resumed = run(tmp_path)
-    assert damaged == f'{tmp_path / name} was damaged: restored from the checkpoint'
+    assert damaged == f'{tmp_path / name} was damaged and is restored'
     assert resumed == 'resumed at 6'
     assert end(tmp_path) == undisturbed
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -32,7 +33,7 @@ class Faulty(MemoryFileSystem):
 
     protocol = 'faulty'
     store, pseudo_dirs = {}, ['']  # not the one of memory://
-    faults = iter(())
+    faults: Any = iter(())
 
     @classmethod
     def _strip_protocol(cls, path):
