@@ -78,7 +78,7 @@ def inside(folder: Path, name: str) -> Path:
     if not {'', '.', '..'}.isdisjoint(name.split('/')) or (
         not path.resolve().is_relative_to(folder.resolve())
     ):
-        raise ValueError(f'of the name {name!r}')
+        raise ValueError(f'{name!r} is not below the folder')
     return path
 
 

@@ -152,7 +152,7 @@ class Mirror:
             try:
                 inside(self.folder, name)
             except ValueError as error:
-                raise UserError(f'{self.url} holds a file {error}; remove it') from error
+                raise UserError(f'{self.url} holds a file named {name!r}; remove it') from error
         if names and CONFIG not in names and WRITER not in names:
             raise UserError(f'{self.url} holds other files and no run; choose another --workdir')
         return names

@@ -221,12 +221,14 @@ def test_a_failed_upload_is_printed_and_made_again_with_the_next_checkpoint(mach
         at.push(last=True)
 
 
-@pytest.mark.parametrize('name', ['/tmp/x', '../x', 'a/../../x', './x', 'checkpoints/step_1//x'])
+@pytest.mark.parametrize(
+    'name', ['/tmp/x', '../x', 'a/../../x', './x', 'a\0', 'checkpoints/step_1//x']
+)
 def test_no_file_is_written_outside_the_folder(machine, monkeypatch, name):
     at, find = uploaded(machine), Faulty.find
     monkeypatch.setattr(Faulty, 'find', lambda *a, **k: [*find(*a, **k), f'/bucket/run/{name}'])
     for read in (lambda: remote.fetch_workdir(URL), lambda: begin(at)):
-        with pytest.raises(UserError, match='of the name'):
+        with pytest.raises(UserError, match='a file named'):
             read()
 
 
