@@ -1,24 +1,24 @@
-"""Compile the training step for a TPU that is not here and print its cost there.
+"""Compile the training step for GPUs or TPUs that are not here and print its cost there.
 
-  python -m launch.compile_check --config=experiments/strided.py --topology=v5e:2x4
+  python -m launch.compile_check --config=experiments/strided.py --topology=h100:1,h100:8
   python -m launch.compile_check --config=experiments/strided.py --topology=v5e:2x4,v6e:2x4 \\
       --batch_per_chip=32 --config.model.dtype=bfloat16 --json=cost.json
 
-libtpu, the compiler for TPUs, needs no TPU. It needs an environment of its own:
+The compilers need no GPU and no TPU. They need environments of their own:
 
-  python3 -m venv .tpu
-  .tpu/bin/pip install -r requirements-tpu.txt -c requirements-lock.txt
-  .tpu/bin/python -m launch.compile_check ...
+  python3 -m venv .gpu
+  .gpu/bin/pip install -r requirements-gpu-compile.txt -c requirements-lock.txt
+  .gpu/bin/python -m launch.compile_check ...
 
-It prints one table with a column for each slice and phase: memory, FLOPs, bytes, communication
-between chips and transfers to the host, all of one chip, and an estimate of the step's time.
-Counts are the compiler's; times follow from the chips' data sheets: nothing is run. A step takes
-up to some minutes to compile. Exit code 1: a step does not fit, or talks to its host.
+and likewise .tpu with requirements-tpu.txt. It prints one table with a column for each target and
+phase: memory, FLOPs, bytes, communication between chips, transfers to the host and kernels, all of
+one chip, and an estimate of the step's time from the chips' data sheets: nothing is run. A step
+takes seconds (GPU) to minutes (TPU) to compile. Exit code 1: a step does not fit, or talks to its
+host. XLA_FLAGS="--xla_dump_to=FOLDER" keeps the programs.
 """
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 from absl import flags
@@ -31,7 +31,8 @@ CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_list(
     'topology',
     None,
-    'Slices to compile for, e.g. v5e:2x4,v6e:2x4: the chip, and the number along each side.',
+    'What to compile for, e.g. h100:8,v5e:2x4: the chip, and the number of chips, of a TPU along '
+    'each side of the slice.',
     required=True,
 )
 BATCH = flags.DEFINE_integer(
@@ -52,22 +53,22 @@ JSON = cli.define_path('json', 'Also write the costs to this file, as JSON.')
 
 
 def main(_) -> int:
-    """Compile for each slice, print one table, and return the exit code."""
+    """Compile for each target, print one table, and return the exit code."""
     config, components = cli.read_experiment(CONFIG)
 
     from cnn_jax.tools import compile_check
 
     targets = [compile_check.parse_target(name) for name in TOPOLOGY.value or ['']]
-    compile_check.prepare()
-    description = compile_check.describe_data(config, CLASSES.value)
-    layout = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value}
+    compile_check.prepare(targets)
+    description = compile_check.describe_data(config, components, CLASSES.value)
+    options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value}
     costs: list[dict] = []
-    for target in sorted(targets, key=lambda target: math.prod(target.sides)):
+    for target in sorted(targets, key=lambda target: target.count):
         if BATCH.value:
-            replicas = math.prod(target.sides) // MODEL_PARALLEL.value
+            replicas = target.count // MODEL_PARALLEL.value
             data = dataclasses.replace(config.data, batch=BATCH.value * replicas)
             config = validate(dataclasses.replace(config, data=data))
-        costs += compile_check.compile_steps(config, components, description, target, **layout)
+        costs += compile_check.compile_steps(config, components, description, target, **options)
     print(compile_check.table(costs))
     if JSON.value:
         try:

@@ -1,19 +1,20 @@
 """The cost of a training step on a chip that is not here: compiled for it, never run.
 
-libtpu is a compiler as well as a driver and needs no TPU to compile for one. Memory, FLOPs, bytes
-and communication are the compiler's own counts; times follow from data sheets by the roofline
+The compilers for TPUs (libtpu) and NVIDIA GPUs (JAX's CUDA plugin) need no chip to compile for one.
+Memory is what they say; kernels, bytes and communication are counted in the program that they
+make, FLOPs in the one that they are given. Times follow from data sheets by the roofline
 
-T = max(T_chip, T_links) … T_chip + T_links,  T_chip = max(FLOPs / peak, bytes / bandwidth)
+T = max(t_chip, t_links, n·2 µs) … t_chip + t_links + n·4 µs,  t_chip = max(FLOPs/peak, bytes/speed)
 
-(all communication hidden … none hidden; Williams et al. 2009). Along a side of a chips, S bytes
-that all of them want take S/a · (a − 1) / W + (a − 1) · 1 µs, where W is one link, or two where the
-side closes to a ring; an all-reduce is a reduce-scatter and an all-gather, twice that.
+(all at the same time … one after the other; Williams et al. 2009) for n kernels, which a GPU must
+launch. S bytes take S / link between chips, twice that to be added up.
 
-Sources: Google Cloud, "TPU v5e", "TPU v6e", "TPU v5p"; Austin et al. 2025, "How to Scale Your
-Model", part 2 (https://jax-ml.github.io/scaling-book/tpus).
+Sources: Google Cloud, "TPU v5e", "TPU v6e", "TPU v5p"; NVIDIA's data sheets of L4, A100 SXM 80GB,
+H100 SXM and H200 SXM (without sparsity), and XLA's descriptions of these cards.
 """
 
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -27,160 +28,163 @@ import jax
 import jax.numpy as jnp
 
 from cnn_jax import config as cfg
+from cnn_jax import runtime
 from cnn_jax.components import Components
-from cnn_jax.data.decode import image_shape
-from cnn_jax.data.sources import open_split
 from cnn_jax.errors import RunFailed, UserError
-from cnn_jax.mesh import Layout, make_mesh
+from cnn_jax.mesh import make_mesh
 from cnn_jax.nn.cpu import compiling_for
 from cnn_jax.train import setup
 from cnn_jax.train.loop import compile_phase
 from cnn_jax.train.program import Program, begin_phase, state_maker, traced_values
 
-# None of them changes what is compiled: libtpu is to ask no metadata server, which Google's
-# machines alone have, is not to miss the answer, and may be loaded by several processes at once.
+# libtpu is to ask no metadata server, which Google's machines alone have, is not to miss the
+# answer, and may be loaded by several processes; the plugin is not to miss CUDA's libraries.
 ENVIRONMENT = {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
     'TPU_WORKER_HOSTNAMES': 'localhost',
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
 }
-HOP = 1e-6  # seconds from one chip to the next
-CLASSES, EPOCH = 10, 1000  # classes, and steps per epoch, where the data are not opened
 
-# Kinds of communication, each with its time as a multiple of an all-gather's.
-KINDS = {
-    'all-reduce': 2.0,
-    'all-gather': 1.0,
-    'reduce-scatter': 1.0,
-    'all-to-all': 0.5,
-    'collective-permute': 0.0,  # one array over one link
+
+# The module of each compiler, and what installs it.
+COMPILERS = {
+    'tpu': ('libtpu', 'requirements-tpu.txt'),
+    'gpu': ('jax_cuda12_plugin', 'requirements-gpu-compile.txt'),
 }
-INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)')
-ARRAY = re.compile(r'\b([a-z]+)(\d*)\w*\[([\d,]*)\]')
-GROUPS = re.compile(
-    r'replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] *\{([^}]*)\})'
-)
-CALLBACK = re.compile(r'custom_call_target="(\w*callback\w*|MoveTo\w*)"')
+LAUNCH = {'tpu': (0.0, 0.0), 'gpu': (2e-6, 4e-6)}  # seconds to start a kernel, at least and at most
+FLOAT32 = {'tpu': 1.0, 'gpu': 0.5}  # of the peak: JAX takes bfloat16, on a GPU TF32, by default
 
 
 class Chip(NamedTuple):
-    """One kind of chip. By default JAX computes float32 products in bfloat16 on a TPU, too."""
+    """One kind of chip."""
 
+    family: str  # tpu or gpu
     peak: float  # FLOP/s in bfloat16
     memory: float  # bytes
     bandwidth: float  # bytes/s of memory
-    link: float  # bytes/s of one link between chips, one way
-    axes: int  # sides of a slice
-    cube: int  # a side closes to a ring in multiples of it
+    link: float  # bytes/s to another chip, one way
+    sides: str  # a pattern of the numbers of chips
+    card: tuple = ()  # what XLA must know of a GPU
 
 
+# What XLA describes a GPU by: compute capability, multiprocessors, and of each its float32 units,
+# clock in GHz, threads and bytes of shared memory; then the bytes of second-level cache.
+AMPERE = 'major: 8', 108, 64, 1.41, 2048, 167936, 41943040
+ADA = 'major: 8 minor: 9', 58, 128, 2.04, 1536, 102400, 50331648
+HOPPER = 'major: 9', 132, 128, 1.98, 2048, 233472, 52428800
+CARD = """gpu_device_info {{ cuda_compute_capability {{ {0} }} core_count: {1} fpus_per_core: {2}
+ clock_rate_ghz: {3} threads_per_core_limit: {4} shared_memory_per_core: {5} l2_cache_size: {6}
+ device_memory_size: {7:.0f} memory_bandwidth: {8:.0f} shared_memory_per_block_optin: {9}
+ shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+ threads_per_warp: 32 threads_per_block_limit: 1024
+ block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 }}
+dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }}
+platform_name: "CUDA" device_description_str: "{10}" """
+
+ONE, FLAT, CUBE = '[1-8]', r'[1-9]\d*x[1-9]\d*', r'[1-9]\d*x[1-9]\d*(x[1-9]\d*)?'
 CHIPS = {
-    'v5e': Chip(197e12, 16e9, 819e9, 45e9, 2, 16),
-    'v5p': Chip(459e12, 95e9, 2.765e12, 90e9, 3, 4),
-    'v6e': Chip(918e12, 32e9, 1.638e12, 90e9, 2, 16),
+    'v5e': Chip('tpu', 197e12, 16e9, 819e9, 45e9, FLAT),
+    'v5p': Chip('tpu', 459e12, 95e9, 2.765e12, 90e9, CUBE),
+    'v6e': Chip('tpu', 918e12, 32e9, 1.638e12, 90e9, FLAT),
+    'l4': Chip('gpu', 121e12, 24e9, 300e9, 32e9, ONE, ADA),
+    'a100': Chip('gpu', 312e12, 80e9, 2.039e12, 300e9, ONE, AMPERE),
+    'h100': Chip('gpu', 989e12, 80e9, 3.352e12, 450e9, ONE, HOPPER),
+    'h200': Chip('gpu', 989e12, 141e9, 4.8e12, 450e9, ONE, HOPPER),
 }
 
 
 class Target(NamedTuple):
-    """A slice of a pod, `v5e:2x4`: its chip, and the number of chips along each side."""
+    """Chips to compile for, `v5e:2x4` or `h100:8`: their name, kind, and number on each side."""
 
     name: str
     chip: Chip
-    sides: tuple[int, ...]
+    sides: list[int]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.sides)
 
 
 def parse_target(name: str) -> Target:
-    """Parse a name such as `v5e:2x4`.
-
-    Errors:
-        UserError: It is not such a name, or the chip is unknown.
-    """
+    """Parse a name such as `v5e:2x4` or `h100:8`; UserError if it is none."""
     kind, _, sides = name.strip().partition(':')
-    if kind not in CHIPS:
+    if kind not in CHIPS or not re.fullmatch(CHIPS[kind].sides, sides, re.ASCII):
         raise UserError(
-            f'--topology={name}: the chip must be one of {", ".join(CHIPS)}, and its slice follows '
-            'a colon, e.g. v5e:2x4'
+            f'--topology={name}: give a chip, {", ".join(CHIPS)}, and after a colon the number of '
+            "GPUs, up to 8, or of TPUs along a slice's sides, e.g. h100:8 or v5e:2x4"
         )
-    axes = CHIPS[kind].axes
-    if not re.fullmatch(rf'[1-9]\d*(x[1-9]\d*){{1,{axes - 1}}}', sides, re.ASCII):
-        example = f'{kind}:{"2x4" if axes == 2 else "2x2x1"}'
-        raise UserError(
-            f'--topology={name}: after the colon go the numbers of chips along the {axes} sides, '
-            f'e.g. {example}'
-        )
-    return Target(name.strip(), CHIPS[kind], tuple(map(int, sides.split('x'))))
+    return Target(name.strip(), CHIPS[kind], [int(side) for side in sides.split('x')])
 
 
-def prepare() -> None:
-    """Set up this process to compile for TPUs and to run on its CPU; call it before JAX starts.
+def prepare(targets: list[Target]) -> None:
+    """Set up this process to compile for chips and to run on its CPU; call it before JAX starts.
 
     Errors:
-        UserError: libtpu is not installed.
+        UserError: A compiler is not installed.
     """
-    if not (importlib.util.find_spec('libtpu') or os.environ.get('TPU_LIBRARY_PATH')):
-        raise UserError(
-            f'{sys.executable} has no libtpu, the compiler for TPUs; install it into an '
-            'environment of its own: python -m venv .tpu, then .tpu/bin/pip install -r '
-            'requirements-tpu.txt -c requirements-lock.txt, and use .tpu/bin/python'
-        )
+    families = {target.chip.family for target in targets}
+    for family in families:
+        module, requirements = COMPILERS[family]
+        given = family == 'tpu' and os.environ.get('TPU_LIBRARY_PATH')
+        if not given and not importlib.util.find_spec(module):
+            raise UserError(
+                f'{sys.executable} has no {module}, which compiles for these chips; make '
+                'an environment for it, python -m venv .chips, run .chips/bin/pip install '
+                f'-r {requirements} -c requirements-lock.txt, and use .chips/bin/python'
+            )
     os.environ['JAX_PLATFORMS'] = 'cpu'
     jax.config.update('jax_platforms', 'cpu')  # JAX has read the environment
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if 'gpu' in families:  # as runs are compiled, but for choices that XLA makes by measuring
+        (nvcc,) = importlib.import_module('nvidia.cuda_nvcc').__path__
+        wanted = {'xla_gpu_autotune_level': 0, 'xla_gpu_cuda_data_dir': nvcc}
+        flags = {name: f'--{name}={value}' for name, value in wanted.items()}
+        runtime.add_xla_flags(runtime.GPU_FLAGS | flags)
 
 
 def devices(target: Target) -> list[Any]:
-    """Return the devices of a slice, for which programs can be compiled.
-
-    Errors:
-        UserError: The compiler does not know the slice.
-    """
+    """Return the devices of a target; UserError if its compiler does not know it."""
     from jax.experimental import topologies
 
-    host = [*(min(2, side) for side in target.sides[:2]), 1]  # four chips, if there are as many
+    chip = target.chip
+    if chip.family == 'gpu':
+        shared = chip.card[5] - 1024  # bytes that one block may have
+        card = CARD.format(*chip.card, chip.memory, chip.bandwidth, shared, target.name)
+        options = {'platform': 'cuda', 'topology': f'1x1x{target.count}', 'target_config': card}
+    else:
+        host = [*(min(2, side) for side in target.sides[:2]), 1]  # four chips, if there are as many
+        options = {'platform': 'tpu', 'topology_name': target.name, 'chips_per_host_bounds': host}
     try:
-        topology = topologies.get_topology_desc(
-            topology_name=target.name, platform='tpu', chips_per_host_bounds=host
-        )
+        return list(topologies.get_topology_desc(**options).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].removeprefix('INVALID_ARGUMENT: ')
         raise UserError(
-            f'--topology={target.name}: libtpu knows no such slice ({reason}); use sides that are '
-            'powers of two, e.g. v5e:2x4'
+            f'--topology={target.name}: the compiler knows no such chips ({reason}); use sides '
+            'that are powers of two, e.g. v5e:2x4'
         ) from error
-    return list(topology.devices)
 
 
-def describe_data(config: cfg.Config, classes: int = 0) -> dict[str, Any]:
-    """Describe the data as `train.setup.describe` does, as far as it shapes the program.
-
-    Where `config.data` gives the images' shape, the data need not exist. Statistics are
-    placeholders: their values shape nothing.
+def describe_data(config: cfg.Config, components: Components, classes: int = 0) -> dict[str, Any]:
+    """Describe data like `train.setup.describe`; if their shape is given, they need not exist.
 
     Args:
-        config: A validated config.
+        config, components: The run.
         classes: Number of classes of data that are not opened; 0 assumes 10, or 2 with one output.
-
-    Errors:
-        UserError: The data must be opened and cannot be.
     """
     data, model = config.data, config.model
-    if data.resize != 'none' and data.size and data.channels:
-        shape, count = (data.size, data.size, data.channels), EPOCH * data.batch
-        names = [str(k) for k in range(classes or (2 if model.outputs == 1 else CLASSES))]
-    else:
-        source = open_split(data, 'train')
-        shape = image_shape(source, data.resize, data.size, data.channels)
-        count, names = len(source), list(source.class_names)
+    if data.resize == 'none' or not (data.size and data.channels):
+        return setup.open_data(config, components=components).description
     preprocessing: dict[str, Any] = {'kind': 'caffe'}
     if model.name != 'vgg16' or model.weights == 'random':
-        ones, channels = [1.0] * shape[-1], 3 if model.name == 'vgg16' else shape[-1]
+        ones, channels = [1.0] * data.channels, 3 if model.name == 'vgg16' else data.channels
         preprocessing = {'kind': 'standardize', 'mean': ones, 'std': ones, 'channels': channels}
     return {
-        'train': {'count': count},
-        'class_names': names,
-        'image_shape': list(shape),
+        'train': {'count': 1000 * data.batch},  # the number of steps shapes nothing either
+        'class_names': list(range(classes or (2 if model.outputs == 1 else 10))),
+        'image_shape': [data.size, data.size, data.channels],
         'preprocessing': preprocessing,
     }
 
@@ -198,147 +202,165 @@ def compile_steps(
         config: A validated config; its batch is that of all chips together.
         components: Own parts of the run.
         description: As `describe_data` returns it.
-        target: The slice.
+        target: The chips.
         layout_options: `model` and `fsdp` of `mesh.make_mesh`.
 
     Errors:
-        UserError: The batch or the layout does not fit the slice.
+        UserError: The batch or the layout does not fit the chips.
         RunFailed: The step does not fit into a chip's memory.
     """
-    data, chips = config.data, devices(target)
+    data = config.data
     sizes = data.batch // config.optimizer.accumulate, data.eval_batch or data.batch
-    layout = make_mesh(chips, sizes, **layout_options)
+    layout = make_mesh(devices(target), sizes, **layout_options)
     spec = setup.make_spec(config, description, components=components)
-    with compiling_for('tpu'):
+    with compiling_for(target.chip.family):
         programs = setup.make_programs(config, spec)
         with jax.disable_jit():  # init has compiler options, which inner functions may not have
             state = jax.eval_shape(lambda: state_maker(programs[0])(config.seed))
         for number, program in enumerate(programs, start=1):
             if program.phase:
                 state = jax.eval_shape(functools.partial(begin_phase, program), state)
-            phase = compile_phase(program, spec.phase_ends[program.phase], state, layout)
-            batch = _batch(program, layout)
-            shapes = _with_sharding(state, layout.state_sharding(state))
-            compiled = _compile(phase.train_step.lower(shapes, batch, traced_values(config)))
+            batch, values = _batch(program), traced_values(config)
+            here, there = (compile_phase(program, 1, state, where) for where in (None, layout))
+            step: Any = there.train_step
+            flops = here.train_step.lower(state, batch, values).cost_analysis()['flops']
+            place = _with_sharding(state, layout.state_sharding(state))
+            batch = _with_sharding(batch, dict.fromkeys(batch, layout.batch))
+            compiled = _compile(step.lower(place, batch, values))
             yield {
                 'topology': target.name,
                 'phase': number,
                 'layout': str(layout),
-                'hosts': len({device.process_index for device in chips}),
                 'dtype': config.model.dtype,
                 'batch': data.batch,
                 'batch_per_chip': data.batch // layout.mesh.shape['data'],
-                **cost(compiled, target),
+                **cost(compiled, flops / layout.mesh.size, target.chip, config.model.dtype),
             }
 
 
-def cost(compiled: Any, target: Target) -> dict[str, Any]:
-    """Return the cost of a compiled step on one chip, as JSON; times are estimates in seconds."""
-    memory, counts = compiled.memory_analysis(), compiled.cost_analysis()
-    text, chip = compiled.as_text(), target.chip
-    sizes = {
+def cost(compiled: Any, flops: float, chip: Chip, dtype: str) -> dict[str, Any]:
+    """Return the cost on one chip of a program with so many FLOPs, as JSON; seconds are estimates.
+
+    `dtype` is the type of its matrix products.
+    """
+    memory, found = compiled.memory_analysis(), kernels(compiled.as_text())
+    held = {
         'arguments': memory.argument_size_in_bytes,
         'results': memory.output_size_in_bytes - memory.alias_size_in_bytes,
         'temporaries': memory.temp_size_in_bytes,
         'code': memory.generated_code_size_in_bytes,
     }
-    total = sum(sizes.values())
-    found = collectives(text, math.prod(target.sides))
-    compute, hbm = counts['flops'] / chip.peak, counts['bytes accessed'] / chip.bandwidth
-    links = sum(seconds_on_links(each, target) for each in found)
-    times = {'compute': compute, 'memory': hbm, 'links': links}
+    total, nbytes = sum(held.values()), sum(each.nbytes for each in found)
+    moved = [each for each in found if each.kind == 'collectives']
+    times = {
+        'compute': flops / chip.peak / (FLOAT32[chip.family] if dtype == 'float32' else 1),
+        'memory': nbytes / chip.bandwidth,
+        'links': sum(k.nbytes * (2 if k.name == 'all-reduce' else 1) for k in moved) / chip.link,
+        'launches': len(found) * LAUNCH[chip.family][0],
+    }
+    serial = max(times['compute'], times['memory']) + times['links']
     return {
-        'memory': sizes | {'total': total, 'chip': chip.memory},
+        'memory': held | {'total': total, 'chip': chip.memory},
         'fits': total <= chip.memory,
-        'flops': counts['flops'],
-        'bytes_accessed': counts['bytes accessed'],
-        'collectives': [each._asdict() for each in found],
-        'host_transfers': host_transfers(text),
-        'estimate': times
-        | {
-            'overlapped': max(times.values()),
-            'serial': max(compute, hbm) + links,
-            'bound': max(times, key=lambda name: times[name]),
-        },
+        'flops': flops,
+        'bytes_accessed': nbytes,
+        'kernels': Counter(each.kind for each in found),
+        'calls': Counter(each.name for each in found if '$' in each.name),
+        'collectives': [each._asdict() for each in moved],
+        'host_transfers': [each.name for each in found if each.kind == 'host transfers'],
+        'estimate': times,
+        'bound': max(times, key=lambda name: times[name]),
+        'seconds': [max(times.values()), serial + len(found) * LAUNCH[chip.family][1]],
     }
 
 
-class Collective(NamedTuple):
-    """Communication between chips."""
+# What a kernel is called, by the operations in it: the first line that fits one of them.
+KINDS = {
+    'host transfers': r'infeed|outfeed|send|recv|\w*callback\w*|MoveTo\w*',
+    'collectives': '(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?',
+    'convolutions': r'convolution|__cudnn\$conv.*',
+    'matrix products': r'dot|__cublas.*',
+    'reductions': 'reduce|reduce-window|scatter|sort',
+    'transposes': 'transpose',
+    'copies': 'copy|(copy|slice)-start',
+    'branches': 'conditional|while',
+    'elementwise': 'fusion|custom-call',  # what is left is single numbers
+}
+INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)')
+ARRAY = re.compile(r'\b([a-z]+)(\d*)\w*\[([\d,]*)\](\{[^}]*\})?')
+CALLED = re.compile(r'(?:calls|body|condition|\w+_computations?|to_apply)=(%[\w.-]+|\{[^}]*\})')
 
-    kind: str
-    nbytes: int  # of the whole array: as gathered, or before it is scattered
-    group: int  # chips that take part
+
+class Kernel(NamedTuple):
+    """Something that a chip is given to do."""
+
+    kind: str  # in KINDS
+    name: str  # of the operation or the library's function
+    nbytes: int  # read and written in memory; of a collective, the whole arrays'
 
 
-def collectives(hlo: str, chips: int) -> list[Collective]:
-    """Find the communication in a program's HLO text; asynchronous pairs and loops count once.
+def kernels(hlo: str) -> list[Kernel]:
+    """Find what a program gives a chip to do, in order; loops and branches count once.
+
+    Bytes are those of operands and results, but for the memory that is on the chip. What a kernel
+    reads a part of counts whole.
 
     Args:
-        hlo: The text.
-        chips: Number of all chips; a communication that names no group is among all.
+        hlo: The compiled program, as text.
     """
-    found, computation = [], ''
+    computations: dict[str, list[tuple[str, str, str, str]]] = {}
+    lines: list = []
     for line in hlo.splitlines():
         if line.endswith('{') and not line.startswith(' '):
-            computation = line.removeprefix('%')
-        if not (match := INSTRUCTION.match(line)):
-            continue
-        result, opcode, rest = match.groups()
-        kind, sizes = opcode.removesuffix('-start'), list(map(_nbytes, ARRAY.findall(result)))
-        if kind not in KINDS:
-            continue
-        if opcode == 'collective-permute-start':  # operand, result, two contexts
-            sizes = sizes[1:2]
-        elif opcode == 'all-gather-start':  # operands, results
-            sizes = sizes[len(sizes) // 2 :]
-        group = _group_size(rest, chips)
-        nbytes = sum(sizes) * (group if kind == 'reduce-scatter' else 1)
-        if computation.startswith('all-reduce-scatter'):  # libtpu's fused form
-            kind = 'reduce-scatter'
-        if group > 1:
-            found.append(Collective(kind, nbytes, group))
-    return found
+            lines = computations[line.split()[0].removeprefix('%')] = []
+        elif match := INSTRUCTION.match(line):
+            name, result, operation, rest = match.groups()
+            if operation == 'convolution' and re.search('dim_labels=[a-z]+_', rest):
+                operation = 'dot'  # as libtpu writes it: there are no pixels
+            lines.append((name, result, operation, rest))
+
+    def visit(computation: str) -> Iterator[Kernel]:
+        types: dict[str, str] = {}
+        for name, result, operation, rest in computations[computation]:
+            types[name] = result
+            called = re.findall(r'%([\w.-]+)', ' '.join(CALLED.findall(rest)))
+            if operation in ('call', 'conditional', 'while', 'async-start'):
+                for each in called:
+                    yield from visit(each)
+            library = re.search(r'custom_call_target="([^"]+)"', rest)
+            names = [library[1] if library else '', operation]
+            if operation == 'fusion':
+                names += [each[2] for each in computations[called[0]]]
+                if called[0].startswith('all-reduce-scatter'):  # libtpu's form of it
+                    names = ['reduce-scatter']
+            operands = [types[each] for each in re.findall(r'%([\w.-]+)', rest.split(')')[0])]
+            kinds = ((k, n) for k, fits in KINDS.items() for n in names if re.fullmatch(fits, n))
+            if found := next(kinds, None):
+                kind, name = found[0], found[1].removesuffix('-start')
+                yield Kernel(kind, name, _traffic(kind, operation, operands, result))
+
+    return list(visit('ENTRY'))
 
 
-def _nbytes(array: tuple[str, str, str]) -> int:
-    """The size of an array such as `f32[2,3]`, given as its dtype's letters, bits, and shape."""
-    dtype, bits, shape = array
-    size = 1 if dtype == 'pred' else int(bits or 0) / 8
-    return math.ceil(size * math.prod(int(n) for n in shape.split(',') if n))
+def _traffic(kind: str, operation: str, operands: list[str], result: str) -> int:
+    moves, starts = kind == 'collectives', operation.endswith('-start')
+    read, written = (
+        sum(_nbytes(t, moves or starts) for t in each) for each in (operands, [result])
+    )
+    if starts:  # the result names the operands, too
+        written = max(0, written - read)
+        read = read if moves else 0
+    return max(read, written) if moves else read + written
 
 
-def _group_size(rest: str, chips: int) -> int:
-    """The number of chips in a group, in any of XLA's three notations."""
-    if not (match := GROUPS.search(rest)):
-        return chips
-    listed, iota, mesh, axes = match.groups()
-    if listed:
-        return listed.count(',') + 1
-    if iota:
-        return int(iota)
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", axes))
-
-
-def host_transfers(hlo: str) -> list[str]:
-    """Find the operations of a step that move data between chip and host, or call the host."""
-    lines = filter(None, map(INSTRUCTION.match, hlo.splitlines()))
-    transfers = [line[2] for line in lines if line[2] in ('infeed', 'outfeed', 'send', 'recv')]
-    return transfers + CALLBACK.findall(hlo)
-
-
-def seconds_on_links(collective: Collective, target: Target) -> float:
-    """Estimate one communication, alone on the links; a part of the slice counts as a line."""
-    chip, nbytes, seconds = target.chip, float(collective.nbytes), 0.0
-    if collective.kind == 'collective-permute':
-        return nbytes / chip.link + HOP
-    whole = collective.group == math.prod(target.sides)
-    for side in target.sides if whole else (collective.group,):
-        width = 2 * chip.link if whole and side % chip.cube == 0 else chip.link
-        seconds += nbytes * (side - 1) / side / width + (side - 1) * HOP
-        nbytes /= side
-    return seconds * KINDS[collective.kind]
+def _nbytes(type_: str, whole: bool) -> int:
+    """The size of the arrays in `(f32[2,3]{1,0}, u8[9]{0:S(1)})`; S(…) is on the chip."""
+    total = 0
+    for letters, bits, shape, layout in ARRAY.findall(type_):
+        size = 1 if letters == 'pred' else int(bits or 0) / 8
+        if whole or 'S(' not in layout:
+            total += math.ceil(size * math.prod(int(n) for n in shape.split(',') if n))
+    return total
 
 
 def table(costs: list[dict[str, Any]]) -> str:
@@ -351,44 +373,28 @@ def table(costs: list[dict[str, Any]]) -> str:
 
 
 def _column(cost: dict[str, Any]) -> dict[str, str]:
-    memory, time, moved = cost['memory'], cost['estimate'], cost['collectives']
-    by_kind = Counter(each['kind'] for each in moved)
-    total = sum(each['nbytes'] for each in moved)
-    kinds = ', '.join(f'{count} {kind}' for kind, count in by_kind.items())
+    memory, kernels, seconds = cost['memory'], cost['kernels'], cost['seconds']
+    moved = Counter(each['name'] for each in cost['collectives'])
+    names = ''.join(f'{count} {name}, ' for name, count in moved.items())
+    nbytes = sum(each['nbytes'] for each in cost['collectives'])
     verdict = 'fits' if cost['fits'] else 'DOES NOT FIT'
-    bounds = time['overlapped'], time['serial']
-    step = _span(*(f'{seconds * 1e3:.3g}' for seconds in bounds))
-    rate = _span(*(f'{cost["batch_per_chip"] / seconds:,.0f}' for seconds in reversed(bounds)))
+    rates = [f'{cost["batch_per_chip"] / each:,.0f}' for each in reversed(seconds)]
     return {
         'target': cost['topology'],
         'phase': str(cost['phase']),
-        'layout': f'{cost["layout"]}; {cost["hosts"]} host{"" if cost["hosts"] == 1 else "s"}',
+        'layout': cost['layout'],
         'batch': f'{cost["batch"]:,}, {cost["batch_per_chip"]:,} per chip; {cost["dtype"]}',
-        'memory': f'{_size(memory["total"])} of {_size(memory["chip"])}: {verdict}',
-        **{
-            f'  {name}': _size(memory[name])
-            for name in ('arguments', 'results', 'temporaries', 'code')
-        },
+        'memory': f'{memory["total"] / 1e6:,.1f} MB of {memory["chip"] / 1e9:.0f} GB: {verdict}',
         'FLOPs': f'{cost["flops"] / 1e9:.4g} G',
-        'bytes accessed': _size(cost['bytes_accessed']),
-        'communication': f'{kinds}; {_size(total)}' if moved else 'none',
-        'host transfers': ', '.join(cost['host_transfers']) or 'none',
-        'estimated step': f'{step} ms',
-        **{f'  {name}': f'{time[name] * 1e3:.3g} ms' for name in ('compute', 'memory', 'links')},
-        '  bound by': time['bound'],
-        'images/s per chip': rate,
+        'bytes accessed': f'{cost["bytes_accessed"] / 1e6:,.1f} MB',
+        'communication': f'{names}{nbytes / 1e6:,.1f} MB',
+        'kernels': str(sum(kernels.values())),
+        **{f'  {kind}': str(kernels.get(kind, 0)) for kind in KINDS},
+        'estimated step': ' to '.join(f'{each * 1e3:.3g}' for each in seconds) + ' ms',
+        **{f'  {name}': f'{time * 1e3:.3g} ms' for name, time in cost['estimate'].items()},
+        '  bound by': cost['bound'],
+        'images/s per chip': ' to '.join(rates),
     }
-
-
-def _span(low: str, high: str) -> str:
-    return low if low == high else f'{low} to {high}'
-
-
-def _size(nbytes: float) -> str:
-    for unit, scale in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
-        if nbytes >= scale:
-            return f'{nbytes / scale:.3g} {unit}'
-    return f'{nbytes:.0f} B'
 
 
 def _compile(lowered: Any) -> Any:
@@ -397,36 +403,26 @@ def _compile(lowered: Any) -> Any:
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        lines = (line.strip() for line in str(error).splitlines())
-        used = next((line for line in lines if line.startswith('Used')), 'XLA ran out of memory')
+        used = re.search(r'Used .*', str(error)) or ['XLA ran out of memory.']
         raise RunFailed(
-            f"the step does not fit into a chip's memory: {used} Lower --batch_per_chip, or "
+            f"the step does not fit into a chip's memory: {used[0]} Lower --batch_per_chip, or "
             'divide the state with --fsdp or --model_parallel'
         ) from error
 
 
 def _with_sharding(shapes: Any, shardings: Any) -> Any:
-    def one(leaf, sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(one, shapes, shardings)
+    return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
 
 
-def _batch(program: Program, layout: Layout) -> Any:
+def _batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch; of features where the phase trains on them."""
-    config, spec = program.config, program.spec
-    size = config.data.batch
+    config, spec, size = program.config, program.spec, program.config.data.batch
     image = jax.ShapeDtypeStruct((size, *spec.image_shape), jnp.uint8)
     if program.cached:
-        net = spec.network(config)
-
-        def features(parameters, images) -> Any:
-            x = spec.prepare(images)
-            return net.apply({'params': parameters}, x, train=False, method='features')
-
-        made = jax.eval_shape(features, program.shapes, image)
+        features = functools.partial(spec.network(config).apply, train=False, method='features')
+        prepared = jax.eval_shape(spec.prepare, image)
+        made: Any = jax.eval_shape(features, {'params': program.shapes}, prepared)
         image = jax.ShapeDtypeStruct(made.shape, config.features.dtype)
     numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
     mask = jax.ShapeDtypeStruct((size,), jnp.bool_)
-    batch = {'image': image, 'label': numbers, 'index': numbers, 'mask': mask}
-    return _with_sharding(batch, dict.fromkeys(batch, layout.batch))
+    return {'image': image, 'label': numbers, 'index': numbers, 'mask': mask}
