@@ -1,120 +1,282 @@
-"""This project on a GPU or TPU: a training step, and VGG16's features, in both precisions.
+"""This project on a GPU or TPU, alone and against Flax and PyTorch, within ten minutes.
 
   python -m benchmarks.accelerator --out=benchmarks/RESULTS.md
-  python -m benchmarks.accelerator --workloads=small28 --batches=64,1024 --together=16
+  python -m benchmarks.accelerator --workloads=small28 --batches=64,1024 --together=1,16 --minutes=5
 
-Steps of 96 px and of 28 px images and the frozen convolutions at 224 px, for every batch size in
-float32 and bfloat16, against Flax in the same process and with the same runtime settings; then
-several runs of a step as one program.
-Everything lives in arrays: neither TFDS nor Grain is needed. It runs on a CPU, too, for a look.
+Training steps of 96 px and of 28 px images and of a head on VGG16's frozen convolutions, and these
+convolutions alone, in float32 and bfloat16, as a run has them and without deterministic kernels;
+several runs as one program; and the kernels of a step. Each part is a process of its own, and each
+row is printed and kept when it is measured: what fails or takes too long costs no other. Images and
+weights are drawn at random, so that no download is needed. PyTorch takes part where it is
+installed. It runs on a CPU, too, for a look.
 """
 
 import argparse
+import collections
 import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks import cli, flax_peer, ours, results, workloads
 from benchmarks.problem import Problem
-from cnn_jax import runtime
+from cnn_jax import params, runtime
 from cnn_jax.ablation.training import compile_structure
+from cnn_jax.errors import UserError
 from cnn_jax.models import build
-from cnn_jax.pretrained.weights import load
 from cnn_jax.summary import layers
-from cnn_jax.tools.profile import measure_peak
+from cnn_jax.tools.profile import measure_peak, operations, training_flops
 from cnn_jax.train import setup
 from cnn_jax.train.program import traced_values
+from experiments import finetune_vgg16
 
 DTYPES = 'float32', 'bfloat16'
-FEATURES = 'features'
-WARM, STEPS, ROUNDS = 3, 10, 5
-COLUMNS = 'workload', 'type', 'batch', 'contender', 'images/s', 'of Flax', 'of peak'
+FEATURES, HEAD = 'vgg16 features', 'vgg16 head'
+WORKLOADS = *workloads.STEPS, HEAD, FEATURES
+SECONDS, ROUNDS = 0.2, 5  # of each contender in a round
+COLUMNS = 'part', 'workload', 'type', 'batch', 'contender', 'images/s', 'of the first', 'TFLOP/s'
+OF_PROFILE = 'kernel', 'ms a step', 'a step'
+PARTS = 'as run', 'any order', 'PyTorch', 'profile', 'together'
+TRACED, KERNELS = 5, 15  # steps, and rows of the profile
+
+Row = dict[str, str]  # the columns of a table, or a note
 
 
 def main() -> None:
-    """Measure all, and print and keep the table."""
+    """Measure all parts that there is time for, and print and keep what is measured."""
     parser = argparse.ArgumentParser(
         'python -m benchmarks.accelerator',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    every = [*workloads.STEPS, FEATURES]
-    parser.add_argument('--workloads', default=','.join(every), help=f'of {", ".join(every)}')
-    parser.add_argument('--batches', default='32,256', help='examples a step (32,256)')
-    parser.add_argument('--together', type=int, default=16, help='runs in one program (16)')
-    parser.add_argument('--out', type=Path, help='results file whose section is replaced')
+    add = parser.add_argument
+    add('--workloads', default=','.join(WORKLOADS), help=f'of {", ".join(WORKLOADS)}')
+    add('--batches', default='256', help='examples a step (256)')
+    add('--together', default='1,2,4,8,16,32', help='runs in one program (1,2,4,8,16,32)')
+    add('--minutes', type=float, default=10.0, help='after which nothing more is measured (10)')
+    add('--parts', default=','.join(PARTS), help=f'of {", ".join(PARTS)}')
+    add('--out', type=Path, help='results file whose section is replaced')
+    add('--measure', choices=PARTS, help=argparse.SUPPRESS)  # in this process: one row a line
     given = parser.parse_args()
-    batches = [int(word) for word in cli.words(given.batches)]
-    runtime.configure()
-    peaks = {dtype: measure_peak(dtype) for dtype in DTYPES}
-    rows = []
-    for workload in cli.words(given.workloads):
-        for batch in batches:
-            for dtype in DTYPES:
-                rows += compared(workload, batch, dtype, peaks[dtype], given.together)
-    device = jax.devices()[0].device_kind
-    told = ', '.join(f'{peak / 1e12:.1f} in {dtype}' for dtype, peak in peaks.items())
-    cli.publish(
-        f'On {device}',
-        f"""{results.conditions('jax', 'jaxlib', 'flax')}; {device}
+    if given.measure:
+        for row in measured(given.measure, given):
+            print(json.dumps(row), flush=True)
+        return
+    for word in cli.words(f'{given.workloads},{given.parts}'):
+        if word not in (*WORKLOADS, *PARTS):
+            raise UserError(f'there is no {word}; --help lists the workloads and the parts')
+    end, rows = time.monotonic() + 60 * given.minutes, []
+    for part in cli.words(given.parts):
+        for row in in_a_process(part, end - time.monotonic()):
+            print(*row.values(), sep=' · ', flush=True)
+            rows.append(row)
+            if given.out:
+                results.write_section(given.out, 'On an accelerator', report(rows))
+    print(report(rows))
 
-Median [quartiles] of {ROUNDS} interleaved rounds in one process; ratios are of times, taken within
-a round. Of peak: model FLOP/s over those of a large matrix product of the same type, which are
-({told}) TFLOP/s.
 
-{results.table(COLUMNS, rows)}
-""",
-        given.out,
+def in_a_process(part: str, seconds: float) -> Iterator[Row]:
+    """Yield the rows of a part, measured in a process of its own."""
+    environment = os.environ | {'TORCHINDUCTOR_FREEZING': '1'}
+    if part == 'any order':
+        flags = os.environ.get('XLA_FLAGS', '')
+        environment['XLA_FLAGS'] = f'{flags} --xla_gpu_deterministic_ops=false'.strip()
+    if part == 'PyTorch':  # whose memory JAX would take
+        environment['JAX_PLATFORMS'] = 'cpu'
+    command = [sys.executable, '-m', 'benchmarks.accelerator', *sys.argv[1:], f'--measure={part}']
+    with tempfile.TemporaryFile('w+') as errors:
+        pipes = {'stdout': subprocess.PIPE, 'stderr': errors, 'text': True}
+        child = subprocess.Popen(command, env=environment, **pipes)
+        timer = threading.Timer(max(seconds, 0), child.kill)
+        timer.start()
+        for line in child.stdout or ():
+            if line.startswith('{'):
+                yield {'part': part, **json.loads(line)}
+        code = child.wait()
+        timer.cancel()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ['no message'])[-1]
+    if code < 0:
+        yield {'note': f'{part}: the time was over.'}
+    elif code:
+        yield {'note': f'{part} failed: {last}'}
+
+
+def report(rows: list[Row]) -> str:
+    """The section: conditions, the tables, and what is missing."""
+    notes = '\n'.join(f'- {row["note"]}' for row in rows if 'note' in row)
+    speeds, kernels = (
+        results.table(columns, [[row[c] for c in columns] for row in rows if columns[-1] in row])
+        for columns in (COLUMNS, OF_PROFILE)
     )
+    return f"""{results.conditions('jax', 'jaxlib', 'flax')}
+
+Median [quartiles] of {ROUNDS} rounds, in which the contenders of a workload take turns; ratios are
+of times, taken within a round, to the first of them. `as run`: as a training run is compiled;
+`any order`: without deterministic kernels.
+
+{speeds}
+
+{kernels}
+
+{notes}
+"""
+
+
+def measured(part: str, given: argparse.Namespace) -> Iterator[Row]:
+    """Measure a part in this process; `any order` means something on NVIDIA's GPUs alone."""
+    if part == 'PyTorch' and not importlib.util.find_spec('torch'):
+        yield {'note': 'PyTorch is not installed.'}
+        return
+    settings = runtime.configure()
+    if part == 'as run':
+        peaks = ', '.join(f'{measure_peak(dtype) / 1e12:.1f} in {dtype}' for dtype in DTYPES)
+        yield {'note': f'{runtime.devices()}; {settings}.'}
+        yield {'note': f'TFLOP/s of a large matrix product: {peaks}.'}
+    if part == 'any order' and 'gpu' not in jax.default_backend():
+        return
+    for made, dtype, name in problems(given):
+        if part == 'profile':
+            yield from profile(made, dtype, name)
+            return
+        yield from compared(name, made, dtype, contenders(part, name, given.together))
+
+
+def contenders(part: str, name: str, together: str) -> dict[str, tuple[Callable[..., Any], int]]:
+    """What makes each contender, and the number of models that it trains."""
+    counts = [int(word) for word in cli.words(together)]
+    if part == 'together':
+        many = {f'{n} together': (functools.partial(runs_together, count=n), n) for n in counts}
+        return many if name in workloads.STEPS else {}
+    if part == 'PyTorch':
+        from benchmarks import torch_peer
+
+        peers = {
+            HEAD: {},
+            FEATURES: {
+                'channels last': torch_peer.features_channels_last,
+                'compiled': torch_peer.features_compiled,
+            },
+        }
+        step = {'channels last': torch_peer.channels_last, 'compiled': torch_peer.compiled}
+    else:
+        peers = {
+            HEAD: {'cnn_jax': ours.start},  # the peer has no such net
+            FEATURES: {'cnn_jax': ours.features, 'Flax': flax_peer.features},
+        }
+        step = {'cnn_jax': ours.start, 'Flax': flax_peer.start}
+    return {each: (start, 1) for each, start in peers.get(name, step).items()}
+
+
+def profile(made: Problem, dtype: str, name: str) -> Iterator[Row]:
+    """The kernels of some steps, by the time that they take."""
+    step = ours.start(made)
+    step.run(3)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            step.run(TRACED)
+        (session,) = Path(folder).glob('plugins/profile/*')
+        spent: dict[str, float] = collections.defaultdict(float)
+        count = collections.Counter()
+        for _, kernel, start, end in operations(session):
+            kind = re.sub(r'[.\d]+$', '', kernel)
+            spent[kind] += end - start
+            count[kind] += 1
+    yield {'note': f'profile of {name} in {dtype}: {count.total() / TRACED:.0f} kernels a step.'}
+    for kind, seconds in sorted(spent.items(), key=lambda each: -each[1])[:KERNELS]:
+        cells = kind, f'{seconds / TRACED * 1e3:.3f}', f'{count[kind] / TRACED:.0f}'
+        yield dict(zip(OF_PROFILE, cells))
+
+
+def problems(given: argparse.Namespace) -> Iterator[tuple[Problem, str, str]]:
+    """Every workload with its type and name."""
+    for batch in map(int, cli.words(given.batches)):
+        for name in cli.words(given.workloads):
+            for dtype in DTYPES:
+                step = workloads.step_problem if name in workloads.STEPS else vgg16_problem
+                made = step(name, batch)
+                made.config['model']['dtype'] = dtype
+                yield made, dtype, name
+
+
+def vgg16_problem(name: str, batch: int) -> Problem:
+    """Random images for VGG16 with random weights, whose convolutions are frozen."""
+    config = finetune_vgg16.get_config()
+    config.data.batch = batch
+    config.features.cache = 'never'
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, batch, 224, 224, 3), np.uint8)
+    labels = rng.integers(0, 2, images.shape[:2], np.int32)
+    return workloads.problem(config, {'kind': 'caffe'}, images, labels, 2)
 
 
 def compared(
-    workload: str, batch: int, dtype: str, peak: float, together: int
-) -> Iterator[list[str]]:
-    """The table's rows of one workload in one type at one batch size."""
-    if workload == FEATURES:
-        made = workloads.features_problem(batch, load('auto'))
-        starts = {'cnn_jax': ours.features, 'Flax': flax_peer.features}
-    else:
-        made = workloads.step_problem(workload, batch)
-        starts = {'cnn_jax': ours.start, 'Flax': flax_peer.start}
-    made.config['model']['dtype'] = dtype
-    runs = {name: (start(made).run, 1) for name, start in starts.items()}
-    if workload != FEATURES:
-        runs[f'cnn_jax, {together} runs together'] = runs_together(made, together), together
-    flops = forward_flops(made) if workload == FEATURES else workloads.training_flops(made)
-    seconds = interleaved({name: run for name, (run, _) in runs.items()})
-    for name, (_, models) in runs.items():
-        each = np.array(seconds[name]) / models
-        yield [
-            workload,
+    name: str, made: Problem, dtype: str, starts: dict[str, tuple[Callable[..., Any], int]]
+) -> Iterator[Row]:
+    """Start the contenders, time them in turns, and yield a row for each.
+
+    Args:
+        name: The workload's.
+        made: The problem.
+        dtype: The type of its matrix products.
+        starts: By the contender's name, what makes it, and how many models it trains.
+    """
+    batch, runs = made.images.shape[1], {}
+    for contender, (start, models) in starts.items():
+        try:
+            run = start(made).run
+            run(1)
+            began = time.perf_counter()
+            run(1)
+            once = time.perf_counter() - began
+            runs[contender] = run, max(1, min(1000, round(SECONDS / once))), models
+        except Exception as error:  # such as too little memory: the others go on
+            told = f'{name} in {dtype}, {contender}: {type(error).__name__}: {error}'
+            yield {'note': told.splitlines()[0]}
+    seconds: dict[str, list[float]] = {contender: [] for contender in runs}
+    for _ in range(ROUNDS):
+        for contender, (run, steps, models) in runs.items():
+            began = time.perf_counter()
+            run(steps)
+            seconds[contender].append((time.perf_counter() - began) / steps / models)
+    for contender, times in seconds.items():
+        each, first = np.array(times), np.array(next(iter(seconds.values())))
+        cells = [
+            name,
             dtype,
             str(batch),
-            name,
-            results.quartiles(batch / each, digits=0),
-            results.quartiles(each / np.array(seconds['Flax']), digits=2),
-            f'{flops / np.median(each) / peak:.0%}',
+            contender,
+            results.quartiles((batch / each).tolist(), digits=0),
+            results.quartiles((each / first).tolist(), digits=2),
+            f'{batch * flops(name, made) / float(np.median(each)) / 1e12:.2f}',
         ]
+        yield dict(zip(COLUMNS[1:], cells))
 
 
-def interleaved(runs: dict[str, Callable[[int], None]]) -> dict[str, list[float]]:
-    """Seconds of a call of each, one figure a round."""
-    for run in runs.values():
-        run(WARM)
-    seconds = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run(STEPS)
-            seconds[name].append((time.perf_counter() - began) / STEPS)
-    return seconds
+def flops(name: str, made: Problem) -> int:
+    """Multiplications and additions of the matrix products for one image."""
+    config, shape = ours.config_of(made), made.images.shape
+    rows = layers(build(config.model, made.classes), tuple(shape[2:]))
+    if name == FEATURES:
+        return sum(row.flops for row in rows if row.path.startswith('backbone/'))
+    return training_flops(rows, params.trainable(made.weights, config.train.frozen))
 
 
-def runs_together(made: Problem, count: int) -> Callable[[int], None]:
+def runs_together(made: Problem, count: int) -> SimpleNamespace:
     """Steps of several runs of different seeds as one program, as `launch.ablate` makes it."""
     config = ours.config_of(made)
     description = {
@@ -136,14 +298,7 @@ def runs_together(made: Problem, count: int) -> Callable[[int], None]:
             state, _ = phase.train_step(state, batch, values)
         jax.block_until_ready(state)
 
-    return run
-
-
-def forward_flops(made: Problem) -> int:
-    """Multiplications and additions of the backbone's convolutions on one batch."""
-    config, shape = ours.config_of(made), made.images.shape
-    rows = layers(build(config.model, made.classes), tuple(shape[2:]))
-    return shape[1] * sum(row.flops for row in rows if row.path.startswith('backbone/'))
+    return SimpleNamespace(run=run)
 
 
 if __name__ == '__main__':

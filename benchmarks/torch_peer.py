@@ -9,9 +9,11 @@ once by hand:
   python -m benchmarks.torch_peer PHOTOS WEIGHTS.npz [--cached]
 """
 
+import functools
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from benchmarks.problem import VGG16, Problem, backbone_weights, caffe, kernels,
 from benchmarks.worker import Contender, forward
 
 STEM = 7, 2  # kernel and stride
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def network(problem: Problem, *, dropout: bool) -> nn.Sequential:
@@ -71,7 +74,14 @@ def images(problem: Problem, layout: torch.memory_format) -> list[torch.Tensor]:
         size, stride = STEM
         top, left = ((n - size) % stride for n in x.shape[3:])
         x = x[..., top:, left:]
-    return [batch.contiguous(memory_format=layout) for batch in x]
+    return [batch.contiguous(memory_format=layout).to(DEVICE) for batch in x]
+
+
+def precision(problem: Problem) -> Callable[[], torch.autocast]:
+    """The context of a problem's matrix products: bfloat16 if it says so, float32's as JAX's."""
+    torch.set_float32_matmul_precision('high')  # TF32 where there is a GPU
+    bfloat16 = problem.config['model']['dtype'] == 'bfloat16'
+    return functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=bfloat16)
 
 
 def start(
@@ -85,11 +95,12 @@ def start(
         compiled: Whether `torch.compile` is used.
     """
     settings, l2 = problem.config['optimizer'], problem.config['loss']['l2']
-    labels = torch.from_numpy(problem.labels).long()
+    labels = torch.from_numpy(problem.labels).long().to(DEVICE)
     batches = list(zip(images(problem, layout), labels))
+    narrow = precision(problem)
 
     def made(*, dropout: bool):
-        model = network(problem, dropout=dropout).to(memory_format=layout)
+        model = network(problem, dropout=dropout).to(DEVICE, memory_format=layout)
         penalized = [layer.weight for layer in model if isinstance(layer, nn.Conv2d)]
         others = [p for p in model.parameters() if all(p is not each for each in penalized)]
         # PyTorch's way to have λΣw²: its gradient is added in the fused update.
@@ -100,7 +111,8 @@ def start(
         return torch.compile(model) if compiled else model, optimizer, penalized
 
     def step(model, optimizer, x, y):
-        loss = nn.functional.cross_entropy(model(x), y)
+        with narrow():
+            loss = nn.functional.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,6 +132,8 @@ def start(
     def run(count: int) -> None:
         for batch in itertools.islice(endless, count):
             step(model, optimizer, *batch)
+        if DEVICE == 'cuda':
+            torch.cuda.synchronize()
 
     return Contender(losses, run, f'torch {torch.__version__}')
 
@@ -163,13 +177,15 @@ def features(
         layout: Of both.
         compiled: Whether `torch.compile` is used.
     """
-    model = backbone(backbone_weights(problem)).to(memory_format=layout)
+    model = backbone(backbone_weights(problem)).to(DEVICE, memory_format=layout)
+    narrow = precision(problem)
     if compiled:
         model = torch.compile(model)
 
     @torch.inference_mode()
     def computed(x: torch.Tensor) -> np.ndarray:
-        return model(x).permute(0, 2, 3, 1).numpy()
+        with narrow():
+            return model(x.to(DEVICE)).permute(0, 2, 3, 1).float().cpu().numpy()
 
     batches = torch.from_numpy(prepared(problem)).permute(0, 1, 4, 2, 3)
     batches = [batch.contiguous(memory_format=layout) for batch in batches]

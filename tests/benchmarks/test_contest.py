@@ -1,7 +1,10 @@
 """The contenders solve the same problem, and what does not is refused before anything is timed."""
 
+import argparse
 import copy
 import dataclasses
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -131,12 +134,26 @@ def test_ratios_are_taken_within_a_round():
     assert [contest.rotated('abc', number)[0] for number in range(4)] == ['a', 'b', 'c', 'a']
 
 
-def test_an_accelerator_needs_neither_tfds_nor_grain(tiny, monkeypatch):
+def test_an_accelerator_is_measured_part_by_part_without_tfds_and_grain(tiny, monkeypatch):
     monkeypatch.setattr(accelerator.workloads, 'step_problem', lambda *_: copy.deepcopy(tiny))
     for name in ('tensorflow_datasets', 'grain'):
         monkeypatch.setitem(sys.modules, name, None)  # importing it is an error
-    for name in ('STEPS', 'WARM', 'ROUNDS'):
-        monkeypatch.setattr(accelerator, name, 1)
-    rows = list(accelerator.compared('small28', 2, 'bfloat16', peak=1e12, together=2))
-    assert [row[3] for row in rows] == ['cnn_jax', 'Flax', 'cnn_jax, 2 runs together']
-    assert all(float(row[4].split()[0]) > 0 for row in rows)
+    monkeypatch.setattr(accelerator, 'ROUNDS', 1)
+    monkeypatch.setattr(accelerator, 'SECONDS', 0.0)
+    given = argparse.Namespace(workloads='small28', batches='4', together='2')
+    rows = [row for part in accelerator.PARTS for row in accelerator.measured(part, given)]
+    speeds = [row for row in rows if 'images/s' in row]
+    assert [row['contender'] for row in speeds] == ['cnn_jax', 'Flax'] * 2 + ['2 together'] * 2
+    assert {row['type'] for row in speeds} == {'float32', 'bfloat16'}
+    assert all(float(row['images/s'].split()[0]) > 0 for row in speeds)
+    assert any('kernel' in row for row in rows)
+    assert accelerator.report([{'part': 'as run', **row} for row in rows])
+
+
+def test_what_fails_on_an_accelerator_or_takes_too_long_costs_no_other(monkeypatch, tmp_path):
+    out = tmp_path / 'out.md'
+    command = [sys.executable, '-m', 'benchmarks.accelerator', '--parts=as run,together']
+    command += ['--batches=none', f'--out={out}']
+    for minutes, word in [('0', 'the time was over'), ('5', 'failed: ValueError')]:
+        subprocess.run([*command, f'--minutes={minutes}'], check=True, capture_output=True)
+        assert len(re.findall(word, out.read_text())) == 2
