@@ -15,37 +15,30 @@ from cnn_jax.regularizers import cross_entropy, log_probabilities
 BATCH, SIZE, CHANNELS, CLASSES = 4, 8, 4, 4
 
 
-def choice(field):
-    return st.sampled_from(fields_by_path(Model())[field].metadata['choices'])
-
-
+CHOICES = {
+    path: st.sampled_from(field.metadata['choices'])
+    for path, field in fields_by_path(Model()).items()
+    if field.metadata.get('choices') and path not in ('name', 'dtype')
+}
 # Each operation is compiled for each shape that it meets: few shapes, so that it takes seconds.
 models = st.builds(
     Model,
     stem_width=st.sampled_from([0, 4]),
     stem_kernel=st.integers(1, 3),
     stem_stride=st.integers(1, 2),
-    stem_padding=choice('stem_padding'),
     widths=st.sampled_from([(4,), (4, 4)]),
     kernel=st.integers(1, 3),
     stride=st.integers(1, 2),
-    padding=choice('padding'),
-    downsample=choice('downsample'),
-    activation=choice('activation'),
-    norm=choice('norm'),
-    norm_position=choice('norm_position'),
     norm_momentum=st.floats(0, 1),
     norm_groups=st.just(2),
     ghost_batch=st.just(2),
     weight_standardization=st.booleans(),
-    drop_kind=choice('drop_kind'),
     drop_block=st.integers(1, 3),
     input_noise=st.floats(0, 1),
     dropout=st.floats(0, 0.9),
-    pool=choice('pool'),
     hidden=st.sampled_from([(), (4,)]),
-    head_norm=choice('head_norm'),
     head_dropout=st.floats(0, 0.9),
+    **CHOICES,
 )
 
 
