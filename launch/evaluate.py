@@ -36,6 +36,8 @@ def main(_) -> int:
     result, names = evaluation.metrics, run.class_names
     if evaluation.split == run.config.data.eval and not evaluation.seen:
         print('note: these are not the images that the run was evaluated on')
+    for note in evaluation.notes:
+        print(f'note: {note}')
     source = run.config.data.source
     print(f'{source} {evaluation.split}: {result["count"]:,} images, step {run.step}')
     for name, number in metrics.scalars(result).items():

@@ -14,6 +14,7 @@ its batch is done; Ctrl-C keeps what was printed. A file that cannot be read is 
 others are classified; the exit code is 1 when none could be.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     from cnn_jax.tools import predict
     from cnn_jax.train.run import load_run
 
-    paths = predict.image_paths(arguments[1:])
+    paths = predict.image_paths(arguments[1:], functools.partial(print, file=sys.stderr))
     maps = Path(HEATMAPS.value) if HEATMAPS.value else None
     if maps:
         make_writable(maps, 'the folder for heat maps', '--heatmaps')

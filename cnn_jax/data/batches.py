@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float64, Int32, UInt8
 
 from cnn_jax import config
 from cnn_jax.data.decode import RULE, image_shape, parallel_map, resize_image
-from cnn_jax.data.source import Source, digest
+from cnn_jax.data.source import Skipped, Source, digest
 from cnn_jax.data.sources import open_split
 from cnn_jax.errors import UserError
 from cnn_jax.files import cache_folder, cached_array
@@ -111,7 +111,8 @@ class Arrays:
     labels: Int32[np.ndarray, ' n']
     class_names: tuple[str, ...]
     fingerprint: str
-    skipped: tuple[tuple[str, str], ...] = ()
+    skipped: Skipped = ()
+    notes: tuple[str, ...] = ()
 
 
 def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0) -> Arrays:
@@ -138,7 +139,8 @@ def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0)
     else:
         images = np.empty(shape, np.uint8)
         fill(images)
-    return Arrays(images, source.labels, source.class_names, source.fingerprint, source.skipped)
+    facts = source.class_names, source.fingerprint, source.skipped, source.notes
+    return Arrays(images, source.labels, *facts)
 
 
 class Readable(Protocol):
@@ -282,7 +284,7 @@ class _Batches:
         self.class_names = data.class_names
         self.image_shape = image_shape
         self.fingerprint = data.fingerprint
-        self.skipped = data.skipped
+        self.skipped, self.notes = data.skipped, data.notes
         self._order = _Order(self.n, batch, seed, process_index, process_count)
         self._sharding = sharding
 

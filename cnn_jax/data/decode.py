@@ -1,18 +1,22 @@
-"""Encoded images (PNG, JPEG, WebP, BMP, GIF) to uint8 pixels, the same on every machine.
+"""Encoded images (PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF) to uint8 pixels, alike on every machine.
 
 The rule of decoding, which `RULE` numbers (a change of it makes cached pixels stale):
 
-- EXIF orientation is applied; colour profiles are not. An animation gives its first frame.
-- Grey stays one channel; palette, CMYK and YCbCr become RGB.
+- EXIF orientation is applied; colour profiles are not. The first frame or page counts.
+- Grey stays one channel; palette, CMYK, LAB and YCbCr become RGB.
 - Transparent pixels are composited on white.
-- 16 bits a channel keep the high byte, as libpng's `png_set_strip_16` does.
+- Of more than 8 bits a channel the highest 8 are kept, as libpng's `png_set_strip_16` does; floats
+  from 0 to 1 become round(255·x).
+- A JPEG of more than `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its sides.
 """
 
+import functools
 import hashlib
 import io
 import os
 import stat
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,21 +26,29 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from cnn_jax.data.source import Source
+from cnn_jax.data.source import UNREADABLE, Skipped, Source
 from cnn_jax.errors import UserError
 from cnn_jax.files import Corrupt, cache_folder, read_json, write_json
 from cnn_jax.runtime import cores
 
-RULE = 1
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif')
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF')
-# Pillow's own limit (256 MB as RGB), fixed here so that no global setting changes the data.
+RULE = 2
+SUFFIXES = (
+    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.webp', '.bmp', '.gif'),
+    *('.tif', '.tiff', '.avif'),
+)
+JPEG = ('JPEG', 'MPO')  # MPO: a JPEG with more behind it, such as another view
+BITS_PER_SAMPLE = 258  # the tag of a TIFF
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF')
+# Bounds by memory, of which Pillow takes four bytes a pixel; no global setting changes the data.
 MAX_PIXELS = 89_478_485
-MAX_BYTES = 1 << 30  # more than any image of MAX_PIXELS takes
-GREY = ('1', 'L', 'LA', 'I', 'I;16', 'I;16L', 'I;16B')
+MAX_WHOLE_PIXELS = 2 * MAX_PIXELS  # of formats that cannot be decoded at less; one at a time
+MAX_JPEG_PIXELS = 400_000_000
+MAX_BYTES = 1 << 30  # more than any image of these sizes takes
+GREY = ('1', 'L', 'LA', 'La')
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 CHUNK = 32  # items a task of `parallel_map`: large enough to hide the cost of handing it over
 T = TypeVar('T')
+_one_large = threading.Lock()
 
 
 class CorruptImage(ValueError):
@@ -63,8 +75,8 @@ def decode(data: bytes) -> UInt8[np.ndarray, 'h w c']:
     """Decode an image to pixels, height × width × 1 (grey) or 3 (RGB).
 
     Errors:
-        CorruptImage: The bytes are damaged, cut off, of another format, or announce more than
-            `MAX_PIXELS` pixels (nothing is decoded then).
+        CorruptImage: The bytes are damaged, cut off, of another format, or announce too many
+            pixels (nothing is decoded then).
     """
     return _read(data, _pixels)
 
@@ -91,40 +103,69 @@ def with_channels(
     return np.asarray(Image.fromarray(image).convert('L'))[..., None]
 
 
-def _read(data: bytes, then):
+@functools.cache
+def _pillow():
+    """Pillow, silent: the bounds are those above, and what cannot be read is listed."""
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
+    warnings.filterwarnings('ignore', module=r'PIL\.')
+    return Image
+
+
+def _read(data: bytes, then: Callable[[Any], T]) -> T:
+    Image = _pillow()
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise CorruptImage(f'{width}×{height} pixels are more than {MAX_PIXELS:,}')
-            return then(image)
+            jpeg = image.format in JPEG
+            limit = MAX_JPEG_PIXELS if jpeg else MAX_WHOLE_PIXELS
+            if width * height > limit:
+                raise CorruptImage(f'{width}×{height} pixels are more than {limit:,}')
+            if width * height <= MAX_PIXELS:
+                return then(image)
+            if jpeg:
+                sides = (2, 4, 8)
+                least = next(n for n in sides if width // n * (height // n) <= MAX_PIXELS)
+                image.draft(None, (width // least, height // least))
+            with _one_large:
+                return then(image)
     except CorruptImage:
         raise
     except Image.UnidentifiedImageError:
         raise CorruptImage(f'not an image in {", ".join(FORMATS)} format') from None
+    except Image.DecompressionBombError:
+        raise CorruptImage(f'more than {MAX_JPEG_PIXELS:,} pixels') from None
     except Exception as error:  # damaged bytes make decoders raise anything
-        raise CorruptImage(str(error) or type(error).__name__) from error
+        raise CorruptImage(' '.join(str(error).split()) or type(error).__name__) from error
 
 
 def _pixels(image) -> np.ndarray:
     from PIL import Image, ImageOps
 
     ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in 'IF':
+        return _deep_pixels(image)
     grey = image.mode in GREY
-    if image.mode.startswith('I'):
-        return _high_byte(np.asarray(image), image.info.get('transparency'))
     if image.has_transparency_data:
         rgba = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba)
-    pixels = np.asarray(image.convert('L' if grey else 'RGB'))
+    mode = 'L' if grey else 'RGB'
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if grey else pixels
 
 
-def _high_byte(deep: np.ndarray, transparent: int | None) -> np.ndarray:
-    pixels = (deep >> 8).astype(np.uint8)
-    if transparent is not None:
+def _deep_pixels(image) -> np.ndarray:
+    """Grey pixels of more than 8 bits, which mode I or F stands for."""
+    deep = np.asarray(image)
+    low, high = deep.min(), deep.max()
+    bits = min(16, *getattr(image, 'tag_v2', {}).get(BITS_PER_SAMPLE, (16,)))
+    largest = 1 if image.mode == 'F' else 2**bits - 1
+    if not 0 <= low <= high <= largest:
+        raise CorruptImage(f'pixels from {low:g} to {high:g} and not from 0 to {largest:,}')
+    pixels = np.round(255 * deep) if image.mode == 'F' else deep >> bits - 8
+    pixels = pixels.astype(np.uint8)
+    if (transparent := image.info.get('transparency')) is not None:
         pixels[deep == transparent] = 255
     return pixels[..., None]
 
@@ -132,10 +173,12 @@ def _high_byte(deep: np.ndarray, transparent: int | None) -> np.ndarray:
 def _shape(image) -> tuple[int, int, int]:
     from PIL import ExifTags
 
+    if image.format not in JPEG:
+        return _pixels(image).shape
     width, height = image.size
     if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
         width, height = height, width
-    image.draft(image.mode, (1, 1))  # JPEG decodes at an eighth of the size; others ignore it
+    image.draft(image.mode, (1, 1))  # decodes at an eighth of the size
     return height, width, _pixels(image).shape[-1]
 
 
@@ -217,8 +260,8 @@ def scan(data: bytes) -> Finding:
 
 def skipped(
     name: str, paths: Sequence[str], findings: Sequence[Finding], max_corrupt: float
-) -> tuple[tuple[str, str], ...]:
-    """The `(path, reason)` of each unreadable image.
+) -> Skipped:
+    """The paths of unreadable images, with the reasons.
 
     Errors:
         UserError: They are more than the fraction `max_corrupt`; the first of them are named.
@@ -230,7 +273,7 @@ def skipped(
             f'{len(wrong)} of the {len(paths)} images of {name} cannot be read ({first}); '
             f'replace or remove them, or raise --config.data.max_corrupt from {max_corrupt:g}'
         )
-    return tuple(wrong)
+    return tuple((path, f'{UNREADABLE}: {reason}') for path, reason in wrong)
 
 
 def load_findings(key: str) -> list[Any]:

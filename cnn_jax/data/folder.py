@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cnn_jax.config import local_path
 from cnn_jax.data import decode
 from cnn_jax.data.decode import (
     CorruptImage,
@@ -21,7 +23,7 @@ from cnn_jax.data.decode import (
     skipped,
     store_findings,
 )
-from cnn_jax.data.source import Source, digest
+from cnn_jax.data.source import UNREADABLE, Source, count_left_out, digest
 from cnn_jax.errors import UserError
 
 
@@ -76,17 +78,21 @@ UNPRINTABLE = ('Cc', 'Cs')  # control characters, and bytes that are not UTF-8
 PARTS = {
     'train': 'train',
     'test': 'test',
-    **dict.fromkeys(('val', 'valid', 'validation'), 'validation'),
+    **dict.fromkeys(('val', 'valid', 'validation', 'dev'), 'validation'),
 }
 LIKE_PARTS = {*PARTS, 'training', 'testing', 'tests'}
+COMPANIONS = ('@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN')  # of file servers and systems
 Listing = list[tuple[str, int]]  # path below the root, with slashes, and label
+LeftOut = list[tuple[str, str]]  # path, and kind of file
+NO_CLASS = 'in no class folder'
 
 
 def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
-    """The parts of a folder: `all`, or those of train/, test/ and validation/ (val/, valid/).
+    """The parts of a folder: `all`, or those of train/, test/ and validation/ (val/, valid/, dev/).
 
-    Class names are the sub-folders' names, sorted; images lie below them at any depth. Hidden files
-    and files without the suffix of an image are left out.
+    Class names are the sub-folders' names in the Unicode form NFC, sorted; folders whose names
+    differ in their form alone are one class. Images lie below them at any depth. What else is there
+    is left out and listed: files of other endings, hidden ones, thumbnails, images in no class.
 
     A part, a class or an image may be a link, also to elsewhere. Below a class, links to folders
     are not followed, so that none leads round in a circle.
@@ -101,13 +107,18 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
             train/ lacks it, or it is a link to a folder above itself; more than `max_corrupt` of
             the images cannot be read.
     """
-    root, name = Path(os.path.expanduser(folder)), f'folder:{folder}'
+    root, name = Path(local_path(folder, 'config.data.source')), f'folder:{folder}'
     if not os.path.isdir(root):
         raise UserError(f'{root} is not a folder; give one that holds a sub-folder for each class')
     try:
         layout = _layout(root)
         class_names = _class_names(layout)
-        listings = {part: _listing(root, below, class_names) for part, below in layout.items()}
+        folders = [below.name for below in layout.values()]
+        left_out = _aside(root, root, folders) if 'train' in layout else []
+        listings = {}
+        for part, below in layout.items():
+            listings[part], others = _list_part(root, part, below, class_names)
+            left_out += others
     except OSError as error:  # else its images would be missing without a word
         raise UserError(
             f'{error.filename} cannot be listed: {error.strerror}; make it readable or remove it'
@@ -118,11 +129,63 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
     channels = max(file.finding.channels for file in files.values())
 
     def open_part(part: str) -> Source:
+        loose = [path for path, kind in left_out if kind == NO_CLASS]
+        if not listings[part] and any((root / path).parent == layout[part] for path in loose):
+            raise UserError(
+                f'the images in {layout[part]} are {NO_CLASS}; classify them with launch.predict, '
+                "and set --config.data.train='train[:80%]' --config.data.eval='train[80%:]'"
+            )
         part_name = name if part == 'all' else f'{name} {part}'
         labelled = [(files[path], label) for path, label in listings[part]]
-        return _source(part_name, root, labelled, class_names, channels)
+        return _source(part_name, root, labelled, class_names, channels, left_out)
 
     return {part: functools.partial(open_part, part) for part in layout}
+
+
+def find_images(folder: Path, without: Sequence[str] = ()) -> tuple[list[Path], LeftOut]:
+    """Find the image files at any depth below a folder; links to folders are not followed.
+
+    Args:
+        folder: The folder.
+        without: Names of sub-folders to pass over.
+
+    Returns:
+        The paths of the images, sorted, and those of other files, each with its kind as
+        `count_left_out` counts it.
+    """
+    images, left_out = [], []
+    for below, folders, files in os.walk(folder, onerror=_fail):
+        if below == os.fspath(folder):
+            folders[:] = [name for name in folders if name not in without]
+        inside = Path(below).relative_to(folder).parts
+        links = [name for name in folders if os.path.islink(os.path.join(below, name))]
+        left_out += [(os.path.join(below, name), 'behind a link to a folder') for name in links]
+        for name in files:
+            if kind := _kind((*inside, name)):
+                left_out.append((os.path.join(below, name), kind))
+            else:
+                images.append(Path(below, name))
+    return sorted(images, key=lambda path: path.as_posix()), sorted(left_out)
+
+
+def _kind(parts: Sequence[str]) -> str:
+    """The kind of a file that is left out, by its path below a folder; '' of an image."""
+    for part in parts:
+        if companion := _companion(part):
+            return companion
+    ending = os.path.splitext(parts[-1])[1].lower()
+    if ending in decode.SUFFIXES:
+        return ''
+    if not ending:
+        return 'without an ending'
+    return ending if re.fullmatch(r'\.\w{1,10}', ending) else 'of other endings'
+
+
+def _companion(name: str) -> str:
+    """The kind of a file or folder that a system keeps beside photographs; '' of another."""
+    if name in COMPANIONS:
+        return f'in {name}'
+    return 'hidden' if name.startswith('.') else ''
 
 
 def _layout(root: Path) -> dict[str, Path]:
@@ -155,7 +218,7 @@ def _layout(root: Path) -> dict[str, Path]:
 
 def _class_names(layout: dict[str, Path]) -> tuple[str, ...]:
     base = layout.get('train') or layout['all']
-    class_names = tuple(_sub_folders(base))
+    class_names = tuple(_class_folders(base))
     for name in class_names:
         if any(unicodedata.category(c) in UNPRINTABLE for c in name):
             raise UserError(
@@ -163,40 +226,53 @@ def _class_names(layout: dict[str, Path]) -> tuple[str, ...]:
                 'rename it without control characters, in UTF-8'
             )
     for below in layout.values():
-        for other in _sub_folders(below):
+        for other in _class_folders(below):
             if other not in class_names:
                 raise UserError(f'{below / other} is a class that {base} lacks; add or remove it')
     return class_names
 
 
-def _listing(root: Path, below: Path, class_names: tuple[str, ...]) -> Listing:
-    listing = []
+def _class_folders(below: Path) -> dict[str, list[str]]:
+    """The folders of each class of a part, by the class's name."""
+    classes: dict[str, list[str]] = {}
+    for name in _sub_folders(below):
+        classes.setdefault(unicodedata.normalize('NFC', name), []).append(name)
+    return dict(sorted(classes.items()))
+
+
+def _list_part(
+    root: Path, part: str, below: Path, class_names: tuple[str, ...]
+) -> tuple[Listing, LeftOut]:
+    """The images of a part with their labels, and what is left out."""
+    folders, listing = _class_folders(below), []
+    left_out = _aside(root, below, [name for names in folders.values() for name in names])
     for label, class_name in enumerate(class_names):
-        folder = below / class_name
-        if not os.path.isdir(folder):  # a class that this part has no images of
-            continue
-        if below.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f'{folder} is a link to a folder above itself; remove the link')
-        images = _image_files(folder)
-        if not images:
+        images: list[Path] = []
+        others: LeftOut = []
+        for folder in (below / name for name in folders.get(class_name, ())):
+            if below.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f'{folder} is a link to a folder above itself; remove the link')
+            more = find_images(folder)
+            images, others = images + more[0], others + more[1]
+        if not images and part in ('train', 'all'):
+            others_too = f' (but {count_left_out(others)})' if others else ''
             raise UserError(
-                f'{folder} holds no images ({", ".join(decode.SUFFIXES)}); '
-                'add some or remove the folder'
+                f'{below / class_name} holds no images{others_too}; add some that end in '
+                f'{", ".join(decode.SUFFIXES)}, or remove the folder'
             )
         listing += [(path.relative_to(root).as_posix(), label) for path in images]
-    return listing
+        left_out += _below(root, others)
+    return listing, left_out
 
 
-def _image_files(folder: Path) -> list[Path]:
-    files = [
-        Path(below, file)
-        for below, _, files in os.walk(folder, onerror=_fail)
-        for file in files
-        if file.lower().endswith(decode.SUFFIXES)
-    ]
-    hidden = len(folder.parts)
-    visible = [f for f in files if not any(p.startswith('.') for p in f.parts[hidden:])]
-    return sorted(visible, key=lambda path: path.as_posix())
+def _aside(root: Path, below: Path, folders: Sequence[str]) -> LeftOut:
+    """What lies beside the folders that are read, images too."""
+    images, others = find_images(below, without=folders)
+    return _below(root, [(str(path), NO_CLASS) for path in images] + others)
+
+
+def _below(root: Path, left_out: LeftOut) -> LeftOut:
+    return [(Path(path).relative_to(root).as_posix(), kind) for path, kind in left_out]
 
 
 def _fail(error: OSError) -> None:
@@ -204,7 +280,7 @@ def _fail(error: OSError) -> None:
 
 
 def _sub_folders(folder: Path) -> list[str]:
-    names = [name for name in os.listdir(folder) if not name.startswith('.')]
+    names = [name for name in os.listdir(folder) if not _companion(name)]
     return sorted(name for name in names if os.path.isdir(folder / name))
 
 
@@ -214,11 +290,17 @@ def _source(
     labelled: list[tuple[File, int]],
     class_names: tuple[str, ...],
     channels: int,
+    left_out: LeftOut,
 ) -> Source:
     readable = [(file, label) for file, label in labelled if not file.finding.reason]
     for label in sorted({k for _, k in labelled} - {k for _, k in readable}):
         raise UserError(f'{name} has no readable image of class {class_names[label]}; add some')
     files = [file for file, _ in readable]
+    unreadable = [
+        (file.path, f'{UNREADABLE}: {file.finding.reason}')
+        for file, _ in labelled
+        if file.finding.reason
+    ]
 
     def read(i: int) -> np.ndarray:
         path = root / files[i].path
@@ -244,5 +326,5 @@ def _source(
         describe=lambda i: str(root / files[i].path),
         fingerprint=digest(*class_names, *(p for f in files for p in (f.path, f.finding.sha256))),
         encoded=True,
-        skipped=tuple((f.path, f.finding.reason) for f, _ in labelled if f.finding.reason),
+        skipped=(*unreadable, *left_out),
     )

@@ -1,7 +1,8 @@
 """A source of labelled images: random access, uint8 pixels, integer labels, class names."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from cnn_jax.errors import UserError
+
+Skipped = tuple[tuple[str, str], ...]  # (path, reason); up to a colon, a reason is a kind
+UNREADABLE = 'unreadable'  # the kind of reason of an image that cannot be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +50,8 @@ class Source:
     describe: Callable[[int], str]  # the origin of example i, for messages
     fingerprint: str  # changes with the content: a run is not resumed on other data
     encoded: bool = False  # `read` decodes, so that its results are worth caching
-    skipped: tuple[tuple[str, str], ...] = ()  # (path, reason) of images that cannot be read
+    skipped: Skipped = ()  # what was given and is left out
+    notes: tuple[str, ...] = ()  # what a run says of it at its start
 
     def __post_init__(self):
         if not len(self.labels):
@@ -66,6 +71,24 @@ class Source:
 
     def __getitem__(self, i: int) -> tuple[UInt8[np.ndarray, 'h w c'], int]:
         return self.read(i), self.labels.item(i)
+
+
+def count_left_out(skipped: Iterable[tuple[str, str]]) -> str:
+    """Count what is left out, each path once: `40 .heic, 2 without an ending, 3 unreadable`."""
+    kinds = Counter(reason.partition(':')[0] for reason in dict(skipped).values())
+    return ', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())
+
+
+def remarks(train: Any, evaluation: Any) -> list[str]:
+    """The lines that a run says at its start of its two `Source`s, or of their batches."""
+    lines = list(dict.fromkeys([*train.notes, *evaluation.notes]))
+    for what, split in (('training', train), ('evaluation', evaluation)):
+        counts = np.bincount(split.labels, minlength=len(split.class_names))
+        absent = [split.class_names[k] for k in np.flatnonzero(counts == 0)]
+        if absent:
+            more = f' and {len(absent) - 5:,} more' if len(absent) > 5 else ''
+            lines.append(f'there is no {what} image of class {", ".join(absent[:5])}{more}')
+    return lines
 
 
 def from_arrays(

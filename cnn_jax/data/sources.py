@@ -1,10 +1,9 @@
 """Sources by name: the bundled sets, folders of IDX files, and the registry of all kinds."""
 
-import difflib
 import functools
 import gzip
 import math
-import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -130,18 +129,15 @@ def open_source(
     elif kind == 'tfds' and argument:
         parts = tfds.parts(argument, data_dir, max_corrupt)
     else:
-        near = difflib.get_close_matches(name, KINDS, 1, cutoff=0)[0]
-        raise UserError(
-            f'config.data.source is {name!r}; it can be {", ".join(KINDS)}; did you mean {near}?'
-        )
+        raise UserError(f'config.data.source is {name!r}; it can be {", ".join(KINDS)}')
     if classes:
         parts = {part: _only(classes, open_part) for part, open_part in parts.items()}
     return splits.select(name, parts, split)
 
 
-IDX_PREFIXES = {'train': 'train', 'test': 't10k'}
 # Deflate makes at most 1,032 bytes of one. Of sets beyond 1 GiB, photographs stay far below 100.
 PACKED, LARGE, PACKED_LARGE = 1032, 1 << 30, 100
+IDX_PARTS = {'train': 'train', 'test': 't10k|test'}  # as files name them
 
 
 def _only(classes: tuple[str, ...], open_part: Callable[[], Source]) -> Callable[[], Source]:
@@ -150,7 +146,7 @@ def _only(classes: tuple[str, ...], open_part: Callable[[], Source]) -> Callable
 
 
 def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
-    """The parts of a folder of MNIST-named IDX files, `train` and, where it exists, `test`.
+    """The parts of a folder of IDX files named as MNIST's or EMNIST's: `train` and perhaps `test`.
 
     IDX is the format of MNIST and its successors, gzipped or not: big-endian, two zero bytes,
     the type (8: uint8), the number of dimensions, each dimension as uint32, then the values
@@ -159,43 +155,50 @@ def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
     Classes are the numbers from 0 to the largest training label.
 
     Errors:
-        UserError: The folder or a file is missing; a file is damaged, cut off or of another
-            type; images and labels differ in number.
+        UserError: The folder or a file is missing, or there are files of several sets; a file is
+            damaged, cut off or of another type; images and labels differ in number.
     """
-    root = Path(os.path.expanduser(folder))
+    root = Path(config.local_path(folder, 'config.data.source'))
     if not root.is_dir():
         raise UserError(f'{root} is not a folder; give the folder that holds the IDX files')
-    if not _find_idx(root, 'train', 'images', 3):
-        raise UserError(f'{root} has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz')
 
-    def open_part(name: str) -> Source:
-        images = _read_idx(root, IDX_PREFIXES[name], 'images', 3)
-        labels = _read_idx(root, IDX_PREFIXES[name], 'labels', 1)
+    def open_part(part: str) -> Source:
+        images = _read_idx(root, part, 'images', 3)
+        labels = _read_idx(root, part, 'labels', 1)
         if len(images) != len(labels):
             raise UserError(
-                f'{root} has {len(images)} {name} images but {len(labels)} {name} labels; '
+                f'{root} has {len(images)} {part} images but {len(labels)} {part} labels; '
                 'fetch both files again'
             )
-        training = labels if name == 'train' else _read_idx(root, 'train', 'labels', 1)
+        training = labels if part == 'train' else _read_idx(root, 'train', 'labels', 1)
         classes = tuple(str(k) for k in range(int(training.max(initial=0)) + 1))
-        return from_arrays(f'idx:{folder} {name}', images[..., None], labels, classes)
+        return from_arrays(f'idx:{folder} {part}', images[..., None], labels, classes)
 
-    names = [name for name, prefix in IDX_PREFIXES.items() if _find_idx(root, prefix, 'images', 3)]
-    return {name: functools.partial(open_part, name) for name in names}
-
-
-def _find_idx(root: Path, prefix: str, what: str, dims: int) -> Path | None:
-    for name in (f'{prefix}-{what}-idx{dims}-ubyte', f'{prefix}-{what}.idx{dims}-ubyte'):
-        for path in (root / name, root / f'{name}.gz'):
-            if path.is_file():
-                return path
-    return None
+    has_test = _find_idx(root, 'test', 'images', 3) is not None
+    parts = ('train', 'test') if has_test else ('train',)
+    return {part: functools.partial(open_part, part) for part in parts}
 
 
-def _read_idx(root: Path, prefix: str, what: str, dims: int) -> np.ndarray:
-    path = _find_idx(root, prefix, what, dims)
+def _find_idx(root: Path, part: str, what: str, dims: int) -> Path | None:
+    """The file named as MNIST's are, else the only one as EMNIST's (`emnist-letters-train-…`)."""
+    name = re.compile(rf'(.+-)?(?:{IDX_PARTS[part]})-{what}[-.]idx{dims}-ubyte(?:\.gz)?')
+    found: dict[str, Path] = {}
+    for path in sorted(root.iterdir()):
+        if (match := name.fullmatch(path.name)) and path.is_file():
+            found.setdefault(match[1] or '', path)
+    if len(found) > 1 and '' not in found:
+        raise UserError(
+            f'{root} has the {part} {what} of {len(found)} sets ({", ".join(found)}…); put the '
+            'files of each into a folder of its own'
+        )
+    return found.get('') or next(iter(found.values()), None)
+
+
+def _read_idx(root: Path, part: str, what: str, dims: int) -> np.ndarray:
+    path = _find_idx(root, part, what, dims)
     if path is None:
-        raise UserError(f'{root} has no {prefix}-{what}-idx{dims}-ubyte; add the file')
+        name = f'{IDX_PARTS[part].partition("|")[0]}-{what}-idx{dims}-ubyte'
+        raise UserError(f'{root} has no {name} or {name}.gz; add the file')
     try:
         with open(path, 'rb') as file:
             gzipped = file.read(2) == b'\x1f\x8b'

@@ -7,19 +7,20 @@ slices that share a border are disjoint and complete, longer ones contain shorte
 """
 
 import dataclasses
-import difflib
 import heapq
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from cnn_jax.data.source import Source, digest
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, nearest
 
 # The part of each class of a source that is not divided yet; at least one example.
 TRAIN_PERCENT = 80
+IS_VALIDATION = ('val', 'valid', 'dev', 'test')  # names of `validation`, where they name no part
 # The order of the examples is part of every published number: never change this.
 ORDER_KEY = 0x5EED_0F_5A11CE
 
@@ -34,17 +35,25 @@ def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> 
         split: A part, or `all`, or a slice of either, `NAME[from:to]`: numbers of examples or
             whole percents, each of them optional.
 
+    Returns:
+        A source. Where there is no part `test` but a `validation`, this is tested on, with a note.
+
     Errors:
         UserError: The part is unknown; the slice is malformed, too long or empty.
     """
-    part, *_ = _parse(split)
+    asked, *_ = _parse(split)
     names = [*parts, 'all'] if len(parts) > 1 else ['train', 'test', 'all']
+    part = asked
+    if asked not in names and asked in IS_VALIDATION and 'validation' in names:
+        part = 'validation'
     if part not in names:
-        near = difflib.get_close_matches(part, names, 1, cutoff=0)[0]
-        raise UserError(
-            f'{name} has no split {part!r}; it has {", ".join(names)}; did you mean {near}?'
-        )
-    return cut(_part(name, parts, part), split, name)
+        near = nearest(asked, names)
+        raise UserError(f'{name} has no split {asked!r}; it has {", ".join(names)}{near}')
+    source = cut(_part(name, parts, part), split, name)
+    if asked == 'test' and part == 'validation':
+        note = f'{name} has no test part, so it is evaluated on its validation part'
+        source = dataclasses.replace(source, notes=(*source.notes, note))
+    return source
 
 
 def cut(source: Source, split: str, name: str = '') -> Source:
@@ -159,12 +168,13 @@ def of_classes(source: Source, classes: tuple[str, ...]) -> Source:
 
     Raises `UserError` for a class that the source does not have, or one named twice.
     """
+    by_form = {unicodedata.normalize('NFC', name): name for name in source.class_names}
+    classes = tuple(by_form.get(unicodedata.normalize('NFC', name), name) for name in classes)
     for name in classes:
         if name not in source.class_names:
-            near = difflib.get_close_matches(name, source.class_names, 1, cutoff=0)[0]
             raise UserError(
-                f'config.data.classes names {name!r}, which {source.name} does not have; '
-                f'did you mean {near!r}?'
+                f'config.data.classes names {name!r}, which {source.name} does not have'
+                f"{nearest(name, source.class_names)} (a list is written \"('a','b')\")"
             )
     if len(set(classes)) < len(classes):
         raise UserError(f'config.data.classes names a class twice: {", ".join(classes)}')
@@ -196,4 +206,5 @@ def joined(sources: list[Source], name: str) -> Source:
         fingerprint=digest(*(source.fingerprint for source in sources)),
         encoded=any(source.encoded for source in sources),
         skipped=tuple(entry for source in sources for entry in source.skipped),
+        notes=tuple(note for source in sources for note in source.notes),
     )

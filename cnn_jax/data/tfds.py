@@ -6,7 +6,6 @@ rather than encoded images (mnist and cifar10 do).
 """
 
 import contextlib
-import difflib
 import functools
 import re
 import textwrap
@@ -17,7 +16,7 @@ import numpy as np
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Finding, load_findings, parallel_map, scan, skipped, store_findings
 from cnn_jax.data.source import Source, digest
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, nearest
 
 
 def parts(name: str, data_dir: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
@@ -51,10 +50,10 @@ def _builder(name: str, data_dir: str):
             return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
-        near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+        near = nearest(name, {each: f'tfds:{each}' for each in known})
         raise UserError(
             f'TFDS has no set {name!r}, and none is prepared in '
-            f'{data_dir or "its default folder"}; did you mean tfds:{near}?'
+            f'{data_dir or "its default folder"}{near}'
         ) from None
 
 

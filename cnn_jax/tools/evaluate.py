@@ -31,12 +31,14 @@ class Evaluation:
         sums: The sums that the metrics follow from.
         metrics: The metrics, as `metrics.result` returns them.
         seen: Whether these are the images that the run itself was evaluated on.
+        notes: What there is to say of the data.
     """
 
     split: str
     sums: metrics.Sums
     metrics: dict[str, Any]
     seen: bool
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(run: Run, split: str = '', data: Any = None) -> Evaluation:
@@ -72,7 +74,7 @@ def evaluate(run: Run, split: str = '', data: Any = None) -> Evaluation:
     state, values = shard_state(run.state, layout), traced_values(config)
     sums = metrics.sum_over(lambda batch: compute(state, batch, values), batches.evaluate())
     seen = batches.fingerprint == described['eval']['fingerprint']
-    return Evaluation(split, sums, metrics.result(sums), seen)
+    return Evaluation(split, sums, metrics.result(sums), seen, batches.notes)
 
 
 def write_evaluation(run: Run, evaluation: Evaluation, folder: Path) -> None:

@@ -15,6 +15,8 @@ from scipy.special import entr
 
 from cnn_jax import regularizers, rng
 from cnn_jax.data import decode
+from cnn_jax.data.folder import find_images
+from cnn_jax.data.source import count_left_out
 from cnn_jax.errors import UserError, printable
 from cnn_jax.models import Classifier
 from cnn_jax.nn import Dropout
@@ -55,8 +57,12 @@ class Prediction:
         return printable(f'{self.path}: ' + '  '.join(parts))
 
 
-def image_paths(names: Sequence[str]) -> list[Path]:
-    """The named files, and those with an image's suffix in the named folders, sorted.
+def image_paths(names: Sequence[str], say: Callable[[str], object] = print) -> list[Path]:
+    """The named files, and the images in the named folders, sorted.
+
+    Args:
+        names: Files and folders.
+        say: Called with a line of what is left out of each folder.
 
     Errors:
         UserError: Nothing is named, a folder holds no image, or a URL or a pattern is named.
@@ -67,10 +73,15 @@ def image_paths(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in decode.SUFFIXES)
+            inside, others = find_images(path)
+            counted = count_left_out(others)
             if not inside:
-                suffixes = ', '.join(decode.SUFFIXES)
-                raise UserError(f'the folder {path} holds no image ({suffixes})')
+                but = f' but {counted}' if counted else ''
+                raise UserError(
+                    f'the folder {path} holds no image ({", ".join(decode.SUFFIXES)}){but}'
+                )
+            if counted:
+                say(f'left out of {path}: {counted}')
             paths += inside
         elif '://' in name and not path.exists():
             raise UserError(f'{name} is a URL, which is not read; download it and give the file')

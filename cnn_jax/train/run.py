@@ -22,6 +22,7 @@ from cnn_jax import components as own
 from cnn_jax import config as cfg
 from cnn_jax import files, mesh, runtime
 from cnn_jax.components import Components
+from cnn_jax.data.source import count_left_out, remarks
 from cnn_jax.errors import UserError
 from cnn_jax.summary import Layer, layers, summary
 from cnn_jax.tools import figures, profile
@@ -303,9 +304,11 @@ class _Job:
         """Refuse data that have changed since the run began; list the images left out."""
         mesh.on_process_zero(lambda: manifest.check_data(self.folder, data.description))
         splits = {'train': data.train, 'eval': data.evaluate}
-        if mesh.is_process_zero() and (count := write_skipped(self.folder, splits)):
-            listed = f'{self.folder}/skipped.csv'
-            self.say(f'{count:,} images cannot be read and are left out: {listed}')
+        if mesh.is_process_zero() and write_skipped(self.folder, splits):
+            counted = count_left_out([*data.train.skipped, *data.evaluate.skipped])
+            self.say(f'left out: {counted} (listed in {self.folder}/skipped.csv)')
+        for line in remarks(data.train, data.evaluate):
+            self.say(f'note: {line}')
 
     def _introduce(self, data: setup.Data, spec: RunSpec, layout: mesh.Layout | None) -> None:
         if data.weights:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from cnn_jax.data import decode, folder
-from cnn_jax.data.folder import examine_files
+from cnn_jax.data.folder import examine_files, find_images
+from cnn_jax.data.source import count_left_out, remarks
 from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 
@@ -37,15 +38,40 @@ def test_a_sub_folder_is_a_class(tmp_path, write_images, random_image):
     np.testing.assert_array_equal(pixels(source), expected)
 
 
-def test_images_are_found_by_name_at_any_depth(tmp_path, write_images):
-    write_images(tmp_path, {'a': 1, 'b': 1, 'b/deep/er': 1, '.hidden': 1, 'a/.hidden': 1})
-    Image.new('RGB', (6, 8)).save(tmp_path / 'a/UPPER.JPG')
-    (tmp_path / 'a/notes.txt').write_text('not an image')
-    (tmp_path / 'a/._UPPER.JPG').write_text('not an image either')
+LEFT_OUT = {
+    'b/IMG_1.HEIC': '.heic',
+    'b/notes.txt': '.txt',
+    'b/odd.a ending?': 'of other endings',
+    'b/README': 'without an ending',
+    'b/._UPPER.JPG': 'hidden',
+    'b/.thumbnails/0.png': 'hidden',
+    '.git/HEAD': 'hidden',
+    'b/@eaDir/0.png/THUMB.jpg': 'in @eaDir',
+    '__MACOSX/b/._0.png': 'in __MACOSX',
+    'loose.png': 'in no class folder',
+    'Thumbs.db': '.db',
+}
+
+
+def test_everything_is_an_image_or_counted(tmp_path, write_images):
+    write_images(tmp_path, {'a': 1, 'b': 1, 'b/deep/er': 1})
+    image = Image.new('RGB', (6, 8))
+    for name, kind in {'UPPER.JPG': 'JPEG', 'c.jfif': 'JPEG', 'd.TIFF': 'TIFF'}.items():
+        image.save(tmp_path / 'a' / name, kind)
+    for name in LEFT_OUT:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / name, 'PNG')
+    (tmp_path / 'b/link').symlink_to(tmp_path)
     source = open_folder(tmp_path)
     found = [os.path.relpath(source.describe(i), tmp_path) for i in range(len(source))]
-    assert found == ['a/0.png', 'a/UPPER.JPG', 'b/0.png', 'b/deep/er/0.png']
+    assert found == ['a/0.png', 'a/UPPER.JPG', 'a/c.jfif', 'a/d.TIFF', 'b/0.png', 'b/deep/er/0.png']
     assert source.class_names == ('a', 'b')
+    assert dict(source.skipped) == LEFT_OUT | {'b/link': 'behind a link to a folder'}
+    images, left_out = find_images(tmp_path)  # as launch.predict lists a folder
+    assert {os.path.relpath(path, tmp_path) for path in images} == {*found, 'loose.png'}
+    counted = count_left_out(left_out)
+    assert counted.startswith('3 hidden, ')
+    assert sum(int(part.split()[0]) for part in counted.split(', ')) == len(LEFT_OUT)
 
 
 @pytest.mark.parametrize(('channels', 'expected'), [((1, 1), 1), ((3, 1), 3), ((3, 3), 3)])
@@ -71,16 +97,43 @@ def test_parts_are_sub_folders(tmp_path, write_images):
     assert test.channels == 3  # as in the other parts
 
 
-def test_valid_is_a_name_of_validation(tmp_path, write_images):
-    write_images(tmp_path, {'train/a': 1, 'train/b': 1, 'valid/a': 1, 'test/b': 1})
-    assert len(open_folder(tmp_path, 'validation')) == 1
-
-
-def test_a_missing_part_is_named(tmp_path, write_images):
-    write_images(tmp_path / 'train', {'a': 3, 'b': 3})
-    write_images(tmp_path / 'validation', {'a': 2, 'b': 2})
-    with pytest.raises(UserError, match="no split 'test'; it has train, validation, all"):
+@pytest.mark.parametrize('name', ['val', 'valid', 'validation', 'dev'])
+def test_validation_has_many_names_and_is_tested_on_without_test(tmp_path, write_images, name):
+    write_images(tmp_path, {'train/a': 2, 'train/b': 2, f'{name}/a': 1, f'{name}/b': 1})
+    parts = {split: open_folder(tmp_path, split) for split in ('val', 'valid', 'dev', 'test')}
+    expected = open_folder(tmp_path, 'validation').fingerprint
+    assert {part.fingerprint for part in parts.values()} == {expected}
+    (note,) = parts['test'].notes
+    assert 'no test part' in note
+    assert not parts['val'].notes
+    (tmp_path / 'test').mkdir()
+    with pytest.raises(UserError, match='test has no images'):
         open_folder(tmp_path, 'test')
+
+
+def test_loose_images_are_no_test_part(tmp_path, write_images):
+    write_images(tmp_path, {'train/a': 5, 'train/b': 5, 'test': 3})
+    with pytest.raises(UserError, match=r'images in .*test are in no class .*train\[80%:\]'):
+        open_folder(tmp_path, 'test')
+    part = open_folder(tmp_path, 'train[80%:]')
+    assert (len(part), count_left_out(part.skipped)) == (2, '3 in no class folder')
+
+
+def test_a_class_without_an_example_is_said(tmp_path, write_images):
+    write_images(tmp_path, {'train/a': 2, 'train/b': 2, 'train/c': 1, 'test/a': 1, 'test/c': 0})
+    train, test = open_folder(tmp_path, 'train'), open_folder(tmp_path, 'test')
+    assert remarks(train, test) == ['there is no evaluation image of class b, c']
+
+
+def test_both_forms_of_a_name_are_one_class(tmp_path, write_images):
+    composed, decomposed = 'caf\u00e9', 'cafe\u0301'
+    write_images(tmp_path, {f'train/{composed}': 2, f'train/{decomposed}': 1, 'train/b': 2})
+    write_images(tmp_path, {f'test/{decomposed}': 1})
+    for name in (composed, decomposed):
+        train = open_folder(tmp_path, 'train', classes=('b', name))
+        assert train.class_names == ('b', composed)
+        assert np.bincount(train.labels).tolist() == [2, 3]
+    assert open_folder(tmp_path, 'test').labels.tolist() == [1]
 
 
 def test_without_parts_the_set_is_divided(tmp_path, write_images):
@@ -139,7 +192,7 @@ def test_up_to_one_percent_is_skipped_and_recorded(tmp_path, write_images):
     train, test = (open_folder(tmp_path, split) for split in ('train', 'test'))
     assert np.bincount(train.labels).tolist() == [60, 59]
     ((path, reason),) = train.skipped
-    assert (path, 'not an image' in reason) == ('train/b/7.png', True)
+    assert (path, 'unreadable: not an image' in reason) == ('train/b/7.png', True)
     assert (test.skipped, test.fingerprint) == ((), whole)
     assert open_folder(tmp_path, 'train[:50]').skipped == train.skipped
     assert pixels(train).shape == (119, 2, 2, 3)
@@ -185,7 +238,7 @@ def test_a_file_that_vanishes_while_the_set_is_examined(root, monkeypatch):
 
     monkeypatch.setattr(folder, 'examine_files', vanish)
     source = open_folder(root, max_corrupt=0.5)
-    assert source.skipped == (('b/1.png', 'No such file or directory'),)
+    assert source.skipped == (('b/1.png', 'unreadable: No such file or directory'),)
     assert pixels(source).shape == (3, 8, 6, 3)
 
 
@@ -264,8 +317,8 @@ def test_what_cannot_be_read_is_skipped_and_listed(hostile):
     assert read.keys() == {'0.png', '1.png', *READABLE}
     for name in READABLE:
         assert np.unique(read[name].reshape(-1, 3), axis=0).tolist() == [[255, 0, 0]]
-    reasons = dict(source.skipped)
-    assert '3600000000 pixels' in reasons.pop('b/bomb.bmp')
+    reasons = {path: reason.partition(': ')[2] for path, reason in source.skipped}
+    assert reasons.pop('b/bomb.bmp') == 'more than 400,000,000 pixels'
     assert reasons.pop('b/circle.png') == 'Too many levels of symbolic links'
     assert reasons.pop('b/nowhere.png') == 'No such file or directory'
     assert reasons.pop('b/device.png') == reasons.pop('b/pipe.png') == 'not a regular file'
@@ -331,7 +384,7 @@ def test_a_folder_that_cannot_be_listed(root, monkeypatch, denied):
 
 MISTAKES = {
     'no sub-folders': ({}, 'no sub-folders'),
-    'an empty class': ({'a': 2, 'b': 2, 'c': 0}, 'set/c holds no images'),
+    'an empty class': ({'a': 2, 'b': 2, 'c': 0}, 'set/c holds no images; add'),
     'one class': ({'a': 3}, 'one class'),
     'a class that training lacks': (
         {'train/a': 1, 'train/b': 1, 'test/a': 1, 'test/c': 1},

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cnn_jax import config
 from cnn_jax.data.batches import open_batches
+from cnn_jax.data.decode import FORMATS
 from cnn_jax.train.record import write_skipped
 
 
@@ -63,5 +64,5 @@ def test_the_batches_of_a_folder_are_listed(tmp_path, stream):
     data = config.Data(source=f'folder:{tmp_path}/images', batch=2, stream=stream, max_corrupt=0.2)
     batches = {split: open_batches(data, split) for split in ('train', 'eval')}
     assert write_skipped(tmp_path, batches) == 1
-    reason = 'not an image in PNG, JPEG, WEBP, BMP, GIF format'
+    reason = f'unreadable: not an image in {", ".join(FORMATS)} format'
     assert rows(tmp_path) == [(split, 'b/2.png', reason) for split in ('train', 'eval')]
