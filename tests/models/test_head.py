@@ -1,6 +1,7 @@
-"""The head: its layers by name, their order, and what joins it to the convolutions."""
+"""The head and the activations: layers by name, their order, and values worked out by hand."""
 
 import dataclasses
+from math import erf, exp, sqrt, tanh
 
 import flax.linen as nn
 import jax
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.config import Model
-from cnn_jax.models import Head, activation_and_norm
+from cnn_jax.config import Model, fields_by_path
+from cnn_jax.models import ACTIVATIONS, Head, activation_and_norm
 
 CONFIG = Model(hidden=(7, 6), head_dropout=0.0)
 
@@ -68,3 +69,19 @@ def test_norm_comes_before_or_after_the_activation(norm, position, expected):
     x = jnp.array([[-2.0], [2.0]])
     y = Layer().init_with_output(jax.random.key(0), x)[0]
     np.testing.assert_allclose(y.ravel(), expected, atol=1e-6)
+
+
+ACTIVATED = {
+    'relu': lambda x: max(x, 0),
+    'leaky_relu': lambda x: x if x > 0 else 0.01 * x,
+    'elu': lambda x: x if x > 0 else exp(x) - 1,
+    'gelu': lambda x: x * (1 + erf(x / sqrt(2))) / 2,
+    'silu': lambda x: x / (1 + exp(-x)),
+    'tanh': tanh,
+}
+
+
+@pytest.mark.parametrize('name', fields_by_path(Model())['activation'].metadata['choices'])
+def test_every_activation_that_a_config_may_name(name):
+    for x in (-2.0, 0.0, 1.5):
+        np.testing.assert_allclose(ACTIVATIONS[name](np.float32(x)), ACTIVATED[name](x), atol=1e-6)
