@@ -144,7 +144,7 @@ def measured(part: str, given: argparse.Namespace) -> Iterator[Row]:
         return
     settings = runtime.configure()
     if part == 'as run':
-        peaks = ', '.join(f'{measure_peak(dtype) / 1e12:.1f} in {dtype}' for dtype in DTYPES)
+        peaks = ', '.join(f'{measure_peak(dtype) / 1e12:.3g} in {dtype}' for dtype in DTYPES)
         yield {'note': f'{runtime.devices()}; {settings}.'}
         yield {'note': f'TFLOP/s of a large matrix product: {peaks}.'}
     if part == 'any order' and 'gpu' not in jax.default_backend():
@@ -262,7 +262,7 @@ def compared(
             contender,
             results.quartiles((batch / each).tolist(), digits=0),
             results.quartiles((each / first).tolist(), digits=2),
-            f'{batch * flops(name, made) / float(np.median(each)) / 1e12:.2f}',
+            f'{batch * flops(name, made) / float(np.median(each)) / 1e12:.3g}',
         ]
         yield dict(zip(COLUMNS[1:], cells))
 
