@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Corrupt(f'it is not JSON: {error}') from error
     if not isinstance(content, dict) or SHA256 not in content:
-        raise Corrupt('it carries no digest')
+        raise Corrupt('it carries no digest, as those of older versions')
     if content.pop(SHA256) != _json_digest(content):
         raise Corrupt('its digest is that of another content')
     return content

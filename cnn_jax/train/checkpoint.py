@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ class Checkpoints:
     def __init__(self, folder: Path, config: cfg.Config, layout: Layout | None = None):
         self._folder = Path(folder).absolute()
         self._config, self._layout = config, layout
-        self._facts = {'format': FORMAT, 'config': cfg.content_hash(config)}
 
     def place(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
@@ -113,9 +113,8 @@ class Checkpoints:
             RunFailed: The disk is full, or cannot be written for another reason.
         """
         step, parts = int(state.step), mesh.gather_to_host(_parts(state))
-        content = self._facts | {'progress': progress, 'metrics': metrics}
-        content['structure'] = _structure(_parts(state))
-        mesh.on_process_zero(lambda: self._save(step, parts, content, files or {}))
+        content = {'format': FORMAT, 'progress': progress, 'structure': _structure(_parts(state))}
+        mesh.on_process_zero(lambda: self._save(step, parts, content, metrics, files or {}))
 
     def resumable(self, say: Callable[[str], object]) -> tuple[int, dict[str, Any]] | None:
         """Return the newest whole checkpoint's step and its progress; None without any.
@@ -157,7 +156,12 @@ class Checkpoints:
         return self._layout.shard(state) if self._layout else jax.device_put(state), progress
 
     def _save(
-        self, step: int, parts: dict[str, Any], content: dict[str, Any], files: dict[str, bytes]
+        self,
+        step: int,
+        parts: dict[str, Any],
+        content: dict[str, Any],
+        metrics: dict[str, float] | None,
+        files: dict[str, bytes],
     ) -> None:
         if self.place(step).exists():
             return
@@ -166,19 +170,18 @@ class Checkpoints:
             self._sweep()
             self._check_room(parts)
             make_folder(new)
-            with _checkpointer() as checkpointer:
-                checkpointer.save(new / 'state', parts)
+            with _orbax() as orbax:
+                orbax.save(new / 'state', parts)
             for name, data in files.items():
                 (new / name).write_bytes(data)
             if self._manifest:
                 write_json(new / manifest.NAME, self._manifest, indent=2)
-            best = self._best(step, content['metrics'])
+            best = self._best(step, metrics)
             seal_folder(new, content | {'best': best})
             os.rename(new, self.place(step))
             sync(self._folder)
-            for old in self.steps()[self._config.train.keep :]:
-                if old == best.get('step'):
-                    continue
+            unwanted = self.steps()[self._config.train.keep :]
+            for old in (step for step in unwanted if step != best.get('step')):
                 os.rename(self.place(old), self._folder / REMOVING)
                 shutil.rmtree(self._folder / REMOVING)
         except (OSError, ValueError) as error:  # ValueError: TensorStore's
@@ -225,13 +228,21 @@ class Checkpoints:
 
     def _read(self, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the arrays and the progress of a checkpoint into this host's memory."""
+        import orbax.checkpoint as ocp
+
         content = self.check(step)
         try:
             for name, structure in _structure(shapes).items():  # which Orbax need not check
                 if content['structure'].get(name) != structure:
                     raise ValueError(f'its {name} are arranged otherwise')
             target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-            return _restore(self.place(step) / 'state', target), content['progress']
+            options: Any = {
+                'restore_args': ocp.checkpoint_utils.construct_restore_args(target),
+                'partial_restore': True,
+            }
+            with _orbax() as orbax:
+                arrays = orbax.restore(self.place(step) / 'state', target, **options)
+            return arrays, content['progress']
         except (ValueError, KeyError, OSError) as error:
             raise self._unusable(step, error) from error
 
@@ -248,8 +259,8 @@ class Checkpoints:
         """Return what was sealed into a checkpoint that is whole and this run's.
 
         Errors:
-            Corrupt: It is damaged, or of another config.
-            UserError: Another version of cnn_jax wrote it, or the run's manifest was another.
+            Corrupt: It is damaged, or of another run.
+            UserError: Another version of cnn_jax wrote it.
         """
         content = read_sealed_folder(self.place(step))
         if content['format'] != FORMAT:
@@ -258,15 +269,10 @@ class Checkpoints:
                 f'{content["format"]}; this one reads {FORMAT}); use that version, or start again '
                 'in another --workdir'
             )
-        if content['config'] != self._facts['config']:
-            raise Corrupt('it belongs to a run of another config')
         copy = self.place(step) / manifest.NAME
         saved = read_json(copy) if copy.exists() else None
         if manifest.origin(saved) != manifest.origin(self._manifest):
-            raise UserError(
-                f'{self._folder.parent / manifest.NAME} is not the one that the checkpoint of step '
-                f'{step} was saved with; copy {copy} to its place'
-            )
+            raise Corrupt(f'its {manifest.NAME} is not that of the run')
         return content
 
     def _check_room(self, parts: dict[str, Any]) -> None:
@@ -285,11 +291,9 @@ class Checkpoints:
         """Move a checkpoint out of the way; returns where it is now."""
         folder = self._folder.with_name('damaged')
         make_folder(folder)
-        new, number = folder / f'step_{step}', 1
-        while new.exists():
-            new, number = folder / f'step_{step}-{number}', number + 1
+        new = tempfile.mkdtemp(prefix=f'step_{step}_', dir=folder)
         os.rename(self.place(step), new)
-        return new
+        return Path(new)
 
 
 def digest(state: Any) -> str:
@@ -302,39 +306,19 @@ def digest(state: Any) -> str:
     return sha256.hexdigest()
 
 
-def _restore(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
-    """Read the arrays of a state, or some of its parts, with Orbax."""
-    import orbax.checkpoint as ocp
+def _orbax():
+    """Orbax's reader and writer of a tree of arrays; a call that returns is done.
 
-    arguments = ocp.args.PyTreeRestore(
-        target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=True,
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-        return checkpointer.restore(folder, args=arguments)
-
-
-def _checkpointer():
-    """Orbax's writer of a tree of arrays, done with a call when it returns.
-
-    A step is tens of milliseconds and a save not much more: a save that has returned is on the
-    disk, and an error in it stops the run.
+    A step is tens of milliseconds and a save not much more: an error in it stops the run. Of
+    several processes, process 0 does not wait for the others.
     """
     import orbax.checkpoint as ocp
-
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
-    return ocp.Checkpointer(handler, multiprocessing_options=_alone())
-
-
-def _alone():
-    """Orbax's option for process 0, which does not wait for the others."""
     from orbax.checkpoint.options import MultiprocessingOptions
 
-    if mesh.is_multiprocess():
-        return MultiprocessingOptions(0, {0}, 'first')
-    return MultiprocessingOptions()
+    alone = MultiprocessingOptions(0, {0}, 'first')
+    alone = alone if mesh.is_multiprocess() else MultiprocessingOptions()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _parts(state: State) -> dict[str, Any]:

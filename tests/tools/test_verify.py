@@ -80,7 +80,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize('damage', DAMAGE)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('cut', 'longer')]
+
+
+@pytest.mark.parametrize('damage', ['flip', 'gone', *SLOW])
 def test_any_damage_to_any_file_is_found_or_decides_nothing(finished, copy, damage):
     undisturbed = {name: read(copy) for name, read in READERS.items()}
     names = [path.relative_to(finished) for path in finished.rglob('*') if path.is_file()]
