@@ -90,14 +90,10 @@ class Mirror:
             if (here < 0 or there > here) and self.download(names, here):
                 return
             common = max((step for step in _sealed(names) if step <= here), default=None)
-            if common is not None:
-                steps = f'checkpoints/step_{common}/steps.f32'  # of each step so far, 8 bytes
-                theirs = self._fs.cat_file(self._path(steps)) if steps in names else b''
-                if (
-                    not (self.folder / f'checkpoints/step_{here}/steps.f32')
-                    .read_bytes()
-                    .startswith(theirs)
-                ):
+            theirs = f'checkpoints/step_{common}/steps.f32'  # 8 bytes of each step so far
+            if theirs in names:
+                mine = (self.folder / f'checkpoints/step_{here}/steps.f32').read_bytes()
+                if not mine.startswith(self._fs.cat_file(self._path(theirs))):
                     raise UserError(
                         f'{self.folder} and {self.url} hold different runs; remove one of them'
                     )
@@ -163,8 +159,9 @@ class Mirror:
         shutil.rmtree(incoming, ignore_errors=True)
         for step in _sealed(names):
             own, new = (folder / f'checkpoints/step_{step}' for folder in (self.folder, incoming))
+            seal = self._path(f'checkpoints/step_{step}/{SEAL}')
             with contextlib.suppress(FileNotFoundError):  # the run has removed it meanwhile
-                if _is_whole(own) and (own / SEAL).read_bytes() == self._seal(step):
+                if _is_whole(own) and (own / SEAL).read_bytes() == self._fs.cat_file(seal):
                     shutil.copytree(own, new)
                 else:
                     self._get([name for name in names if _step(name) == step], incoming)
@@ -181,9 +178,6 @@ class Mirror:
     def _get(self, names: list[str], folder: Path) -> None:
         if names:
             self._fs.get([*map(self._path, names)], [str(inside(folder, name)) for name in names])
-
-    def _seal(self, step: int) -> bytes:
-        return self._fs.cat_file(self._path(f'checkpoints/step_{step}/{SEAL}'))
 
     def _path(self, name: str) -> str:
         return f'{self._root}/{name}'
@@ -223,13 +217,14 @@ def _open(url: str) -> tuple[Any, str]:
     """The file system and the path of a URL."""
     import fsspec.core
 
-    scheme = url.partition(':')[0]
-    options = {'auto_mkdir': True} if scheme == 'file' else {}
+    options = {'auto_mkdir': True} if url.startswith('file:') else {}
     try:
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
-        how = 'pip install -r requirements-gcs.txt' if scheme in ('gs', 'gcs') else 'install it'
-        raise UserError(f'{url} needs a package ({_reason(error)}); {how}') from error
+        raise UserError(
+            f'{url} needs a package ({_reason(error)}); install it (for gs://: pip install -r '
+            'requirements-gcs.txt)'
+        ) from error
     return fs, root.rstrip('/')
 
 
