@@ -67,10 +67,8 @@ def evaluate(run: Run, split: str = '', data: Any = None) -> Evaluation:
             f'the classes of {config.data.source} are {", ".join(batches.class_names)} now, but '
             f'the run was trained on {", ".join(run.class_names)}; restore them'
         )
-    compute = jax.jit(
-        functools.partial(eval_step, run.program),
-        out_shardings=layout.replicated if layout else None,
-    )
+    copies = layout.replicated if layout else None
+    compute = jax.jit(functools.partial(eval_step, run.program), out_shardings=copies)
     state, values = shard_state(run.state, layout), traced_values(config)
     sums = metrics.sum_over(lambda batch: compute(state, batch, values), batches.evaluate())
     seen = batches.fingerprint == described['eval']['fingerprint']

@@ -360,20 +360,13 @@ class _Job:
             self.say(f'done: {final}\nresults in {self.workdir}')
         if not mesh.is_process_zero():
             return
+        programs, dtype = [phase.program for phase in phases], self.config.model.dtype
         flops = [
-            profile.training_flops(
-                rows, trainable=phase.program.trainable, cached=phase.program.cached
-            )
-            for phase in phases
+            profile.training_flops(rows, trainable=program.trainable, cached=program.cached)
+            for program in programs
         ]
-        facts = profile.measure(
-            outcome.speeds,
-            flops,
-            self.config.model.dtype,
-            clock,
-            stalls=outcome.stalls,
-            layout=layout,
-        )
+        stalls = outcome.stalls
+        facts = profile.measure(outcome.speeds, flops, dtype, clock, stalls=stalls, layout=layout)
         profile.write_speed(self.folder, facts)
         self.say(profile.speed_line(facts))
 
@@ -422,11 +415,12 @@ def load_run(
         UserError: The folder holds no run or no such checkpoint, or own parts are missing or not
             those of the run.
     """
-    folder = remote.fetch_workdir(str(workdir))
-    config, run_manifest = manifest.read(folder)
+    name = str(workdir)
+    folder = remote.fetch_workdir(name)
+    config, facts = manifest.read(folder)
     start(manifest.threads(folder, config))
-    components = own.reopened(config, run_manifest, model, optimizer, regularizers)
-    spec = setup.make_spec(config, run_manifest['data'], components=components)
+    components = own.reopened(config, facts, model, optimizer, regularizers)
+    spec = setup.make_spec(config, facts['data'], components=components)
     checkpoints = Checkpoints(folder / 'checkpoints', config)
     which = which or ('best' if config.train.patience else 'latest')
     step = {'latest': checkpoints.latest, 'best': checkpoints.best}[which]()
@@ -435,22 +429,11 @@ def load_run(
     program = make_program(config, spec, phase=int(step > spec.phase_ends[0]))
     state, _ = checkpoints.restore(step, eval_state_shapes(program))
     lines = read_lines(checkpoints.place(step) / 'metrics.jsonl')  # which is known to be whole
-    last = next(
-        (line for line in lines[::-1] if line['split'] == 'eval' and line['step'] == step), {}
-    )
-    scores = {name: value for name, value in last.items() if name not in ('step', 'split', 'epoch')}
-    return Run(
-        str(workdir),
-        config,
-        run_manifest,
-        spec,
-        program,
-        state,
-        step,
-        scores,
-        Curves(lines),
-        folder=folder,
-    )
+    curves, scores = Curves(lines), {}
+    for line in lines:
+        if (line['step'], line['split']) == (step, 'eval'):
+            scores = {k: v for k, v in line.items() if k not in ('step', 'split', 'epoch')}
+    return Run(name, config, facts, spec, program, state, step, scores, curves, folder=folder)
 
 
 @contextlib.contextmanager
@@ -497,13 +480,11 @@ def claim_workdir(folder: Path, config: cfg.Config) -> None:
         files.write_text(folder / 'config.json', cfg.to_json(config))
         return
     changed = cfg.differences(manifest.read(folder)[0], config)
-    if list(changed) == ['own']:
-        raise UserError(
-            f'the code of the own model, source, optimizer or regularizers is not the code '
-            f'that the run in {folder} began with; choose another --workdir or restore it'
-        )
     listed = '; '.join(f'config.{name}: {old!r} → {new!r}' for name, (old, new) in changed.items())
+    what = (
+        f'another config ({listed})' if list(changed) != ['own'] else 'other code of its own parts'
+    )
     raise UserError(
-        f'the work directory {folder} belongs to a run of another config ({listed}); '
-        'choose another --workdir or restore these fields'
+        f'the work directory {folder} belongs to a run of {what}; restore it, or choose another '
+        '--workdir'
     )

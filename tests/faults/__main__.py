@@ -1,6 +1,6 @@
 """What runs survive, tried here and now: runs the tests of each kind of fault and prints a table.
 
-python -m tests.faults                        # about half an hour on two cores
+python -m tests.faults                        # about an hour on two cores
 python -m tests.faults --only=killed --write  # --write writes docs/reliability.md
 """
 
@@ -21,7 +21,18 @@ KINDS = [
         'killed (SIGKILL) while training, fine-tuning, saving or filling a cache, at random file '
         'operations and random moments',
         'same state, metrics and steps, bit for bit',
-        ['tests/faults/test_killed.py'],
+        ['tests/faults/test_killed.py', '-k', 'killed_at'],
+    ),
+    (
+        'power cut: the disk as it was at a random moment (ext4 in a file, as root)',
+        'goes on from the newest checkpoint whose save had returned, with the same bits',
+        ['tests/faults/test_killed.py', '-k', 'power_cut'],
+    ),
+    (
+        'a file of a finished run flipped, cut, longer or deleted, each in turn, then opened and '
+        'verified; every bit of the manifest flipped',
+        'found before anything is printed, or the answer is the same',
+        ['tests/tools/test_verify.py'],
     ),
     (
         'stopped after each step of a short run, in either phase',
@@ -34,8 +45,8 @@ KINDS = [
         ['tests/launch/test_ablate_killed.py'],
     ),
     (
-        'checkpoint truncated, bit-flipped, incomplete, empty, of another config or version; '
-        'record altered or torn; killed before any file operation of a save',
+        'checkpoint truncated, bit-flipped, incomplete, empty, of another run or version; '
+        'record or manifest altered or torn; killed before any file operation of a save',
         'found by its digest; the one before is used, and a warning is printed',
         ['tests/train/test_checkpoint.py', 'tests/test_files.py'],
     ),
@@ -78,7 +89,7 @@ KINDS = [
     (
         'numbers that are not finite',
         'step, layer and examples named',
-        ['tests/train/test_nonfinite.py'],
+        ['tests/tools/test_nonfinite.py'],
     ),
     (
         'wrong arithmetic (also jaxlib 0.10 as it comes)',
