@@ -32,9 +32,7 @@ def export(run: Run, folder: Path) -> None:
     classes.json          class names, image shape, resizing, preprocessing, metrics
     README.md             how to use them with jax, safetensors, NumPy and Pillow alone
 
-    Args:
-        run: Opened run; its averaged weights are exported where there are any.
-        folder: Folder that does not exist or is empty.
+    Averaged weights are exported where the run has any.
 
     Errors:
         UserError: The folder is not empty, or cannot be written.

@@ -29,8 +29,7 @@ def grad_cam(
     0). Each map is scaled to a maximum of 1 (an all-zero one stays) and enlarged to the image.
 
     Args:
-        model: Called as `model(images, train=False)`.
-        variables: Its parameters and batch statistics.
+        model, variables: Called as `model(images, train=False)`.
         images: Prepared as the network expects them.
         classes: Class numbers.
         layer: Path of a module whose output is [b, i, j, k], e.g. `backbone/block4_conv3`; by
@@ -108,13 +107,9 @@ def image_layers(model: nn.Module, images: Float[Array, 'b h w c']) -> list[str]
 def draw_heatmap(
     image: UInt8[np.ndarray, 'h w c'], heat: Float[np.ndarray, 'h w'], title: str, path: Path
 ) -> None:
-    """Draw the image, and the heat over a grey version of it, so that colour means heat alone.
+    """Draw a PNG of the image, and of the heat, in [0, 1], over a grey version of it.
 
-    Args:
-        image: Image before preprocessing; 1 or 3 channels.
-        heat: Heat in [0, 1].
-        title: Title, drawn as it is written.
-        path: PNG to write atomically; its folder is created.
+    So colour means heat alone.
     """
     from matplotlib.figure import Figure
 

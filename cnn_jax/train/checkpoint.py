@@ -51,8 +51,7 @@ class Checkpoints:
 
     Args:
         folder: Their folder in the work directory; created when the first one is saved.
-        config: The run's config.
-        layout: The layout of a restored state on several devices.
+        config, layout: The run's; a restored state lies as the layout says.
     """
 
     def __init__(self, folder: Path, config: cfg.Config, layout: Layout | None = None):
@@ -101,7 +100,7 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint, and remove those that are no longer wanted once it is on the disk.
 
-        A second one of the same step is not written again.
+        One that is there is left as it is.
 
         Args:
             state: The training state.
@@ -119,11 +118,8 @@ class Checkpoints:
     def resumable(self, say: Callable[[str], object]) -> tuple[int, dict[str, Any]] | None:
         """Return the newest whole checkpoint's step and its progress; None without any.
 
-        Damaged ones are moved to the folder `damaged` beside this one, so only the process that
-        holds the work directory may call it.
-
-        Args:
-            say: Called with a sentence about each one that is moved.
+        Damaged ones are moved to the folder `damaged` beside this one, with a sentence to `say`, so
+        only the process that holds the work directory may call it.
 
         Errors:
             UserError: There are checkpoints, but none that can be used.

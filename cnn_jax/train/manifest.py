@@ -38,14 +38,7 @@ def manifest(
     data: dict[str, Any],
     layout: Layout | None = None,
 ) -> dict[str, Any]:
-    """The facts that a reader needs to judge or repeat the run.
-
-    Args:
-        config: The run's config.
-        settings: The runtime settings of this process.
-        data: Names, sizes, classes and fingerprints of the splits.
-        layout: The layout of batches and state on several devices.
-    """
+    """The facts that a reader needs to judge or repeat the run; `data` from `setup.describe`."""
     machine = runtime.machine(settings)
     if layout:
         machine['layout'] = layout.facts
@@ -137,20 +130,13 @@ def origin(manifest: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def threads(folder: Path, config: cfg.Config) -> int:
-    """The threads to compute with: the config's, else those that the run in a folder began with.
-
-    XLA on a CPU computes the same bits with the same number of threads, on any number of cores.
-    """
+    """The threads to compute with: the config's, else those that the run in a folder began with."""
     before = stored(folder)
     return config.train.threads or (before['machine']['threads'] if before else 0)
 
 
 def check_data(folder: Path, description: dict[str, Any]) -> None:
-    """Check that a run that is continued still has the data it began with.
-
-    Args:
-        folder: The work directory.
-        description: The data as they are now, from `setup.describe`.
+    """Compare the data as they are now, from `setup.describe`, with those the run began with.
 
     Errors:
         UserError: The images, the labels, their order, their preprocessing or the pretrained

@@ -30,11 +30,7 @@ def open_record(folder: Path) -> 'Record | NullRecorder':
 
 
 class Record:
-    """Writes the metrics of a run as it goes on.
-
-    Args:
-        folder: The work directory.
-    """
+    """The record of a run in its work directory, written as it goes on."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -154,14 +150,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_skipped(folder: Path, batches: dict[str, Any]) -> int:
     """Write `skipped.csv` into `folder`: split, path and reason of each image left out.
 
-    It is CSV as of RFC 4180 in UTF-8, so a name with a newline stands in quotes; bytes of a name
-    that are not UTF-8 are written as they are (`errors='surrogateescape'` reads them back). A path
-    that a spreadsheet would take for a formula begins with `./`. Without such images there is no
-    file.
-
-    Args:
-        folder: The work directory.
-        batches: The opened batches of each split, by name.
+    It is CSV as of RFC 4180 in UTF-8; bytes of a name that are not UTF-8 are written as they are
+    (`errors='surrogateescape'` reads them back). A path that a spreadsheet would take for a formula
+    begins with `./`. Without such images there is no file.
 
     Returns:
         The number of images left out; one that is listed for several splits counts once.

@@ -108,8 +108,7 @@ class Mirror:
     def push(self, last: bool = False) -> None:
         """Upload what is new or changed, and remove old checkpoints.
 
-        Args:
-            last: Raise an error as `RunFailed`; else print it, and the next call makes up for it.
+        Its `last` call raises an error as `RunFailed`; others print it: the next makes up for it.
         """
         try:
             self._push()

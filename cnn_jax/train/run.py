@@ -376,13 +376,9 @@ def _data_name(config: cfg.Config) -> str:
 
 
 def start(threads: int = 0, distributed: bool = False) -> runtime.Settings:
-    """Prepare the process for JAX and check that it computes right.
+    """Prepare the process for JAX and check that it computes right; `threads` as in `configure`.
 
-    Of several processes, the first one speaks for all: the others print errors alone.
-
-    Args:
-        threads: Threads of a computation on a CPU; 0: one for each core.
-        distributed: Whether this process is one of several.
+    Of several processes (`distributed`), the first one speaks for all; others print errors alone.
     """
     settings = runtime.configure(threads)
     if distributed:
@@ -438,11 +434,7 @@ def load_run(
 
 @contextlib.contextmanager
 def lock_workdir(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on the work directory.
-
-    Args:
-        folder: The work directory; created if missing.
-        wait: Whether to wait for another process that has it, instead of giving up.
+    """Hold an exclusive lock on a work directory, created if missing; `wait` for it if asked.
 
     Errors:
         UserError: It cannot be written, or another process has it.
