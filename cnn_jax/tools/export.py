@@ -5,11 +5,11 @@ import json
 import os
 import shutil
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 
 from cnn_jax import config as cfg
@@ -113,34 +113,6 @@ def readme(facts: dict[str, Any]) -> str:
 
     Its code reads a file as `cnn_jax.data.decode` does.
     """
-    height, width, channels = facts['image_shape']
-    size = f'({width}, {height})'
-    images, resizing = {
-        'none': (f'must be {width}×{height} pixels', ''),
-        'stretch': (
-            f'are stretched to {width}×{height} pixels',
-            f'    image = image.resize({size}, Image.Resampling.BILINEAR)\n',
-        ),
-        'crop': (
-            f'are scaled and cropped at the centre to {width}×{height} pixels',
-            f'    image = ImageOps.fit(image, {size}, Image.Resampling.BILINEAR)\n',
-        ),
-    }[facts['resize']]
-    measured = facts['evaluation']
-    listed = measured and ', '.join(
-        f'{name} {measured[name]:.4f}' for name in METRICS if name in measured
-    )
-    licence = facts['preprocessing'].get('licence')
-    template = Template(read_text(Path(__file__).with_suffix('.md')))
-    text = template.substitute(
-        facts,
-        classes=', '.join(facts['classes']),
-        training_images=f'{facts["training_images"]:,}',
-        evaluation=f'{listed} on {measured["count"]:,} images' if measured else 'not known',
-        images=images,
-        resizing=resizing,
-        mode='L' if channels == 1 else 'RGB',
-        channels=channels,
-        licence=f'\n## Licence\n\n{licence}' if licence else '',
-    )
-    return text.rstrip() + '\n'
+    text = read_text(Path(__file__).with_suffix('.jinja'))
+    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True)
+    return template.render(facts, metrics=METRICS).rstrip() + '\n'
