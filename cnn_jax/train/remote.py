@@ -37,7 +37,7 @@ def is_remote(workdir: str) -> bool:
 def fetch_workdir(workdir: str) -> Path:
     """Return the folder of a --workdir, to read a run from; a remote one is copied."""
     if not is_remote(workdir):
-        return Path(workdir)
+        return Path(workdir).expanduser()
     mirror = Mirror(workdir, 'read')  # apart from the folder that a run may be at
     with lock(mirror.base / 'lock', wait=True), mirror.explained():
         names = mirror.names()
