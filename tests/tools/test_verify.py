@@ -30,7 +30,7 @@ CHANGES = {
     'optimizer.learning_rate': 0.3,  # so that the best is not the last
 }
 # Written for people, or for what comes after; no program computes with them.
-HARMLESS = {'lock', 'timing.jsonl', 'curves.png', 'speed.json'}
+HARMLESS = {'lock', 'timing.jsonl', 'curves.png', 'speed.json', 'events'}
 
 
 @pytest.fixture(scope='module')
@@ -71,20 +71,18 @@ READERS = {
     'verify': verified,
 }
 DAMAGE = {
-    'flip': lambda data: (
-        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
-    ),
+    'flip': lambda data: bytes([*data[:-9], *(byte ^ 4 for byte in data[-9:-8]), *data[-8:]]),
     'cut': lambda data: data[:-1],
     'longer': lambda data: data + b'0',
     'gone': None,
 }
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('cut', 'longer', 'gone')]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('cut', 'longer')]
-
-
-@pytest.mark.parametrize('damage', ['flip', 'gone', *SLOW])
-def test_any_damage_to_any_file_is_found_or_decides_nothing(finished, copy, damage):
+@pytest.mark.parametrize('damage', ['flip', *SLOW])
+def test_any_damage_to_any_file_is_found_or_decides_nothing(
+    finished, copy, damage, record_property
+):
     undisturbed = {name: read(copy) for name, read in READERS.items()}
     names = [path.relative_to(finished) for path in finished.rglob('*') if path.is_file()]
     silent = set()
@@ -102,8 +100,10 @@ def test_any_damage_to_any_file_is_found_or_decides_nothing(finished, copy, dama
         if not found:
             silent.add('events' if 'tfevents' in name.name else str(name))
         shutil.copy(finished / name, path)
-    assert silent <= HARMLESS | {'events'}
+    # A record goes on after the checkpoint, but no number is taken from there.
+    assert silent <= HARMLESS | ({'metrics.jsonl', 'steps.f32'} if damage == 'longer' else set())
     assert len(names) > 25
+    record_property('tried', len(names))
 
 
 def test_every_flipped_bit_of_the_manifest_is_found(copy, record_property):
