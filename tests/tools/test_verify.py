@@ -70,8 +70,16 @@ READERS = {
     'best': lambda folder: opened(folder, 'best'),
     'verify': verified,
 }
+
+
+def flip(data):
+    changed = bytearray(data or b'x')
+    changed[len(changed) // 2] ^= 4
+    return bytes(changed)
+
+
 DAMAGE = {
-    'flip': lambda data: bytes([*data[:-9], *(byte ^ 4 for byte in data[-9:-8]), *data[-8:]]),
+    'flip': flip,
     'cut': lambda data: data[:-1],
     'longer': lambda data: data + b'0',
     'gone': None,
