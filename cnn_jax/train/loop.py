@@ -241,23 +241,22 @@ def train(
     ):
         for note in notes:
             progress.say(note)
-        if profile:
-            profile.before(before)
         state, end = before, start if over else None
-        for taken in steps(phases, before, start, run.values, end=end, take=take):
+        taking = steps(phases, before, start, run.values, end=end, take=take)
+        if profile:
+            taking = profile.trace(
+                taking, run.values, lambda phase: run.watch(phase).paused(), progress.say
+            )
+        for taken in taking:
             state = taken.state
             run.count(taken, progress)
             stopped = interruption.stops_after(taken.number)
-            if profile:
-                run.profile(taken, profile, stopped, progress)
             evaluating = spec.is_boundary(taken.number, config.train.eval_every)
             saving = stopped or spec.is_boundary(taken.number, config.train.checkpoint_every)
             if evaluating or saving:
                 state, over = run.pause(taken, evaluating, saving, progress)
             if stopped or over:
                 break
-            if profile:
-                profile.before(state)
         finished = over or int(state.step) == phases[-1].end
         if finished:
             state = run.conclude(state, progress)
@@ -320,16 +319,6 @@ class _Session:
             raise self._failure(error.step, progress) from None
         if self.meter.latest:
             progress.step(taken.number, *self.meter.latest)
-
-    def profile(
-        self, taken: Step, profile: LayerProfile, stopped: bool, progress: Progress
-    ) -> None:
-        """Go on with the trace of some steps; print its table once it is complete."""
-        phase, last = taken.phase, stopped or taken.number == taken.phase.end
-        arguments = taken.state, taken.batch, self.values
-        if table := profile.after(taken.number, phase.train_step, arguments, last):
-            progress.say(table)
-            self.watch(phase).discard()
 
     def pause(
         self, taken: Step, evaluating: bool, saving: bool, progress: Progress
