@@ -23,6 +23,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.freezing import FROZEN, keep
 from cnn_jax.params import Flat, map_paths
 
+LAST_STEP = 2**31 - 1  # that an int32 holds
 # These need more than a training step gives them, a rate without a schedule, or weights other than
 # the trained ones to evaluate.
 UNFIT = re.compile('sam|schedule_free.*|lbfgs|dpsgd|noisy_sgd|rprop|sophia|scale_by.*')
@@ -38,7 +39,7 @@ def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Cal
 
     constant:      lr
     cosine:        lr · ½(1 + cos(π·t/T))
-    step:          lr · decay_rate^(boundaries passed)
+    step:          lr · decay_rate^(number of boundaries ≤ t)
     inverse_time:  lr / (1 + decay_rate · t / decay_steps)       (Keras's InverseTimeDecay)
 
     each multiplied by min(1, (t + 1)/W) during a linear warm-up of W steps; t counts from 0.
@@ -47,26 +48,30 @@ def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Cal
     Args:
         config: `learning_rate`, `decay_rate` may be traced; epochs are converted to steps here.
         steps_per_epoch: Updates an epoch; need not be whole.
-        total_steps: Updates of the whole run.
+        total_steps: Updates of the whole run; any number.
 
     Returns:
         `step -> learning rate`, both scalar arrays.
     """
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    boundaries = jnp.array([round(b * steps_per_epoch) for b in config.boundaries], jnp.int32)
+    # A step is an int32, which no run reaches the end of: what lies beyond it is never.
+    warmup, *boundaries = (
+        round(min(epochs * steps_per_epoch, LAST_STEP))
+        for epochs in (config.warmup_epochs, *config.boundaries)
+    )
 
     def factor(step: Array) -> Array:
         if config.schedule == 'cosine':
-            done = (step - warmup) / max(total_steps - warmup, 1)
+            done = (step - warmup) / float(max(total_steps - warmup, 1))
             return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1)))
         if config.schedule == 'step':
-            return jnp.asarray(config.decay_rate) ** jnp.sum(step >= boundaries)
+            passed = jnp.sum(step >= jnp.array(boundaries, jnp.int32))
+            return jnp.asarray(config.decay_rate) ** passed
         if config.schedule == 'inverse_time':
-            return 1 / (1 + config.decay_rate * step / config.decay_steps)
+            return 1 / (1 + config.decay_rate * step / float(config.decay_steps))
         return jnp.ones(())
 
     def rate(step: Array) -> Array:
-        ramp = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
+        ramp = jnp.minimum(1.0, (step + 1) / float(warmup)) if warmup else 1.0
         return config.learning_rate * ramp * factor(step)
 
     return rate
@@ -168,33 +173,51 @@ class Group:
 def make_optimizer(
     config: Optimizer,
     groups: Sequence[Group],
+    frozen: Iterable[str] = (),
     decayed: Iterable[str] = (),
     own: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The update rule: `optax.partition` with one part a group, and one that keeps the frozen rest.
 
     sgd:          u = m ← momentum·m + g                      (Nesterov: u = momentum·m + g)
-    adam, adamw:  u = m̂ / (√v̂ + epsilon)                      (Kingma & Ba 2015)
+    adam, adamw:  u = m̂ / (√v̂ + epsilon)                      (Kingma & Ba 2015, algorithm 1)
     w ← w − scale·rate(t)·(u + weight_decay·w [w decayed])    (Loshchilov & Hutter 2019)
 
-    Any other name is one of `optax` or `optax.contrib`, made with `config.arguments`.
+    Adam's m̂ and v̂ are without their bias toward 0, as in PyTorch and Optax. Keras adds epsilon to
+    √v before that correction, which at step t is ε here of epsilon/√(1 − b2^t): 32 times its 1e-7
+    at the first step. Any other name is one of `optax` or `optax.contrib`, made with
+    `config.arguments`.
 
     Args:
         config: Names and numbers; the numbers may be traced.
-        groups: Each trained parameter is in exactly one; what is in none is frozen.
+        groups: The trained parameters.
+        frozen: The others.
         decayed: Paths that decoupled decay applies to.
         own: A transformation in the place of the rule that the config names.
 
     Returns:
         A transformation of any tree that has these paths. Frozen leaves have no state and no
-        update.
+        update. Like Optax's own, a rule that reads the parameters asks for them in `update`.
+
+    Errors:
+        ValueError: A parameter is in two groups; when it is initialized or updates: in none.
     """
-    label = {path: f'group {i}' for i, group in enumerate(groups) for path in group.paths}
-    parts = {f'group {i}': own or _rule(config, group, decayed) for i, group in enumerate(groups)}
-    return optax.partition(
-        {**parts, FROZEN: keep()},
-        lambda tree: map_paths(lambda path, _: label.get(path, FROZEN), tree),
-    )
+    label = dict.fromkeys(frozen, FROZEN)
+    parts: dict[str, optax.GradientTransformation] = {FROZEN: keep()}
+    for number, group in enumerate(groups):
+        if twice := label.keys() & group.paths:
+            raise ValueError(
+                f'{min(twice)} is in two groups of the optimizer, or frozen and in one'
+            )
+        label |= dict.fromkeys(group.paths, f'group {number}')
+        parts[f'group {number}'] = own or _rule(config, group, decayed)
+
+    def label_of(path: str, _: Any) -> str:
+        if path not in label:
+            raise ValueError(f'{path} is in no group of the optimizer and not frozen')
+        return label[path]
+
+    return optax.partition(parts, lambda tree: map_paths(label_of, tree))
 
 
 def _rule(config: Optimizer, group: Group, decayed: Iterable[str]) -> optax.GradientTransformation:

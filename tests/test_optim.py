@@ -23,7 +23,7 @@ def rates(config, steps_per_epoch=10, total=40):
 def updates(config, gradients, weights, decayed=()):
     """The weights after applying `gradients` in turn."""
     group = optim.Group(list(weights), optim.schedule(config, 10, 100))
-    rule = optim.make_optimizer(config, [group], decayed)
+    rule = optim.make_optimizer(config, [group], decayed=decayed)
     state = rule.init(weights)
     for gradient in gradients:
         step, state = rule.update(gradient, state, weights)
@@ -84,6 +84,69 @@ def test_update_rules_equal_keras(config, theirs):
     for gradient in gradients:
         rule.apply([gradient['w']], [weight])
     np.testing.assert_allclose(ours['w'], np.asarray(weight), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('many', [2**31 - 1, 2**31, 3 * 10**9, 10**18, 1e300])
+@pytest.mark.parametrize(
+    ('fields', 'right'),  # as functions of the large number and of the step
+    [
+        ({'schedule': 'cosine'}, lambda n, t: 0.5 * (1 + np.cos(np.pi * t / n))),
+        ({'schedule': 'constant', 'warmup_epochs': 'many'}, lambda n, t: (t + 1) / n),
+        ({'schedule': 'cosine', 'warmup_epochs': 'many'}, lambda n, t: (t + 1) / n),
+        ({'schedule': 'step', 'decay_rate': 0.1, 'boundaries': ('many',)}, lambda n, t: 1.0),
+        (
+            {'schedule': 'inverse_time', 'decay_rate': 3.0, 'decay_steps': 'many'},
+            lambda n, t: 1 / (1 + 3 * t / n),
+        ),
+    ],
+    ids=str,
+)
+def test_no_number_of_steps_is_too_large(fields, right, many):
+    """Relative to the formula in float64, at steps that an int32 still holds."""
+    given = {
+        name: (many,) if value == ('many',) else many if value == 'many' else value
+        for name, value in fields.items()
+    }
+    rate = jax.jit(optim.schedule(Optimizer(learning_rate=1.0, **given), 1.0, int(many)))
+    for step in (0, 5, 10**9, 2**31 - 2):
+        reach = min(many, 2**31 - 1) if 'warmup_epochs' in fields else many
+        assert rate(jnp.int32(step)) == pytest.approx(right(reach, step), rel=1e-5, abs=1e-6)
+
+
+def test_epsilon_is_added_where_kingma_and_ba_add_it_and_not_where_keras_does():
+    config = Optimizer(name='adam', learning_rate=1.0, epsilon=1e-4)
+    zero, draw = {'w': jnp.zeros(7)}, np.random.default_rng(0)
+    gradients = draw.normal(size=(5, 7)).astype(np.float32) * np.logspace(-6, 0, 7, dtype='f4')
+    w, keras_w, m, v = np.zeros(7), np.zeros(7), np.zeros(7), np.zeros(7)
+    for t, g in enumerate(gradients.astype(np.float64), start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        w -= m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-4)
+        moved = 1e-4 / np.sqrt(1 - 0.999**t)  # Keras's in our terms
+        keras_w -= m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + moved)
+    rule, weight = keras.optimizers.Adam(1.0, epsilon=1e-4), keras.Variable(np.zeros(7, 'f4'))
+    for gradient in gradients:
+        rule.apply([jnp.asarray(gradient)], [weight])
+    ours, _ = updates(config, [{'w': jnp.asarray(g)} for g in gradients], zero)
+    np.testing.assert_allclose(ours['w'], w, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(weight), keras_w, rtol=1e-4)
+
+
+def test_each_parameter_is_in_one_group_or_frozen_and_what_a_rule_reads_is_given():
+    config, rate = Optimizer(weight_decay=0.1), lambda step: 0.1
+    weights = {name: jnp.ones(2) for name in 'abc'}
+    a, ab = (optim.Group(paths, rate) for paths in (['a'], ['a', 'b']))
+    with pytest.raises(ValueError, match='c is in no group'):
+        optim.make_optimizer(config, [ab]).init(weights)
+    for groups, frozen in (([a, ab], ['c']), ([ab], ['a', 'c'])):
+        with pytest.raises(ValueError, match='a is in two groups'):
+            optim.make_optimizer(config, groups, frozen)
+    rule = optim.make_optimizer(config, [ab], frozen=['c'])
+    state = rule.init(weights)
+    with pytest.raises(ValueError, match='no group'):
+        rule.update({**weights, 'd': weights['a']}, state, {**weights, 'd': weights['a']})
+    with pytest.raises(ValueError, match='params'):
+        rule.update(weights, state)
+    assert jax.tree.map(jnp.shape, rule.update(weights, state, weights)[0]).keys() == {*'abc'}
 
 
 def test_decay_moves_only_the_decayed():

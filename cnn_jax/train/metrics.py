@@ -36,10 +36,9 @@ def batch_sums(
         mask: False for padding.
 
     Returns:
-        `count`, `loss` (Σ losses), `confusion` [K true, K predicted], `top5`, and per bin of
-        confidence `bin_count`, `bin_confidence`, `bin_correct` [BINS].
+        `count`, `loss` (Σ losses), per true class `class_count`, `class_correct` [K], `top5`, and
+        per bin of confidence `bin_count`, `bin_confidence`, `bin_correct` [BINS].
     """
-    classes = log_probs.shape[-1]
     weight = mask.astype(jnp.int32)
     predicted = jnp.argmax(log_probs, axis=-1)
     correct = predicted == labels
@@ -49,16 +48,26 @@ def batch_sums(
     # Bins are open on the left, ((i-1)/BINS, i/BINS], as in the paper.
     place = jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
     in_bin = jax.nn.one_hot(place, BINS, dtype=jnp.float32) * mask[:, None]
-    confusion = jnp.zeros((classes, classes), jnp.int32).at[labels, predicted].add(weight)
+    none = jnp.zeros(log_probs.shape[-1], jnp.int32)
     return {
         'count': weight.sum(),
         'loss': jnp.sum(jnp.where(mask, losses, 0.0)),
-        'confusion': confusion,
+        'class_count': none.at[labels].add(weight),
+        'class_correct': none.at[labels].add(weight * correct),
         'top5': jnp.sum(weight * (rank < 5)),
         'bin_count': in_bin.sum(0),
         'bin_confidence': (in_bin * confidence[:, None]).sum(0),
         'bin_correct': (in_bin * correct[:, None]).sum(0),
     }
+
+
+def confusion(
+    log_probs: Float[Array, 'b k'], labels: Int[Array, ' b'], mask: Bool[Array, ' b']
+) -> Int[Array, 'k k']:
+    """Examples of a true class (row) for which a class (column) was predicted."""
+    classes, predicted = log_probs.shape[-1], jnp.argmax(log_probs, axis=-1)
+    none = jnp.zeros((classes, classes), jnp.int32)
+    return none.at[labels, predicted].add(mask.astype(jnp.int32))
 
 
 def add(total: Sums | None, new: Sums) -> Sums:
@@ -77,30 +86,30 @@ def result(sums: Sums) -> dict[str, Any]:
     """The metrics of the examples behind the sums.
 
     accuracy = Σ [ŷ = y] / N;  top5 the same with y among the five most probable classes
-    class_accuracy[k] = confusion[k, k] / Σ_j confusion[k, j]
+    class_accuracy[k] = Σ [ŷ = y = k] / Σ [y = k]
     calibration_error = Σ_bins (n_bin/N)·|accuracy_bin − confidence_bin|
 
     Returns:
         `loss` (nats an example), `accuracy`, `top5` (of more than five classes) and
         `calibration_error`, floats in natural units; `class_accuracy` (NaN for a class without
-        examples) and `confusion` as arrays; `count`.
+        examples) and, if it is among the sums, `confusion` as arrays; `count`.
 
     Source: expected calibration error, Guo et al. 2017, "On Calibration of Modern Neural Networks".
     """
     count = int(sums['count'])
-    top5 = {'top5': float(np.float64(sums['top5']) / count)} if len(sums['confusion']) > 5 else {}
-    confusion = np.asarray(sums['confusion'])
-    per_class = confusion.sum(axis=1)
+    correct, per_class = np.asarray(sums['class_correct']), np.asarray(sums['class_count'])
+    top5 = {'top5': float(np.float64(sums['top5']) / count)} if len(per_class) > 5 else {}
+    confusion = {'confusion': np.asarray(sums['confusion'])} if 'confusion' in sums else {}
     gaps = np.abs(sums['bin_correct'] - sums['bin_confidence'])
     with np.errstate(invalid='ignore', divide='ignore'):
         return {
             'count': count,
             'loss': float(np.float64(sums['loss']) / count),
-            'accuracy': float(np.float64(np.trace(confusion)) / count),
+            'accuracy': float(np.float64(correct.sum()) / count),
             **top5,
             'calibration_error': float(gaps.sum() / count),
-            'class_accuracy': np.diag(confusion) / per_class,
-            'confusion': confusion,
+            'class_accuracy': correct / per_class,
+            **confusion,
         }
 
 
@@ -177,7 +186,7 @@ class StepMetrics:
         self._record(sums['objective'], sums['gradient_norm'])
         if not np.isfinite(sums['objective']) or not np.isfinite(sums['gradient_norm']):
             raise NotFinite(step)
-        self.latest = total['loss'] / total['count'], np.trace(total['confusion']) / total['count']
+        self.latest = total['loss'] / total['count'], total['class_correct'].sum() / total['count']
 
     def pop(self) -> Sums:
         """Return the sums since the last call, and start anew."""
@@ -218,7 +227,7 @@ class EarlyStopping:
         step − best step ≥ ⌊patience · steps_per_epoch⌋: evaluations fall on whole steps, so that
         two of them an epoch apart may be closer than an epoch by less than a step.
         """
-        wait = int(config.train.patience * steps_per_epoch + 1e-9)
+        wait = int(min(config.train.patience * steps_per_epoch + 1e-9, 2**53))
         return bool(config.train.patience) and step - self.step >= max(wait, 1)
 
 

@@ -91,8 +91,8 @@ class RunSpec:
         """Return whether a multiple of `epochs` (none for 0), or a phase, ends with this step."""
         if step in self.phase_ends:
             return True
-        every = epochs * self.steps_per_epoch
-        return bool(every) and int(step / every) > int((step - 1) / every)
+        every = max(epochs * self.steps_per_epoch, 1.0)
+        return bool(epochs) and int(step / every) > int((step - 1) / every)
 
     def network(self, config: cfg.Config) -> nn.Module:
         """The network of a config, whose numbers may be traced."""
@@ -152,9 +152,10 @@ class Program:
     def optimizer(self, config: cfg.Config, phases: int | None = None):
         """The optimizer with a config's numbers, for the first `phases` phases (default: all)."""
         groups = update_groups(config, self.spec, self.members[:phases])
+        frozen = params.flatten(self.shapes).keys() - {p for group in groups for p in group.paths}
         decayed = self.acted_on['optimizer.decay_on']
         own = self.spec.optimizer(config) if self.spec.optimizer else None
-        return optim.make_optimizer(config.optimizer, groups, decayed, own)
+        return optim.make_optimizer(config.optimizer, groups, frozen, decayed, own)
 
 
 def traced_values(config: cfg.Config) -> Values:

@@ -204,7 +204,7 @@ def make_spec(
         num_classes=len(description['class_names']),
         prepare=preparation(description['preprocessing']),
         steps_per_epoch=steps_per_epoch,
-        phase_ends=tuple(max(1, int(e * steps_per_epoch + 1e-9)) for e in epochs),
+        phase_ends=tuple(max(1, int(min(e * steps_per_epoch, 2**53) + 1e-9)) for e in epochs),
         pretrained=pretrained if weights else None,
         model=components.model,
         optimizer=components.optimizer,

@@ -86,7 +86,7 @@ def train_step(
 def bound_config(program: Program, state: State, values: Values) -> cfg.Config:
     """The config with its numbers at the state's step."""
     config = cfg.bind(program.config, values)
-    return ramp_dropout(config, state.step / program.spec.phase_ends[-1])
+    return ramp_dropout(config, state.step / float(program.spec.phase_ends[-1]))
 
 
 def step_gradients(
@@ -255,8 +255,9 @@ def predict_step(
 def eval_step(program: Program, state: State, batch: Batch, values: Values) -> metrics.Sums:
     """The sums that a batch's metrics in inference follow from."""
     log_probs = predict_step(program, state, batch['image'], values)
-    each = cross_entropy(log_probs, batch['label'])
-    return metrics.batch_sums(log_probs, each, batch['label'], batch['mask'])
+    labels, mask = batch['label'], batch['mask']
+    sums = metrics.batch_sums(log_probs, cross_entropy(log_probs, labels), labels, mask)
+    return sums | {'confusion': metrics.confusion(log_probs, labels, mask)}
 
 
 def estimate_step(

@@ -15,8 +15,9 @@ from cnn_jax.train.metrics import EarlyStopping
 def sums_of(logits, labels, mask=None):
     mask = np.ones(len(labels), bool) if mask is None else mask
     log_probs = log_probabilities(jnp.asarray(logits))
-    each = cross_entropy(log_probs, jnp.asarray(labels))
-    return metrics.batch_sums(log_probs, each, jnp.asarray(labels), jnp.asarray(mask))
+    facts = jnp.asarray(labels), jnp.asarray(mask)
+    sums = metrics.batch_sums(log_probs, cross_entropy(log_probs, facts[0]), *facts)
+    return sums | {'confusion': metrics.confusion(log_probs, *facts)}
 
 
 def result_of(logits, labels, batch=None):

@@ -112,6 +112,11 @@ def test_a_value_as_argument_is_the_value_in_the_config():
     assert texts[0] == texts[1]
 
 
+def test_a_step_hands_out_no_matrix_of_classes(everything):
+    *_, sums, _ = everything
+    assert all(np.ndim(leaf) <= 1 for leaf in jax.tree.leaves(sums))
+
+
 def test_frozen_leaves_have_no_part_in_any_of_it(everything):
     program, _, _, state, _, _ = everything
     before, after = params.flatten(begin(program.config)[1].params), params.flatten(state.params)
