@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.cpu import compute_type, scale_and_shift, sums_with
+from cnn_jax.nn.cpu import compute_type, on_cpu, scale_and_shift, sums_with
 from cnn_jax.nn.noise import is_training
 
 
@@ -136,7 +136,8 @@ class BatchRenorm(BatchNorm):
     Averages that have seen little must not correct much: with w, the share of the averages that
     stems from data (0 at first, w ← m·w + (1 − m)), the limits in force are 1 + (r_max − 1)·w and
     d_max·w. So training starts as batch normalization and opens at the averages' own pace; Ioffe
-    schedules both limits by step number instead.
+    schedules both limits by step number instead. The averages are those of `BatchNorm`, of the
+    variance, where his algorithm 1 and Keras average the deviation, σ ← m·σ + (1 − m)·σ_B.
 
     Attributes:
         r_max: At least 1; may be a traced scalar. With 1 and d_max = 0 this is `BatchNorm`.
@@ -175,14 +176,14 @@ class BatchRenorm(BatchNorm):
         return batch_normalize(x, scale * r, bias + scale * d, axes, self.epsilon)
 
     def _correction(self, x, axes, running, share):
-        wide = x.astype(compute_type(x))
-        mean, var, share = (v.astype(wide.dtype) for v in (*running, share))
+        rest, origin = _relative_to_one(x, axes)
+        mean, var, share = (v.astype(rest.dtype) for v in (*running, share))
         # The compiler finds the same sums in batch_normalize, and computes them once.
-        mu, sigma2 = moments(*sums_with(wide, wide, axes), x.size // mean.size)
+        mu, sigma2 = moments(*sums_with(rest, rest, axes), x.size // mean.size)
         rstd = lax.rsqrt(var + self.epsilon)
         r_max, d_max = 1 + (self.r_max - 1) * share, self.d_max * share
         r = jnp.clip(jnp.sqrt(sigma2 + self.epsilon) * rstd, 1 / r_max, r_max)
-        return r, jnp.clip((mu - mean) * rstd, -d_max, d_max)
+        return r, jnp.clip((mu + (origin - mean)) * rstd, -d_max, d_max)
 
 
 def batch_normalize(
@@ -194,10 +195,12 @@ def batch_normalize(
 ) -> tuple[Float[Array, '...'], Float[Array, '...'], Float[Array, '...']]:
     """Normalize by the batch's own statistics.
 
-    μ = E[x], σ² = max(E[x²] − μ², 0), y = scale · (x − μ) / √(σ² + ε) + bias
+    μ = E[x], σ² = E[(x − μ)²], y = scale · (x − μ) / √(σ² + ε) + bias
 
-    One pass over x costs accuracy where the mean is large: σ² is exact to about μ² times the
-    precision of the computation's type.
+    One pass over x gives μ and σ² from the sums of x − k and of (x − k)², k being one of the
+    numbers: however large the mean, σ² is exact to 1 + ((k − μ)/σ)² roundings of the computation's
+    type, as from two passes. Devices that share the batch add the same two sums (Chan, Golub &
+    LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3).
 
     Args:
         x: The input.
@@ -213,22 +216,42 @@ def batch_normalize(
     >>> y.ravel().tolist(), mu.item(), sigma2.item()
     ([-1.0, 1.0], 2.0, 1.0)
     """
-    compute = compute_type(x)
-    return _batch_normalize(x, scale.astype(compute), bias.astype(compute), axes, epsilon)
+    rest, origin = _relative_to_one(x, axes)
+    scale, bias = scale.astype(rest.dtype), bias.astype(rest.dtype)
+    y, mu, sigma2 = _batch_normalize(rest, scale, bias, axes, epsilon)
+    return y, origin + mu, sigma2
+
+
+def _relative_to_one(x, axes):
+    """x − k and k, one of the numbers over the axes; what follows does not depend on which."""
+    origin = _one_over(x, axes)
+    return x.astype(origin.dtype) - jnp.expand_dims(origin, axes), origin
+
+
+def _one_over(x, axes):
+    """One of the numbers over the axes: the first example's middle one, far from any padding."""
+    for axis in reversed(axes):  # pixels first, so that devices exchange one
+        middle = x.shape[axis] // 2 if axis else 0
+        x = lax.slice_in_dim(x, middle, middle + 1, axis=axis)
+    one = lax.stop_gradient(jnp.squeeze(x, axes)).astype(compute_type(x))
+    # Else a CPU works it out again, from all that leads to it, for each number that it is taken of.
+    return lax.optimization_barrier(one) if on_cpu() else one
 
 
 def moments(
     total: Float[Array, '...'], total_of_squares: Float[Array, '...'], count: int
 ) -> tuple[Float[Array, '...'], Float[Array, '...']]:
-    """Mean and biased variance from the sums of `count` numbers and of their squares."""
+    """Mean and biased variance from the sums of `count` numbers and of their squares.
+
+    σ² loses the digits that μ² has more than it: take the sums relative to a number near μ.
+    """
     mu = total / count
     return mu, jnp.maximum(total_of_squares / count - mu * mu, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _batch_normalize(x, scale, bias, axes, epsilon):
-    wide = x.astype(compute_type(x))
-    mu, sigma2 = moments(*sums_with(wide, wide, axes), x.size // scale.size)
+    mu, sigma2 = moments(*sums_with(x, x, axes), x.size // scale.size)
     return _normalize(x, mu, sigma2, scale, bias, axes, epsilon), mu, sigma2
 
 
@@ -240,14 +263,14 @@ def _batch_normalize_jvp(axes, epsilon, primals, tangents):
     x, scale, bias = primals
     dx, dscale, dbias = tangents
     y, mu, sigma2 = _batch_normalize(x, scale, bias, axes, epsilon)
-    wide, dx, count = x.astype(y.dtype), dx.astype(y.dtype), x.size // scale.size
+    count = x.size // scale.size
     rstd = lax.rsqrt(sigma2 + epsilon)
     a = scale * rstd
-    total, product = sums_with(wide, dx, axes)
+    total, product = sums_with(x, dx, axes)
     dmu, half_dsigma2 = total / count, (product - mu * total) / count
     slope = (dscale - a * rstd * half_dsigma2) * rstd
     shift = dbias - mu * slope - a * dmu
-    dy = jnp.expand_dims(a, axes) * dx + scale_and_shift(wide, slope, shift, axes)
+    dy = jnp.expand_dims(a, axes) * dx + scale_and_shift(x, slope, shift, axes)
     return (y, mu, sigma2), (dy, dmu, 2 * half_dsigma2)
 
 
@@ -318,16 +341,18 @@ def group_normalize(
     >>> nn.group_normalize(x, jnp.ones(4), jnp.zeros(4), groups=2, epsilon=0.0).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
-    batch, channels = x.shape[0], x.shape[-1]
-    wide, pixels = x.astype(compute_type(x)), tuple(range(1, x.ndim - 1))
-    scale, bias = scale.astype(wide.dtype), bias.astype(wide.dtype)
-    total, squares = (s.reshape(batch, groups, -1).sum(axis=-1) for s in _power_sums(wide, pixels))
+    batch, channels, pixels = x.shape[0], x.shape[-1], tuple(range(1, x.ndim - 1))
+
+    def to_channels(of_group):
+        return jnp.repeat(of_group, channels // groups, axis=1)
+
+    one = _one_over(x.reshape(*x.shape[:-1], groups, -1), (*pixels, x.ndim))
+    rest = x.astype(one.dtype) - jnp.expand_dims(to_channels(one), pixels)
+    total, squares = (s.reshape(batch, groups, -1).sum(axis=-1) for s in _power_sums(rest, pixels))
     mu, sigma2 = moments(total, squares, x.size // (batch * groups))
-    mu, rstd = (
-        jnp.repeat(v, channels // groups, axis=1) for v in (mu, lax.rsqrt(sigma2 + epsilon))
-    )
-    a = scale.reshape(1, -1) * rstd
-    return scale_and_shift(wide, a, bias.reshape(1, -1) - mu * a, pixels).astype(x.dtype)
+    a = scale.astype(rest.dtype).reshape(1, -1) * to_channels(lax.rsqrt(sigma2 + epsilon))
+    b = bias.astype(rest.dtype).reshape(1, -1) - to_channels(mu) * a
+    return scale_and_shift(rest, a, b, pixels).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
