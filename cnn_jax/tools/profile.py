@@ -350,7 +350,7 @@ def layer_times(
     that started last has the time.
     """
     names = dict(OP_NAME.findall(program))
-    rows: collections.Counter[Any] = collections.Counter()
+    rows: Any = collections.Counter()
     for (start, end, op), following in itertools.zip_longest(events, events[1:]):
         if following and (end > following[0] or re.match('convolution|dot', op)):
             end = following[0]
