@@ -89,6 +89,20 @@ class Components:
         digests = self.digests
         return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest() if digests else ''
 
+    def unread(self, config: Config) -> list[str]:
+        """Settings of which the code of an own model or optimizer says nothing, a phrase each."""
+        phrases = []
+        for group, part in (('model', self.model), ('optimizer', self.optimizer)):
+            code = '' if isinstance(part, _Constant) else '\n'.join(describe(part))
+            for f in dataclasses.fields(getattr(config, group)) if part else ():
+                value = getattr(getattr(config, group), f.name)
+                says = f.metadata.get('kept') or re.search(rf'\b{f.name}\b', code)
+                if value != f.default and not says:
+                    phrases.append(
+                        f'config.{group}.{f.name} is {value}, but the own {group} has it not'
+                    )
+        return phrases
+
     @property
     def facts(self) -> dict[str, Any]:
         """The components as the manifest keeps them."""

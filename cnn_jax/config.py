@@ -27,6 +27,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from cnn_jax.errors import UserError, nearest
 
 C = TypeVar('C')
+LARGEST = 3.4e38  # what float32 holds
 OWN = 'own'  # the name of a model, source or optimizer that the user brings
 
 
@@ -37,7 +38,8 @@ def setting(default: Any, **facts: Any) -> Any:
         default: Its default.
         facts: `only_for`, the one `model.name` that reads the field; `noiseless`, the value under
             which the network adds no noise to what it computes (or a table of such values);
-            and what the functions below set.
+            `kept`, whether it is read although the user brings the model or the optimizer; and
+            what the functions below set.
     """
     return field(default=default, metadata=facts)
 
@@ -47,23 +49,55 @@ def choice(default: Any, *others: Any, **facts: Any) -> Any:
     return setting(default, choices=(default, *others), **facts)
 
 
-def number(default: Any, *, low: float = 0, high: float = math.inf, **facts: Any) -> Any:
+def number(default: Any, *, low: float = 0, high: float = LARGEST, **facts: Any) -> Any:
     """A number from `low` to `high`, both included, or a tuple of such numbers."""
     return setting(default, range=(low, high), **facts)
 
 
-def traced(default: float, *, low: float = 0, high: float = math.inf, **facts: Any) -> Any:
+def traced(default: float, *, low: float = 0, high: float = LARGEST, **facts: Any) -> Any:
     """A number that a compiled step takes as an argument instead of baking it in."""
     return number(default, low=low, high=high, traced=True, **facts)
 
 
-def optional(default: float, *, low: float = 0, high: float = math.inf, **facts: Any) -> Any:
+def optional(default: float, *, low: float = 0, high: float = LARGEST, **facts: Any) -> Any:
     """A traced number; whether it is 0 is static, so it costs nothing when off."""
     return traced(default, low=low, high=high, optional=True, **facts)
 
 
+def needs(*others: str, of: Any = bool) -> dict[str, Any]:
+    """The fact that a field is read only where one of these others has a value `of` this kind.
+
+    Args:
+        others: Dotted paths.
+        of: The values, or a function that tells them; by default any but 0, '' and ().
+    """
+    return {'needs': {other: of.__contains__ if isinstance(of, tuple) else of for other in others}}
+
+
 STRIDED: dict[str, Any] = {'only_for': 'strided_net'}
 VGG: dict[str, Any] = {'only_for': 'vgg16'}
+BATCH_NORMS = 'batch', 'ghost', 'renorm'
+NORMS = *BATCH_NORMS, 'group', 'layer', 'instance'
+RULES = 'adam', 'adamw', 'sgd'  # of this package; others are Optax's
+KEPT: dict[str, Any] = {'kept': True}
+EPOCHS: dict[str, Any] = {'high': 1e6}
+SIDE: dict[str, Any] = {'high': 2**14}  # in pixels
+WIDTH: dict[str, Any] = {'low': 1, 'high': 2**20}
+STEM = STRIDED | needs('model.stem_width')
+DROPOUT = STRIDED | needs('model.dropout')
+HEAD = needs('model.hidden')
+ERASING = needs('augment.erasing')
+ADAM = needs('optimizer.name', of=('adam', 'adamw'))
+SGD = needs('optimizer.name', of=('sgd',))
+SECOND_PHASE = needs('unfreeze.epochs')
+CACHED = VGG | needs('train.frozen')
+
+
+def normed(*kinds: str) -> dict[str, Any]:
+    """The fact that only these kinds of normalization read a field."""
+    return needs('model.norm', 'model.head_norm', of=kinds)
+
+
 GHOST_AS_BATCH = {'ghost': 'batch'}  # pooled statistics lack the variance between the groups
 
 
@@ -90,58 +124,53 @@ class Model(Fields):
     that the caller of `fit` or the experiment file brings; it may read any of these fields.
     """
 
-    name: str = choice('strided_net', 'vgg16', OWN)
-    outputs: int = number(0)  # 0: one per class (softmax); 1: one sigmoid for two classes
-    dtype: str = choice('float32', 'bfloat16')  # of computations; parameters are always float32
+    name: str = choice('strided_net', 'vgg16', OWN, **KEPT)
+    outputs: int = number(0, **KEPT)  # 0: one per class (softmax); 1: one sigmoid for two classes
+    dtype: str = choice(
+        'float32', 'bfloat16', **KEPT
+    )  # of computations; parameters are always float32
 
     # strided_net
-    stem_width: int = number(16, **STRIDED)  # 0: no stem
-    stem_kernel: int = number(7, low=1, **STRIDED)
-    stem_stride: int = number(2, low=1, **STRIDED)
-    stem_padding: str = choice('VALID', 'SAME', 'SAME_TORCH', 'CIRCULAR', 'REFLECT', **STRIDED)
-    widths: tuple[int, ...] = number((32, 64, 128), low=1, **STRIDED)
-    kernel: int = number(3, low=1, **STRIDED)
-    stride: int = number(2, low=1, **STRIDED)  # of the second convolution of each pair
+    stem_width: int = number(16, high=2**20, **STRIDED)  # 0: no stem
+    stem_kernel: int = number(7, low=1, **SIDE, **STEM)
+    stem_stride: int = number(2, low=1, **SIDE, **STEM)
+    stem_padding: str = choice('VALID', 'SAME', 'SAME_TORCH', 'CIRCULAR', 'REFLECT', **STEM)
+    widths: tuple[int, ...] = number((32, 64, 128), **WIDTH, **STRIDED)
+    kernel: int = number(3, low=1, **SIDE, **STRIDED)
+    stride: int = number(2, low=1, **SIDE, **STRIDED)  # of the second convolution of each pair
     padding: str = choice('SAME', 'SAME_TORCH', 'VALID', 'CIRCULAR', 'REFLECT', **STRIDED)
     downsample: str = choice(
         'stride', 'max_pool', 'avg_pool', **STRIDED
     )  # how a pair shrinks its input
-    activation: str = choice('relu', 'leaky_relu', 'elu', 'gelu', 'silu', 'tanh')
+    activation: str = choice(
+        *('relu', 'leaky_relu', 'elu', 'gelu', 'silu', 'tanh'),
+        **needs('model.widths', 'model.hidden'),
+    )
     weight_standardization: bool = setting(
         False, **STRIDED
     )  # of the convolutions' kernels, filter by filter
     residual: bool = setting(False, **STRIDED)  # a shortcut around each pair
-    norm: str = choice(
-        'batch',
-        'ghost',
-        'renorm',
-        'group',
-        'layer',
-        'instance',
-        'none',
-        **STRIDED,
-        noiseless=GHOST_AS_BATCH,
-    )
-    norm_position: str = choice('after', 'before')  # the activation
+    norm: str = choice(*NORMS, 'none', **STRIDED, noiseless=GHOST_AS_BATCH)
+    norm_position: str = choice('after', 'before', **normed(*NORMS))  # the activation
     norm_momentum: float = traced(
-        0.99, high=1, noiseless=0.0
+        0.99, high=1, noiseless=0.0, **normed(*BATCH_NORMS)
     )  # share of the old moving average that is kept
-    norm_epsilon: float = number(1e-3)
-    norm_groups: int = number(8, low=1)  # group: parts of the channels that share statistics
-    ghost_batch: int = number(16, low=1)  # ghost: examples that share their statistics
+    norm_epsilon: float = number(1e-3, **normed(*NORMS))
+    norm_groups: int = number(8, **WIDTH, **normed('group'))  # parts that share statistics
+    ghost_batch: int = number(16, **WIDTH, **normed('ghost'))  # examples that share statistics
     renorm_r: float = traced(
-        3.0, low=1, high=1e6, noiseless=1.0
-    )  # renorm: the scale's correction is in [1/r, r]
+        3.0, low=1, high=1e6, noiseless=1.0, **normed('renorm')
+    )  # the scale's correction is in [1/r, r]
     renorm_d: float = traced(
-        5.0, high=1e6, noiseless=0.0
-    )  # renorm: the mean's correction is in [-d, d]
+        5.0, high=1e6, noiseless=0.0, **normed('renorm')
+    )  # the mean's correction is in [-d, d]
     dropout: float = traced(0.25, high=1, **STRIDED, noiseless=0.0)  # after each pair
-    drop_kind: str = choice('element', 'channel', 'block', 'gaussian', **STRIDED)
+    drop_kind: str = choice('element', 'channel', 'block', 'gaussian', **DROPOUT)
     drop_block: int = number(
-        7, low=1, **STRIDED
-    )  # block: side of the squares, in pixels of the feature map
+        7, low=1, **SIDE, **STRIDED, **needs('model.drop_kind', of=('block',))
+    )  # side of the squares, in pixels of the feature map
     drop_ramp: float = optional(
-        0.0, high=1, **STRIDED
+        0.0, high=1, **DROPOUT
     )  # share of training in which dropout grows from 0
     stochastic_depth: float = traced(
         0.0, high=1, **STRIDED, noiseless=0.0
@@ -151,16 +180,18 @@ class Model(Fields):
     )  # deviation of noise added to the normalized images
 
     # vgg16
-    weights: str = setting('random', **VGG)  # random | imagenet | a file (.h5, .onnx, .safetensors)
+    weights: str = setting(
+        'random', path=True, **VGG
+    )  # random | imagenet | a file (.h5, .onnx, .safetensors)
     cut: str = setting('block5_pool', **VGG)  # the layer whose output the head sees
     pool: str = choice('flatten', 'average')  # what joins backbone and head
 
     # head
-    hidden: tuple[int, ...] = number((512,), low=1)
+    hidden: tuple[int, ...] = number((512,), **WIDTH)
     head_norm: str = choice(
-        'batch', 'ghost', 'renorm', 'group', 'layer', 'none', noiseless=GHOST_AS_BATCH
+        *BATCH_NORMS, 'group', 'layer', 'none', noiseless=GHOST_AS_BATCH, **HEAD
     )
-    head_dropout: float = traced(0.5, high=1, noiseless=0.0)
+    head_dropout: float = traced(0.5, high=1, noiseless=0.0, **HEAD)
 
 
 @dataclass
@@ -168,18 +199,24 @@ class Data(Fields):
     """The images: their source, and their way to the network."""
 
     source: str = 'mnist_5k'  # mnist_5k | digits | tfds:NAME | folder:PATH | idx:PATH | own
-    data_dir: str = ''  # where TFDS keeps prepared sets; '' is TFDS's default
+    data_dir: str = setting(
+        '', path=True, **needs('data.source', of=lambda source: source.startswith('tfds:'))
+    )  # where TFDS keeps prepared sets; '' is TFDS's default
     train: str = 'train'  # a split, e.g. train, train[:80%], train[:500]
     eval: str = 'test'
     classes: tuple[str, ...] = ()  # only these classes, renumbered in this order; (): all
     resize: str = choice('none', 'stretch', 'crop')  # crop: short side, then centre
-    size: int = number(0)  # height and width after resize, in pixels; 0 keeps the source's
+    size: int = number(0, **SIDE)  # height and width after resize, in pixels; 0 keeps the source's
     channels: int = choice(0, 1, 3)  # 0 keeps the source's
-    batch: int = number(32, low=1)  # examples a step, over all devices
-    eval_batch: int = number(0)  # 0: same as batch
-    max_corrupt: float = number(0.01, high=1)  # share of unreadable images that may be skipped
+    batch: int = number(32, low=1, high=2**20)  # examples a step, over all devices
+    eval_batch: int = number(0, high=2**20)  # 0: same as batch
+    max_corrupt: float = number(
+        0.01, high=1, **needs('data.source', of=lambda source: ':' in source)
+    )  # share of unreadable images that may be skipped
     stream: str = choice('auto', 'never', 'always')  # read batches from the source at each step
-    memory_gb: float = number(4.0)  # auto streams sets whose decoded images are larger than this
+    memory_gb: float = number(
+        4.0, **needs('data.stream', of=('auto',))
+    )  # sets whose decoded images are larger stream
 
 
 @dataclass
@@ -187,18 +224,20 @@ class Augment(Fields):
     """Random changes to the training images, made on the device, keyed by example."""
 
     flip: bool = False  # left-right, with probability 1/2
-    crop: int = number(0)  # pad by this many pixels on each side, then crop back at random
-    cutout: int = number(0)  # side of a square set to the mean, in pixels
+    crop: int = number(0, **SIDE)  # pad by this many pixels on each side, then crop back at random
+    cutout: int = number(0, **SIDE)  # side of a square set to the mean, in pixels
     rotation: float = optional(0.0, high=180)  # largest angle either way, in degrees
     erasing: float = optional(0.0, high=1)  # probability that a rectangle is lost
-    erase_least: float = traced(0.02, high=1)  # its area, as a share of the image's
-    erase_most: float = traced(0.4, high=1)
-    erase_aspect: float = traced(0.3, low=0.01, high=1)  # least height : width; at most its inverse
+    erase_least: float = traced(0.02, high=1, **ERASING)  # its area, as a share of the image's
+    erase_most: float = traced(0.4, high=1, **ERASING)
+    erase_aspect: float = traced(
+        0.3, low=0.01, high=1, **ERASING
+    )  # least height : width; at most its inverse
     brightness: float = optional(0.0)  # the factor is uniform in 1 ± this, at least 0
     contrast: float = optional(0.0)
     saturation: float = optional(0.0)  # of images with three channels
     randaugment: float = optional(0.0, high=30)  # magnitude of its operations
-    randaugment_operations: int = number(2)  # an image
+    randaugment_operations: int = number(2, high=20, **needs('augment.randaugment'))  # an image
     trivialaugment: float = optional(0.0, high=1)  # probability of its one operation
     mixup: float = optional(0.0)  # α of λ ~ Beta(α, α), the share of the own image
     cutmix: float = optional(0.0)  # α; with both on, each has half of the examples
@@ -211,17 +250,26 @@ class Loss(Fields):
     label_smoothing: float = traced(0.0, high=1)
     confidence_penalty: float = optional(0.0)  # β of −β·H(p), H the prediction's entropy
     l2: float = traced(0.0)  # λ of λ·Σw² added to the loss (Keras's definition, no 1/2)
-    l2_on: tuple[str, ...] = ('*conv*/kernel',)  # parameter path patterns
+    l2_on: tuple[str, ...] = setting(
+        ('*conv*/kernel',), **needs('loss.l2')
+    )  # parameter path patterns
     l1: float = optional(0.0)  # λ of λ·Σ|w|
-    l1_on: tuple[str, ...] = ('*conv*/kernel',)
+    l1_on: tuple[str, ...] = setting(('*conv*/kernel',), **needs('loss.l1'))
     orthogonality: float = optional(0.0)  # λ of λ·Σ‖WᵀW − I‖², a filter a column of W
-    orthogonality_on: tuple[str, ...] = ('*conv*/kernel',)
+    orthogonality_on: tuple[str, ...] = setting(('*conv*/kernel',), **needs('loss.orthogonality'))
     l2_sp: float = optional(0.0)  # λ of λ·Σ(w − w⁰)², w⁰ the weights at the start
-    l2_sp_on: tuple[str, ...] = ('*conv*/*',)  # not the new head, which `l2_on` may name
+    l2_sp_on: tuple[str, ...] = setting(
+        ('*conv*/*',), **needs('loss.l2_sp')
+    )  # not the new head, which `l2_on` may name
     activity_l1: float = optional(0.0)  # λ of λ·Σ|a|, a an example's layer outputs
-    activity_l1_on: tuple[str, ...] = ('*conv*', '*dense*')  # layer path patterns
+    activity_l1_on: tuple[str, ...] = setting(
+        ('*conv*', '*dense*'), **needs('loss.activity_l1')
+    )  # layer path patterns
     input_gradient: float = optional(0.0)  # λ of λ·‖∂ℓ/∂x‖², x the prepared image
-    r_drop: float = optional(0.0)  # α: two dropout masks shall predict alike
+    r_drop: float = optional(
+        0.0,
+        **needs('model.dropout', 'model.head_dropout', 'model.stochastic_depth'),
+    )  # α: two dropout masks shall predict alike
     own: float = optional(1.0)  # factor of the regularizers that an experiment file brings
 
 
@@ -229,43 +277,57 @@ class Loss(Fields):
 class Optimizer(Fields):
     """Update rule and learning-rate schedule (equations in `cnn_jax.optim`)."""
 
-    name: str = 'adam'  # adam | sgd | adamw | any in optax or optax.contrib | own
-    arguments: tuple[str, ...] = ()  # of one that Optax names, e.g. ('b1=0.95', 'weight_decay=0.1')
+    name: str = setting('adam', **KEPT)  # adam | sgd | adamw | any in optax or optax.contrib | own
+    arguments: tuple[str, ...] = setting(
+        (), **needs('optimizer.name', of=lambda name: name not in RULES)
+    )  # of one that Optax names, e.g. ('b1=0.95', 'weight_decay=0.1')
     learning_rate: float = traced(1e-4)
     schedule: str = choice('constant', 'cosine', 'step', 'inverse_time')
-    warmup_epochs: float = number(0.0)
-    decay_rate: float = traced(0.0)  # inverse_time: rate; step: factor at each boundary
-    decay_steps: int = number(1, low=1)  # inverse_time: steps between decays
-    boundaries: tuple[float, ...] = number(())  # step: epochs at which the rate is multiplied
-    momentum: float = traced(0.9, high=1)  # sgd
-    nesterov: bool = False
-    b1: float = traced(0.9, high=1)
-    b2: float = traced(0.999, high=1)
-    epsilon: float = traced(1e-7)  # Keras's default
-    weight_decay: float = traced(0.0)  # decoupled: w ← w − lr·weight_decay·w
-    decay_on: tuple[str, ...] = ('*/kernel',)
-    clip_norm: float = number(0.0)  # 0: no clipping of the global gradient norm
-    gradient_noise: float = optional(0.0)  # η of the noise's variance η/(1 + t)^0.55
-    max_norm: float = optional(0.0)  # largest norm of an output unit's weights; 0: any
-    max_norm_on: tuple[str, ...] = ('*/kernel',)
-    sam: float = optional(0.0)  # ρ: the gradient is taken this far uphill; two passes
-    accumulate: int = number(1, low=1)  # micro-batches a step
+    warmup_epochs: float = number(0.0, **EPOCHS)
+    decay_rate: float = traced(
+        0.0, **needs('optimizer.schedule', of=('step', 'inverse_time'))
+    )  # inverse_time: rate; step: factor at each boundary
+    decay_steps: int = number(
+        1, low=1, high=2**31 - 1, **needs('optimizer.schedule', of=('inverse_time',))
+    )  # steps between decays
+    boundaries: tuple[float, ...] = number(
+        (), **EPOCHS, **needs('optimizer.schedule', of=('step',))
+    )  # epochs at which the rate is multiplied
+    momentum: float = traced(0.9, high=1, **SGD)
+    nesterov: bool = setting(False, **SGD)
+    b1: float = traced(0.9, high=1, **ADAM)
+    b2: float = traced(0.999, high=1, **ADAM)
+    epsilon: float = traced(1e-7, **ADAM)  # Keras's default
+    weight_decay: float = traced(
+        0.0, **needs('optimizer.name', of=RULES)
+    )  # decoupled: w ← w − lr·weight_decay·w
+    decay_on: tuple[str, ...] = setting(('*/kernel',), **needs('optimizer.weight_decay'))
+    clip_norm: float = number(0.0, **KEPT)  # 0: no clipping of the global gradient norm
+    gradient_noise: float = optional(0.0, **KEPT)  # η of the noise's variance η/(1 + t)^0.55
+    max_norm: float = optional(0.0, **KEPT)  # largest norm of an output unit's weights; 0: any
+    max_norm_on: tuple[str, ...] = setting(('*/kernel',), **KEPT, **needs('optimizer.max_norm'))
+    sam: float = optional(0.0, **KEPT)  # ρ: the gradient is taken this far uphill; two passes
+    accumulate: int = number(1, low=1, **KEPT)  # micro-batches a step
 
 
 @dataclass
 class Train(Fields):
     """The length of a run, its evaluations and checkpoints."""
 
-    epochs: float = number(10.0)
+    epochs: float = number(10.0, **EPOCHS)
     frozen: tuple[str, ...] = ()  # parameter path patterns that are not trained
     ema: float = optional(0.0, high=1)  # decay of the weights' moving average; 0: none
-    swa_from: float = optional(0.0)  # epochs after which weights are averaged equally
-    precise_norm: int = number(0)  # batches for the evaluated weights' batch statistics
-    eval_every: float = number(1.0)  # epochs
-    checkpoint_every: float = number(1.0)  # epochs
-    keep: int = number(2, low=2)  # latest checkpoints kept, besides the best
+    swa_from: float = optional(0.0, **EPOCHS)  # epochs after which weights are averaged equally
+    precise_norm: int = number(
+        0, high=2**20, **normed(*BATCH_NORMS)
+    )  # batches for the evaluated weights' batch statistics
+    eval_every: float = number(1.0, **EPOCHS)  # epochs
+    checkpoint_every: float = number(1.0, **EPOCHS)  # epochs
+    keep: int = number(2, low=2, high=2**20)  # latest checkpoints kept, besides the best
     best: str = choice('accuracy', 'loss')  # on the evaluation split
-    patience: float = number(0.0)  # epochs without a better `best` that end a run there; 0: none
+    patience: float = number(
+        0.0, **EPOCHS
+    )  # epochs without a better `best` that end a run there; 0: none
     threads: int = number(0, high=1024)  # of a computation on a CPU; 0: one for each core
 
 
@@ -277,19 +339,27 @@ class Unfreeze(Fields):
     with fresh ones.
     """
 
-    epochs: float = number(0.0)  # 0: there is no second phase
-    frozen: tuple[str, ...] = ()  # parameter path patterns that stay frozen
-    learning_rate: float = traced(1e-5)  # of what is newly trained
-    depth_decay: float = traced(1.0)  # its factor for each block further from the head
+    epochs: float = number(0.0, **EPOCHS)  # 0: there is no second phase
+    frozen: tuple[str, ...] = setting(
+        (), **SECOND_PHASE
+    )  # parameter path patterns that stay frozen
+    learning_rate: float = traced(1e-5, **SECOND_PHASE)  # of what is newly trained
+    depth_decay: float = traced(
+        1.0, **SECOND_PHASE
+    )  # its factor for each block further from the head
 
 
 @dataclass
 class Features(Fields):
     """Outputs of a frozen backbone, computed once and kept in the user's cache folder."""
 
-    cache: str = choice('auto', 'always', 'never')  # auto: wherever the backbone is frozen
-    views: int = number(0)  # kept augmented views; 0: what is augmented is not cached
-    dtype: str = choice('float32', 'bfloat16')  # of the kept features
+    cache: str = choice(
+        'auto', 'always', 'never', **CACHED
+    )  # auto: wherever the backbone is frozen
+    views: int = number(
+        0, high=1000, **CACHED
+    )  # kept augmented views; 0: what is augmented is not cached
+    dtype: str = choice('float32', 'bfloat16', **CACHED)  # of the kept features
 
 
 @dataclass
@@ -493,6 +563,43 @@ def structure(config: Config) -> dict[str, Any]:
     return fixed | on
 
 
+def unread(config: Config, channels: int = 3) -> list[str]:
+    """Settings that nothing reads while others are as they are, one phrase each.
+
+    Args:
+        config: A validated config.
+        channels: Those of the images.
+
+    >>> unread(Config(augment=Augment(erase_most=0.5)))
+    ['config.augment.erase_most is 0.5, but config.augment.erasing is 0.0']
+    """
+    phrases = []
+    for path, f in fields_by_path(config).items():
+        value = get(config, path)
+        if value != f.default and not _is_read(config, path):
+            others = [f'config.{other} is {get(config, other)}' for other in f.metadata['needs']]
+            phrases.append(f'config.{path} is {value}, but {" and ".join(others)}')
+    if config.augment.saturation and channels != 3:
+        phrases.append(
+            'config.augment.saturation changes coloured images alone, which these are not'
+        )
+    return phrases
+
+
+def _is_read(config: Config, path: str) -> bool:
+    """Return whether a field can matter; what the user brings reads any of its group."""
+    facts = fields_by_path(config)[path].metadata
+    if facts.get('only_for', config.model.name) not in (config.model.name, OWN):
+        return config.model.name == OWN
+    others = facts.get('needs', {})
+    for group in ('model', 'optimizer'):
+        if getattr(config, group).name == OWN and any(f'{group}.' in each for each in others):
+            return True
+    return not others or any(
+        decides(get(config, other)) and _is_read(config, other) for other, decides in others.items()
+    )
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The fields in which two configs differ, `{dotted path: (old, new)}`."""
     a, b = to_flat(old), to_flat(new)
@@ -544,7 +651,12 @@ def validate(config: Config) -> Config:
     Errors:
         UserError: The first thing that is wrong, and how to mend it.
     """
-    config = replace(config, to_flat(config))
+    paths = {
+        path: local_path(get(config, path), f'config.{path}')
+        for path, f in fields_by_path(config).items()
+        if f.metadata.get('path') and get(config, path)
+    }
+    config = replace(config, paths)
     check_fields(config)
     _check_data(config)
     _check_training(config)
@@ -563,10 +675,10 @@ def check_fields(config: Any) -> None:
         if 'range' in f.metadata:
             low, high = f.metadata['range']
             for each in value if isinstance(value, tuple) else (value,):
-                if not math.isfinite(each):
-                    raise UserError(f'config.{path} is {value}; it must be finite')
+                if not abs(each) <= LARGEST:
+                    raise UserError(f'config.{path} is {value}; it must be finite in float32')
                 if not low <= each <= high:
-                    wanted = f'at least {low}' if high == math.inf else f'from {low} to {high}'
+                    wanted = f'at least {low}' if high == LARGEST else f'from {low} to {high:,}'
                     raise UserError(f'config.{path} is {value}; it must be {wanted}')
 
 
@@ -641,11 +753,11 @@ def _check_model(config: Config) -> None:
     model = config.model
     if model.name == OWN:  # which reads what it likes
         return
-    for f in dataclasses.fields(model):
-        value, reader = getattr(model, f.name), f.metadata.get('only_for', model.name)
+    for path, f in fields_by_path(config).items():
+        value, reader = get(config, path), f.metadata.get('only_for', model.name)
         if reader != model.name and value != f.default:
             raise UserError(
-                f'config.model.{f.name} is {value}, but only {reader} has it, so it would change '
+                f'config.{path} is {value}, but only {reader} has it, so it would change '
                 f'nothing; leave it at {f.default}'
             )
     if model.residual and model.padding == 'VALID':

@@ -56,7 +56,7 @@ def test_unknown_and_mistyped_fields_are_named(changes, sentence):
     [
         ({'model.padding': 'SAEM'}, 'did you mean SAME'),
         ({'model.dropout': 1.5}, 'config.model.dropout is 1.5; it must be from 0 to 1'),
-        ({'data.batch': 0}, 'config.data.batch is 0; it must be at least 1'),
+        ({'data.batch': 0}, 'config.data.batch is 0; it must be from 1 to 1,048,576'),
         ({'model.dropout': float('nan')}, 'config.model.dropout is nan'),
         ({'data.size': 32}, 'config.data.resize'),
         ({'data.resize': 'crop'}, 'config.data.size'),

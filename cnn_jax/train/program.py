@@ -238,15 +238,18 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
             )
         return updated.get('batch_stats', batch_stats), logits
 
-    images = jax.ShapeDtypeStruct((2, *spec.image_shape), jnp.uint8)
+    # As many as there are at once: ghost norm and its like take no other number.
+    number = program.config.data.batch // program.config.optimizer.accumulate
+    images = jax.ShapeDtypeStruct((number, *spec.image_shape), jnp.uint8)
     inputs = jax.eval_shape(spec.prepare, images), jax.eval_shape(lambda: rng.key(0, 'dropout'))
     trace = jax.make_jaxpr(run, return_shape=True)
     jaxpr, (_, logits) = trace(program.statistics, program.shapes, *inputs)
     outputs = program.config.model.outputs or spec.num_classes
-    if getattr(logits, 'shape', None) not in ((2, spec.num_classes), (2, outputs)):
+    if getattr(logits, 'shape', None) not in ((number, spec.num_classes), (number, outputs)):
         raise UserError(
-            f'the network returns {getattr(logits, "shape", type(logits).__name__)} for two images '
-            f'of {spec.num_classes} classes; it must return logits [2, {spec.num_classes}]'
+            f'the network returns {getattr(logits, "shape", type(logits).__name__)} for {number} '
+            f'images of {spec.num_classes} classes; it must return logits '
+            f'[{number}, {spec.num_classes}]'
         )
     freezing.check_statistics(jaxpr, program.statistics, frozen)
     return layers

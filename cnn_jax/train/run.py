@@ -321,6 +321,10 @@ class _Job:
             f'classes; {spec.phase_ends[-1]:,} steps of {self.config.data.batch} on {devices}'
         )
 
+        unread = cfg.unread(self.config, spec.image_shape[-1])
+        if unread := [*unread, *self.components.unread(self.config)]:
+            self.say(f'note: without effect: {"; ".join(unread)}')
+
     def _layers(self, spec: RunSpec) -> list[Layer]:
         """Print the table of layers, and return it."""
         net, shape = spec.network(self.config), setup.prepared_shape(spec)

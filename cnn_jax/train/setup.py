@@ -107,6 +107,12 @@ def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
             f'the training images are {shape_text(train.image_shape)} but the evaluation images '
             f'are {shape_text(evaluation.image_shape)}; set config.data.resize, size and channels'
         )
+    side, augment = min(train.image_shape[:2]), config.augment
+    if augment.crop > side or augment.cutout >= 2 * side:
+        raise UserError(
+            f'the images have {side} pixels a side, of which config.augment.crop={augment.crop} or '
+            f'config.augment.cutout={augment.cutout} would leave nothing; lower it'
+        )
     if train.class_names != evaluation.class_names:
         raise UserError(
             f'the training classes {list(train.class_names)} are not the evaluation classes '
