@@ -5,6 +5,7 @@ complete or not at all, so that a killed extraction resumes, and the name of its
 of everything that the features depend on: nothing stale can be read.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from cnn_jax import config as cfg
 from cnn_jax import params, rng
 from cnn_jax.data import decode
 from cnn_jax.data.augment import augment_and_normalize
-from cnn_jax.data.batches import eval_batches, local_size, put, train_indices
+from cnn_jax.data.batches import Batches, put
 from cnn_jax.data.source import digest
 from cnn_jax.errors import UserError
 from cnn_jax.files import cache_folder, cached_array
@@ -215,7 +216,7 @@ def _track(starts: list[int], label: str) -> Iterable[int]:
     return track(starts, label, console=Console(stderr=True), transient=True)
 
 
-class FeatureBatches:
+class FeatureBatches(Batches):
     """Batches with features in the place of images, in the order of the images' batches.
 
     Features that fit into `memory_gb` are put on the device once; others are read from their
@@ -239,40 +240,40 @@ class FeatureBatches:
         seed: int,
         layout: Layout | None = None,
     ):
-        self.n, self.labels, self.class_names = source.n, source.labels, source.class_names
-        self.fingerprint = source.fingerprint
-        self._seed, self._layout = seed, layout
-        self._process = jax.process_index(), jax.process_count()
-        self._batch_size = data.batch if which == 'train' else data.eval_batch or data.batch
+        super().__init__(
+            source,
+            views[0][0].shape[1:],
+            batch=data.batch if which == 'train' else data.eval_batch or data.batch,
+            seed=seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            sharding=layout and layout.batch,
+        )
         self._shards = [shard for view in views for shard in view]
         self._shards_per_view, self._views = len(views[0]), len(views)
         nbytes = sum(shard.nbytes for shard in self._shards)
-        self.streams = nbytes > data.memory_gb * 1e9  # the next batch may have to be waited for
+        self.streams = nbytes > data.memory_gb * 1e9
         self._on_device = None
         if not self.streams:
             features = np.concatenate(self._shards) if len(self._shards) > 1 else self._shards[0]
             self._on_device = put(features, layout and layout.replicated)
             self._gather = jax.jit(
-                lambda features, rows: features[rows], out_shardings=layout and layout.batch
+                lambda features, rows: features[rows], out_shardings=self._sharding
             )
 
     def train(self, start_step: int = 0) -> Iterator[dict[str, Any]]:
         """Yield training batches from step `start_step` on, without end."""
-        local = local_size(self._batch_size, self._process[1])
-        mask = np.ones(local, bool)
-        step = start_step
-        while True:
-            index = train_indices(self.n, self._batch_size, self._seed, step, *self._process)
-            first = step * self._batch_size + self._process[0] * local
-            yield self._batch(index, mask, views_at(first, local, self.n, self._views))
-            step += 1
+        for step in itertools.count(start_step):
+            index, mask = self._train_indices(step)
+            first = step * self._batch + self._process[0] * len(index)
+            yield self._examples(index, mask, views_at(first, len(index), self.n, self._views))
 
     def evaluate(self) -> Iterator[dict[str, Any]]:
         """Yield each example once, the last batch padded."""
-        for index, mask in eval_batches(self.n, self._batch_size, *self._process):
-            yield self._batch(index, mask, np.zeros(len(index), np.int64))
+        for index, mask in self._eval_indices():
+            yield self._examples(index, mask, np.zeros(len(index), np.int64))
 
-    def _batch(self, index: np.ndarray, mask: np.ndarray, view: np.ndarray) -> dict[str, Any]:
+    def _examples(self, index: np.ndarray, mask: np.ndarray, view: np.ndarray) -> dict[str, Any]:
         if self._on_device is not None:
             rows = (view * self.n + index).astype(np.int32)
             features = self._gather(self._on_device, self._put(rows))
@@ -285,4 +286,4 @@ class FeatureBatches:
 
     def _put(self, tree: Any) -> Any:
         # A single device copies arrays when they are used, in a tenth of the time.
-        return put(tree, self._layout.batch) if self._layout else tree
+        return put(tree, self._sharding) if self._sharding else tree

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -41,6 +42,20 @@ def cache_folder() -> Path:
         return path.expanduser()
     except RuntimeError:
         return Path(os.devnull, 'no home directory, set CNN_JAX_CACHE')
+
+
+def warn_without_cache(error: OSError) -> None:
+    """Say, once in a process, that what is computed is not kept."""
+    folder = cache_folder()
+    reason = f'{folder}: {error.strerror}'
+    if folder.parent == Path(os.devnull):
+        reason = 'there is no home directory'
+    _warn_once(f'nothing is cached ({reason}); set CNN_JAX_CACHE to a folder that can be written')
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 def make_folder(folder: Path) -> None:
@@ -231,7 +246,7 @@ def cached_array(
     """Return the array in `path`, memory-mapped and read-only; `fill` and store it if needed.
 
     The SHA-256 at the end of the file is checked; a damaged file is made again. Where the cache
-    cannot be written, the array is built in memory, with a warning.
+    cannot be written, the array is built in memory, which `warn_without_cache` says.
     """
     if _ends_in_its_digest(path):
         with contextlib.suppress(ValueError, OSError):  # whole, but no such array
@@ -251,7 +266,7 @@ def cached_array(
                 file.write(bytes.fromhex(digest(temporary)))
         return np.load(path, mmap_mode='r', allow_pickle=False)
     except OSError as error:
-        warnings.warn(f'what was computed is kept in memory only: {error}', stacklevel=2)
+        warn_without_cache(error)
         array = np.empty(shape, dtype)
         fill(array)
         return array

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
 from typing import Any, NoReturn
@@ -181,12 +182,16 @@ def _quieten() -> None:
         name = failed.thread.name if failed.thread else 'a thread'
         print(f'warning: {name} stopped: {failed.exc_value}', file=sys.stderr)
 
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f'warning: {message}', file=sys.stderr)
+
     usual = sys.unraisablehook
 
     def left_over(found: Any) -> None:  # TensorStore's threads, after a save that failed
         if str(found.exc_value) != 'Event loop is closed':
             usual(found)
 
+    warnings.showwarning = show
     threading.excepthook, sys.unraisablehook = tell, left_over
 
 

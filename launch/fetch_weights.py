@@ -25,7 +25,14 @@ SOURCE = cli.define_path('source', 'auto, keras, pypi, or the path of a weights 
 
 def main(argv: list[str]) -> None:
     del argv
-    from cnn_jax.pretrained.weights import IMAGENET, SOURCES, from_file, published, save_cached
+    from cnn_jax.pretrained.weights import (
+        IMAGENET,
+        SOURCES,
+        cache_path,
+        from_file,
+        published,
+        save_cached,
+    )
 
     logging.getLogger('cnn_jax.pretrained').setLevel(logging.ERROR)  # the table has the warnings
     if SOURCE.value in ('auto', *SOURCES):
@@ -35,6 +42,8 @@ def main(argv: list[str]) -> None:
         if pretrained.digest == IMAGENET.digest:
             save_cached(pretrained.params, Path(pretrained.source).name)
     show(pretrained, errors)
+    if errors and not cache_path().exists():  # which is what they were fetched for
+        raise UserError(errors['cache'])
 
 
 def show(pretrained: 'Pretrained', errors: dict[str, str]) -> None:

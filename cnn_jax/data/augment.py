@@ -99,14 +99,9 @@ def augment_plane(
     - erasing: see `erase`.
 
     Args:
-        augment: The bound settings.
-        key: The key of the seed and the step, without anything of the batch.
+        augment, key, index: As in `augment_and_normalize`.
         images: uint8 or float; normalized ones for the published zero padding.
-        index: The examples' positions in the source.
         fill: The channel means in the images' units; 0 for normalized images.
-
-    Returns:
-        Images of the same shape and type.
     """
     fill = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (1, 1, images.shape[-1]))
 
@@ -225,10 +220,9 @@ def mix(
 
     Args:
         augment: The bound settings; `mixup` and `cutmix` are α.
-        key: The key of the seed and the step, without anything of the batch.
+        key, index: As in `augment_and_normalize`.
         images: Normalized, and augmented one by one.
         labels: Class numbers.
-        index: The examples' positions in the source.
 
     Returns:
         The mixed images; the labels of the partners; λ, in [0, 1].

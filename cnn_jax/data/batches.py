@@ -12,15 +12,15 @@ Both providers yield the same batches in the same order:
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import itertools
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,18 +143,7 @@ def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0)
     return Arrays(images, source.labels, *facts)
 
 
-class Readable(Protocol):
-    """Images that can be read by position."""
-
-    n: int
-    image_shape: tuple[int, ...]
-
-    def read(self, index: np.ndarray) -> np.ndarray: ...
-
-
-def statistics(
-    batches: Readable,
-) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
+def statistics(batches: Any) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
     """Mean and standard deviation of each channel, of pixels in [0, 1].
 
     Computed from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
@@ -210,6 +199,13 @@ def open_batches(
             'training; lower it'
         )
     size = data.resize, data.size, data.channels
+    shape = image_shape(source, *size)
+    needed, has = batch * math.prod(shape), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if needed > has:
+        raise UserError(
+            f'{batch} images of {"×".join(map(str, shape))} take {needed / 1e9:,.0f} GB, and this '
+            f'machine has {has / 1e9:,.0f}; lower config.data.size or config.data.batch'
+        )
     options = {
         'batch': batch,
         'seed': seed,
@@ -217,7 +213,7 @@ def open_batches(
         'process_count': process_count,
         'sharding': sharding,
     }
-    fits = len(source) * math.prod(image_shape(source, *size)) <= data.memory_gb * 1e9
+    fits = len(source) * math.prod(shape) <= data.memory_gb * 1e9
     if data.stream == 'never' or (data.stream == 'auto' and fits):
         return DeviceBatches(load(source, *size), **options)
     return StreamBatches(source, *size, **options)
@@ -229,40 +225,14 @@ def with_order(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: in
     The images are shared with `batches`, on the device, too.
     """
     other = copy.copy(batches)
-    other._order = dataclasses.replace(batches._order, batch=batch, seed=seed)
+    other._batch, other._seed = batch, seed
     return other
 
 
-@dataclass(frozen=True)
-class _Order:
-    """The indices that a process reads, step by step."""
-
-    n: int
-    batch: int
-    seed: int
-    process_index: int
-    process_count: int
-
-    @property
-    def local(self) -> int:
-        """The number of a batch's examples on this process."""
-        return local_size(self.batch, self.process_count)
-
-    def train(self, step: int) -> Indices:
-        part = self.process_index, self.process_count
-        return train_indices(self.n, self.batch, self.seed, step, *part), np.ones(self.local, bool)
-
-    def evaluate(self) -> Iterator[Indices]:
-        return eval_batches(self.n, self.batch, self.process_index, self.process_count)
-
-
-class _Batches:
+class Batches:
     """The facts and options that both providers have in common.
 
-    Args:
-        data: A source, or a decoded one.
-        image_shape: Height, width and channels of the batches' images.
-        batch, seed, process_index, process_count, sharding: As in `open_batches`.
+    Other arguments than the source and the shape of its images are those of `open_batches`.
     """
 
     streams: bool  # whether the next batch may have to be waited for
@@ -285,11 +255,18 @@ class _Batches:
         self.image_shape = image_shape
         self.fingerprint = data.fingerprint
         self.skipped, self.notes = data.skipped, data.notes
-        self._order = _Order(self.n, batch, seed, process_index, process_count)
+        self._batch, self._seed, self._process = batch, seed, (process_index, process_count)
         self._sharding = sharding
 
+    def _train_indices(self, step: int) -> Indices:
+        index = train_indices(self.n, self._batch, self._seed, step, *self._process)
+        return index, np.ones(len(index), bool)
 
-class DeviceBatches(_Batches):
+    def _eval_indices(self) -> Iterator[Indices]:
+        return eval_batches(self.n, self._batch, *self._process)
+
+
+class DeviceBatches(Batches):
     """Batches gathered from arrays that were put on the device once: only indices cross.
 
     With `sharding`, every device holds all images and gathers its own part of a batch.
@@ -309,11 +286,11 @@ class DeviceBatches(_Batches):
 
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training batches from step `start_step` on."""
-        return self._batches(map(self._order.train, itertools.count(start_step)))
+        return self._batches(map(self._train_indices, itertools.count(start_step)))
 
     def evaluate(self) -> Iterator[Batch]:
         """Each example once, the last batch padded."""
-        return self._batches(self._order.evaluate())
+        return self._batches(self._eval_indices())
 
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
         """The images at the given positions, on the host."""
@@ -326,7 +303,7 @@ class DeviceBatches(_Batches):
             yield self._gather(self._images, self._labels, *index_and_mask)
 
 
-class StreamBatches(_Batches):
+class StreamBatches(Batches):
     """Batches read, decoded and resized by Grain's threads, ahead of the step that needs them.
 
     The threads share the work in parts of `PART` images, written to where the batch is put
@@ -356,11 +333,11 @@ class StreamBatches(_Batches):
 
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training batches from step `start_step` on."""
-        return self._batches(lambda k: self._order.train(start_step + k), sys.maxsize)
+        return self._batches(lambda k: self._train_indices(start_step + k), sys.maxsize)
 
     def evaluate(self) -> Iterator[Batch]:
         """Each example once, the last batch padded."""
-        indices = list(self._order.evaluate())
+        indices = list(self._eval_indices())
         return self._batches(indices.__getitem__, len(indices))
 
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
@@ -371,7 +348,7 @@ class StreamBatches(_Batches):
 
     def _plan(self) -> tuple[int, int, int]:
         """The images of a batch here, the parts that they make, and the parts read ahead."""
-        local = self._order.local
+        local = local_size(self._batch, self._process[1])
         parts = -(-local // PART)
         return local, parts, max(cores() + 1, 2 * parts)
 

@@ -3,7 +3,7 @@
 The rule of decoding, which `RULE` numbers (a change of it makes cached pixels stale):
 
 - EXIF orientation is applied; colour profiles are not. The first frame or page counts.
-- Grey stays one channel; palette, CMYK, LAB and YCbCr become RGB.
+- Grey stays one channel, also by a palette; colours by a palette, CMYK, LAB and YCbCr become RGB.
 - Transparent pixels are composited on white.
 - Of more than 8 bits a channel the highest 8 are kept, as libpng's `png_set_strip_16` does; floats
   from 0 to 1 become round(255·x).
@@ -28,7 +28,7 @@ from jaxtyping import UInt8
 
 from cnn_jax.data.source import UNREADABLE, Skipped, Source
 from cnn_jax.errors import UserError
-from cnn_jax.files import Corrupt, cache_folder, read_json, write_json
+from cnn_jax.files import Corrupt, cache_folder, read_json, warn_without_cache, write_json
 from cnn_jax.runtime import cores
 
 RULE = 2
@@ -146,13 +146,18 @@ def _pixels(image) -> np.ndarray:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in 'IF':
         return _deep_pixels(image)
-    grey = image.mode in GREY
+    grey = image.mode in GREY or (image.mode in ('P', 'PA') and _has_grey_palette(image))
     if image.has_transparency_data:
         rgba = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba)
     mode = 'L' if grey else 'RGB'
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if grey else pixels
+
+
+def _has_grey_palette(image) -> bool:
+    colours = np.array(image.getpalette()).reshape(-1, 3)
+    return bool((colours == colours[:, :1]).all())
 
 
 def _deep_pixels(image) -> np.ndarray:
@@ -290,7 +295,7 @@ def store_findings(key: str, rows: Sequence[Any]) -> None:
     try:
         write_json(_location(key), {'rule': RULE, 'rows': rows})
     except OSError as error:
-        warnings.warn(f'the cache cannot be written: {error}', stacklevel=2)
+        warn_without_cache(error)
 
 
 def _location(key: str) -> Path:

@@ -61,11 +61,8 @@ def cut(source: Source, split: str, name: str = '') -> Source:
 
     Args:
         source: The whole part.
-        split: `NAME` or `NAME[from:to]`.
+        split: `NAME` or `NAME[from:to]`; else, or of an empty or too long slice, a `UserError`.
         name: The name of the part's source, for messages; by default that of `source`.
-
-    Errors:
-        UserError: The slice is malformed, too long or empty.
     """
     _, first, last = _parse(split)
     if first is None and last is None:
@@ -174,7 +171,7 @@ def of_classes(source: Source, classes: tuple[str, ...]) -> Source:
         if name not in source.class_names:
             raise UserError(
                 f'config.data.classes names {name!r}, which {source.name} does not have'
-                f"{nearest(name, source.class_names)} (a list is written \"('a','b')\")"
+                f'{nearest(name, source.class_names)}'
             )
     if len(set(classes)) < len(classes):
         raise UserError(f'config.data.classes names a class twice: {", ".join(classes)}')

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Shaped
 
 from cnn_jax.errors import UserError
 from cnn_jax.params import flatten, unflatten
@@ -53,14 +52,7 @@ _KERAS_TENSORS = {4: 'kernel', 2: 'kernel', 1: 'bias'}  # by rank
 
 # In torchvision's `features` a ReLU follows each convolution, and a pool each block.
 _TORCH_FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-_TORCH_LAYERS = {f'features.{i}': layer for i, layer in zip(_TORCH_FEATURES, CONVOLUTIONS)} | {
-    'classifier.0': 'fc1',  # torchvision
-    'classifier.3': 'fc2',
-    'classifier.6': 'predictions',
-    'pre_logits.fc1': 'fc1',  # timm: the first two are convolutions
-    'pre_logits.fc2': 'fc2',
-    'head.fc': 'predictions',
-}
+_TORCH_LAYERS = {f'features.{i}': layer for i, layer in zip(_TORCH_FEATURES, CONVOLUTIONS)}
 _TORCH_TENSORS = {'weight': 'kernel', 'bias': 'bias'}
 _SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16'}
 
@@ -78,18 +70,12 @@ def shapes(include_top: bool = False) -> dict[str, tuple[int, ...]]:
 def digest(params: Params) -> str:
     """Return the SHA-256 of the parameters' bytes: the same for equal weights in any file format.
 
-    The bytes are each layer's kernel, then its bias, layers in order, float32 little-endian,
-    row-major (HWIO for a convolution, (inputs, outputs) for a fully connected layer).
-
-    Args:
-        params: `{'block1_conv1': {'kernel', 'bias'}, …}`, with or without the top.
-
-    Returns:
-        64 hexadecimal digits.
+    The bytes are each convolution's kernel (HWIO), then its bias, in the order of the layers,
+    float32, little-endian, row-major.
     """
     sha256 = hashlib.sha256()
     flat = flatten(params)
-    for name in shapes(include_top=True):
+    for name in shapes():
         if name in flat:
             sha256.update(np.ascontiguousarray(flat[name], '<f4').data)
     return sha256.hexdigest()
@@ -99,7 +85,7 @@ def digest(params: Params) -> str:
 class LazyTensor:
     """A tensor in a file: shape and dtype as the file claims, values read on demand."""
 
-    shape: tuple[int, ...]  # canonical: HWIO, or (inputs, outputs)
+    shape: tuple[int, ...]  # canonical: a kernel is HWIO
     dtype: str  # NumPy's name
     read: Callable[[], np.ndarray]  # returns an array of `shape`
 
@@ -120,17 +106,16 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read(path: Path, include_top: bool = False) -> tuple[Params, tuple[str, ...], Contents]:
-    """Read VGG16's parameters from a file without executing anything in it.
+def read(path: Path) -> tuple[Params, tuple[str, ...], Contents]:
+    """Read VGG16's convolutions from a file without executing anything in it.
 
     Args:
         path: Keras .h5, ONNX, or safetensors in torchvision's, timm's or this project's names;
             the format is detected from the content.
-        include_top: Read the three fully connected layers, too.
 
     Returns:
-        `(params, unused, contents)`: float32, row-major, read-only arrays; the names of the
-        tensors outside of VGG16, such as a classifier's head; and the closed file's `Contents`.
+        `(params, unused, contents)`: float32, row-major, read-only arrays; the names of the other
+        tensors, such as a classifier's head; and the closed file's `Contents`.
 
     Errors:
         UserError: The file cannot be read, is damaged, or does not hold VGG16: a tensor is
@@ -140,7 +125,7 @@ def read(path: Path, include_top: bool = False) -> tuple[Params, tuple[str, ...]
     kind = _format(path)
     try:
         with _READERS[kind](path) as contents:
-            params, unused = _collect(contents, path, include_top)
+            params, unused = _collect(contents, path)
     except UserError:
         raise
     except Exception as error:  # three parsers, each with exceptions of its own
@@ -176,17 +161,16 @@ def _format(path: Path) -> str:
     )
 
 
-def _collect(contents: Contents, path: Path, include_top: bool) -> tuple[Params, tuple[str, ...]]:
+def _collect(contents: Contents, path: Path) -> tuple[Params, tuple[str, ...]]:
     """Check every tensor, then read those of VGG16; returns them and the names of the others."""
     tensors = dict(contents.tensors)
     if len(tensors) < len(contents.tensors):
         ((twice, _),) = Counter(name for name, _ in contents.tensors).most_common(1)
         raise UserError(f'{path} holds {twice} twice; save VGG16 alone')
-    expected = shapes(include_top)
+    expected = shapes()
     if problems := _mismatches(tensors, expected):
         raise UserError(
-            f'{path} does not hold VGG16{" with its top" if include_top else ""}: '
-            f'{"; ".join(problems)}; give a file of this network'
+            f'{path} does not hold VGG16: {"; ".join(problems)}; give a file of this network'
         )
     arrays = {name: _float32(tensors[name].read()) for name in expected}
     if invalid := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
@@ -198,12 +182,11 @@ def _collect(contents: Contents, path: Path, include_top: bool) -> tuple[Params,
 
 
 def _mismatches(tensors: Mapping[str, LazyTensor], expected: dict) -> list[str]:
-    known = shapes(include_top=True)
     problems = [f'{name} is missing' for name in expected if name not in tensors]
     problems += [
         f'{name} is not part of it'
         for name in tensors
-        if name not in known and _BACKBONE.match(name)
+        if name not in expected and _BACKBONE.match(name)
     ]
     for name, shape in expected.items():
         if name not in tensors:
@@ -258,7 +241,7 @@ def _open_hdf5(path: Path) -> Iterator[Contents]:
 
 def _keras_layer(groups: list[str]) -> str:
     for group in reversed(groups):
-        if group in CONVOLUTIONS or group in TOP or _BACKBONE.fullmatch(group):
+        if group in CONVOLUTIONS or _BACKBONE.fullmatch(group):
             return group
     if not (match := _KERAS_3_LAYER.search('/'.join(groups))):
         return ''
@@ -274,7 +257,7 @@ def _open_onnx(path: Path) -> Iterator[Contents]:
     """Open an ONNX graph.
 
     Convolutions are identified by their position in the graph, since exporters rename tensors;
-    where a name tells the layer, it must agree. The top cannot be read from ONNX.
+    where a name tells the layer, it must agree.
     """
     import onnx
 
@@ -352,7 +335,7 @@ def _open_safetensors(path: Path) -> Iterator[Contents]:
                 tensors.append(_from_torch(canonical_name(name), tensor))
             else:
                 own = '/'.join(name.split('/')[-2:])
-                tensors.append((own if own in shapes(include_top=True) else name, tensor))
+                tensors.append((own if own in shapes() else name, tensor))
         yield Contents(tensors, 'torch' if torch else 'cnn_jax', file.metadata() or {})
 
 
@@ -371,40 +354,9 @@ def canonical_name(name: str) -> str:
 
 
 def _from_torch(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor]:
-    """Put the axes of a torch tensor into canonical order.
-
-    Convolutions are OIHW there and HWIO here. The first fully connected layer sees its input
-    flattened as CHW there and HWC here, so its rows are reordered, not just transposed.
-
-    Args:
-        name: The canonical name.
-        tensor: As in the file.
-
-    Returns:
-        `name` and the tensor, as `Contents.tensors` has them.
-    """
+    """A torch tensor of a canonical name, a convolution's from OIHW in HWIO."""
     shape = tensor.shape
-    if name.startswith('block') and name.endswith('/kernel') and len(shape) == 4:
-        hwio = (shape[2], shape[3], shape[1], shape[0])
-        return name, LazyTensor(hwio, tensor.dtype, lambda: tensor.read().transpose(2, 3, 1, 0))
-    if name.endswith('/kernel') and not name.startswith('block'):
-        positions = 49 if name == 'fc1/kernel' else 1
-        dense = (int(np.prod(shape[1:])), shape[0])
-        return name, LazyTensor(dense, tensor.dtype, lambda: dense_kernel(tensor.read(), positions))
-    return name, tensor
-
-
-def dense_kernel(
-    weight: Shaped[np.ndarray, 'outputs ...'], positions: int
-) -> Shaped[np.ndarray, 'inputs outputs']:
-    """Reorder a fully connected layer: W[o, c·positions + p] → K[p·channels + c, o].
-
-    Args:
-        weight: `[outputs, channels · positions]`, or as a convolution `[outputs, channels, h, w]`.
-        positions: h · w of the layer's input.
-
-    Returns:
-        `[positions · channels, outputs]`.
-    """
-    outputs = weight.shape[0]
-    return weight.reshape(outputs, -1, positions).transpose(2, 1, 0).reshape(-1, outputs)
+    if not (name.startswith('block') and name.endswith('/kernel') and len(shape) == 4):
+        return name, tensor
+    hwio = (shape[2], shape[3], shape[1], shape[0])
+    return name, LazyTensor(hwio, tensor.dtype, lambda: tensor.read().transpose(2, 3, 1, 0))

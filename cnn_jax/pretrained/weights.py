@@ -9,16 +9,18 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from cnn_jax.config import local_path
 from cnn_jax.errors import UserError
 from cnn_jax.fetch import File, fetch
 from cnn_jax.files import cache_folder, write_atomically
 from cnn_jax.params import flatten, unflatten
-from cnn_jax.pretrained.formats import CONVOLUTIONS, TOP, Params, digest, read
+from cnn_jax.pretrained.formats import CONVOLUTIONS, Params, digest, read
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +44,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __call__(self, images: UInt8[Array, 'b h w c']) -> Float[Array, 'b h w 3']:
-        """Preprocess a batch of NumPy or traced images.
-
-        Args:
-            images: RGB, or grey (`c` is 1, repeated to three channels), 0 to 255.
-
-        Returns:
-            float32, of the same height and width.
-        """
+        """Preprocess RGB images, or grey ones, whose channel is repeated; float32."""
         x = jnp.broadcast_to(jnp.asarray(images), (*images.shape[:-1], 3)).astype(jnp.float32)
         if self.bgr:
             x = x[..., ::-1]
@@ -68,8 +63,7 @@ PREPROCESSINGS = {p.name: p for p in (CAFFE, TORCH, PLAIN)}
 _OF_LAYOUT = {'keras': CAFFE, 'torch': TORCH}  # what the publishers of a layout train with
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """A published set of weights, identified by its digest wherever it is found."""
 
     name: str
@@ -138,7 +132,6 @@ def load(
     source: str | Path = 'auto',
     *,
     preprocessing: Preprocessing | str | None = None,
-    include_top: bool = False,
     sources: Mapping[str, File] = SOURCES,
 ) -> Pretrained:
     """Load VGG16's weights and verify them.
@@ -148,7 +141,6 @@ def load(
             `sources` (downloaded again), or a weights file.
         preprocessing: Only for unpublished weights whose file does not name theirs, or whose
             layout suggests another.
-        include_top: Load the fully connected layers, too; only from a file.
         sources: The sources of published weights to try.
 
     Errors:
@@ -156,12 +148,7 @@ def load(
             the preprocessing is unknown or contradicts what the weights were trained with.
     """
     if isinstance(source, Path) or source not in ('auto', *sources):
-        return from_file(Path(source), preprocessing, include_top)
-    if include_top:
-        raise UserError(
-            'no published source here has the fully connected layers; give a file, such as '
-            "Keras's vgg16_weights_tf_dim_ordering_tf_kernels.h5"
-        )
+        return from_file(Path(source), preprocessing)
     _resolve(preprocessing, IMAGENET.preprocessing, source)
     return published(source, sources)[0]
 
@@ -169,15 +156,11 @@ def load(
 def published(
     source: str = 'auto', sources: Mapping[str, File] = SOURCES
 ) -> tuple[Pretrained, dict[str, str]]:
-    """Load the published weights and leave a copy in the cache.
-
-    Args:
-        source: 'auto' or a name, as in `load`.
-        sources: As in `load`.
+    """Load the published weights, as `load` does, and leave a copy in the cache.
 
     Returns:
         The weights, and the error of each place that was tried, in order: `''` for the one that
-        delivered them, which may be 'cache'.
+        delivered them, which may be 'cache'. A cache that cannot be written is done without.
     """
     errors: dict[str, str] = {}
     if source == 'auto':
@@ -194,7 +177,11 @@ def published(
             log.warning('%s: %s', name, error)
             errors[name] = str(error)
             continue
-        save_cached(pretrained.params, name)
+        try:
+            save_cached(pretrained.params, name)
+        except UserError as error:
+            log.warning('%s', error)
+            errors['cache'] = str(error)
         return pretrained, errors | {name: ''}
     attempts = '; '.join(f'{name}: {error}' for name, error in errors.items())
     raise UserError(
@@ -203,21 +190,14 @@ def published(
     )
 
 
-def from_file(
-    path: Path, preprocessing: Preprocessing | str | None = None, include_top: bool = False
-) -> Pretrained:
-    """Load weights from a file, published or not.
+def from_file(path: Path, preprocessing: Preprocessing | str | None = None) -> Pretrained:
+    """Load weights from a file that `formats.read` can read.
 
-    Published weights are recognized by their digest, in any file. For others the digest is
-    reported; the preprocessing is the one that the file names, else the one given, else the usual
-    one of the file's layout.
-
-    Args:
-        path: A file that `cnn_jax.pretrained.formats.read` can read.
-        preprocessing: As in `load`.
-        include_top: As in `load`.
+    Published weights are recognized by their digest, in any file. The preprocessing of others is
+    the one that the file names, else the one given, else the usual one of the file's layout.
     """
-    params, unused, contents = read(path, include_top)
+    path = Path(local_path(str(path), 'config.model.weights'))
+    params, unused, contents = read(path)
     params, is_published = _recognize(params)
     if is_published:
         _resolve(preprocessing, IMAGENET.preprocessing, path)
@@ -242,24 +222,17 @@ def from_file(
 
 
 def insert(model_params: Mapping, pretrained: Pretrained) -> dict:
-    """Replace a model's parameters by the pretrained ones of the same names.
-
-    Every parameter of the model must have a pretrained tensor, and every pretrained tensor must be
-    used, except those of layers after the model's last one, which were cut off.
+    """Replace a model's parameters by the pretrained ones of the same names, float32.
 
     Args:
-        model_params: A VGG16's parameters, as `init` or `eval_shape` returns them; only shapes
-            are read.
-        pretrained: The result of `load`.
-
-    Returns:
-        A new tree with the structure of `model_params`, float32.
+        model_params: A VGG16's parameters, or their shapes as `eval_shape` returns them.
+        pretrained: The result of `load`; layers after the model's last one are left out.
 
     Errors:
         UserError: Names or shapes differ; every mismatch is listed.
     """
     model, weights = flatten(model_params), flatten(pretrained.params)
-    order = [*CONVOLUTIONS, *TOP]
+    order = list(CONVOLUTIONS)
     layers = {name.split('/')[0] for name in model}
     last = max((order.index(layer) for layer in layers if layer in order), default=-1)
     expected = set(order[: last + 1])
@@ -289,25 +262,15 @@ def cache_path() -> Path:
 
 
 def save_cached(params: Params, source: str) -> None:
-    """Write a copy as safetensors; it appears complete or not at all.
-
-    Args:
-        params: The published parameters; preprocessing, licence and citation are stored with them.
-        source: Their origin.
+    """Write the published parameters and their `source` as safetensors, whole or not at all.
 
     Errors:
         UserError: The folder cannot be written, or the disk is full.
     """
     from safetensors.numpy import save
 
-    metadata = {
-        'name': IMAGENET.name,
-        'source': source,
-        'digest': IMAGENET.digest,
-        'preprocessing': IMAGENET.preprocessing.name,
-        'licence': IMAGENET.licence,
-        'citation': IMAGENET.citation,
-    }
+    about = IMAGENET._asdict() | {'preprocessing': IMAGENET.preprocessing.name}
+    metadata = {**about, 'source': source}
     path, content = cache_path(), save(flatten(params), metadata)
     try:
         write_atomically(path, lambda file: file.write(content))

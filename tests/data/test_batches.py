@@ -286,19 +286,18 @@ def test_the_decoded_size_decides(folder):
         assert type(open_batches(folder, 'train')) is provider
 
 
-def test_evaluation_has_a_batch_size_of_its_own():
-    data = config.Data(source='digits', batch=20)
-    assert next(open_batches(data, 'eval').evaluate())['label'].shape == (20,)
-    data.eval_batch = 7
-    assert next(open_batches(data, 'eval').evaluate())['label'].shape == (7,)
-
-
 def test_a_training_batch_larger_than_the_data(folder):
     folder.batch = 14
     with pytest.raises(UserError, match=r'config.data.batch is 14, but folder:.* 13 examples'):
         open_batches(folder, 'train')
     (batch,) = open_batches(folder, 'eval').evaluate()  # here the rest is padding
     assert batch['mask'].sum() == 4
+
+
+def test_images_that_no_machine_holds(folder):
+    folder.size = 10**7
+    with pytest.raises(UserError, match='4 images of 10000000×10000000×3 take'):
+        open_batches(folder, 'train')
 
 
 @pytest.mark.parametrize('stream', PROVIDERS)

@@ -70,12 +70,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: b
 
 @given(grey_images | rgb_images, st.sampled_from(['PNG', 'BMP', 'TIFF']))
 def test_lossless_formats_round_trip(image, kind):
-    np.testing.assert_array_equal(decode(encoded(picture(image), kind)), image)
-
-
-def test_lossless_webp_round_trips(random_image):
-    image = random_image((13, 7, 3))
-    np.testing.assert_array_equal(decode(encoded(picture(image), 'WEBP', lossless=True)), image)
+    np.testing.assert_array_equal(decode(encoded(picture(image), kind, lossless=True)), image)
 
 
 @pytest.mark.parametrize('mode', ['L', 'RGB'])
@@ -120,6 +115,10 @@ KINDS = {
     'sixteen bits of a TIFF': (
         encoded(Image.fromarray(DEEP), 'TIFF'),
         [[0], [0x12], [0x80], [0xFF]],
+    ),
+    'palette of greys': (
+        encoded(filled('P', [1, 0], (10, 10, 10, 200, 200, 200)), 'GIF'),
+        [[200], [10]],
     ),
     'integers': (
         encoded(Image.fromarray(DEEP.astype('i4')), 'TIFF'),
@@ -347,30 +346,11 @@ def test_a_flat_image_stays_flat(size, resize, value):
     assert (resize_image(image, resize, size) == value).all()
 
 
-def test_the_right_size_is_left_alone(random_image):
-    image = random_image((6, 6, 3))
-    np.testing.assert_array_equal(resize_image(image, 'crop', 6), image)
-
-
 def test_crop_takes_the_centre_square():
     image = np.zeros((4, 10, 1), np.uint8)
     image[:, 3:7] = 200
     assert (resize_image(image, 'crop', 4) == 200).all()
     assert (resize_image(image.transpose(1, 0, 2), 'crop', 4) == 200).all()
-
-
-def test_crop_keeps_the_proportions_and_stretch_does_not():
-    image = np.zeros((8, 16, 1), np.uint8)
-    image[2:6, 6:10] = 255  # a square of half the height
-    crop, stretch = (resize_image(image, resize, 8) > 127 for resize in ('crop', 'stretch'))
-    assert (crop.any(axis=1).sum(), crop.any(axis=0).sum()) == (4, 4)
-    assert (stretch.any(axis=1).sum(), stretch.any(axis=0).sum()) == (4, 2)
-
-
-def test_reduction_does_not_alias():
-    checkerboard = np.indices((64, 64)).sum(axis=0) % 2 * 255
-    reduced = resize_image(checkerboard[..., None].astype(np.uint8), 'stretch', 8).astype(int)
-    assert np.abs(reduced - 127).max() <= 8
 
 
 @pytest.mark.parametrize('axis', [0, 1])

@@ -193,13 +193,6 @@ def test_every_spelling_gives_the_values(tmp_path, values, spelling):
         assert source.class_names == ('0', '1', '2')
 
 
-def test_real_digits_survive(tmp_path):
-    digits = open_source('digits', split='all')
-    images = np.stack([digits[i][0][..., 0] for i in range(len(digits))])
-    name = write(tmp_path, {'train images': images, 'train labels': digits.labels})
-    assert open_source(name, split='all').fingerprint == digits.fingerprint
-
-
 def test_without_test_files_the_training_set_is_divided(tmp_path, values):
     name = write(tmp_path, {key: values[key] for key in ('train images', 'train labels')})
     assert [len(open_source(name, split=split)) for split in ('train', 'test')] == [9, 3]

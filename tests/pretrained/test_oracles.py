@@ -8,7 +8,7 @@ import pytest
 from sklearn.datasets import load_sample_image
 
 from cnn_jax.models import VGG16
-from cnn_jax.pretrained.weights import insert, load
+from cnn_jax.pretrained.weights import insert
 
 
 def relative_error(ours, theirs) -> float:
@@ -65,18 +65,3 @@ def test_keras(imagenet, cut):
     model = keras.Model(model.input, model.get_layer(cut).output)
     theirs = model(keras.applications.vgg16.preprocess_input(images.astype(np.float32)))
     assert relative_error(features(imagenet, images, cut), theirs) <= 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings('ignore')  # Keras calls its own format legacy
-def test_keras_with_its_top(tmp_path):
-    """All 138 million parameters through a file of 553 MB, to 1000 logits."""
-    theirs = keras.applications.VGG16(weights=None, classifier_activation=None)
-    theirs.save(tmp_path / 'whole.h5')
-    whole = load(tmp_path / 'whole.h5', include_top=True)
-    assert whole.unused == ()
-    images = load_sample_image('china.jpg')[None, 100:324, 200:424]
-    params = insert(whole.params, whole)
-    ours = VGG16(include_top=True).apply({'params': params}, whole.preprocessing(images))
-    blue_first = keras.applications.vgg16.preprocess_input(images.astype(np.float32))
-    assert relative_error(ours, theirs(blue_first)) <= 1e-5

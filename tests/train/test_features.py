@@ -121,13 +121,23 @@ def test_killed_in_the_middle_it_goes_on_with_the_next_piece(lines, cache, monke
     assert again == lines()
 
 
+CUT = {  # by a power cut
+    'one bit': lambda content: content[:-100] + bytes([content[-100] ^ 1]) + content[-99:],
+    'zeros in the middle': lambda content: content[:4000] + bytes(4096) + content[8096:],
+    'zeros at the end': lambda content: content[:-4096] + bytes(4096),
+    'half': lambda content: content[: len(content) // 2],
+    'empty': lambda content: b'',
+}
+
+
 def test_a_damaged_file_is_computed_again(lines, cache):
     first = lines()
-    for path in files(cache):
-        content = bytearray(path.read_bytes())
-        content[-100] ^= 1
-        path.write_bytes(content)
-    assert lines() == first
+    whole = {path: path.read_bytes() for path in files(cache)}
+    for damage in CUT.values():
+        for path, content in whole.items():
+            path.write_bytes(damage(content))
+        assert lines() == first
+        assert {path: path.read_bytes() for path in files(cache)} == whole
 
 
 def test_augmentation_needs_a_number_of_views_or_images(lines, cache):
