@@ -119,21 +119,17 @@ def in_a_process(part: str, seconds: float) -> Iterator[Row]:
 def report(rows: list[Row]) -> str:
     """The section: conditions, the tables, and what is missing."""
     notes = '\n'.join(f'- {row["note"]}' for row in rows if 'note' in row)
-    speeds, kernels = (
-        results.table(columns, [[row[c] for c in columns] for row in rows if columns[-1] in row])
-        for columns in (COLUMNS, OF_PROFILE)
-    )
+    tables = []
+    for columns in (COLUMNS, OF_PROFILE):
+        if cells := [[row[name] for name in columns] for row in rows if columns[-1] in row]:
+            tables.append(f'{results.table(columns, cells)}\n')
     return f"""{results.conditions('jax', 'jaxlib', 'flax')}
 
 Median [quartiles] of {ROUNDS} rounds, in which the contenders of a workload take turns; ratios are
 of times, taken within a round, to the first of them. `as run`: as a training run is compiled;
 `any order`: without deterministic kernels.
 
-{speeds}
-
-{kernels}
-
-{notes}
+{chr(10).join([*tables, notes])}
 """
 
 
@@ -260,7 +256,7 @@ def compared(
             dtype,
             str(batch),
             contender,
-            results.quartiles((batch / each).tolist(), digits=0),
+            results.quartiles((batch / each).tolist()),
             results.quartiles((each / first).tolist(), digits=2),
             f'{batch * flops(name, made) / float(np.median(each)) / 1e12:.3g}',
         ]
