@@ -130,9 +130,9 @@ def prepare(targets: list[Target]) -> None:
         given = family == 'tpu' and os.environ.get('TPU_LIBRARY_PATH')
         if not given and not importlib.util.find_spec(module):
             raise UserError(
-                f'{sys.executable} has no {module}, which compiles for these chips; make '
-                'an environment for it, python -m venv .chips, run .chips/bin/pip install '
-                f'-r {requirements} -c requirements-lock.txt, and use .chips/bin/python'
+                f'{sys.executable} has no {module}, which compiles for these chips; make an '
+                f'environment for it, python -m venv .{family}, run .{family}/bin/pip install '
+                f'-r {requirements} -c requirements-lock.txt, and use .{family}/bin/python'
             )
     os.environ['JAX_PLATFORMS'] = 'cpu'
     jax.config.update('jax_platforms', 'cpu')  # JAX has read the environment
