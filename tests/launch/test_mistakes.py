@@ -1,6 +1,22 @@
 """A user's mistakes: exit code 2, one plain sentence, no traceback, nothing lost."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+
+from tests.launch.conftest import ROOT
+
+TAKE_WORDS = {'predict', 'compare', 'processes'}
+NO_LAUNCHERS = {'__init__', 'cli', 'cnn_jax', 'launch'}
+LAUNCHERS = {path.stem for path in (ROOT / 'launch').glob('*.py')} - NO_LAUNCHERS
+REQUIRED = {
+    'config': '--config=experiments/small.py',
+    'workdir': '--workdir=/tmp/none',
+    'out': '--out=/tmp/none',
+    'topology': '--topology=v5e:2x4',
+}
 
 
 @pytest.fixture
@@ -37,6 +53,65 @@ def mistake(launch, tmp_path):
 )
 def test_train_names_the_mistake(mistake, tiny, tmp_path, argument, sentence):
     assert sentence in mistake('train', *tiny, f'--workdir={tmp_path}/run', *argument.split())
+
+
+@pytest.mark.parametrize('name', sorted(LAUNCHERS - TAKE_WORDS))
+def test_a_word_that_a_launcher_does_not_read_is_refused(mistake, name):
+    text = (ROOT / 'launch' / f'{name}.py').read_text()
+    needed = [
+        flag for key, flag in REQUIRED.items() if f'define_{key}' in text or f"'{key}'" in text
+    ]
+    assert 'write --nodebug=False' in mistake(name, *needed, '--nodebug', 'False')
+
+
+@pytest.mark.parametrize(
+    ('words', 'sentence'),
+    [
+        (['--config.augment.flip', 'False'], 'write --config.augment.flip=False'),
+        (['config.model.dropout=0.9'], 'write --config.model.dropout=0.9'),
+        (['--', '--config.model.dropout=0.9'], 'leave out the --'),
+        (['more'], "nothing reads 'more'; leave it out"),
+    ],
+)
+def test_what_was_perhaps_meant_is_said(mistake, tiny, words, sentence):
+    assert sentence in mistake('train', *tiny, '--workdir=/tmp/none', *words)
+
+
+@pytest.mark.parametrize('name', sorted(LAUNCHERS))
+def test_a_launcher_started_as_a_file_says_how(name):
+    command = [sys.executable, f'launch/{name}.py']
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f'error: start it from the checkout as python -m launch.{name}\n'
+
+
+@pytest.mark.parametrize(
+    ('argument', 'sentence'),
+    [
+        ('--workdir=', '--workdir is empty'),
+        ('--workdir=~nobody_of_that_name/x', 'no such home'),
+        ('--profile=yes', "--profile is 'yes'; it takes true or false"),
+        ('--model_parallel=x', "--model_parallel is 'x'; it takes a positive integer"),
+        ('--config.augment.flip=yes', 'must be True or False'),
+        ('--config.model.hidden=None', 'must be a list of whole numbers'),
+        ('--config.model.weights=~nobody_of_that_name/x.h5', 'no such home'),
+        ('--config.train.epochs=1e308', 'it must be finite'),
+        ('--config.train.epochs=1e7', 'it must be from 0 to 1,000,000'),
+        ('--config.model.widths=100000000000', 'it must be from 1 to 1,048,576'),
+        ('--config.augment.crop=9', 'config.augment.crop=9'),
+        ('--config.features.views=4', 'only vgg16 has it'),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_at_once(mistake, tiny, tmp_path, argument, sentence):
+    assert sentence in mistake('train', *tiny, f'--workdir={tmp_path}/run', argument)
+
+
+def test_a_list_may_be_written_plainly(launch, tmp_path):
+    flags = '--config=experiments/small.py', '--config.data.source=digits', '--steps=1'
+    for classes in ('4,9', '(4,9)', "('4','9')"):
+        out = tmp_path / f'{len(classes)}.png'
+        launch('show_batch', *flags, f'--config.data.classes={classes}', f'--out={out}', check=0)
 
 
 def test_a_read_only_workdir_is_named(mistake, tiny):

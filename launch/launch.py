@@ -1,0 +1,3 @@
+"""What `python launch/NAME.py` finds in the place of this folder."""
+
+import cnn_jax as cnn_jax
