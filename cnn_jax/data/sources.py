@@ -3,6 +3,7 @@
 import functools
 import gzip
 import math
+import os
 import re
 import tempfile
 import zlib
@@ -159,7 +160,7 @@ def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
             damaged, cut off or of another type; images and labels differ in number.
     """
     root = Path(config.local_path(folder, 'config.data.source'))
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f'{root} is not a folder; give the folder that holds the IDX files')
 
     def open_part(part: str) -> Source:

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cnn_jax import config
 from cnn_jax.data import batches as module
-from cnn_jax.data.augment import augment_and_normalize, normalize
+from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import (
     PART,
     DeviceBatches,
@@ -393,27 +393,6 @@ def test_any_number_of_processes_resumes_with_the_same_batches(stream, seed, ste
         joined([list(p.evaluate()) for p in processes(stream, n)]) for n in (before, after)
     ]
     assert_same(*evaluated)
-
-
-@jax.jit
-def augmented(images, index):
-    changes = config.Augment(flip=True, crop=1, cutout=2)
-    key = jax.random.key(9)
-    return augment_and_normalize(changes, key, images, index, lambda x: x / jnp.float32(255))
-
-
-@pytest.mark.parametrize('stream', PROVIDERS)
-def test_an_augmented_image_is_the_same_in_any_number_of_processes(stream):
-    results = []
-    for count in COUNTS:
-        images = {}
-        for process in processes(stream, count):
-            (batch,) = first(process.train(), 1)
-            changed = np.asarray(augmented(batch['image'], batch['index']))
-            images |= {i: image.tobytes() for i, image in zip(batch['index'].tolist(), changed)}
-            assert not np.array_equal(changed, batch['image'] / np.float32(255))
-        results.append(images)
-    assert all(images == results[0] for images in results[1:])
 
 
 SHARDED = """

@@ -206,11 +206,6 @@ def test_a_pickle_is_refused_unread(tmp_path, form, name):
     assert not ran.exists()
 
 
-def test_a_pickle_would_run(tmp_path):
-    pickle.loads(pickle.dumps(Runs(tmp_path / 'ran')))
-    assert (tmp_path / 'ran').exists()
-
-
 def test_what_a_keras_file_says_of_code_is_not_read(tmp_path):
     path, ran = write_hdf5(tmp_path / 'weights.h5'), tmp_path / 'ran'
     with h5py.File(path, 'a') as file:
