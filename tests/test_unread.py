@@ -54,7 +54,8 @@ OTHERS = {
     **{'model.cut': 'block1_pool', 'optimizer.name': 'adamax', 'optimizer.arguments': ('b1=0.5',)},
     **{'train.frozen': ('*bias',), 'unfreeze.frozen': ('backbone/block1_conv1*',)},
     **{'model.outputs': 1, 'train.swa_from': 0.5, 'augment.erase_least': 0.1},
-    **{'model.head_dropout': 0.25, 'augment.randaugment_operations': 3},
+    **{'model.norm': 'renorm', 'model.head_norm': 'renorm', 'model.head_dropout': 0.25},
+    **{'augment.randaugment_operations': 3},
 }
 
 
@@ -88,7 +89,7 @@ def changed(config, path):
 
 
 def side_of(config):
-    return 32 if config.model.name == 'vgg16' else 10
+    return 32 if config.model.name == 'vgg16' else 16
 
 
 def last_phase(config):
