@@ -126,9 +126,8 @@ class Model(Fields):
 
     name: str = choice('strided_net', 'vgg16', OWN, **KEPT)
     outputs: int = number(0, **KEPT)  # 0: one per class (softmax); 1: one sigmoid for two classes
-    dtype: str = choice(
-        'float32', 'bfloat16', **KEPT
-    )  # of computations; parameters are always float32
+    # of computations; parameters are always float32
+    dtype: str = choice('float32', 'bfloat16', **KEPT)
 
     # strided_net
     stem_width: int = number(16, high=2**20, **STRIDED)  # 0: no stem
@@ -139,50 +138,40 @@ class Model(Fields):
     kernel: int = number(3, low=1, **SIDE, **STRIDED)
     stride: int = number(2, low=1, **SIDE, **STRIDED)  # of the second convolution of each pair
     padding: str = choice('SAME', 'SAME_TORCH', 'VALID', 'CIRCULAR', 'REFLECT', **STRIDED)
-    downsample: str = choice(
-        'stride', 'max_pool', 'avg_pool', **STRIDED
-    )  # how a pair shrinks its input
+    # how a pair shrinks its input
+    downsample: str = choice('stride', 'max_pool', 'avg_pool', **STRIDED)
     activation: str = choice(
         *('relu', 'leaky_relu', 'elu', 'gelu', 'silu', 'tanh'),
         **needs('model.widths', 'model.hidden'),
     )
-    weight_standardization: bool = setting(
-        False, **STRIDED
-    )  # of the convolutions' kernels, filter by filter
+    # of the convolutions' kernels, filter by filter
+    weight_standardization: bool = setting(False, **STRIDED)
     residual: bool = setting(False, **STRIDED)  # a shortcut around each pair
     norm: str = choice(*NORMS, 'none', **STRIDED, noiseless=GHOST_AS_BATCH)
     norm_position: str = choice('after', 'before', **normed(*NORMS))  # the activation
-    norm_momentum: float = traced(
-        0.99, high=1, noiseless=0.0, **normed(*BATCH_NORMS)
-    )  # share of the old moving average that is kept
+    # share of the old moving average that is kept
+    norm_momentum: float = traced(0.99, high=1, noiseless=0.0, **normed(*BATCH_NORMS))
     norm_epsilon: float = number(1e-3, **normed(*NORMS))
     norm_groups: int = number(8, **WIDTH, **normed('group'))  # parts that share statistics
     ghost_batch: int = number(16, **WIDTH, **normed('ghost'))  # examples that share statistics
-    renorm_r: float = traced(
-        3.0, low=1, high=1e6, noiseless=1.0, **normed('renorm')
-    )  # the scale's correction is in [1/r, r]
-    renorm_d: float = traced(
-        5.0, high=1e6, noiseless=0.0, **normed('renorm')
-    )  # the mean's correction is in [-d, d]
+    # the scale's correction is in [1/r, r]
+    renorm_r: float = traced(3.0, low=1, high=1e6, noiseless=1.0, **normed('renorm'))
+    # the mean's correction is in [-d, d]
+    renorm_d: float = traced(5.0, high=1e6, noiseless=0.0, **normed('renorm'))
     dropout: float = traced(0.25, high=1, **STRIDED, noiseless=0.0)  # after each pair
     drop_kind: str = choice('element', 'channel', 'block', 'gaussian', **DROPOUT)
-    drop_block: int = number(
-        7, low=1, **SIDE, **STRIDED, **needs('model.drop_kind', of=('block',))
-    )  # side of the squares, in pixels of the feature map
-    drop_ramp: float = optional(
-        0.0, high=1, **DROPOUT
-    )  # share of training in which dropout grows from 0
-    stochastic_depth: float = traced(
-        0.0, high=1, **STRIDED, noiseless=0.0
-    )  # rate at which the last pair is skipped
-    input_noise: float = traced(
-        0.0, **STRIDED, noiseless=0.0
-    )  # deviation of noise added to the normalized images
+    # side of the squares, in pixels of the feature map
+    drop_block: int = number(7, low=1, **SIDE, **STRIDED, **needs('model.drop_kind', of=('block',)))
+    # share of training in which dropout grows from 0
+    drop_ramp: float = optional(0.0, high=1, **DROPOUT)
+    # rate at which the last pair is skipped
+    stochastic_depth: float = traced(0.0, high=1, **STRIDED, noiseless=0.0)
+    # deviation of noise added to the normalized images
+    input_noise: float = traced(0.0, **STRIDED, noiseless=0.0)
 
     # vgg16
-    weights: str = setting(
-        'random', path=True, **VGG
-    )  # random | imagenet | a file (.h5, .onnx, .safetensors)
+    # random | imagenet | a file (.h5, .onnx, .safetensors)
+    weights: str = setting('random', path=True, **VGG)
     cut: str = setting('block5_pool', **VGG)  # the layer whose output the head sees
     pool: str = choice('flatten', 'average')  # what joins backbone and head
 
@@ -214,9 +203,8 @@ class Data(Fields):
         0.01, high=1, **needs('data.source', of=lambda source: ':' in source)
     )  # share of unreadable images that may be skipped
     stream: str = choice('auto', 'never', 'always')  # read batches from the source at each step
-    memory_gb: float = number(
-        4.0, **needs('data.stream', of=('auto',))
-    )  # sets whose decoded images are larger stream
+    # sets whose decoded images are larger stream
+    memory_gb: float = number(4.0, **needs('data.stream', of=('auto',)))
 
 
 @dataclass
@@ -230,9 +218,8 @@ class Augment(Fields):
     erasing: float = optional(0.0, high=1)  # probability that a rectangle is lost
     erase_least: float = traced(0.02, high=1, **ERASING)  # its area, as a share of the image's
     erase_most: float = traced(0.4, high=1, **ERASING)
-    erase_aspect: float = traced(
-        0.3, low=0.01, high=1, **ERASING
-    )  # least height : width; at most its inverse
+    # least height : width; at most its inverse
+    erase_aspect: float = traced(0.3, low=0.01, high=1, **ERASING)
     brightness: float = optional(0.0)  # the factor is uniform in 1 ± this, at least 0
     contrast: float = optional(0.0)
     saturation: float = optional(0.0)  # of images with three channels
@@ -250,21 +237,18 @@ class Loss(Fields):
     label_smoothing: float = traced(0.0, high=1)
     confidence_penalty: float = optional(0.0)  # β of −β·H(p), H the prediction's entropy
     l2: float = traced(0.0)  # λ of λ·Σw² added to the loss (Keras's definition, no 1/2)
-    l2_on: tuple[str, ...] = setting(
-        ('*conv*/kernel',), **needs('loss.l2')
-    )  # parameter path patterns
+    # parameter path patterns
+    l2_on: tuple[str, ...] = setting(('*conv*/kernel',), **needs('loss.l2'))
     l1: float = optional(0.0)  # λ of λ·Σ|w|
     l1_on: tuple[str, ...] = setting(('*conv*/kernel',), **needs('loss.l1'))
     orthogonality: float = optional(0.0)  # λ of λ·Σ‖WᵀW − I‖², a filter a column of W
     orthogonality_on: tuple[str, ...] = setting(('*conv*/kernel',), **needs('loss.orthogonality'))
     l2_sp: float = optional(0.0)  # λ of λ·Σ(w − w⁰)², w⁰ the weights at the start
-    l2_sp_on: tuple[str, ...] = setting(
-        ('*conv*/*',), **needs('loss.l2_sp')
-    )  # not the new head, which `l2_on` may name
+    # not the new head, which `l2_on` may name
+    l2_sp_on: tuple[str, ...] = setting(('*conv*/*',), **needs('loss.l2_sp'))
     activity_l1: float = optional(0.0)  # λ of λ·Σ|a|, a an example's layer outputs
-    activity_l1_on: tuple[str, ...] = setting(
-        ('*conv*', '*dense*'), **needs('loss.activity_l1')
-    )  # layer path patterns
+    # layer path patterns
+    activity_l1_on: tuple[str, ...] = setting(('*conv*', '*dense*'), **needs('loss.activity_l1'))
     input_gradient: float = optional(0.0)  # λ of λ·‖∂ℓ/∂x‖², x the prepared image
     r_drop: float = optional(
         0.0,
@@ -284,9 +268,8 @@ class Optimizer(Fields):
     learning_rate: float = traced(1e-4)
     schedule: str = choice('constant', 'cosine', 'step', 'inverse_time')
     warmup_epochs: float = number(0.0, **EPOCHS)
-    decay_rate: float = traced(
-        0.0, **needs('optimizer.schedule', of=('step', 'inverse_time'))
-    )  # inverse_time: rate; step: factor at each boundary
+    # inverse_time: rate; step: factor at each boundary
+    decay_rate: float = traced(0.0, **needs('optimizer.schedule', of=('step', 'inverse_time')))
     decay_steps: int = number(
         1, low=1, high=2**31 - 1, **needs('optimizer.schedule', of=('inverse_time',))
     )  # steps between decays
@@ -298,9 +281,8 @@ class Optimizer(Fields):
     b1: float = traced(0.9, high=1, **ADAM)
     b2: float = traced(0.999, high=1, **ADAM)
     epsilon: float = traced(1e-7, **ADAM)  # Keras's default
-    weight_decay: float = traced(
-        0.0, **needs('optimizer.name', of=RULES)
-    )  # decoupled: w ← w − lr·weight_decay·w
+    # decoupled: w ← w − lr·weight_decay·w
+    weight_decay: float = traced(0.0, **needs('optimizer.name', of=RULES))
     decay_on: tuple[str, ...] = setting(('*/kernel',), **needs('optimizer.weight_decay'))
     clip_norm: float = number(0.0, **KEPT)  # 0: no clipping of the global gradient norm
     gradient_noise: float = optional(0.0, **KEPT)  # η of the noise's variance η/(1 + t)^0.55
@@ -318,16 +300,14 @@ class Train(Fields):
     frozen: tuple[str, ...] = ()  # parameter path patterns that are not trained
     ema: float = optional(0.0, high=1)  # decay of the weights' moving average; 0: none
     swa_from: float = optional(0.0, **EPOCHS)  # epochs after which weights are averaged equally
-    precise_norm: int = number(
-        0, high=2**20, **normed(*BATCH_NORMS)
-    )  # batches for the evaluated weights' batch statistics
+    # batches for the evaluated weights' batch statistics
+    precise_norm: int = number(0, high=2**20, **normed(*BATCH_NORMS))
     eval_every: float = number(1.0, **EPOCHS)  # epochs
     checkpoint_every: float = number(1.0, **EPOCHS)  # epochs
     keep: int = number(2, low=2, high=2**20)  # latest checkpoints kept, besides the best
     best: str = choice('accuracy', 'loss')  # on the evaluation split
-    patience: float = number(
-        0.0, **EPOCHS
-    )  # epochs without a better `best` that end a run there; 0: none
+    # epochs without a better `best` that end a run there; 0: none
+    patience: float = number(0.0, **EPOCHS)
     threads: int = number(0, high=1024)  # of a computation on a CPU; 0: one for each core
 
 
@@ -340,25 +320,21 @@ class Unfreeze(Fields):
     """
 
     epochs: float = number(0.0, **EPOCHS)  # 0: there is no second phase
-    frozen: tuple[str, ...] = setting(
-        (), **SECOND_PHASE
-    )  # parameter path patterns that stay frozen
+    # parameter path patterns that stay frozen
+    frozen: tuple[str, ...] = setting((), **SECOND_PHASE)
     learning_rate: float = traced(1e-5, **SECOND_PHASE)  # of what is newly trained
-    depth_decay: float = traced(
-        1.0, **SECOND_PHASE
-    )  # its factor for each block further from the head
+    # its factor for each block further from the head
+    depth_decay: float = traced(1.0, **SECOND_PHASE)
 
 
 @dataclass
 class Features(Fields):
     """Outputs of a frozen backbone, computed once and kept in the user's cache folder."""
 
-    cache: str = choice(
-        'auto', 'always', 'never', **CACHED
-    )  # auto: wherever the backbone is frozen
-    views: int = number(
-        0, high=1000, **CACHED
-    )  # kept augmented views; 0: what is augmented is not cached
+    # auto: wherever the backbone is frozen
+    cache: str = choice('auto', 'always', 'never', **CACHED)
+    # kept augmented views; 0: what is augmented is not cached
+    views: int = number(0, high=1000, **CACHED)
     dtype: str = choice('float32', 'bfloat16', **CACHED)  # of the kept features
 
 
