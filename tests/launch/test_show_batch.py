@@ -65,12 +65,12 @@ def test_every_preparation_is_undone_for_the_picture(kind):
     np.testing.assert_allclose(back, images / 255, atol=1e-5)
 
 
-def test_kept_views_are_shown_as_they_are_trained_on(monkeypatch):
+def test_kept_views_are_shown_as_they_are_trained_on():
     """With two views, steps a whole epoch apart show the same, and those of the next the other."""
-    monkeypatch.setattr(show_batch, 'caches_views', lambda config: config.features.views > 0)
-    sliced = {'data__train': 'train[:40]', 'augment__crop': 2, 'features__views': 2}
+    frozen = {'model__name': 'vgg16', 'train__frozen': ('backbone/*',), 'features__views': 2}
+    sliced = {'data__train': 'train[:40]', 'data__resize': 'stretch', 'data__size': 32}
     found = {}
-    for column in columns(steps=6, count=20, **sliced)[0]:
+    for column in columns(steps=6, count=20, augment__crop=2, **frozen, **sliced)[0]:
         for image, shown in zip(column['image'], column['shown']):
             found.setdefault((column['step'] // 2 % 2, image.tobytes()), set()).add(shown.tobytes())
     assert len(found) == 2 * 40
