@@ -62,6 +62,7 @@ def export(run: Run, folder: Path) -> None:
         os.replace(partial, folder)
         sync(folder.parent)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f'{folder} cannot be written ({error.strerror}); choose another --out'
         ) from error
