@@ -76,13 +76,9 @@ def is_cached(
 
 
 def views_at(first: int, count: int, n: int, views: int) -> Int[np.ndarray, ' count']:
-    """Return the cached view of each of `count` consecutive examples; epochs alternate views.
+    """Return the view of each of `count` examples from position `first` in the epochs' stream.
 
-    Args:
-        first: Position of the first one in the stream of all epochs.
-        count: Number of examples.
-        n: Number of examples per epoch.
-        views: Number of cached views per example.
+    Epochs of `n` examples take turns with the `views`.
     """
     return (first + np.arange(count)) // n % views
 
@@ -91,19 +87,14 @@ def views_at(first: int, count: int, n: int, views: int) -> Int[np.ndarray, ' co
 class Extractor:
     """Compute the features of images, or read them from the cache.
 
-    Attributes:
-        config: The run's config.
-        num_classes: The number of classes in the data.
-        prepare: The preprocessing, from uint8 images to the backbone's input.
-        spec: A description of `prepare` for the cache key.
-        backbone: The backbone's parameters.
+    `prepare` is the preprocessing, from uint8 images to the backbone's input.
     """
 
     config: cfg.Config
     num_classes: int
     prepare: Callable[[Array], Array]
-    spec: dict[str, Any]
-    backbone: dict[str, Any]
+    spec: dict[str, Any]  # a description of `prepare` for the cache key
+    backbone: dict[str, Any]  # its parameters
 
     def key(self, batches: Any, view: int | None) -> str:
         """Return the SHA-256 of everything that the features of a split depend on."""
@@ -157,14 +148,9 @@ class Extractor:
         return compute
 
     def extract(self, batches: Any, view: int | None = None) -> list[np.ndarray]:
-        """Return the features of every example, in order, as memory-mapped shards.
+        """Return the features of a split in memory-mapped arrays of `SHARD` examples each.
 
-        Args:
-            batches: The opened batches of a split.
-            view: The number of the augmented view; None for the images as they are.
-
-        Returns:
-            Arrays of `SHARD` examples each, the last one shorter.
+        They are those of an augmented view, or with None of the images as they are.
         """
         key, compute = self.key(batches, view), self.function(view)
         size = min(_batch_size(batches.image_shape), batches.n)

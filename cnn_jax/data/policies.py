@@ -106,11 +106,6 @@ def jitter(
     The factor of each is uniform in [max(0, 1 − strength), 1 + strength]; strength 0 changes no
     bit. Grey images have no saturation.
 
-    Args:
-        key: The key of this image.
-        x: Pixels, 0 to 255.
-        brightness, contrast, saturation: Strengths, ≥ 0; None is off.
-
     Source: torchvision's `ColorJitter`, which draws the order, too.
     """
     draws = jax.random.uniform(key, (3,))
@@ -247,11 +242,7 @@ def operations(channels: int) -> tuple[str, ...]:
 def rand_augment(key: Key[Array, ''], image: Image, count: int, magnitude: Number) -> Image:
     """Apply `count` operations, drawn uniformly, all of one magnitude, their signs random.
 
-    Args:
-        key: The key of this image.
-        image: 8-bit pixels.
-        count: n.
-        magnitude: m, 0 to 30; autocontrast and equalize know none, so that m = 0 still changes.
+    Autocontrast and equalize have no magnitude, so that 0 of 30 still changes.
 
     Source: Cubuk et al. 2020, "RandAugment"; magnitudes as in torchvision's `RandAugment`.
     """
@@ -263,10 +254,7 @@ def rand_augment(key: Key[Array, ''], image: Image, count: int, magnitude: Numbe
 def trivial_augment(key: Key[Array, ''], image: Image, rate: Number = 1.0) -> Image:
     """Apply one operation, drawn uniformly, of a magnitude drawn uniformly from 0, 1, … 30.
 
-    Args:
-        key: The key of this image.
-        image: 8-bit pixels.
-        rate: The probability that it happens; 0 changes no bit. The paper has 1.
+    It happens with probability `rate`; the paper has 1.
 
     Source: Müller & Hutter 2021, "TrivialAugment", TA (Wide); as torchvision's
     `TrivialAugmentWide`.

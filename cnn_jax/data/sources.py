@@ -156,8 +156,7 @@ def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
     Classes are the numbers from 0 to the largest training label.
 
     Errors:
-        UserError: The folder or a file is missing, or there are files of several sets; a file is
-            damaged, cut off or of another type; images and labels differ in number.
+        UserError: A file is missing or damaged, or there are files of several sets.
     """
     root = Path(config.local_path(folder, 'config.data.source'))
     if not os.path.isdir(root):

@@ -92,18 +92,11 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of an open file.
-
-    Attributes:
-        tensors: Pairs of name and tensor; the name is canonical (`block1_conv1/kernel`) where the
-            layer is one of VGG16's, else the file's own.
-        layout: The naming scheme: 'keras', 'torch', 'cnn_jax', or '' if it cannot be recognized.
-        metadata: Free text that the file carries.
-    """
+    """The tensors of an open file; those of VGG16 have canonical names: `block1_conv1/kernel`."""
 
     tensors: list[tuple[str, LazyTensor]]
-    layout: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    layout: str  # the naming scheme: 'keras', 'torch', 'cnn_jax', or '' if it is none of them
+    metadata: Mapping[str, str] = field(default_factory=dict)  # free text that the file carries
 
 
 def read(path: Path) -> tuple[Params, tuple[str, ...], Contents]:

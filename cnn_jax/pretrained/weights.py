@@ -27,19 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Pixel values as a network expects them: y = (x / divisor − mean) / std, per channel.
-
-    Attributes:
-        name: The name in files and messages.
-        bgr: Whether the network's first channel is blue; `mean` and `std` are in its order.
-        divisor: 255 for networks that expect pixels in [0, 1], else 1.
-        mean: Subtracted after the division.
-        std: Divided by last.
-    """
+    """Pixel values as a network expects them: y = (x / divisor − mean) / std, per channel."""
 
     name: str
-    bgr: bool = False
-    divisor: float = 1.0
+    bgr: bool = False  # the network's first channel is blue; `mean` and `std` are in its order
+    divisor: float = 1.0  # 255 for networks that expect pixels in [0, 1]
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
@@ -110,22 +102,16 @@ SOURCES = {
 class Pretrained:
     """Weights, inseparable from the preprocessing that they were trained with.
 
-    Attributes:
-        params: `{'block1_conv1': {'kernel': float32 [3, 3, 3, 64], 'bias': …}, …}`, read-only.
-        preprocessing: Pixels as these weights expect them.
-        digest: The SHA-256 of the values.
-        source: The name of the source, or the path of the file.
-        licence, citation: As published, or as the file states them.
-        unused: Names of the file's tensors that are not VGG16's, such as a head's.
+    `params` are `{'block1_conv1': {'kernel': float32 [3, 3, 3, 64], 'bias': …}, …}`, read-only.
     """
 
     params: Params
     preprocessing: Preprocessing
-    digest: str
-    source: str
-    licence: str
+    digest: str  # of the values
+    source: str  # its name, or the path of the file
+    licence: str  # as published, or as the file states it
     citation: str
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()  # the file's other tensors, such as a head's
 
 
 def load(
