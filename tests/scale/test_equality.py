@@ -64,12 +64,14 @@ class Layout:
     share: float = 1.0
 
 
-ONE = Layout(1, 1)
-EIGHT = Layout(1, 8)
-DIVIDED = Layout(1, 8, ('--fsdp',), 1 / 8)
-HALVED = Layout(1, 8, ('--model=2',), 1 / 2)
-TWO_PROCESSES = Layout(2, 1)
-FOUR_PROCESSES = Layout(4, 2)
+LAYOUTS = {
+    'one': Layout(1, 1),
+    'eight': Layout(1, 8),
+    'divided': Layout(1, 8, ('--fsdp',), 1 / 8),
+    'halved': Layout(1, 8, ('--model=2',), 1 / 2),
+    'two_processes': Layout(2, 1),
+    'four_processes': Layout(4, 2),
+}
 
 
 def train(name: str, folder: Path, layout: Layout, states: Path | None = None) -> Path:
@@ -108,24 +110,25 @@ def on_one_device(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            made[name] = train(name, tmp_path_factory.mktemp(name), ONE)
+            made[name] = train(name, tmp_path_factory.mktemp(name), LAYOUTS['one'])
         return made[name]
 
     return get
 
 
+CASES = {
+    'strided': ['eight', 'two_processes', 'four_processes'],
+    'vgg16': ['eight', 'divided', 'halved', 'two_processes', 'four_processes'],
+    'ghost': ['eight', 'two_processes'],
+}
+
+
 @pytest.mark.parametrize(
-    ('name', 'layout'),
-    [
-        *(('strided', layout) for layout in (EIGHT, TWO_PROCESSES, FOUR_PROCESSES)),
-        *(('vgg16', layout) for layout in (EIGHT, DIVIDED, HALVED, TWO_PROCESSES, FOUR_PROCESSES)),
-        *(('ghost', layout) for layout in (EIGHT, TWO_PROCESSES)),
-    ],
-    ids=str,
+    ('name', 'layout'), [(name, layout) for name in CASES for layout in CASES[name]]
 )
 def test_fifty_steps_are_those_of_one_device(on_one_device, tmp_path, name, layout):
-    one = on_one_device(name)
-    a, b = np.load(one), np.load(train(name, tmp_path, layout, states=one))
+    one, options = on_one_device(name), LAYOUTS[layout]
+    a, b = np.load(one), np.load(train(name, tmp_path, options, states=one))
     for key in a:
         if key.startswith(('order/', 'mask/')):
             np.testing.assert_array_equal(a[key], b[key])
@@ -156,4 +159,4 @@ def test_fifty_steps_are_those_of_one_device(on_one_device, tmp_path, name, layo
         np.testing.assert_allclose(b['evaluation loss'], a['evaluation loss'], rtol=ROUNDING)
         np.testing.assert_array_equal(b['confusion'], a['confusion'])
     if name == 'vgg16':
-        assert b['share'] == layout.share
+        assert b['share'] == options.share
