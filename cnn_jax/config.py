@@ -280,7 +280,7 @@ class Optimizer(Fields):
     nesterov: bool = setting(False, **SGD)
     b1: float = traced(0.9, high=1, **ADAM)
     b2: float = traced(0.999, high=1, **ADAM)
-    epsilon: float = traced(1e-7, **ADAM)  # Keras's default
+    epsilon: float = traced(1e-7, **ADAM)  # Keras's number; see `optim.make_optimizer`
     # decoupled: w ← w − lr·weight_decay·w
     weight_decay: float = traced(0.0, **needs('optimizer.name', of=RULES))
     decay_on: tuple[str, ...] = setting(('*/kernel',), **needs('optimizer.weight_decay'))
@@ -580,6 +580,44 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The fields in which two configs differ, `{dotted path: (old, new)}`."""
     a, b = to_flat(old), to_flat(new)
     return {path: (a[path], b[path]) for path in a if a[path] != b[path]}
+
+
+def phase_ends(config: Config, examples: int) -> tuple[int, ...]:
+    """The step after which each phase of a run on so many training examples is over."""
+    epochs = [config.train.epochs]
+    if config.unfreeze.epochs:
+        epochs.append(config.train.epochs + config.unfreeze.epochs)
+    per_epoch = examples / config.data.batch
+    return tuple(max(1, int(min(e * per_epoch, 2**53) + 1e-9)) for e in epochs)
+
+
+def short_average(config: Config, steps: int) -> str:
+    """The sentence that an exponential average of the weights has seen too few steps, or ''.
+
+    After T steps with decay d, a share of d^T of the average is still the initial weights.
+    """
+    share, enough = config.train.ema**steps, 0.1 ** (1 / steps)
+    if not config.train.ema or share <= 0.1:
+        return ''
+    return (
+        f'with config.train.ema={config.train.ema:g}, {share:.0%} of the averaged weights that are '
+        f'evaluated after {steps:,} steps are the initial ones; {enough - 5e-7:.6f} leaves 10%'
+    )
+
+
+def without_length(config: Config) -> Config:
+    """The config with the default `train.epochs` where no step depends on the run's length.
+
+    Runs that are equal in this have the same steps, as far as both go.
+    """
+    if (
+        config.own
+        or config.optimizer.schedule == 'cosine'
+        or config.unfreeze.epochs
+        or config.model.drop_ramp
+    ):
+        return config
+    return replace(config, {'train.epochs': Train().epochs})
 
 
 def to_json(config: Config) -> str:

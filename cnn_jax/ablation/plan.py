@@ -229,12 +229,15 @@ def by_structure(plan: Plan) -> list[list[str]]:
 
 def budget(config: cfg.Config, examples: int) -> str:
     """The training budget of an arm in words; no arm's hyperparameters are tuned separately."""
-    epochs, batch = config.train.epochs + config.unfreeze.epochs, config.data.batch
-    steps = int(epochs * examples / batch + 1e-9)
-    rate = config.optimizer.learning_rate
+    epochs, steps = (
+        config.train.epochs + config.unfreeze.epochs,
+        cfg.phase_ends(config, examples)[-1],
+    )
+    short = cfg.short_average(config, steps)
     return (
-        f'{epochs:g} epochs of {examples:,} images = {steps:,} steps of {batch}, '
-        f'{config.optimizer.name} at learning rate {rate:g}'
+        f'{epochs:g} epochs of {examples:,} images = {steps:,} steps of {config.data.batch}, '
+        f'{config.optimizer.name} at learning rate {config.optimizer.learning_rate:g}'
+        + (f'; note: {short}' if short else '')
     )
 
 

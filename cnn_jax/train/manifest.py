@@ -44,6 +44,7 @@ def manifest(
         machine['layout'] = layout.facts
     return {
         'config_hash': cfg.content_hash(config),
+        'steps_hash': cfg.content_hash(cfg.without_length(config)),
         'code': code_version(),
         'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
         'machine': machine,
@@ -126,7 +127,8 @@ def _way_on(folder: Path) -> str:
 
 def origin(manifest: dict[str, Any] | None) -> dict[str, Any]:
     """The part of a manifest that is written once, at the start of a run."""
-    return {name: value for name, value in (manifest or {}).items() if name != 'resumed'}
+    later = 'resumed', 'config_hash'  # which a larger number of epochs changes
+    return {name: value for name, value in (manifest or {}).items() if name not in later}
 
 
 def threads(folder: Path, config: cfg.Config) -> int:

@@ -270,7 +270,7 @@ class _Job:
         tracer = None
         if trace:  # each process traces; the first one's is kept
             traces = folder / 'profile' if mesh.is_process_zero() else Path(tempfile.mkdtemp())
-            tracer = profile.LayerProfile(traces, [row.path for row in rows])
+            tracer = functools.partial(profile.trace, traces, [row.path for row in rows])
         outcome = loop.train(
             config,
             spec,
@@ -283,8 +283,6 @@ class _Job:
             saved=saved,
         )
         self._report(outcome, phases, rows, clock, layout)
-        if tracer and not tracer.taken:
-            self.say('no profile: it needs three steps, the first two of which are not traced')
         program = phases[loop.phase_at(phases, int(outcome.state.step))].program
         return Run(
             self.workdir,
@@ -320,6 +318,8 @@ class _Job:
             f'evaluation images, {setup.shape_text(spec.image_shape)}, {spec.num_classes} '
             f'classes; {spec.phase_ends[-1]:,} steps of {self.config.data.batch} on {devices}'
         )
+        if short := cfg.short_average(self.config, spec.phase_ends[-1]):
+            self.say(f'note: {short}')
 
         unread = cfg.unread(self.config, spec.image_shape[-1])
         if unread := [*unread, *self.components.unread(self.config)]:
@@ -461,7 +461,8 @@ def lock_workdir(folder: Path, wait: bool = False) -> Iterator[None]:
 def claim_workdir(folder: Path, config: cfg.Config) -> None:
     """Make the work directory that of a run, or check that it belongs to one of the same config.
 
-    What ended before its first step, by a usage error for one, does not count as a run.
+    What ended before its first step, by a usage error for one, does not count as a run. A larger
+    number of epochs prolongs the run, where no step depends on it.
 
     Errors:
         UserError: It holds an ablation, or a run of another config (the difference is listed).
@@ -475,12 +476,22 @@ def claim_workdir(folder: Path, config: cfg.Config) -> None:
     if before is None or before['config_hash'] == cfg.content_hash(config):
         files.write_text(folder / 'config.json', cfg.to_json(config))
         return
-    changed = cfg.differences(manifest.read(folder)[0], config)
+    old = manifest.read(folder)[0]
+    changed, longer = cfg.differences(old, config), config.train.epochs > old.train.epochs
+    if longer and cfg.without_length(old) == cfg.without_length(config):
+        prolonged = before | {'config_hash': cfg.content_hash(config)}
+        files.write_json(folder / manifest.NAME, prolonged, indent=2)
+        files.write_text(folder / 'config.json', cfg.to_json(config))
+        return
     listed = '; '.join(f'config.{name}: {old!r} → {new!r}' for name, (old, new) in changed.items())
     what = (
         f'another config ({listed})' if list(changed) != ['own'] else 'other code of its own parts'
     )
+    fixed = (
+        '; a run can be prolonged where no step depends on its length: without a cosine schedule, '
+        'model.drop_ramp, a second phase and own parts'
+    )
     raise UserError(
         f'the work directory {folder} belongs to a run of {what}; restore it, or choose another '
-        '--workdir'
+        f'--workdir{fixed if longer and list(changed) == ["train.epochs"] else ""}'
     )

@@ -26,12 +26,7 @@ from cnn_jax.train.program import Program, RunSpec, State, begin_phase, make_pro
 
 
 def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layout | None:
-    """The layout of a run over all devices there are; None where there is one.
-
-    Args:
-        config: A validated config.
-        model, fsdp: As `mesh.make_mesh` takes them.
-    """
+    """The layout of a run over all devices (as of `mesh.make_mesh`); None where there is one."""
     if jax.device_count() == model == 1:
         return None
     data = config.data
@@ -59,11 +54,6 @@ def open_data(
     config: cfg.Config, layout: Layout | None = None, components: Components = NO_COMPONENTS
 ) -> Data:
     """Open both splits, and the weights that the config names.
-
-    Args:
-        config: A validated config.
-        layout: The layout of batches on several devices.
-        components: May bring the sources.
 
     Errors:
         UserError: Data or weights cannot be had, or the splits do not fit each other.
@@ -93,11 +83,7 @@ def open_data(
 
 
 def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
-    """The facts that a run must know of its data, as JSON.
-
-    Args:
-        config: The config.
-        train, evaluation: The opened batches of both splits.
+    """The facts that a run must know of the opened batches of both splits, as JSON.
 
     Errors:
         UserError: The splits differ in the images' shape or in the classes.
@@ -190,16 +176,9 @@ def make_spec(
 ) -> RunSpec:
     """Put together what the steps must know of a run besides its config.
 
-    Args:
-        config: A validated config.
-        description: The data's, as in `Data`.
-        weights: Pretrained weights of the backbone, for the first state.
-        components: May bring a model, an optimizer and regularizers.
+    The description is that in `Data`; the weights are the backbone's, for the first state.
     """
-    steps_per_epoch = description['train']['count'] / config.data.batch
-    epochs = [config.train.epochs]
-    if config.unfreeze.epochs:
-        epochs.append(config.train.epochs + config.unfreeze.epochs)
+    count = description['train']['count']
 
     def pretrained(shapes: dict[str, Any]) -> dict[str, Any]:
         assert weights is not None
@@ -209,8 +188,8 @@ def make_spec(
         image_shape=tuple(description['image_shape']),
         num_classes=len(description['class_names']),
         prepare=preparation(description['preprocessing']),
-        steps_per_epoch=steps_per_epoch,
-        phase_ends=tuple(max(1, int(min(e * steps_per_epoch, 2**53) + 1e-9)) for e in epochs),
+        steps_per_epoch=count / config.data.batch,
+        phase_ends=cfg.phase_ends(config, count),
         pretrained=pretrained if weights else None,
         model=components.model,
         optimizer=components.optimizer,
@@ -237,14 +216,7 @@ def make_programs(config: cfg.Config, spec: RunSpec) -> list[Program]:
 def open_phases(
     config: cfg.Config, data: Data, spec: RunSpec, layout: Layout | None = None
 ) -> tuple[list[Phase], State]:
-    """The phases of a run, and its state before the first step.
-
-    Args:
-        config: A validated config.
-        data: The opened data.
-        spec: The rest of the run, from `make_spec`.
-        layout: The layout of batches and state on several devices.
-    """
+    """The phases of a run, and its state before the first step."""
     programs = make_programs(config, spec)
     state = state_maker(programs[0])(config.seed)
     phases, shapes = [], jax.eval_shape(lambda: state)
@@ -272,11 +244,10 @@ def features(
     """The frozen backbone's features in the place of images, computed where they are not cached.
 
     Args:
-        config, description, spec: As for `make_spec`.
+        config, description, spec, layout: The run.
         state: Any of the run's: the backbone is frozen.
         train: Batches of images to train on, augmented if the config says so.
         evaluated: Batches of images as they are.
-        layout: The layout of batches on several devices.
     """
     extractor = Extractor(
         config,

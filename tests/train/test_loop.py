@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
+from cnn_jax.ablation.plan import budget
 from cnn_jax.errors import RunFailed, UserError
+from cnn_jax.files import write_json
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.loop import before_step, steps
 from cnn_jax.train.metrics import StepMetrics
 from cnn_jax.train.program import state_maker, traced_values
+from cnn_jax.train.run import claim_workdir
 from tests.train.conftest import begin, copied, equal, make_config, opened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +192,56 @@ def test_a_finished_run_is_not_trained_again_and_keeps_nothing_for_what_is_off(
     kept = (tmp_path / 'run/checkpoints/step_12/state/_METADATA').read_text()
     for name, held in (('opt_state', True), ('init_params', False), ('eval_batch_stats', False)):
         assert (f'"{name}"' in kept) == held, name
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'optimizer__schedule': 'inverse_time', 'optimizer__decay_rate': 0.1, 'train__ema': 0.5},
+        {'train__patience': 3.0, 'train__precise_norm': 1},
+    ],
+    ids=str,
+)
+def test_a_prolonged_run_has_the_bits_of_a_long_one(small, fit, tmp_path, changes):
+    long, prolonged = (tmp_path / name for name in ('long', 'prolonged'))
+    at_once = fit(small(train__epochs=4.0, **changes), long, count=48)
+    for epochs in (2.0, 4.0):
+        outcome = fit(small(train__epochs=epochs, **changes), prolonged, count=48)
+    assert equal(at_once.state, outcome.state)
+    assert at_once.metrics['loss'] == outcome.metrics['loss']
+    for name in ('metrics.jsonl', 'steps.f32'):
+        assert (long / name).read_bytes() == (prolonged / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ('changes', 'hint'),
+    [
+        ({'optimizer.schedule': 'cosine', 'train.epochs': 3.0}, 'cosine'),
+        ({'model.drop_ramp': 0.5, 'train.epochs': 3.0}, 'drop_ramp'),
+        ({'train.epochs': 1.0}, r'2.0 → 1.0\); restore it, or choose another --workdir$'),
+    ],
+    ids=str,
+)
+def test_a_run_whose_steps_depend_on_its_length_keeps_it(small, tmp_path, changes, hint):
+    config = cfg.replace(small(train__epochs=2.0), changes | {'train.epochs': 2.0})
+    claim_workdir(tmp_path, config)
+    facts = {'config_hash': cfg.content_hash(config), 'machine': {'threads': 1}}
+    write_json(tmp_path / 'manifest.json', facts | {'data': {'train': {'fingerprint': ''}}})
+    with pytest.raises(UserError, match=hint):
+        claim_workdir(tmp_path, cfg.replace(config, changes))
+    claim_workdir(tmp_path, config)
+
+
+@pytest.mark.parametrize(('steps', 'decay'), [(1, 0.2), (18, 0.999), (20_000, 0.9999)])
+def test_an_average_that_is_mostly_its_start_is_told_with_the_decay_that_would_do(steps, decay):
+    config = make_config(train__ema=decay)
+    said = cfg.short_average(config, steps)
+    assert f'{decay**steps:.0%} of the averaged weights' in said
+    enough = float(re.findall(r'([\d.]+) leaves 10%', said)[0])
+    assert not cfg.short_average(make_config(train__ema=enough), steps)
+    assert enough**steps == pytest.approx(0.1, abs=0.01)
+    assert not cfg.short_average(make_config(), steps)
+    assert said in budget(config, steps * config.data.batch / config.train.epochs)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(small, fit):
