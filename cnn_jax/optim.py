@@ -98,21 +98,6 @@ def sam_perturb(params: Flat, gradients: Flat, radius: float | Array) -> Flat:
     return jax.tree.map(lambda w, g: w + scale * g, params, gradients)
 
 
-def clip_by_norm(gradients: Flat, bound: float) -> Flat:
-    """The gradients, scaled down to a norm that they may have: g · min(1, c/‖g‖).
-
-    Args:
-        gradients: g; the norm is over all parameters.
-        bound: c > 0.
-
-    Source: Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural
-        networks", algorithm 1; Optax's.
-    """
-    clip = optax.clip_by_global_norm(bound)
-    result: Any = clip.update(gradients, clip.init(gradients))
-    return result[0]
-
-
 def add_gradient_noise(
     key: Key[Array, ''], gradients: Flat, strength: float | Array, step: int | Array
 ) -> Flat:
@@ -203,7 +188,7 @@ def make_optimizer(
         ValueError: A parameter is in two groups; when it is initialized or updates: in none.
     """
     label = dict.fromkeys(frozen, FROZEN)
-    parts: dict[str, optax.GradientTransformation] = {FROZEN: keep()}
+    parts: dict[Any, optax.GradientTransformation] = {FROZEN: keep()}
     for number, group in enumerate(groups):
         if twice := label.keys() & group.paths:
             raise ValueError(

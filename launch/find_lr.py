@@ -33,6 +33,7 @@ def main(_) -> int:
         )
     print(cli.start(config.train.threads))
 
+    import numpy as np
     from rich.progress import track
 
     from cnn_jax.files import make_writable
@@ -46,7 +47,7 @@ def main(_) -> int:
     data = setup.open_data(config, layout, components)
     spec = setup.make_spec(config, data.description, data.weights, components)
     phases, state = setup.open_phases(config, data, spec, layout)
-    rates = lr_finder.rates(LOWEST.value, HIGHEST.value, STEPS.value)
+    rates = np.geomspace(LOWEST.value, HIGHEST.value, STEPS.value)
     losses = lr_finder.losses(
         config,
         phases[0],

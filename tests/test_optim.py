@@ -86,7 +86,7 @@ def test_update_rules_equal_keras(config, theirs):
     np.testing.assert_allclose(ours['w'], np.asarray(weight), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('many', [2**31 - 1, 2**31, 3 * 10**9, 10**18, 1e300])
+@pytest.mark.parametrize('many', [2**31 - 1, 2**31, 3 * 10**9, 10**18, 10**30])
 @pytest.mark.parametrize(
     ('fields', 'right'),  # as functions of the large number and of the step
     [
@@ -165,13 +165,6 @@ def test_under_plain_sgd_l2_equals_decoupled_decay_of_twice_the_strength():
     decay = Optimizer(name='sgd', learning_rate=0.1, momentum=0.0, weight_decay=0.06)
     by_decay, _ = updates(decay, [gradient], start, decayed=['w'])
     np.testing.assert_allclose(by_loss['w'], by_decay['w'], rtol=1e-6)
-
-
-def test_clipping_bounds_the_global_norm_and_keeps_the_direction():
-    gradient = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
-    for bound, expected in ((1.0, [0.6, 0.8]), (7.0, [3.0, 4.0])):
-        got = optim.clip_by_norm(gradient, bound)
-        np.testing.assert_allclose([got['a'][0], got['b'][0]], expected, rtol=1e-6)
 
 
 def test_numbers_may_be_traced():

@@ -7,9 +7,7 @@ Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", sect
 exponential sweep and the smoothing of fastai's `lr_find`.
 """
 
-import csv
 import dataclasses
-import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from jaxtyping import Float64
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.files import write_atomically
+from cnn_jax.files import write_atomically, write_text
 from cnn_jax.train.loop import Phase, steps
 from cnn_jax.train.program import State, traced_values
 
@@ -33,11 +31,6 @@ def constant_rate(config: cfg.Config) -> cfg.Config:
     """The config without a schedule, so that the sweep sets the learning rate."""
     plain = {'optimizer.schedule': 'constant', 'optimizer.warmup_epochs': 0.0}
     return cfg.replace(config, plain)
-
-
-def rates(lowest: float, highest: float, count: int) -> Curve:
-    """The swept rates: lowest · (highest/lowest)^(t/(count − 1)), t from 0."""
-    return np.geomspace(lowest, highest, count)
 
 
 def losses(
@@ -106,11 +99,9 @@ def suggestion(rates: Curve, losses: Curve) -> float:
 
 def write_csv(rates: Curve, losses: Curve, path: Path) -> None:
     """The curve as a table: learning_rate, loss, smoothed_loss."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator='\n')
-    table.writerow(('learning_rate', 'loss', 'smoothed_loss'))
-    table.writerows(zip(rates.tolist(), losses.tolist(), smoothed(losses).tolist()))
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    rows = zip(rates.tolist(), losses.tolist(), smoothed(losses).tolist())
+    lines = ['learning_rate,loss,smoothed_loss', *(','.join(map(str, row)) for row in rows)]
+    write_text(path, '\n'.join(lines) + '\n')
 
 
 def draw(rates: Curve, losses: Curve, suggested: float, path: Path) -> None:

@@ -28,16 +28,9 @@ Output = tuple[str, Any, Any]  # layer, whether each example is finite, whether 
 def locate(program: Program, state: State, batch: Batch) -> str:
     """The first thing that is not finite in a training step, as a sentence without its full stop.
 
-    In this order: the parameters before the step, what the network is given, the outputs of its
-    layers as they are called, the loss, the gradients in the order of their paths, their norm.
-
-    Args:
-        program: The phase of the step.
-        state: The state before it.
-        batch: Its batch.
-
-    Returns:
-        E.g. `block2_conv1 gave inf for all 32 examples (the parameters were finite)`.
+    In this order: the parameters of the state before the step, what the network is given, the
+    outputs of its layers as they are called, the loss, the gradients by path, their norm. E.g.
+    `block2_conv1 gave inf for all 32 examples (the parameters were finite)`.
     """
     for path, leaf in params.flatten(state.params).items():
         if kind := _kind(leaf):
@@ -84,10 +77,8 @@ def _repeat(program: Program, state: State, batch: Batch) -> tuple[list[Output],
     def intercept(call, args, kwargs, context):
         path = '/'.join(context.module.path)
         if not path and args:
-            look(
-                'the frozen backbone' if program.cached else 'the preparation of the images',
-                args[0],
-            )
+            given = 'the frozen backbone' if program.cached else 'the preparation of the images'
+            look(given, args[0])
         out = call(*args, **kwargs)
         if isinstance(out, jax.Array):
             look(path or 'the network', out)
@@ -102,12 +93,10 @@ def _repeat(program: Program, state: State, batch: Batch) -> tuple[list[Output],
         gradients, _, sums = jax.jit(compute)(state, batch, traced_values(program.config))
     jax.effects_barrier()  # all that was looked at is in `seen`
 
-    calls = (
-        len(seen) // program.config.optimizer.accumulate
-    )  # of one micro-batch; the next follow it
-    outputs = []
-    for parts in zip(*(seen[start : start + calls] for start in range(0, len(seen), calls))):
-        layers, finite, infinite = zip(*parts)
+    outputs, count = [], program.config.optimizer.accumulate
+    calls = len(seen) // count  # of one micro-batch; those of the next follow
+    for first in range(calls):
+        layers, finite, infinite = zip(*seen[first::calls])
         outputs.append((layers[0], np.concatenate(finite), any(infinite)))
     return outputs, sums, gradients
 

@@ -96,19 +96,15 @@ class Stopwatch:
     def lap(self) -> float:
         """Images a second since the last lap; of the first step alone, with its compilation."""
         steps, seconds, waited = self._steps, max(self._elapsed(), 1e-9), self._waited
-        self.discard()
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        if self._began is not None:
+            self._began = time.perf_counter()
         self.stalled = min(waited / seconds, 1.0) if steps else 0.0
         if not steps:
             return self._batch_size / self._compiling if self._compiling else 0.0
         self.laps.append(steps * self._batch_size / seconds)
         self.stalls.append(self.stalled)
         return self.laps[-1]
-
-    def discard(self) -> None:
-        """Forget what was measured since the last lap."""
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        if self._began is not None:
-            self._began = time.perf_counter()
 
     def _elapsed(self) -> float:
         running = 0.0 if self._began is None else time.perf_counter() - self._began
@@ -201,11 +197,9 @@ def measure(
     which files are read for the first time, where there are others.
 
     Args:
-        speeds, stalls: `Stopwatch.laps` and `Stopwatch.stalls` of each phase.
-        flops: `training_flops` of each phase.
-        dtype: Type of the net's computation.
+        speeds, flops, stalls: `Stopwatch.laps`, `training_flops`, `Stopwatch.stalls` of each phase.
+        dtype, layout: Type of the net's computation; layout of the run on several devices.
         clock: Clock that has been running since the process began.
-        layout: Layout of the run, on several devices.
     """
     facts: dict[str, Any] = {
         'compile_seconds': clock.seconds,
@@ -265,91 +259,78 @@ def write_speed(folder: Path, facts: dict[str, Any]) -> None:
         write_text(folder / 'speed.json', json.dumps(facts, indent=2) + '\n')
 
 
-class LayerProfile:
-    """Traces `STEPS` steps of a run with JAX's profiler, and tells the time of each layer.
+def trace(
+    folder: Path,
+    layers: Sequence[str],
+    steps: Iterable[Any],
+    values: Any,
+    watch: Callable[[Any], Stopwatch],
+    say: Callable[[str], object],
+) -> Iterator[Any]:
+    """Pass on the steps of `train.loop.steps`, and `say` which layers the time of some went to.
+
+    `STEPS` of one phase are traced, after `WARM` of it: the first compiles.
 
     Args:
         folder: Folder of the traces, one in it for each run.
         layers: Paths of the network's layers (`summary.layers`).
-
-    Attributes:
-        taken: Whether there was a step to trace.
+        steps, values: The steps, and the config's numbers.
+        watch: From a phase to its stopwatch.
+        say: Called with the report, or with why there is none.
     """
-
-    def __init__(self, folder: Path, layers: Sequence[str]):
-        self._folder, self._layers = folder, layers
-        self.taken = False
-
-    def trace(
-        self, steps: Iterable[Any], values: Any, pause: Callable, say: Callable[[str], object]
-    ) -> Iterator[Any]:
-        """Pass on the steps of `train.loop.steps`, and `say` the table once some are traced.
-
-        They are of one phase, after `WARM` of it: the first compiles. `pause(phase)` surrounds what
-        is no training.
-        """
-        done, began = 0, 0.0
+    done, began, traced = 0, 0.0, False
+    try:
         for taken in steps:
             done, last = done + 1, taken.number == taken.phase.end
             if began and (done == WARM + STEPS or last):
                 jax.block_until_ready(taken.state)
-                wall, began = time.perf_counter() - began, 0.0
-                with pause(taken.phase):
+                wall, count, began = time.perf_counter() - began, done - WARM, 0.0
+                with watch(taken.phase).paused():
                     jax.profiler.stop_trace()
+                    session = max(folder.glob('plugins/profile/*'))
                     program = taken.phase.train_step.lower(taken.state, taken.batch, values)
-                    say(self._report(program.compile().as_text(), taken.number, done - WARM, wall))
+                    rows = layer_times(session, program.compile().as_text(), layers)
+                    each, total = wall / count * 1e3, rows.total()
+                    first = f'{taken.number - count + 1} to {taken.number}'
+                    say(f'profile of steps {first}, {each:,.1f} ms a step; the largest parts, ms:')
+                    for name, spent in rows.most_common(ROWS):
+                        say(f'  {name:<40} {spent / count * 1e3:9.2f}  {spent / total:6.1%}')
+                    say(
+                        f'  trace: open {session}/perfetto_trace.json.gz in https://ui.perfetto.dev'
+                    )
+                    say(f'  or xprof --logdir={folder} (pip install xprof)')
             yield taken
             if last:
                 done = 0
-            elif done == WARM and not self.taken:
+            elif done == WARM and not traced:
                 jax.block_until_ready(taken.state)
-                jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-                self.taken, began = True, time.perf_counter()
-
-    def _report(self, program: str, number: int, steps: int, wall: float) -> str:
-        session = max(self._folder.glob('plugins/profile/*'))
-        rows = layer_times(operations(session, program), program, self._layers)
-        return '\n'.join(
-            [
-                f'profile of steps {number - steps + 1} to {number}, '
-                f'{wall / steps * 1e3:,.1f} ms a step; the largest of {len(rows)} parts, in ms:',
-                *(
-                    f'  {name:<40} {seconds / steps * 1e3:9.2f}  {seconds / rows.total():6.1%}'
-                    for name, seconds in rows.most_common(ROWS)
-                ),
-                f'  trace: open {session}/perfetto_trace.json.gz in https://ui.perfetto.dev, or',
-                f'  xprof --logdir={self._folder} (pip install xprof)',
-            ]
-        )
+                jax.profiler.start_trace(folder, create_perfetto_trace=True)
+                traced, began = True, time.perf_counter()
+    finally:
+        if began:  # the run was stopped
+            jax.profiler.stop_trace()
+    if not traced:
+        say('no profile: it needs three steps, the first two of which are not traced')
 
 
-Operation = tuple[float, float, str]  # start and end in seconds, name
+def layer_times(session: Path, program: str, layers: Sequence[str]) -> collections.Counter[str]:
+    """Seconds of each layer's forward and backward pass, and of the rest, in a trace's folder.
 
-
-def operations(session: Path, program: str) -> list[Operation]:
-    """The operations of a compiled program's text in a trace, in order; loops by their bodies'."""
-    [module], listed = re.findall(r'\AHloModule ([\w.-]+)', program), []
+    JAX's name of an operation in the program's text tells both, e.g.
+    `jit(train)/transpose(jvp(Net))/conv1/mul`; a fused one has the name of one of its parts. XLA's
+    CPU client records of a convolution or a product the start alone: it lasts until the next
+    operation starts. Of operations that overlap, the one that started last has the time.
+    """
+    [module], names = re.findall(r'\AHloModule ([\w.-]+)', program), dict(OP_NAME.findall(program))
+    events: list[tuple[float, float, str]] = []
     for path in session.glob('*.xplane.pb'):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             for event in itertools.chain.from_iterable(line.events for line in plane.lines):
                 stats: dict[str, Any] = {name: value for name, value in event.stats if name}
-                name = stats.get('hlo_op', '')
-                if stats.get('hlo_module', '').split('(')[0] == module and not LOOP.fullmatch(name):
-                    listed.append((event.start_ns / 1e9, event.end_ns / 1e9, name))
-    return sorted(listed)
-
-
-def layer_times(
-    events: Sequence[Operation], program: str, layers: Sequence[str]
-) -> collections.Counter[str]:
-    """Seconds of each layer's forward and backward pass, and of the rest.
-
-    JAX's name of an operation tells both, e.g. `jit(train)/transpose(jvp(Net))/conv1/mul`; a fused
-    one has the name of one of its parts. XLA's CPU client records of a convolution or a product
-    the start alone: it lasts until the next operation starts. Of operations that overlap, the one
-    that started last has the time.
-    """
-    names = dict(OP_NAME.findall(program))
+                op = stats.get('hlo_op', '')  # of a loop those of its body
+                if stats.get('hlo_module', '').split('(')[0] == module and not LOOP.fullmatch(op):
+                    events.append((event.start_ns / 1e9, event.end_ns / 1e9, op))
+    events.sort()
     rows: Any = collections.Counter()
     for (start, end, op), following in itertools.zip_longest(events, events[1:]):
         if following and (end > following[0] or re.match('convolution|dot', op)):

@@ -5,6 +5,7 @@ stopping; the cells of an ablation, `launch.verify`, the search for a value that
 the learning-rate finder consume the same generator.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -23,7 +24,7 @@ from cnn_jax.data.batches import Batch
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.mesh import Layout
 from cnn_jax.tools import nonfinite
-from cnn_jax.tools.profile import LayerProfile, Stopwatch
+from cnn_jax.tools.profile import Stopwatch
 from cnn_jax.tools.progress import Interruption, Progress
 from cnn_jax.train import metrics, step
 from cnn_jax.train.checkpoint import Checkpoints
@@ -81,21 +82,21 @@ def compile_phase(
         layout: The layout of batches and state on several devices; metrics are on each of them.
         batches: `train` and `evaluate`.
     """
-    shards = layout.state_sharding(state) if layout else None
     copies = layout.replicated if layout else None
-    of_step = (shards, copies) if layout else None
+    of_step = (layout.state_sharding(state), copies) if layout else None
 
-    def bound(function: Callable) -> Callable:
-        return functools.partial(function, program)
+    def jitted(function: Callable, shardings: Any = copies, **options: Any) -> Callable:
+        bound = functools.partial(function, program)
+        return jax.jit(bound, out_shardings=shardings, **options)
 
     return Phase(
         program,
         end,
-        begin=bound(begin_phase),
-        train_step=jax.jit(bound(step.train_step), donate_argnums=0, out_shardings=of_step),
-        eval_step=jax.jit(bound(step.eval_step), out_shardings=copies),
-        estimate=jax.jit(bound(step.estimate_step), out_shardings=copies),
-        predict=jax.jit(bound(step.predict_step), out_shardings=copies),
+        begin=functools.partial(begin_phase, program),
+        train_step=jitted(step.train_step, of_step, donate_argnums=0),
+        eval_step=jitted(step.eval_step),
+        estimate=jitted(step.estimate_step),
+        predict=jitted(step.predict_step),
         **batches,
     )
 
@@ -208,7 +209,7 @@ def train(
     *,
     layout: Layout | None = None,
     live: bool | None = None,
-    profile: LayerProfile | None = None,
+    profile: Callable[..., Iterator[Step]] | None = None,
     saved: Callable[[], object] | None = None,
 ) -> Outcome:
     """Train from the latest checkpoint in `folder`, or from the start, to the last step.
@@ -220,7 +221,7 @@ def train(
         folder: The work directory; process 0 uses it.
         layout: The layout of batches and state on several devices.
         live: Whether to draw a progress bar; by default on a terminal and in a notebook.
-        profile: Traces some of the steps.
+        profile: `tools.profile.trace` with its first two arguments, to trace some of the steps.
         saved: Called after each checkpoint, in every process.
 
     Errors:
@@ -244,9 +245,7 @@ def train(
         state, end = before, start if over else None
         taking = steps(phases, before, start, run.values, end=end, take=take)
         if profile:
-            taking = profile.trace(
-                taking, run.values, lambda phase: run.watch(phase).paused(), progress.say
-            )
+            taking = profile(taking, run.values, run.watch, progress.say)
         for taken in taking:
             state = taken.state
             run.count(taken, progress)
@@ -313,10 +312,8 @@ class _Session:
     def count(self, taken: Step, progress: Progress) -> None:
         """Count a step that may still be running, and add its sums."""
         self.watch(taken.phase).step(taken.sums)
-        try:
+        with self.explained(progress):
             self.meter.add(taken.number, taken.sums)
-        except NotFinite as error:
-            raise self._failure(error.step, progress) from None
         if self.meter.latest:
             progress.step(taken.number, *self.meter.latest)
 
@@ -330,15 +327,14 @@ class _Session:
             the run.
         """
         number, phase = taken.number, taken.phase
-        try:
+        with self.explained(progress):
             self.meter.flush()
-        except NotFinite as error:
-            raise self._failure(error.step, progress) from None
         with self.watch(phase).paused():
             state = with_eval_statistics(self.config, phase, taken.state, self.values)
             scores = self.evaluate(number, phase, state, progress) if evaluating else None
             over = evaluating and self.is_over(number)
-            if saving or over or (evaluating and self.has_new_best()):
+            best = evaluating and self.best_result is self.result  # with early stopping
+            if saving or over or best:
                 self.save(state, scores)
         return state, over
 
@@ -370,10 +366,6 @@ class _Session:
             if score >= self.best.score:
                 self.best_result = result
         return scores
-
-    def has_new_best(self) -> bool:
-        """Return whether the last evaluation is the best so far, with early stopping."""
-        return self.best_result is not None and self.best_result is self.result
 
     def is_over(self, number: int) -> bool:
         """Return whether early stopping ends the run at this step."""
@@ -409,55 +401,49 @@ class _Session:
     def close(self, state: State, stopped: bool) -> Outcome:
         """Close all files."""
         self.record.close()
-        return Outcome(
-            state,
-            self.result,
-            stopped,
-            [
-                {'train': compilations(phase.train_step), 'eval': compilations(phase.eval_step)}
-                for phase in self.phases
-            ],
-            [watch.laps for watch in self.watches],
-            [watch.stalls for watch in self.watches],
-        )
+        counts = [
+            {'train': compilations(phase.train_step), 'eval': compilations(phase.eval_step)}
+            for phase in self.phases
+        ]
+        laps = [watch.laps for watch in self.watches]
+        stalls = [watch.stalls for watch in self.watches]
+        return Outcome(state, self.result, stopped, counts, laps, stalls)
 
-    def _failure(self, failing: int, progress: Progress) -> RunFailed:
-        """The error of a step that is not finite, explained by repeating the run up to it."""
-        saved = self.checkpoints.latest() or 0
-        if mesh.is_multiprocess():
-            why = 'only one process can look where; give it a copy of --workdir'
+    @contextlib.contextmanager
+    def explained(self, progress: Progress) -> Iterator[None]:
+        """Turn a step that is not finite into an error; repeating the run up to it tells why."""
+        try:
+            yield
+        except NotFinite as error:
+            failing, saved = error.step, self.checkpoints.latest() or 0
         else:
+            return
+        why = 'only one process can look where; give it a copy of --workdir'
+        if not mesh.is_multiprocess():
             progress.say(f'step {failing} is not finite: repeating it from step {saved} to see why')
-            why = self._explain(saved, failing)
+            before = state_maker(self.phases[0].program)(self.config.seed)
+            before = shard_state(state_at(self.phases, before, saved), self.layout)
+            if saved:
+                before, _ = self.checkpoints.restore(saved, before)
+            found: Any
+            phase, *found = before_step(self.phases, before, saved, failing, self.values)
+            why = nonfinite.locate(
+                phase.program, *(jax.device_get(found) if self.layout else found)
+            )
         where = f'the last good checkpoint is step {saved}' if saved else 'nothing was saved yet'
-        return RunFailed(
+        raise RunFailed(
             f'the loss or its gradient is not finite at step {failing}: {why}; {where}. Try a '
             'lower config.optimizer.learning_rate, config.optimizer.clip_norm=1 or a warm-up '
             '(config.optimizer.warmup_epochs) in a new --workdir'
         )
 
-    def _explain(self, saved: int, failing: int) -> str:
-        before = state_maker(self.phases[0].program)(self.config.seed)
-        before = shard_state(state_at(self.phases, before, saved), self.layout)
-        if saved:
-            before, _ = self.checkpoints.restore(saved, before)
-        phase, before, batch = before_step(self.phases, before, saved, failing, self.values)
-        if self.layout:
-            before, batch = jax.device_get((before, batch))
-        return nonfinite.locate(phase.program, before, batch)
-
 
 def before_step(
     phases: Sequence[Phase], state: State, start: int, step: int, values: Values
 ) -> tuple[Phase, State, Batch]:
-    """Repeat a run up to one of its steps.
+    """Repeat a run up to one of its steps, which is not taken any more.
 
-    Args:
-        phases: All phases of the run.
-        state: The state after step `start`; its memory is given away.
-        start: Less than `step`.
-        step: The step that is not taken any more.
-        values: The config's numbers.
+    Arguments are as for `steps`; `start` is less than `step`.
 
     Returns:
         The phase of the step, the state before it, and its batch.

@@ -27,13 +27,7 @@ def batch_sums(
     labels: Int[Array, ' b'],
     mask: Bool[Array, ' b'],
 ) -> Sums:
-    """The sums of one batch that every metric follows from.
-
-    Args:
-        log_probs: Log class probabilities.
-        losses: Loss of each example.
-        labels: True classes.
-        mask: False for padding.
+    """The sums of one batch that every metric follows from; `mask` is False for padding.
 
     Returns:
         `count`, `loss` (Σ losses), per true class `class_count`, `class_correct` [K], `top5`, and
@@ -129,12 +123,7 @@ def as_json(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def sum_over(eval_step: Callable[[Any], Sums], batches: Iterable[Any]) -> Sums:
-    """The sums over a whole split; padding is not counted.
-
-    Args:
-        eval_step: From a batch to its sums.
-        batches: All batches of the split; at least one.
-    """
+    """The sums over a whole split of at least one batch, by a function from a batch to its sums."""
     total = None
     for batch in batches:
         total = add(total, eval_step(batch))

@@ -170,9 +170,7 @@ def make_program(
 
     Args:
         config: A validated config.
-        spec: The rest of the run.
-        phase: 0, or 1 for the one that `config.unfreeze` describes.
-        cached: Whether batches hold features of the frozen backbone in the place of images.
+        spec, phase, cached: As in `Program`.
 
     Errors:
         UserError: A pattern matches nothing, the images are too small for the net, a frozen module
@@ -197,10 +195,16 @@ def make_program(
     strengths = {r.on: cfg.get(config, r.field) for r in known if r.on and not r.needs_activations}
     strengths['optimizer.decay_on'] = config.optimizer.weight_decay
     strengths['optimizer.max_norm_on'] = config.optimizer.max_norm
-    acted_on = {
-        field: select_trainable(names, ever, program.trainable, config, field, strength)
-        for field, strength in strengths.items()
-    }
+    acted_on = {}
+    for field, strength in strengths.items():
+        patterns: Sequence[str] = cfg.get(config, field)
+        if strength and not ever.intersection(params.select(names, patterns, field=field)):
+            raise UserError(
+                f'config.{field} is {tuple(patterns)}, which matches frozen parameters alone, so '
+                'that it would change nothing; name some that are trained'
+            )
+        # Whatever the strength: a compiled step serves every one, 0 included.
+        acted_on[field] = [name for name in program.trainable if params.matches(name, patterns)]
     watching = [r.on for r in regularizers if r.needs_activations]
     frozen = freezing.frozen_modules(names, program.trainable, program.frozen_patterns)
     held = [path for path in params.flatten(statistics) if frozen(path.rpartition('/')[0])]
@@ -290,39 +294,6 @@ def trainable_by_phase(config: cfg.Config, names: list[str]) -> list[list[str]]:
             'a second phase only trains more'
         )
     return [first, [name for name in names if name not in {*first, *frozen}]]
-
-
-def select_trainable(
-    names: list[str],
-    ever: set[str],
-    trainable: list[str],
-    config: cfg.Config,
-    field: str,
-    strength: float,
-) -> list[str]:
-    """The paths that something acts on, among those that a phase trains.
-
-    They do not depend on the strength: a compiled step serves every one, 0 included.
-
-    Args:
-        names: All paths.
-        ever: Those that any phase trains.
-        trainable: Those that this phase does.
-        config, field: The patterns, and where they stand.
-        strength: With 0 the patterns need not make sense.
-
-    Errors:
-        UserError: A pattern matches nothing, or all of them nothing that is ever trained.
-    """
-    patterns: Sequence[str] = cfg.get(config, field)
-    if strength:
-        matched = params.select(names, patterns, field=field)
-        if not ever.intersection(matched):
-            raise UserError(
-                f'config.{field} is {tuple(patterns)}, which matches frozen parameters alone, so '
-                'that it would change nothing; name some that are trained'
-            )
-    return [name for name in trainable if params.matches(name, patterns)]
 
 
 def update_groups(

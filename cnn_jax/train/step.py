@@ -9,7 +9,6 @@ ablation shares one compilation.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -53,7 +52,9 @@ def train_step(
     config = bound_config(program, state, values)
     grads, batch_stats, sums = step_gradients(program, config, state, batch)
     if config.optimizer.clip_norm:
-        grads = optim.clip_by_norm(grads, config.optimizer.clip_norm)
+        # g · min(1, c/‖g‖) over all parameters (Pascanu, Mikolov & Bengio 2013, algorithm 1)
+        clip = optax.clip_by_global_norm(config.optimizer.clip_norm)
+        grads: Any = clip.update(grads, optax.EmptyState())[0]
     if is_on(config.optimizer.gradient_noise):  # after clipping, which would take the gradient out
         key = rng.key(config.seed, 'gradient_noise', state.step)
         grads = optim.add_gradient_noise(key, grads, config.optimizer.gradient_noise, state.step)
@@ -84,9 +85,18 @@ def train_step(
 
 
 def bound_config(program: Program, state: State, values: Values) -> cfg.Config:
-    """The config with its numbers at the state's step."""
+    """The config with its numbers at the state's step.
+
+    dropout(t) = dropout · min(1, t / drop_ramp), t the share of the training that is done
+
+    Source: Ghiasi et al. 2018, "DropBlock", section 3: a linear scheme with `drop_ramp` = 1.
+    """
     config = cfg.bind(program.config, values)
-    return ramp_dropout(config, state.step / float(program.spec.phase_ends[-1]))
+    if not is_on(config.model.drop_ramp):
+        return config
+    done = state.step / float(program.spec.phase_ends[-1])
+    share = jnp.minimum(1.0, done / config.model.drop_ramp)
+    return cfg.replace(config, {'model.dropout': config.model.dropout * share})
 
 
 def step_gradients(
@@ -94,18 +104,38 @@ def step_gradients(
 ) -> tuple[params.Flat, dict[str, Any], metrics.Sums]:
     """The gradients of a training step as they are before clipping.
 
+    They are the mean over `optimizer.accumulate` equal micro-batches, one after the other. That
+    loop is unrolled: XLA's CPU convolutions are ten times slower inside a compiled one.
+
     Args:
         program, state, batch: As for `train_step`.
         config: The bound config.
 
     Returns:
-        The gradients of the trained parameters; the new batch statistics; the sums, with the
-        `objective` and the `gradient_norm`.
+        The gradients of the trained parameters; the batch statistics after the last micro-batch;
+        the sums over all, with the `objective` and the `gradient_norm`.
     """
     batch = _augmented(program, config, batch, rng.key(config.seed, 'augment', state.step))
     trainable, frozen = params.partition(state.params, program.trainable)
-    key = rng.key(config.seed, 'dropout', state.step)
-    gradients = functools.partial(_mean_gradients, program, config, state, frozen, batch, key)
+    count = config.optimizer.accumulate
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    keys = jax.random.split(rng.key(config.seed, 'dropout', state.step), count)
+    value_and_grad = jax.value_and_grad(
+        functools.partial(_objective, program, config, state, frozen), has_aux=True
+    )
+
+    def gradients(trainable: params.Flat) -> Any:
+        batch_stats: Any = state.batch_stats
+        total: Any = None
+        for i, key in enumerate(keys):
+            part = {name: leaf[i] for name, leaf in parts.items()}
+            (_, (batch_stats, sums)), grads = value_and_grad(trainable, batch_stats, part, key)
+            new = grads, sums
+            total = new if total is None else jax.tree.map(jnp.add, total, new)
+        grads, sums = total
+        sums['objective'] /= count
+        return jax.tree.map(lambda g: g / count, grads), batch_stats, sums
+
     grads, batch_stats, sums = gradients(trainable)
     if is_on(config.optimizer.sam):  # statistics and metrics remain those of the weights themselves
         grads, *_ = gradients(optim.sam_perturb(trainable, grads, config.optimizer.sam))
@@ -124,67 +154,36 @@ def _augmented(program: Program, config: cfg.Config, batch: Batch, key: Array) -
     return batch | {'image': images}
 
 
-def _mean_gradients(
-    program: Program,
-    config: cfg.Config,
-    state: State,
-    frozen: params.Flat,
-    batch: Batch,
-    key: Array,
-    trainable: params.Flat,
-) -> tuple[params.Flat, dict[str, Any], metrics.Sums]:
-    """The mean gradient over `optimizer.accumulate` equal micro-batches, taken in turn.
-
-    The loop is unrolled: XLA's CPU convolutions are ten times slower inside a compiled one.
-
-    Returns:
-        The gradients; the batch statistics after the last micro-batch; the sums over all.
-    """
-
-    def objective(trainable: params.Flat, batch_stats: Any, batch: Batch, key: Array):
-        variables = {'params': params.merge(trainable, frozen), 'batch_stats': batch_stats}
-        return _objective(program, config, state, trainable, variables, batch, key)
-
-    count = config.optimizer.accumulate
-    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-    batch_stats, grads, sums = state.batch_stats, None, None
-    for i, part_key in enumerate(jax.random.split(key, count)):
-        part = {name: leaf[i] for name, leaf in parts.items()}
-        (_, (batch_stats, new_sums)), new = jax.value_and_grad(objective, has_aux=True)(
-            trainable, batch_stats, part, part_key
-        )
-        grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
-        sums = new_sums if sums is None else jax.tree.map(jnp.add, sums, new_sums)
-    assert sums is not None
-    sums['objective'] /= count
-    return jax.tree.map(lambda g: g / count, grads), batch_stats, sums
-
-
 def _objective(
     program: Program,
     config: cfg.Config,
     state: State,
+    frozen: params.Flat,
     trainable: params.Flat,
-    variables: dict[str, Any],
+    batch_stats: dict[str, Any],
     batch: Batch,
     key: Array,
 ) -> tuple[Array, tuple[dict[str, Any], metrics.Sums]]:
     """The mean loss of the batch's examples plus the penalties, and what comes with it."""
+    variables = {'params': params.merge(trainable, frozen), 'batch_stats': batch_stats}
     network = functools.partial(forward, program, config, variables)
     log_probs, batch_stats, activations = network(batch['image'], key)
 
-    def context(regularizer: Regularizer) -> Context:
-        paths = program.acted_on.get(regularizer.on, [])
-        if regularizer.needs_activations:
-            return Context(
-                config, trainable, {}, {p: activations[p] for p in paths}, log_probs, batch, again
-            )
-        acted_on = {path: trainable[path] for path in paths} if regularizer.on else trainable
-        initial = state.init_params if regularizer.needs_initial else {}
-        return Context(config, acted_on, initial, {}, log_probs, batch, again)
-
     def again(images: Array, mask: int = 0) -> Array:
         return network(images, jax.random.fold_in(key, mask) if mask else key)[0]
+
+    def context(regularizer: Regularizer) -> Context:
+        paths, watches = program.acted_on.get(regularizer.on, []), regularizer.needs_activations
+        some = regularizer.on and not watches
+        return Context(
+            config,
+            {path: trainable[path] for path in paths} if some else trainable,
+            state.init_params if regularizer.needs_initial else {},
+            {path: activations[path] for path in paths} if watches else {},
+            log_probs,
+            batch,
+            again,
+        )
 
     each = example_losses(config, log_probs, batch)
     each, penalty = add_terms(program.regularizers, context, each)
@@ -201,22 +200,18 @@ def forward(
     Args:
         program, config: The phase, and its config with numbers.
         variables: `params` and `batch_stats`.
-        images: Prepared images or features.
-        key: The key of dropout.
+        images, key: Prepared images or features, and the key of dropout.
 
     Returns:
         Log class probabilities; the new batch statistics; the outputs of the layers that a
         regularizer looks at, by path.
     """
-    watched = {
-        path
-        for regularizer in program.regularizers
-        if regularizer.needs_activations
-        for path in program.acted_on[regularizer.on]
-    }
-    mutable, capture = ['batch_stats'], False
-    if watched:
-        mutable, capture = ['batch_stats', 'intermediates'], _outputs_of(watched)
+    watching = [each.on for each in program.regularizers if each.needs_activations]
+    watched = {path for on in watching for path in program.acted_on[on]}
+
+    def capture(module: nn.Module, method: str) -> bool:
+        return method == '__call__' and '/'.join(module.path) in watched
+
     net = program.spec.network(config)
     mode: dict[str, Any] = freezing.mode_arguments(net, train=True)
     with nn.intercept_methods(program.interceptor):
@@ -225,18 +220,14 @@ def forward(
             images,
             **mode,
             rngs={'dropout': key},
-            mutable=mutable,
-            capture_intermediates=capture,
+            mutable=['batch_stats', 'intermediates'] if watched else ['batch_stats'],
+            capture_intermediates=capture if watched else False,
             method='classify' if program.cached else None,
         )
     logits, updated = applied
     activations = params.flatten(updated.get('intermediates', {}))
     outputs = {path.removesuffix('/__call__'): calls[0] for path, calls in activations.items()}
     return log_probabilities(logits), updated.get('batch_stats', variables['batch_stats']), outputs
-
-
-def _outputs_of(paths: set[str]) -> Callable[[nn.Module, str], bool]:
-    return lambda module, method: method == '__call__' and '/'.join(module.path) in paths
 
 
 def predict_step(
@@ -283,13 +274,11 @@ def pool_statistics(average: dict[str, Any], batch: dict[str, Any], count: Int[A
 
     mean ← mean + δ/n,  var ← var + (σ² − var)/n + δ²·(n − 1)/n²,  δ = μ − mean
 
-    so that after N equal batches they are the mean and the biased variance of all their values.
-
     Args:
         average: Statistics of the batches before; any values for n = 1.
         batch: μ and σ² of this batch, as leaves `mean` and `var` of the same tree. Other leaves
             are averaged.
-        count: n, from 1.
+        count: n, from 1; the batches are of equal size.
 
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3; the update is that of
         Chan, Golub & LeVeque 1983.
@@ -306,23 +295,6 @@ def pool_statistics(average: dict[str, Any], batch: dict[str, Any], count: Int[A
     return params.unflatten(
         {path: jnp.where(count == 1, new[path], leaf) for path, leaf in moved.items()}
     )
-
-
-def ramp_dropout(config: cfg.Config, done: Float[Array, '']) -> cfg.Config:
-    """The config with the rate of dropout after a share of the training.
-
-    r(t) = r · min(1, t / drop_ramp)
-
-    Args:
-        config: A bound config with `model.dropout` r and `model.drop_ramp`.
-        done: t, 0 at the start of the run and 1 at its end.
-
-    Source: Ghiasi et al. 2018, "DropBlock", section 3: a linear scheme with `drop_ramp` = 1.
-    """
-    if not is_on(config.model.drop_ramp):
-        return config
-    share = jnp.minimum(1.0, done / config.model.drop_ramp)
-    return cfg.replace(config, {'model.dropout': config.model.dropout * share})
 
 
 def averaging_weight(
