@@ -255,8 +255,8 @@ class Checkpoints:
         """Return what was sealed into a checkpoint that is whole and this run's.
 
         Errors:
-            Corrupt: It is damaged, or of another run.
-            UserError: Another version of cnn_jax wrote it.
+            Corrupt: It is damaged.
+            UserError: Another version of cnn_jax wrote it, or the manifest was another.
         """
         content = read_sealed_folder(self.place(step))
         if content['format'] != FORMAT:
@@ -268,7 +268,10 @@ class Checkpoints:
         copy = self.place(step) / manifest.NAME
         saved = read_json(copy) if copy.exists() else None
         if manifest.origin(saved) != manifest.origin(self._manifest):
-            raise Corrupt(f'its {manifest.NAME} is not that of the run')
+            raise UserError(
+                f'{self._folder.parent / manifest.NAME} is not what it was at step {step}: copy '
+                f'{copy} to its place, or remove that checkpoint if it is of another run'
+            )
         return content
 
     def _check_room(self, parts: dict[str, Any]) -> None:

@@ -198,16 +198,9 @@ def altered(path):
     write_json(path, read_json(path) | {'data': {'train': {'fingerprint': 'other'}}})
 
 
-def of_another_run(place):
-    content = read_sealed_folder(place)
-    altered(place / 'manifest.json')
-    seal_folder(place, content)
-
-
-@pytest.mark.parametrize('damage', [empty, of_another_run])
-def test_a_checkpoint_that_is_not_this_runs_is_not_used(tmp_path, undisturbed, damage):
+def test_an_empty_checkpoint_is_not_used(tmp_path, undisturbed):
     run(tmp_path, last=7)
-    damage(tmp_path / 'checkpoints/step_6')
+    empty(tmp_path / 'checkpoints/step_6')
     assert run(tmp_path)[-1] == 'resumed at 4'
     assert end(tmp_path)[0] == undisturbed[0]
 
@@ -316,5 +309,5 @@ def test_steps_and_metrics_are_recorded_bit_for_bit(tmp_path):
 def test_a_manifest_altered_with_its_digest_is_found(tmp_path):
     run(tmp_path, last=7)
     altered(tmp_path / 'manifest.json')
-    with pytest.raises(UserError, match=r'its manifest\.json'):
+    with pytest.raises(UserError, match=r'copy \S*/manifest\.json'):
         run(tmp_path)
