@@ -245,7 +245,7 @@ class Checkpoints:
     def _unusable(self, step: int, error: Exception) -> UserError:
         mend = 'rerun launch.train with the same command to go back to the one before'
         if step != max(self.steps(), default=None):
-            mend = f'restore it, or take the latest (step {max(self.steps(), default=0)})'
+            mend = 'restore it, or take the latest (--checkpoint=latest)'
         return UserError(
             f'the checkpoint of step {step} in {self._folder} cannot be used ({_reason(error)}); '
             f'{mend}'
