@@ -1,6 +1,7 @@
 """Two-dimensional convolution and pooling, NHWC images and HWIO kernels."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -26,6 +27,7 @@ def conv2d(
     padding: Padding = 'SAME',
     dilation: Size = 1,
     groups: int = 1,
+    winograd: bool = False,
 ) -> Float[Array, 'b h2 w2 f']:
     """Convolve images; as everywhere in deep learning this is a cross-correlation.
 
@@ -39,6 +41,9 @@ def conv2d(
             (mirrored about the edge pixel).
         dilation: Pixels between neighbouring taps.
         groups: Parts into which the channels are split; divides c and f.
+        winograd: Whether 3×3 kernels of stride 1 may be computed on tiles of 4×4 pixels (Lavin &
+            Gray 2016), two to three times faster. The rounding error is then some 2e-6 of the
+            result's norm, ten times the direct sum's. For float32 on a CPU; ignored elsewhere.
 
     Returns:
         Images of the size that `output_shape` gives.
@@ -54,8 +59,8 @@ def conv2d(
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode=_PAD_MODE[padding])
         pads = (0, 0), (0, 0)
     strides, dilations = pair(stride), pair(dilation)
-    if groups == 1 and on_cpu():
-        return convolve(x, kernel, strides, pads, dilations)
+    if on_cpu():
+        return convolve(x, kernel, strides, pads, dilations, groups, winograd)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -68,15 +73,17 @@ def conv2d(
 
 
 class Conv(nn.Module):
-    """Convolution layer, y = `conv2d`(x, kernel) + bias.
+    """Convolution layer, y = σ(`conv2d`(x, kernel) + bias).
 
     Attributes:
         features: Channels of the output, f.
         kernel_size, strides, padding, kernel_dilation, feature_group_count: As the kernel, stride,
             padding, dilation and groups of `conv2d`; the names are Flax's.
         use_bias: Whether to add a bias.
+        activation: σ, or None for none.
         standardize: Whether the kernel is standardized filter by filter before it is used; see
             `standardize_kernel`.
+        winograd: As that of `conv2d`.
         dtype: Type of the computation and the result; None infers it from x and the parameters.
         kernel_init: He-normal as Keras has it: a normal truncated at two deviations, variance
             2 / (kh·kw·c/g).
@@ -97,7 +104,9 @@ class Conv(nn.Module):
     kernel_dilation: Size = 1
     feature_group_count: int = 1
     use_bias: bool = True
+    activation: Callable[[Array], Array] | None = None
     standardize: bool = False
+    winograd: bool = False
     dtype: Dtype | None = None
     kernel_init: Initializer = nn.initializers.he_normal()
 
@@ -127,8 +136,10 @@ class Conv(nn.Module):
             padding=self.padding,
             dilation=self.kernel_dilation,
             groups=groups,
+            winograd=self.winograd,
         )
-        return y if bias is None else add_bias(y, bias)
+        y = y if bias is None else add_bias(y, bias)
+        return y if self.activation is None else self.activation(y)
 
 
 def standardize_kernel(kernel: Float[Array, 'kh kw c f']) -> Float[Array, 'kh kw c f']:

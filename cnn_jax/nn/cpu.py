@@ -1,9 +1,9 @@
 """Everything that exists only because XLA's CPU compiler is slow; a private matter of `cnn_jax.nn`.
 
-XLA hands a float32 convolution to Eigen, whose speed depends on how it is asked. Each form here
-computes the same sums and is used where it measured fastest. All convolutions are written
-in the form in which Eigen takes them (images NHWC, kernels HWIO): XLA brings others into it only
-outside of loops, and runs them ten times slower inside of one.
+Convolutions of float32 are those of `nn.native`. Where there are none, XLA hands them to Eigen,
+whose speed depends on how it is asked: they are written in the form in which Eigen takes them
+(images NHWC, kernels HWIO), since XLA brings others into it only outside of loops, and runs them
+ten times slower inside of one.
 """
 
 import contextlib
@@ -11,16 +11,18 @@ import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
+from cnn_jax.nn import native
 from cnn_jax.nn.padding import Pair
 
 _chosen = contextvars.ContextVar('platform', default='')
@@ -231,34 +233,56 @@ class Window(NamedTuple):
     stride: Pair
     pads: tuple[Pair, Pair]
     dilation: Pair
+    groups: int
+    winograd: bool
 
 
-_FEW = 16  # numbers in a window: 3×3 taps of a grey image are 9
-
-
-def convolve(x, kernel, stride: Pair, pads: tuple[Pair, Pair], dilation: Pair) -> Any:
-    """`nn.conv.conv2d` of one group, its padding resolved; differentiable in every mode."""
-    # Eigen is 5 to 100 times slower where the kernel outgrows the image.
-    if any(k > n for k, n in zip(kernel.shape, x.shape[1:3])):
-        return _by_matmul(x, kernel, stride, pads, dilation)
-    window = Window(x.shape[1:3], kernel.shape[:2], stride, pads, dilation)
+def convolve(
+    x: Any,
+    kernel: Any,
+    stride: Pair,
+    pads: tuple[Pair, Pair],
+    dilation: Pair,
+    groups: int,
+    winograd: bool,
+) -> Any:
+    """`nn.conv.conv2d`, its padding resolved; differentiable in every mode."""
+    shapes = x.shape[1:3], kernel.shape[:2]
+    window = Window(*shapes, stride, pads, dilation, groups, winograd)
     return _CONV.bind(x, kernel, window=window, mapped=())
 
 
 def _conv(x, kernel, window):
-    # Eigen is three times slower where a window holds few numbers. (A sum that XLA fuses is faster
-    # by itself, but what is fused is computed again wherever the result is read.)
-    if _few(x, window):
-        return _by_rows(x, kernel, *window[2:])
-    return direct(x, kernel, *window[2:])
+    if _as_defined(window):
+        return _definition(x, kernel, window)
+    return direct(x, kernel, window.stride, window.pads, window.dilation)
 
 
-def _few(x, window):
-    return math.prod(window.taps) * x.shape[3] <= _FEW and x.dtype == jnp.float32
+def _as_defined(window):
+    """Whether the gradients, too, are what JAX makes of the definition."""
+    outgrown = any(k > n for k, n in zip(window.taps, window.size))
+    spread = any(s > 1 and d > 1 for s, d in zip(window.stride, window.dilation))
+    return window.groups > 1 or outgrown or spread
 
 
-def direct(x, kernel, stride=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1), spread=(1, 1)):
-    """XLA's convolution; `spread` is the distance between neighbouring pixels of x."""
+def _definition(x, kernel, window):
+    """The convolution in a form that JAX differentiates itself."""
+    # Eigen is 5 to 100 times slower where the kernel outgrows the image.
+    if window.groups == 1 and any(k > n for k, n in zip(window.taps, window.size)):
+        return _by_matmul(x, kernel, window)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=window.stride,
+        padding=window.pads,
+        rhs_dilation=window.dilation,
+        feature_group_count=window.groups,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+
+def direct(x, kernel, stride=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1)):
+    """XLA's convolution."""
 
     # Many models one after the other: as groups of one convolution they take 2 to 3 times as long.
     @jax.custom_batching.sequential_vmap
@@ -268,7 +292,6 @@ def direct(x, kernel, stride=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1), spr
             kernel,
             window_strides=stride,
             padding=pads,
-            lhs_dilation=spread,
             rhs_dilation=dilation,
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         )
@@ -282,21 +305,19 @@ def _kernel_gradient(x, dy, window):
     A convolution again: channels take the place of images and images that of channels, and dy
     that of the kernel, with stride and dilation exchanged.
     """
+    if _as_defined(window):
+        kernel = jax.ShapeDtypeStruct(_kernel_shape(x.shape, dy.shape, window), x.dtype)
+        return jax.linear_transpose(lambda k: _definition(x, k, window), kernel)(dy)[0]
     dy = materialize(dy)  # it is read more than once
-    if _few(x, window):  # as a product of the windows with dy, which stays as it lies
-        shape = (*window.taps, x.shape[3], dy.shape[3])
-        rows = _rows(x, shape, *window[2:])
-        return (rows.reshape(len(rows), -1) @ dy.reshape(-1, shape[-1])).reshape(shape)
-    _, _, stride, pads, dilation = window
-    axes = zip(x.shape[1:3], window.taps, dy.shape[1:3], stride, pads, dilation)
+    axes = zip(*window[:2], dy.shape[1:3], *window[2:5])
     # So that exactly `taps` positions of dy fit.
     pads = [(lo, (k - 1) * d + (o - 1) * s + 1 - n - lo) for n, k, o, s, (lo, _), d in axes]
     result = direct(
         materialize(x).transpose(3, 1, 2, 0),
         dy.transpose(1, 2, 0, 3),
-        dilation,
+        window.dilation,
         pads,
-        dilation=stride,
+        dilation=window.stride,
     )
     return result.transpose(1, 2, 0, 3)
 
@@ -308,10 +329,11 @@ def _input_gradient(dy, kernel, window):
     such phase is a convolution without gaps, and the phases are woven into one another. Filling
     dy with zeros between its pixels instead is up to 1.8 times slower.
     """
-    size, _, stride, pads, dilation = window
+    size, _, stride, pads, dilation = window[:5]
+    if _as_defined(window):
+        x = jax.ShapeDtypeStruct(_image_shape(dy.shape, kernel.shape, window), dy.dtype)
+        return jax.linear_transpose(lambda x: _definition(x, kernel, window), x)(dy)[0]
     dy = materialize(dy)
-    if any(s > 1 and d > 1 for s, d in zip(stride, dilation)):
-        return _input_gradient_by_gaps(dy, kernel, size, stride, pads, dilation)
     first = [lo // s for (lo, _), s in zip(pads, stride)]
     count = [-(-(lo + n) // s) - m for n, s, (lo, _), m in zip(size, stride, pads, first)]
 
@@ -332,72 +354,127 @@ def _input_gradient(dy, kernel, window):
     return woven[:, top : top + size[0], left : left + size[1]]
 
 
-def _input_gradient_by_gaps(dy, kernel, size, stride, pads, dilation):
-    axes = zip(size, kernel.shape[:2], dy.shape[1:3], stride, pads, dilation)
-    around = [((k - 1) * d - lo, n + lo - (o - 1) * s - 1) for n, k, o, s, (lo, _), d in axes]
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    return direct(dy, flipped, pads=around, dilation=dilation, spread=stride)
-
-
-def _by_matmul(x, kernel, stride, pads, dilation):
+def _by_matmul(x, kernel, window):
     """The same convolution as one product: the windows as rows, the kernel as a matrix."""
-    windows = jnp.concatenate(list(_shifted(x, kernel.shape, stride, pads, dilation)), axis=-1)
-    return windows @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def _by_rows(x, kernel, *window):
-    """The same as a product with the windows as columns: few rows, each of them long."""
-    rows = _rows(x, kernel.shape, *window)
-    height, width = rows.shape[2:]
-    y = jnp.einsum('kn,kf->nf', rows.reshape(len(rows), -1), kernel.reshape(len(rows), -1))
-    return y.reshape(x.shape[0], height, width, -1)
-
-
-def _rows(x, kernel_shape, *window):
-    """Number k of every window, [k, b, i, j]."""
-    taps = _shifted(x, kernel_shape, *window)
-    return jnp.stack([tap[..., c] for tap in taps for c in range(x.shape[-1])])
-
-
-def _shifted(x, kernel_shape, stride, pads, dilation):
-    """The input of each tap of the kernel: the padded images, moved and strided."""
+    _, taps, stride, pads, dilation = window[:5]
     # lax.pad, since explicit padding may be negative.
     x = lax.pad(x, jnp.zeros((), x.dtype), [(lo, hi, 0) for lo, hi in ((0, 0), *pads, (0, 0))])
-    taps = kernel_shape[:2]
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, taps)]
     height, width = ((n - r) // s + 1 for n, r, s in zip(x.shape[1:3], reach, stride))
+    shifted = []  # the input of each tap: the padded images, moved and strided
     for p, q in itertools.product(*map(range, taps)):
         top, left = p * dilation[0], q * dilation[1]
         bottom = top + stride[0] * (height - 1) + 1
         right = left + stride[1] * (width - 1) + 1
-        yield x[:, top : bottom : stride[0], left : right : stride[1]]
+        shifted.append(x[:, top : bottom : stride[0], left : right : stride[1]])
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _output_shape(x, kernel, window):
+    axes = zip(*window[:5])
+    size = [(n + sum(pad) - d * (k - 1) - 1) // s + 1 for n, k, s, pad, d in axes]
+    return (x[0], *size, kernel[3])
+
+
+def _image_shape(dy, kernel, window):
+    return (dy[0], *window.size, kernel[2] * window.groups)
+
+
+def _kernel_shape(x, dy, window):
+    return (*window.taps, x[3] // window.groups, dy[3])
 
 
 # A convolution's three products: each is linear in both of its operands, and its transposes are the
 # other two. A parameter `mapped` holds the mapped axis (0 or None) of both operands for each `vmap`
-# around them, the outermost first.
+# around them, the outermost first. XLA calls the native library for them, or compiles the functions
+# above, as `_is_native` decides while it lowers them: here and nowhere else.
 
 
-def _product(name: str, function: Callable) -> Primitive:
+def _is_native(context: Any, operands: Sequence[Any]) -> bool:
+    """Whether the native library computes a product: on the one CPU of a program that stays here.
+
+    Several devices divide XLA's own convolutions among them, but not a call of a library; and a
+    program that is exported runs elsewhere.
+    """
+    module = context.module_context
+    return (
+        not module.lowering_parameters.for_export
+        and getattr(module.axis_context, 'num_devices', None) == 1
+        and all(x.dtype == jnp.float32 and x.size for x in (*operands, *context.avals_out))
+        and native.available()
+    )
+
+
+def _call_native(name, shape, operands, window, mapped):
+    """The product, all runs that are mapped over in one call."""
+    runs = shape[:-4]
+
+    def stacked(x, axes):
+        if all(axis is None for axis in axes):
+            return x
+        own = iter(x.shape)
+        leading = [1 if axis is None else next(own) for axis in axes]
+        x = jnp.broadcast_to(x.reshape(*leading, *x.shape[-4:]), (*runs, *x.shape[-4:]))
+        return x.reshape(-1, *x.shape[-4:])
+
+    operands = [stacked(x, axes) for x, axes in zip(operands, zip(*mapped))] if mapped else operands
+    before = (lo for lo, _ in window.pads)
+    numbers = np.array([*window.stride, *before, *window.dilation, window.groups], np.int64)
+    settings = {'window': numbers, 'winograd': window.winograd}
+    out = (math.prod(runs), *shape[-4:]) if mapped else shape
+    return native.call(name, out, *operands, **settings).reshape(shape)
+
+
+def _runs(shapes, mapped):
+    """How many runs each level maps over."""
+    own = [iter(shape) for shape in shapes]
+    counts = [[next(n) for n, axis in zip(own, level) if axis is not None] for level in mapped]
+    return tuple(count[0] for count in counts)
+
+
+def _product(name: str, function: Callable, shape: Callable) -> Primitive:
+    """The primitive of a product that XLA computes by `function`, its result of `shape`."""
+
+    def abstract(left, right, *, window, mapped):
+        if left.dtype != right.dtype:
+            raise TypeError(f'a convolution of {left.dtype} with {right.dtype}')
+        runs = _runs((left.shape, right.shape), mapped)
+        one = shape(left.shape[-4:], right.shape[-4:], window)
+        return core.ShapedArray((*runs, *one), left.dtype)
+
     def compute(left, right, *, window, mapped):
         run = functools.partial(function, window=window)
         for axes in reversed(mapped):
             run = jax.vmap(run, axes)
         return run(left, right)
 
+    def lower(context, *operands, window, mapped):
+        shape = context.avals_out[0].shape
+
+        def library(*operands):
+            return _call_native(name, shape, operands, window, mapped)
+
+        by_xla = functools.partial(compute, window=window, mapped=mapped)
+        chosen = library if _is_native(context, context.avals_in) else by_xla
+        return mlir.lower_fun(chosen, multiple_results=False)(context, *operands)
+
     def batch(operands, batched, *, window, mapped):
         moved = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, batched)]
         level = tuple(None if a is None else 0 for a in batched)
         return primitive.bind(*moved, window=window, mapped=(level, *mapped)), 0
 
-    primitive = _primitive(name, compute)
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=('window', 'mapped')))
+    mlir.register_lowering(primitive, lower, platform='cpu')
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-_CONV = _product('conv', _conv)
-_INPUT_GRADIENT = _product('conv_input_gradient', _input_gradient)
-_KERNEL_GRADIENT = _product('conv_kernel_gradient', _kernel_gradient)
+_CONV = _product('conv', _conv, _output_shape)
+_INPUT_GRADIENT = _product('conv_input_gradient', _input_gradient, _image_shape)
+_KERNEL_GRADIENT = _product('conv_kernel_gradient', _kernel_gradient, _kernel_shape)
 
 
 def _transpose(product: Primitive, known: int, cotangent_first: bool) -> Callable:
