@@ -128,6 +128,8 @@ class Model(Fields):
     outputs: int = number(0, **KEPT)  # 0: one per class (softmax); 1: one sigmoid for two classes
     # of computations; parameters are always float32
     dtype: str = choice('float32', 'bfloat16', **KEPT)
+    # which 3×3 convolutions of stride 1 take its short cut on a CPU
+    winograd: str = choice('frozen', 'always', 'never', **needs('model.dtype', of=('float32',)))
 
     # strided_net
     stem_width: int = number(16, high=2**20, **STRIDED)  # 0: no stem

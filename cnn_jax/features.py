@@ -30,11 +30,13 @@ from cnn_jax.errors import UserError
 from cnn_jax.files import cache_folder, cached_array
 from cnn_jax.mesh import Layout
 from cnn_jax.models import build
+from cnn_jax.nn.cpu import on_cpu
+from cnn_jax.nn.native import library
 from cnn_jax.nn.winograd import transform_kernels, winograd_interceptor
 
 PIXELS_PER_BATCH = 400_000  # on a CPU: eight images of 224×224, which stay in its caches
 PIXELS_PER_BATCH_ON_ACCELERATORS = 20 * PIXELS_PER_BATCH
-ARITHMETIC = 3  # increment it when the backbone computes other bits: old files are then unused
+ARITHMETIC = 4  # increment it when the backbone computes other bits: old files are then unused
 SHARD = 256  # examples per file: what a kill can lose, some seconds of work
 
 # In memory, and in a file: .npy has no bfloat16, so its bits are stored.
@@ -114,7 +116,7 @@ class Extractor:
             'decoding': [decode.RULE, PIL.__version__],
             'jax': jax.__version__,
             'device': jax.devices()[0].device_kind,
-            'arithmetic': ARITHMETIC,
+            'arithmetic': [ARITHMETIC, on_cpu() and library().key, model.winograd],
         }
         return digest(json.dumps(facts, sort_keys=True), *weights)
 
@@ -124,7 +126,7 @@ class Extractor:
         return jax.jit(self._weights)(self.backbone)
 
     def _weights(self, backbone: dict[str, Any]) -> dict[str, Any]:
-        if self.config.model.dtype != 'float32':
+        if self.config.model.dtype != 'float32' or self.config.model.winograd == 'never':
             return backbone
         return params.unflatten(transform_kernels(params.flatten(backbone)))
 
@@ -188,8 +190,7 @@ class Extractor:
 
 def _batch_size(image_shape: tuple[int, ...]) -> int:
     """The number of images computed at once."""
-    on_cpu = jax.default_backend() == 'cpu'
-    pixels = PIXELS_PER_BATCH if on_cpu else PIXELS_PER_BATCH_ON_ACCELERATORS
+    pixels = PIXELS_PER_BATCH if on_cpu() else PIXELS_PER_BATCH_ON_ACCELERATORS
     return int(np.clip(pixels // np.prod(image_shape[:2]), 8, SHARD))
 
 

@@ -164,7 +164,8 @@ class StridedNet(nn.Module):
     def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b k']:
         c = self.config
         _check_size(c, x.shape[1:3])
-        conv = functools.partial(Conv, dtype=c.dtype, standardize=c.weight_standardization)
+        standardize, winograd = c.weight_standardization, c.winograd == 'always'
+        conv = functools.partial(Conv, dtype=c.dtype, standardize=standardize, winograd=winograd)
         if train:
             x = add_noise(self.make_rng('dropout'), x, c.input_noise)
         if c.stem_width:
@@ -254,6 +255,7 @@ class VGG16(nn.Module):
         cut: The last layer computed, one of `vgg16_layers`; None is the last there is.
         include_top: Whether the fully connected layers are there; the input is 224×224 then.
         dtype: Type of the computation; parameters are float32.
+        winograd: As that of `nn.conv2d`.
 
     Source: Simonyan and Zisserman 2015, arXiv:1409.1556, configuration D; layer names of
     `keras.applications.VGG16`.
@@ -262,6 +264,7 @@ class VGG16(nn.Module):
     cut: str | None = None
     include_top: bool = False
     dtype: Dtype = jnp.float32
+    winograd: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, 'b h w 3'], *, train: bool = False) -> Array:
@@ -289,7 +292,8 @@ class VGG16(nn.Module):
     def _layer(self, name: str, x: Array) -> Array:
         if name in CONVOLUTIONS:
             filters = CONVOLUTIONS[name][-1]
-            return nn.relu(Conv(filters, 3, dtype=self.dtype, name=name)(x))
+            layer = {'activation': nn.relu, 'dtype': self.dtype, 'name': name}
+            return Conv(filters, 3, winograd=self.winograd, **layer)(x)
         if name in TOP:
             x = nn.Dense(TOP[name][-1], dtype=self.dtype, name=name)(x)
             return x if name == 'predictions' else nn.relu(x)
@@ -369,6 +373,7 @@ def build(config: Model, num_classes: int) -> nn.Module:
             'set it to 0'
         )
     if config.name == 'vgg16':
-        backbone = VGG16(cut=config.cut, dtype=config.dtype)
+        winograd = config.winograd == 'always'
+        backbone = VGG16(cut=config.cut, dtype=config.dtype, winograd=winograd)
         return Classifier(backbone, Head(config, outputs))
     return StridedNet(config, outputs)
