@@ -71,7 +71,8 @@ class Settings:
     notes: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        return ' · '.join(self.notes)
+        """The notes, and what computes convolutions on a CPU; imports JAX."""
+        return ' · '.join((*self.notes, *map(str, _native())))
 
 
 _in_force: Settings | None = None  # what `configure` chose in this process
@@ -171,6 +172,15 @@ def _default_threads() -> int:
     return int(given)
 
 
+def _native() -> list[Any]:
+    """The library of native convolutions, on a CPU; builds it if need be. Imports JAX."""
+    if not runs_on_cpu():
+        return []
+    from cnn_jax.nn.native import library
+
+    return [library()]
+
+
 def cores() -> int:
     """The number of cores that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
@@ -238,7 +248,7 @@ def _keep_freed_memory() -> str:
 def _set_compile_cache(version: str) -> str:
     """Point JAX's persistent compilation cache at a folder of this jaxlib and processor."""
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        folder = cache_folder() / 'compiled' / f'jaxlib-{version}-{_processor()}'
+        folder = cache_folder() / 'compiled' / f'jaxlib-{version}-{processor()}'
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -254,7 +264,7 @@ def _set_compile_cache(version: str) -> str:
     return os.environ['JAX_COMPILATION_CACHE_DIR']
 
 
-def _processor() -> str:
+def processor() -> str:
     """A short digest of the processor: code compiled for another one may not run here."""
     info = Path('/proc/cpuinfo')
     fields = ('model name', 'flags', 'Features', 'CPU part')
@@ -276,4 +286,10 @@ def devices() -> str:
 def machine(settings: Settings) -> dict[str, Any]:
     """The machine for a run's record: devices, interpreter and settings. Starts JAX."""
     python = f'{platform.python_implementation()} {sys.version.split()[0]}'
-    return {'devices': devices(), 'python': python, **vars(settings)}
+    native = ''.join(library.key for library in _native())
+    return {
+        'devices': devices(),
+        'python': python,
+        'convolutions': native or 'XLA',
+        **vars(settings),
+    }

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import settings
 
 from cnn_jax import runtime
+from cnn_jax.files import cache_folder
 from tests.browser import Browser, Missing
 
+# Tests that start processes with a cache of their own need not build the library for each.
+os.environ.setdefault('CNN_JAX_NATIVE', str(cache_folder() / 'native'))
 runtime.configure()
 settings.register_profile('no deadline', deadline=None)  # a busy machine is not a failure
 settings.load_profile('no deadline')

@@ -92,6 +92,7 @@ def run(name: str, checkout: Path, compiled: Path) -> dict:
         words = (ALL + CONFIGS[name]).split()
         line += [word if word.startswith('--') else f'--config.{word}' for word in words]
         own = {'CNN_JAX_CACHE': f'{place}/cache', 'JAX_COMPILATION_CACHE_DIR': str(compiled)}
+        own |= {'CNN_JAX_NATIVE': f'{compiled}/native'}
         own |= {'JAX_PLATFORMS': 'cpu', 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONPATH': ''}
         if name in FOUR_DEVICES:
             own['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'

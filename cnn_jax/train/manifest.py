@@ -204,6 +204,7 @@ def _decisive(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         **_data_facts(data),
         **{name: manifest['machine'].get(name) for name in DECISIVE},
+        'convolutions': manifest['machine'].get('convolutions', 'XLA'),
         **manifest['packages'],
         **{f'code ({name})': value for name, value in code.items()},
         **{f'{split} data': data[split]['fingerprint'][:12] for split in ('train', 'eval')},
