@@ -58,16 +58,19 @@ static void run_outer(int numbers, int nv, Outer a) {
   }
 }
 
-// How a gradient of `size` numbers is cut into tasks of some 8 million multiply-adds.
+// How a gradient of `size` numbers is cut into tasks of some 8 million multiply-adds, their number a
+// power of 2. The chunks' sums are written and read once more: 1 MB of them, or one for each 1024
+// multiply-adds, is little.
 struct Cut {
   int channels = 1, filters = 1, chunks = 1;
   Cut(double work, size_t size, int C, int F, bool divisible, int units) {
-    const int want = std::clamp(work / 8e6, 1.0, 32.0);
-    // The chunks' sums are written and read once more: at most 1 MB of them, if the parts suffice.
-    chunks = std::clamp<int>((1 << 18) / size, 1, std::min(want, units));
-    while (divisible && chunks * channels < want && C % (64 * channels) == 0) channels *= 2;
-    while (chunks * channels * filters < want && F % (128 * filters) == 0) filters *= 2;
-    while (chunks * channels * filters < std::min(want, 8) && chunks < units) chunks++;
+    int want = 1;
+    while (want < 32 && 2 * want * 8e6 <= work) want *= 2;
+    const double room = std::max(262144., work / 1024) / size;
+    while (2 * chunks <= std::min<double>(room, std::min(want, units))) chunks *= 2;
+    while (divisible && tasks() < want && C % (64 * channels) == 0) channels *= 2;
+    while (tasks() < want && F % (128 * filters) == 0) filters *= 2;
+    while (tasks() < std::min(want, 4) && 2 * chunks <= units) chunks *= 2;
   }
   int tasks() const { return channels * filters * chunks; }
 };

@@ -8,10 +8,10 @@
 //
 // A task transforms T tiles of all channels, V [36][c/16][T][16], multiplies them by the kernels'
 // transforms U [36][f/(NV·VL)][c][NV·VL], with the register tile of direct.h whose "pixels" are
-// tiles, into M [36][T][f], and transforms these: V and M stay in the second cache, and neither
-// is ever in main memory. Large layers make tasks of 128 filters, which transform x anew (a
-// 20th of the work) so that M stays small and there are enough tasks. U is streamed through the caches once for each T tiles;
-// with many channels it is larger than V, so T is large there.
+// tiles, into M [36][T][f], and transforms these: V and M stay in the second cache, and neither is
+// ever in main memory. Large layers make tasks of 128 filters, which transform x anew (a 20th of the
+// work), so that M stays small and there are enough tasks. U is streamed through the caches once for
+// each T tiles; with many channels it is larger than V, so T is large there.
 //
 // Source: Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks".
 #pragma once
@@ -147,8 +147,9 @@ static void winograd(const Pool& pool, const float* x, int B, int H, int W, int 
   const Tiles tiles(B, OH, OW);
   const int nv = vectors_of(F), width = nv * VL, panels = F / width, blocks = C / BLOCK;
   const int parts = F > 128 && F % 128 == 0 ? F / 128 : 1, filters = F / parts;
-  const int want = C >= 256 ? 112 : 42;
-  const int chunks = ceil_div(tiles.total, want), T = ceil_div(tiles.total, chunks);
+  // Few channels make V and M small, and then the number of tasks is one that many cores divide.
+  const int chunks = C >= 256 ? ceil_div(tiles.total, 112) : ceil_div(tiles.total, 8 * 42) * 8;
+  const int T = ceil_div(tiles.total, chunks);
   pool.run(chunks * parts, [&](int task) {
     const int start = task / parts * T, n = std::min(T, tiles.total - start), f0 = task % parts * filters;
     if (n <= 0) return;
