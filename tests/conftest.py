@@ -35,6 +35,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
+@pytest.fixture
+def xla_convolutions(monkeypatch):
+    """Convolutions of XLA, whose work it counts, in the place of the native library's."""
+    import jax  # after runtime.configure
+
+    from cnn_jax.nn import native
+
+    monkeypatch.setattr(native, 'available', lambda: False)
+    jax.clear_caches()  # of what was lowered before
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def browser(tmp_path_factory):
     """A headless browser."""

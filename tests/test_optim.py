@@ -99,7 +99,7 @@ def test_update_rules_equal_keras(config, theirs):
             lambda n, t: 1 / (1 + 3 * t / n),
         ),
     ],
-    ids=str,
+    ids=['cosine', 'warmup', 'warmup of cosine', 'step', 'inverse_time'],
 )
 def test_no_number_of_steps_is_too_large(fields, right, many):
     """Relative to the formula in float64, at steps that an int32 still holds."""

@@ -313,6 +313,22 @@ def trace(
         say('no profile: it needs three steps, the first two of which are not traced')
 
 
+def operations(session: Path) -> list[tuple[str, float, float, str]]:
+    """The operations in a trace's folder by their start: program, start and end in s, name.
+
+    A loop spans its body's operations, which are listed themselves, so it is left out.
+    """
+    found = []
+    for path in session.glob('*.xplane.pb'):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for event in itertools.chain.from_iterable(line.events for line in plane.lines):
+                stats: dict[str, Any] = {name: value for name, value in event.stats if name}
+                module, op = stats.get('hlo_module', '').split('(')[0], stats.get('hlo_op', '')
+                if module and not LOOP.fullmatch(op):
+                    found.append((module, event.start_ns / 1e9, event.end_ns / 1e9, op))
+    return sorted(found, key=lambda each: each[1:])
+
+
 def layer_times(session: Path, program: str, layers: Sequence[str]) -> collections.Counter[str]:
     """Seconds of each layer's forward and backward pass, and of the rest, in a trace's folder.
 
@@ -322,15 +338,7 @@ def layer_times(session: Path, program: str, layers: Sequence[str]) -> collectio
     operation starts. Of operations that overlap, the one that started last has the time.
     """
     [module], names = re.findall(r'\AHloModule ([\w.-]+)', program), dict(OP_NAME.findall(program))
-    events: list[tuple[float, float, str]] = []
-    for path in session.glob('*.xplane.pb'):
-        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            for event in itertools.chain.from_iterable(line.events for line in plane.lines):
-                stats: dict[str, Any] = {name: value for name, value in event.stats if name}
-                op = stats.get('hlo_op', '')  # of a loop those of its body
-                if stats.get('hlo_module', '').split('(')[0] == module and not LOOP.fullmatch(op):
-                    events.append((event.start_ns / 1e9, event.end_ns / 1e9, op))
-    events.sort()
+    events = [each[1:] for each in operations(session) if each[0] == module]
     rows: Any = collections.Counter()
     for (start, end, op), following in itertools.zip_longest(events, events[1:]):
         if following and (end > following[0] or re.match('convolution|dot', op)):

@@ -25,6 +25,7 @@ def test_one_row_a_layer_in_the_order_of_the_calls_with_counts_by_hand():
     assert rows['block1_drop'].parameters == rows['block1_drop'].flops == 0
 
 
+@pytest.mark.usefixtures('xla_convolutions')
 def test_totals_agree_with_the_compiler_and_the_parameter_tree():
     """XLA also counts bias, norm and activation, but leaves out products with padding."""
     net = StridedNet(Model(padding='VALID'), 10)

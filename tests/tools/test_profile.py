@@ -140,6 +140,7 @@ def test_compiling_is_timed_once_however_deep():
     assert 0 < clock.seconds <= time.perf_counter() - began
 
 
+@pytest.mark.usefixtures('xla_convolutions')
 @pytest.mark.parametrize('frozen', [(), ('block1_*',)], ids=str)
 def test_the_count_is_what_xla_counts_in_the_compiled_step(small, run, batch, frozen):
     # VALID: XLA does not count the products with padding.

@@ -141,6 +141,7 @@ def test_clipping_sees_only_the_trained():
     assert norms[0] > norms[1] > 0
 
 
+@pytest.mark.usefixtures('xla_convolutions')
 def test_there_is_no_backward_pass_through_a_frozen_backbone():
     def flops(program, function, state, values):
         lowered = compiled(program, function).lower(state, make_batch(shape=(32, 32, 3)), values)
