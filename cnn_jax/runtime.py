@@ -4,7 +4,9 @@ Call `configure` before JAX starts. It changes only what is known to help on thi
 jaxlib version, and leaves what the user has set. Importing this module does not import JAX.
 """
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -148,6 +150,7 @@ def start_jax() -> None:
                 f'{name} is {now} in this process, with which a run would compute other numbers; '
                 f'call jax.config.update({name!r}, {value!r}) first'
             )
+    _guard_compile_cache()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -246,13 +249,21 @@ def _keep_freed_memory() -> str:
 
 
 def _set_compile_cache(version: str) -> str:
-    """Point JAX's persistent compilation cache at a folder of this jaxlib and processor."""
+    """Point JAX's persistent compilation cache at a folder of this jaxlib and processor.
+
+    Whoever may write there may run code, so that it is this user's alone.
+    """
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        folder = cache_folder() / 'compiled' / f'jaxlib-{version}-{processor()}'
+        folder = _own_cache() / f'jaxlib-{version}-{processor()}'
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.parent.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            whose = [each.lstat() for each in (folder.parent, folder)]
         except OSError:
             return 'off (its folder is not writable)'
+        if any(each.st_uid != os.getuid() or each.st_mode & 0o022 for each in whose):
+            return f'off (others can write to {folder})'
         os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
         os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
         if 'jax' in sys.modules:  # it has read the environment
@@ -262,6 +273,42 @@ def _set_compile_cache(version: str) -> str:
             jax.config.update('jax_compilation_cache_dir', str(folder))
             jax.config.update('jax_persistent_cache_min_compile_time_secs', least)
     return os.environ['JAX_COMPILATION_CACHE_DIR']
+
+
+def _own_cache() -> Path:
+    return cache_folder() / f'compiled-{os.getuid()}'
+
+
+def _guard_compile_cache() -> None:
+    """Let each entry of the compile cache end in its SHA-256; one that does not is made anew.
+
+    JAX takes what it can decompress for what it wrote, and never replaces what it cannot read.
+    """
+    own = _own_cache()
+    if own not in Path(os.environ.get('JAX_COMPILATION_CACHE_DIR', '')).parents:
+        return  # it is the user's, who may use it without this package
+    try:
+        from jax._src.lru_cache import LRUCache
+
+        get, put = LRUCache.get, LRUCache.put
+    except (ImportError, AttributeError):  # a JAX with another cache
+        return
+
+    @functools.wraps(get)
+    def checked_get(self: Any, key: str) -> bytes | None:
+        entry = get(self, key)
+        if entry is None or hashlib.sha256(entry[:-32]).digest() == entry[-32:]:
+            return None if entry is None else entry[:-32]
+        with contextlib.suppress(OSError):
+            Path(self.path, f'{key}-cache').unlink()
+        return None
+
+    @functools.wraps(put)
+    def sealed_put(self: Any, key: str, value: bytes) -> None:
+        put(self, key, value + hashlib.sha256(value).digest())
+
+    if not hasattr(get, '__wrapped__'):  # once a process
+        LRUCache.get, LRUCache.put = checked_get, sealed_put
 
 
 def processor() -> str:

@@ -1,9 +1,11 @@
 """Runtime settings: applied where they help, the user's respected."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -187,3 +189,38 @@ def test_threads_that_are_no_number_are_named(monkeypatch, given):
     monkeypatch.setenv('NPROC', given)
     with pytest.raises(UserError, match='NPROC'):
         runtime._default_threads()
+
+
+PROGRAMS = """
+import warnings
+warnings.simplefilter('error')
+runtime.start_jax()
+import jax
+for number in range(6):
+    jax.jit(lambda x: x * 2 + number)(3.0)
+"""
+
+
+def test_damaged_entries_of_the_compile_cache_are_made_again_without_a_word(settings):
+    def run():
+        made, _ = settings(code=PROGRAMS, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
+        return Path(made['compile_cache'])
+
+    def is_whole(path):
+        content = path.read_bytes()
+        return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+    folder = run()
+    assert [p.stat().st_mode & 0o777 for p in (folder, folder.parent)] == [0o700, 0o700]
+    entries = sorted(folder.glob('*-cache'))
+    assert len(entries) >= 6
+    assert all(map(is_whole, entries))
+    for number, path in enumerate(entries):
+        content = path.read_bytes()
+        flipped = bytes([*content[:40], content[40] ^ 1, *content[41:]])
+        path.write_bytes([flipped, content[: len(content) // 2], b'', b'junk' * 99][number % 4])
+    run()
+    assert sorted(folder.glob('*-cache')) == entries
+    assert all(map(is_whole, entries))
+    folder.chmod(0o777)
+    assert 'others can write' in settings()[0]['compile_cache']
