@@ -78,12 +78,9 @@ def evaluate(run: Run, split: str = '', data: Any = None) -> Evaluation:
 def write_evaluation(run: Run, evaluation: Evaluation, folder: Path) -> None:
     """Write `FILES`: the metrics as JSON, the confusion matrix and the reliability diagram."""
     result = evaluation.metrics
-    content = {
-        'split': evaluation.split,
-        'step': run.step,
-        **metrics.as_json(result),
-        'confusion': result['confusion'].tolist(),
-    }
-    write_text(folder / FILES[0], json.dumps(content, indent=2) + '\n')
+    content = {'split': evaluation.split, 'step': run.step, **metrics.as_json(result)}
+    rows = ',\n    '.join(map(json.dumps, result['confusion'].tolist()))  # K lines, not K²
+    text = json.dumps(content, indent=2).removesuffix('\n}')
+    write_text(folder / FILES[0], f'{text},\n  "confusion": [\n    {rows}\n  ]\n}}\n')
     draw_confusion(result['confusion'], run.class_names, folder / FILES[1])
     draw_reliability(evaluation.sums, folder / FILES[2])
