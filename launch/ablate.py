@@ -8,7 +8,7 @@
 
 Rerun the same command to train what is missing. --config.KEY=VALUE overrides change every arm. The
 work directory holds ablation.json, cells/, logs/, report.html, figures/, cost.json, and
-summary.json, .csv and .tex.
+summary.json and .csv.
 """
 
 import shlex
@@ -77,10 +77,12 @@ def main(_) -> int:
         return cli.STOPPED
     print(result)
     print(f'report: {result.workdir}/report.html')
-    if result.failed:
-        print(f'{len(result.failed)} runs failed; --retry_failed repeats them')
-        return cli.FAILED
-    return cli.OK
+    failed, missing = result.failed, result.summary['cells']['missing']
+    if failed:
+        print(f'{runtime.count(len(failed), "run")} failed; --retry_failed repeats them')
+    if missing:
+        print(f'{runtime.count(len(missing), "run")} missing; rerun the same command to train them')
+    return cli.FAILED if failed or missing else cli.OK
 
 
 if __name__ == '__main__':

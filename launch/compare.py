@@ -22,15 +22,13 @@ def main(arguments: list[str]) -> int:
     if not arguments[1:]:
         raise UserError('no ablation; give the work directories of launch.ablate')
 
-    from cnn_jax.ablation import figures
-    from cnn_jax.files import make_writable, write_atomically
+    from cnn_jax.ablation.figures import draw_side_by_side
+    from cnn_jax.files import make_writable
+    from cnn_jax.tools.figures import save
 
-    figure, path = (
-        figures.draw_side_by_side([Path(each) for each in arguments[1:]]),
-        Path(OUT.value),
-    )
+    figure, path = draw_side_by_side([Path(each) for each in arguments[1:]]), Path(OUT.value)
     make_writable(path.parent, 'the folder of the picture', '--out')
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=100))
+    save(figure, path, dpi=100)
     print(f'written: {path}')
     return cli.OK
 

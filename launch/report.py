@@ -2,7 +2,7 @@
 
   python -m launch.report --workdir=runs/regularization
 
-Reads ablation.json and cells/; writes report.html, summary.json, summary.csv, summary.tex,
+Reads ablation.json and cells/; writes report.html, summary.json, summary.csv,
 cost.json and figures/ into the work directory, and prints the verdicts.
 """
 

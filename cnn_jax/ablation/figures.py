@@ -1,4 +1,4 @@
-"""The figures of an ablation: paired differences, learning curves, gap, calibration.
+"""The figures of an ablation: paired differences, learning curves, gap.
 
 They are drawn 360 points wide, so that their text is readable on a phone, with colours that
 differ in lightness as well as in hue.
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax.ablation.plan import METRICS, Metric
-from cnn_jax.ablation.results import read_results
+from cnn_jax.ablation.results import read_results, understood
 from cnn_jax.ablation.summary import summary_of
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, printable
+from cnn_jax.tools.figures import save
 
 # Colours of the light theme by the CSS variables that replace them in the page.
 COLOURS = {
@@ -56,15 +57,14 @@ def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
         'curves_accuracy': functools.partial(_draw_curves, metric=METRICS['accuracy']),
         'curves_loss': functools.partial(_draw_curves, metric=METRICS['loss']),
         'gap': _draw_gap,
-        'calibration': _draw_calibration,
     }
     result = {}
     for name, drawing in drawings.items():
         with rc_context(STYLE | {'svg.hashsalt': name}):  # the salt makes ids reproducible
             figure = drawing(summary)
             svg, png = io.BytesIO(), io.BytesIO()
-            figure.savefig(svg, format='svg', metadata={'Date': None, 'Creator': None})
-            figure.savefig(png, format='png', dpi=200, metadata={'Software': None})
+            save(figure, svg, format='svg', metadata={'Date': None, 'Creator': None})
+            save(figure, png, dpi=200, metadata={'Software': None})
         result[name] = {'svg': svg.getvalue().decode(), 'png': png.getvalue()}
     return result
 
@@ -97,13 +97,6 @@ def draw_side_by_side(folders: list[Path]):
     """Draw the paired differences of several ablations from their baselines as one figure.
 
     Ablations of one name are one block of rows, those on the same training images one column.
-
-    Args:
-        folders: Their work directories, at least one; the first of a name or of a data set comes
-            first in the figure.
-
-    Returns:
-        A matplotlib figure.
 
     Errors:
         UserError: A folder holds no ablation, two belong in one place, or metrics differ.
@@ -144,15 +137,17 @@ def _blocks(folders: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
     blocks: dict[str, dict[str, dict[str, Any]]] = {}
     metrics: dict[str, Path] = {}
     for folder in folders:
-        results = read_results(folder)
-        definition = results.definition
-        config = definition['configs'][definition['baseline']]
-        source = Path(config['data.source'].partition(':')[2] or config['data.source']).name
-        name, data = definition['name'], f'{source} {config["data.train"]}'
+        with understood(folder):
+            results = read_results(folder)
+            summary, definition = summary_of(results), results.definition
+            config = definition['configs'][definition['baseline']]
+            source = Path(config['data.source'].partition(':')[2] or config['data.source']).name
+            data = printable(f'{source} {config["data.train"]}')
+        name = printable(definition['name'])
         block = blocks.setdefault(name, {})
         if data in block:
             raise UserError(f'{folder} is a second ablation {name} on {data}; give one of them')
-        block[data] = summary_of(results)
+        block[data] = summary
         metrics.setdefault(definition['metric'], folder)
     if len(metrics) > 1:
         differing = ', '.join(f'{metric} in {folder}' for metric, folder in metrics.items())
@@ -249,8 +244,6 @@ def _draw_curves(summary: dict[str, Any], metric: Metric):
             axes.plot(epochs, mean, style, color=colour, marker=marker, label=label)
     if metric.name == 'loss' and any(arm['n'] for arm in arms.values()):
         _set_log_scale(grid[0, 0])
-    else:
-        grid[0, 0].set_ylim(bottom=_lowest_after_start(arms, metric))
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
     for axes in grid.flat[max(len(arms) - columns, 0) : len(arms)]:
@@ -268,14 +261,8 @@ def _line(points: list[dict], metric: Metric, kind: str = 'mean'):
     return [point['epoch'] for point in points], values
 
 
-def _lowest_after_start(arms: dict[str, Any], metric: Metric) -> float | None:
-    """The lowest evaluation result after the first fifth of the epochs, with some air."""
-    curves = [arm['curves']['eval'] for arm in arms.values()]
-    late = [each[f'{metric.name}_low'] for curve in curves for each in curve[len(curve) // 5 :]]
-    return metric.scale * (min(late) - 0.02) if late else None
-
-
 def _set_log_scale(axes) -> None:
+    """Label 1 and 3 of each power of ten as plain numbers; the default's labels are mathtext."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale('log')
@@ -304,23 +291,6 @@ def _draw_gap(summary: dict[str, Any]):
             axes.plot(end * metric.scale, y, markersize=7, **mark)
     figure.supxlabel(f'{metric.title} ({metric.suffix or metric.unit})', fontsize=10)
     figure.legend(loc='outside upper left', ncols=2, fontsize=9)
-    return figure
-
-
-def _draw_calibration(summary: dict[str, Any]):
-    """Expected calibration error with its 95% interval."""
-    metric = METRICS['calibration_error']
-    figure, axes = _row_figure(list(summary['arms']))
-    for y, arm in enumerate(summary['arms'].values()):
-        error = arm['eval'].get(metric.name, {})
-        if error.get('mean') is None:
-            _write_no_result(axes, y)
-            continue
-        if error['interval']:
-            _draw_interval(axes, y, error['interval'], metric.scale, BLUE)
-        axes.plot(metric.scale * error['mean'], y, 'o', color=BLUE, markersize=7)
-    axes.set_xlim(left=0)
-    figure.supxlabel('expected calibration error (%, lower is better)', fontsize=10)
     return figure
 
 

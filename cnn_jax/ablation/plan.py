@@ -1,6 +1,5 @@
 """The plan of an ablation: a baseline, arms as differences from it, seeds, a metric."""
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -12,32 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, printable
 
 Changes = Mapping[str, Any]  # {'model.dropout': 0.25, …}
 
 TRAINING = ('ablation/training.py',)  # what decides a result in this package
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and how its values are printed.
+    """A metric and how its values are printed."""
 
-    Attributes:
-        name: Key in the results.
-        scale: Factor from its value to the printed number.
-        unit: Unit of a difference.
-        suffix: Unit of a value.
-        sign: 1 where higher is better, −1 where lower is.
-        most: The largest possible value; the smallest is 0.
-    """
-
-    name: str
-    scale: float
-    unit: str
-    suffix: str
-    sign: int
-    most: float
+    name: str  # the key in the results
+    scale: float  # factor from its value to the printed number
+    unit: str  # of a difference
+    suffix: str  # the unit of a value
+    sign: int  # 1 where higher is better, −1 where lower is
+    most: float  # the largest possible value; the smallest is 0
 
     @property
     def title(self) -> str:
@@ -65,29 +56,17 @@ def number(value: float | None, decimals: int, signed: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """An ablation before it runs.
+    """An ablation before it runs."""
 
-    Attributes:
-        name: Name of the ablation, such as that of its experiment file.
-        question: The question that it answers; the docstring of its file.
-        baseline: Name of the arm that the others are compared with.
-        configs: The validated config of each arm, by name, with seed 0.
-        changes: The changes of each arm to the experiment's config.
-        seeds: Seeds; each arm runs once with each.
-        metric: The metric that is compared, of the evaluation split: a key of `METRICS`.
-        factors: Levels of each factor of a factorial grid, or None.
-        levels: The levels of each arm of the grid.
-    """
-
-    name: str
-    question: str
-    baseline: str
-    configs: dict[str, cfg.Config]
-    changes: dict[str, Changes]
-    seeds: tuple[int, ...]
-    metric: str
-    factors: dict[str, list[str]] | None
-    levels: dict[str, dict[str, str]]
+    name: str  # such as that of its experiment file
+    question: str  # that it answers; the docstring of its file
+    baseline: str  # the arm that the others are compared with
+    configs: dict[str, cfg.Config]  # of each arm, validated
+    changes: dict[str, Changes]  # of each arm, to the experiment's config
+    seeds: tuple[int, ...]  # each arm runs once with each
+    metric: str  # that is compared, of the evaluation split: a key of `METRICS`
+    factors: dict[str, list[str]] | None  # levels of each factor of a grid
+    levels: dict[str, dict[str, str]]  # of each arm of the grid
 
     @property
     def threads(self) -> int:
@@ -127,8 +106,9 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) ->
     Errors:
         UserError: There are no arms, one is not a valid config, or two are the same.
     """
-    name = Path(experiment.__file__ or 'ablation').stem
+    name = printable(Path(experiment.__file__ or 'ablation').stem)
     arms, factors = (getattr(experiment, each, None) for each in ('ARMS', 'FACTORS'))
+    where = f' of experiments/{name}.py'
     if not arms and not factors:
         raise UserError(
             f'experiments/{name}.py is not an ablation: it has neither ARMS nor FACTORS; '
@@ -141,8 +121,8 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) ->
         metric=getattr(experiment, 'METRIC', 'accuracy'),
         factors=None if arms else factors,
         name=name,
-        question=(experiment.__doc__ or '').strip(),
-        where=f' of experiments/{name}.py',
+        question=str(experiment.__doc__ or '').strip(),
+        where=where,
     )
 
 
@@ -157,43 +137,32 @@ def make_plan(
     question: str = '',
     where: str = '',
 ) -> Plan:
-    """The plan of these arms, the first of which is the baseline.
+    """The plan of these arms, the first of which is the baseline; as `plan_of` for a file.
 
     Args:
         arms: The changes of each arm to the config, `{name: {config path: value}}`.
         config: The config that the arms change; its seed is the first one.
-        seeds: Number of seeds.
-        metric: A key of `METRICS`.
-        factors: The factors of a grid that gives the arms instead, as in an experiment file.
+        seeds, metric, factors: As in an experiment file.
         name, question: Headings of the report.
         where: The place of the arms, for errors.
-
-    Errors:
-        UserError: An arm is not a valid config, two are the same, or the metric is unknown.
     """
     levels: dict[str, dict[str, str]] = {}
     if factors:
+        if not isinstance(factors, Mapping) or not all(isinstance(each, str) for each in factors):
+            raise UserError(f'the factors{where} must be {{factor: {{level: changes}}}}')
+        for factor, each in factors.items():
+            _check_arms(each, f' of factor {factor!r}{where}')
         arms, levels = grid(factors)
-    configs = {}
-    for arm, changes in arms.items():
-        if not arm.isprintable():
-            raise UserError(f'arm {arm!r}{where} has characters that cannot be printed; rename it')
-        try:
-            configs[arm] = cfg.validate(cfg.replace(config, dict(changes)))
-        except UserError as error:
-            raise UserError(f'arm {arm!r}{where}: {error}') from error
-        data = configs[arm].data
-        first = next(iter(configs.values())).data
-        if dataclasses.replace(data, batch=first.batch) != first:
-            raise UserError(
-                f'arm {arm!r}{where} changes config.data; all arms must see the same images, and '
-                'only config.data.batch may differ'
-            )
+    _check_arms(arms, where)
+    most = min(MOST_SEEDS, 2**32 - config.seed)
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or not 0 < seeds <= most:
+        raise UserError(f'the seeds{where} are {seeds!r}; give a number from 1 to {most:,}')
+    if not isinstance(metric, str) or metric not in METRICS:
+        raise UserError(f'the metric{where} is {metric!r}; it can be {", ".join(METRICS)}')
+    configs = {arm: _arm_config(arm, changes, config, where) for arm, changes in arms.items()}
     for one, other in itertools.combinations(configs, 2):
         if configs[one] == configs[other]:
             raise UserError(f'the arms {one!r} and {other!r}{where} are the same')
-    if metric not in METRICS:
-        raise UserError(f'the metric{where} is {metric!r}; it can be {", ".join(METRICS)}')
     return Plan(
         name=name,
         question=question,
@@ -205,6 +174,32 @@ def make_plan(
         factors={f: list(each) for f, each in factors.items()} if factors else None,
         levels=levels,
     )
+
+
+def _arm_config(arm: str, changes: Changes, config: cfg.Config, where: str) -> cfg.Config:
+    """The config of an arm, whose runs must see the same images as those of other arms."""
+    try:
+        changed = cfg.validate(cfg.replace(config, dict(changes)))
+    except UserError as error:
+        raise UserError(f'arm {arm!r}{where}: {error}') from error
+    for path in changes:
+        if path == 'seed' or (path.startswith('data.') and path != 'data.batch'):
+            raise UserError(
+                f'arm {arm!r}{where} changes config.{path}; all arms must see the same images and '
+                'have the same seeds; only config.data.batch may differ'
+            )
+    return changed
+
+
+def _check_arms(arms: Any, where: str) -> None:
+    """Refuse arms of another form, and names that cannot be printed."""
+    if not isinstance(arms, Mapping) or not arms:
+        raise UserError(f'the arms{where} must be {{name: {{config path: value}}}}')
+    for arm, changes in arms.items():
+        if not isinstance(arm, str) or not arm.strip() or printable(arm) != arm:
+            raise UserError(f'arm {arm!r}{where} needs a name of characters that can be printed')
+        if not isinstance(changes, Mapping) or not all(isinstance(each, str) for each in changes):
+            raise UserError(f'arm {arm!r}{where} is {changes!r}; it must be {{config path: value}}')
 
 
 def grid(
@@ -229,16 +224,11 @@ def by_structure(plan: Plan) -> list[list[str]]:
 
 def budget(config: cfg.Config, examples: int) -> str:
     """The training budget of an arm in words; no arm's hyperparameters are tuned separately."""
-    epochs, steps = (
-        config.train.epochs + config.unfreeze.epochs,
-        cfg.phase_ends(config, examples)[-1],
-    )
+    epochs = config.train.epochs + config.unfreeze.epochs
+    steps = cfg.phase_ends(config, examples)[-1]
     short = cfg.short_average(config, steps)
-    return (
-        f'{epochs:g} epochs of {examples:,} images = {steps:,} steps of {config.data.batch}, '
-        f'{config.optimizer.name} at learning rate {config.optimizer.learning_rate:g}'
-        + (f'; note: {short}' if short else '')
-    )
+    text = f'{epochs:g} epochs of {examples:,} images = {steps:,} steps of {config.data.batch}'
+    return f'{text}; note: {short}' if short else text
 
 
 def code_digest() -> str:

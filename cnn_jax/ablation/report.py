@@ -15,16 +15,16 @@ from typing import Any
 from cnn_jax.ablation import figures
 from cnn_jax.ablation import summary as words
 from cnn_jax.ablation.plan import METRICS, number
-from cnn_jax.ablation.results import DEFINITION, Results, read_results
+from cnn_jax.ablation.results import DEFINITION, Results, read_results, refuse_links, understood
 from cnn_jax.ablation.summary import cost, summary_of
-from cnn_jax.files import write_atomically
+from cnn_jax.errors import csv_cell, printable
+from cnn_jax.files import write_bytes
 
 LABELS = {
     'forest': 'Forest plot of the paired differences from the baseline',
     'curves_accuracy': 'Learning curves of the accuracy, one panel for each arm',
     'curves_loss': 'Learning curves of the loss, one panel for each arm',
     'gap': 'Results on training and test images of each arm',
-    'calibration': 'Expected calibration error of each arm',
 }
 
 
@@ -36,24 +36,22 @@ class Ablation:
     >>> print(result)                          # the verdicts
     >>> result.table[1]['difference']          # a row per arm: pandas.DataFrame(result.table)
     >>> result.plot()                          # paired differences with their intervals
-
-    Attributes:
-        workdir: The work directory.
-        interrupted: True where training was asked to stop before its end.
     """
 
     workdir: Path
-    interrupted: bool = False
+    interrupted: bool = False  # whether training was asked to stop before its end
 
     @functools.cached_property
     def results(self) -> Results:
         """The results on disk."""
-        return read_results(self.workdir)
+        with understood(self.workdir):
+            return read_results(self.workdir)
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`, as `summary_of` describes it."""
-        return summary_of(self.results)
+        with understood(self.workdir):
+            return summary_of(self.results)
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -81,24 +79,31 @@ class Ablation:
     def write_report(self) -> Path:
         """Write the report from what is on disk; returns the path of `report.html`.
 
-        Beside it `summary.json`, `summary.csv`, `summary.tex`, `cost.json`, and SVG and PNG under
-        `figures/`. The same results give the same bytes, but for the times in report and cost.
+        Beside it `summary.json`, `summary.csv`, `cost.json`, and SVG and PNG under `figures/`. The
+        same results give the same bytes, but for the times in report and cost.
         """
+        refuse_links(self.workdir)
+        with understood(self.workdir):
+            files = self._files()
+        for name, content in files.items():
+            if isinstance(content, str):  # what no UTF-8 can hold is written as JSON has it
+                content = content.encode(errors='backslashreplace')
+            write_bytes(self.workdir / name, content)
+        return self.workdir / 'report.html'
+
+    def _files(self) -> dict[str, str | bytes]:
+        """The content of the report's files, by their names."""
         drawn, spent = figures.draw(self.summary), cost(self.results)
         files: dict[str, str | bytes] = {
             'summary.json': to_json(self.summary),
             'summary.csv': to_csv(self.summary),
-            'summary.tex': to_latex(self.summary),
             'cost.json': to_json(spent),
         }
         for name, figure in drawn.items():
             files[f'figures/{name}.svg'] = figure['svg']
             files[f'figures/{name}.png'] = figure['png']
         files['report.html'] = render(self.results, self.summary, spent, drawn)
-        for name, content in files.items():
-            data = content if isinstance(content, bytes) else content.encode()
-            write_atomically(self.workdir / name, lambda file, data=data: file.write(data))
-        return self.workdir / 'report.html'
+        return files
 
     def __repr__(self) -> str:
         if not (self.workdir / DEFINITION).exists():
@@ -126,20 +131,17 @@ def render(
 
     headline, *details = inspect.cleandoc(summary['question']).split('\n\n')
     definition, arms = results.definition, summary['arms'].values()
-    methods = {arm['eval'][summary['metric']]['interval_method'] for arm in arms} - {None}
     # An answer in an experiment's docstring, and what follows it, is of an earlier run.
     details = itertools.takewhile(lambda block: not block.startswith('Answer'), details)
-    template = _environment(autoescape=True).get_template('report.jinja')
-    return template.render(
+    return _template().render(
         ablation=definition,
         summary=summary,
         cost=spent,
         headline=headline or summary['name'],
+        budgets=list({each.partition(';')[0] for each in definition['budgets'].values()}),
         details=[block.strip('\n') for block in details],
         data=definition['configs'][summary['baseline']],
         examples=max((arm['examples'] or 0 for arm in arms), default=0),
-        methods=sorted(methods),
-        effects=words.EFFECTS,
         manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
         figures={
             name: Markup(figures.themed(figure['svg'], LABELS[name]))
@@ -153,16 +155,23 @@ def render(
     )
 
 
-def _environment(**options: Any):
+@functools.cache
+def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
+        autoescape=True,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
-        **options,
-    )
+    ).get_template('report.jinja')
+
+
+def _shown(value: Any) -> Any:
+    """A value as the page shows it: controls and changes of direction are seen there, too."""
+    return printable(value, keep='\n\t') if type(value) is str else value
 
 
 def to_json(content: Any) -> str:
@@ -187,17 +196,17 @@ def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
         metric, compared = arm['eval'][summary['metric']], arm['against_baseline'] or {}
         low, high = metric['interval'] or (None, None)
         difference_low, difference_high = compared.get('interval', (None, None))
-        row = {'arm': name, 'n': arm['n'], 'mean': metric['mean'], 'sd': metric['sd']}
-        row |= {'low': low, 'high': high}
-        row |= {'pairs': compared.get('n'), 'difference': compared.get('mean')}
-        row |= {'difference_low': difference_low, 'difference_high': difference_high}
-        row |= {'p_t': compared.get('p_t'), 'p_t_corrected': compared.get('p_corrected')}
-        for key in ('p_sign_flip', 'p_sign_flip_corrected', 'effect_size', 'hedges_g'):
-            row[key] = compared.get(key)
-        row |= {'detectable': compared.get('detectable'), 'gap': arm['gap']['mean']}
-        row['calibration_error'] = arm['eval'].get('calibration_error', {}).get('mean')
-        row['parameters'] = arm['parameters']
-        row['verdict'] = arm['verdict']['kind'] if arm['verdict'] else 'baseline'
+        row = {
+            **{'arm': name, 'n': arm['n'], 'mean': metric['mean'], 'sd': metric['sd']},
+            **{'low': low, 'high': high},
+            **{'pairs': compared.get('n'), 'difference': compared.get('mean')},
+            **{'difference_low': difference_low, 'difference_high': difference_high},
+            **{'p_t': compared.get('p_t'), 'p_t_corrected': compared.get('p_corrected')},
+            'gap': arm['gap']['mean'],
+            'calibration_error': arm['eval'].get('calibration_error', {}).get('mean'),
+            'parameters': arm['parameters'],
+            'verdict': arm['verdict']['kind'] if arm['verdict'] else 'baseline',
+        }
         rows.append(row)
     return rows
 
@@ -205,36 +214,6 @@ def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
 def to_csv(summary: dict[str, Any]) -> str:
     """One line per arm with the columns of `rows_of`; what does not exist is empty."""
     rows, text = rows_of(summary), io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerows([rows[0], *([csv_cell(value) for value in row.values()] for row in rows)])
     return text.getvalue()
-
-
-def to_latex(summary: dict[str, Any]) -> str:
-    """Return a table for a paper; it needs the package booktabs."""
-    environment = _environment(
-        block_start_string='<%',
-        block_end_string='%>',
-        variable_start_string='<<',
-        variable_end_string='>>',
-        comment_start_string='<#',
-        comment_end_string='#>',
-        keep_trailing_newline=True,
-    )
-    special = {character: f'\\{character}' for character in '&%$#_{}'} | {
-        '\\': r'\textbackslash{}',
-        '~': r'\textasciitilde{}',
-        '^': r'\textasciicircum{}',
-        '<': r'\textless{}',
-        '>': r'\textgreater{}',
-    }
-    signs = {'−': '$-$', '–': '--', '<': '$<$'}
-    environment.filters['tex'] = lambda text: text.translate(str.maketrans(special))
-    environment.filters['math'] = lambda text: text.translate(str.maketrans(signs))
-    return environment.get_template('table.tex.jinja').render(
-        summary=summary,
-        metric=METRICS[summary['metric']],
-        estimate=words.estimate,
-        p_value=words.p_value,
-    )

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cnn_jax import config as cfg
-from cnn_jax.ablation.plan import Plan
-from cnn_jax.errors import UserError
-from cnn_jax.files import Corrupt, lock, lock_holder, read_json, write_json
+from cnn_jax.ablation.plan import MOST_SEEDS, Plan
+from cnn_jax.errors import UserError, printable
+from cnn_jax.files import Corrupt, lock, read_json, write_json
 
 DEFINITION = 'ablation.json'
 FOLDER = 'cells'
@@ -32,13 +34,30 @@ def read(path: Path) -> dict[str, Any]:
     """The definition of an ablation, or the result of a run.
 
     Errors:
-        UserError: The file is damaged.
+        UserError: The file is damaged, or cannot be read.
     """
     try:
         return read_json(path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
     except Corrupt as error:
         mend = 'restore it' if path.name == DEFINITION else 'remove it and run launch.ablate again'
         raise UserError(f'{path} is damaged ({error}); {mend}') from error
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Refuse files that carry their digests but do not hold what `launch.ablate` writes."""
+    try:
+        with np.errstate(all='ignore'):  # what is not finite is shown as missing
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f'{folder} holds an ablation that launch.ablate did not write '
+            f'({type(error).__name__}: {error}; --debug shows where)'
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -49,10 +68,6 @@ class Run:
     seed: int
     path: Path
 
-    def status(self) -> str:
-        """`done`, `failed` or `missing`."""
-        return self.result()['status'] if self.path.exists() else 'missing'
-
     def result(self) -> Result:
         """The result, as `read` reads it."""
         return read(self.path)
@@ -60,17 +75,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Store:
-    """The runs of an ablation in its work directory.
-
-    Attributes:
-        folder: The work directory.
-        plan: The plan.
-        provenance: All that every result depends on besides its config: `code`, `jaxlib`, ….
-    """
+    """The runs of an ablation in its work directory."""
 
     folder: Path
     plan: Plan
-    provenance: dict[str, str]
+    provenance: dict[str, str]  # what results depend on besides the config: `code`, `jaxlib`, …
 
     @functools.cached_property
     def runs(self) -> list[Run]:
@@ -80,7 +89,7 @@ class Store:
     def _run(self, arm: str, seed: int) -> Run:
         facts = {'config': cfg.content_hash(self.plan.config(arm, seed)), **self.provenance}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        word = re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-') or 'arm'
+        word = re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-')[:60] or 'arm'
         return Run(arm, seed, self.folder / FOLDER / f'{word}-{seed}-{key[:16]}.json')
 
     def definition(self) -> dict[str, Any]:
@@ -90,10 +99,6 @@ class Store:
     def missing(self) -> list[Run]:
         """The runs without a result."""
         return [run for run in self.runs if not run.path.exists()]
-
-    def running(self) -> list[Run]:
-        """The runs without a result that a process has claimed, as far as `lock_holder` sees."""
-        return [run for run in self.missing() if lock_holder(self._lock(run))]
 
     def _lock(self, run: Run) -> Path:
         return self.folder / 'locks' / f'{run.path.stem}.lock'
@@ -105,7 +110,7 @@ class Store:
     def retry_failed(self) -> None:
         """Set the results of failed runs aside, so that they run again."""
         for run in self.runs:
-            if run.status() == 'failed':
+            if run.path.exists() and _why_unusable(run.result(), self.plan.metric):
                 run.path.rename(run.path.with_suffix('.failed'))
 
     @contextmanager
@@ -118,15 +123,20 @@ class Store:
             yield mine and not run.path.exists()
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse a work directory with a folder that is a link: it could make us write anywhere."""
+    for name in (FOLDER, 'locks', 'logs', 'figures'):
+        if (folder / name).is_symlink():
+            raise UserError(f'{folder / name} is a link; nothing is written through it, remove it')
+
+
 def open_store(
     folder: Path, plan: Plan, provenance: dict[str, str], facts: dict[str, Any]
 ) -> Store:
     """Begin an ablation in a work directory, or resume the one that is there.
 
     Args:
-        folder: The work directory.
-        plan: The plan.
-        provenance: As in `Store`.
+        folder, plan, provenance: As in `Store`.
         facts: Facts for the report: `command`, `manifest` and `budgets`.
 
     Errors:
@@ -204,21 +214,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Results:
-    """The definition of an ablation and the results of its runs.
+    """The definition of an ablation and the results of its runs."""
 
-    Attributes:
-        definition: `ablation.json`.
-        done: Usable results by (arm, seed), in the order of the plan.
-        failed: Runs without a usable result: `arm`, `seed`, `reason`.
-        missing: Runs that have not finished: `arm`, `seed`.
-        unplanned: Number of results on disk that belong to no arm and seed of the plan.
-    """
-
-    definition: dict[str, Any]
-    done: dict[tuple[str, int], Result]
-    failed: list[dict[str, Any]]
-    missing: list[dict[str, Any]]
-    unplanned: int
+    definition: dict[str, Any]  # `ablation.json`
+    done: dict[tuple[str, int], Result]  # usable results, in the order of the plan
+    failed: list[dict[str, Any]]  # runs without a usable result: `arm`, `seed`, `reason`
+    missing: list[dict[str, Any]]  # runs that have not finished: `arm`, `seed`
+    unplanned: int  # results on disk that belong to no arm and seed of the plan
 
     def of_arm(self, arm: str) -> dict[int, Result]:
         """The usable results of an arm, by seed."""
@@ -238,6 +240,12 @@ def read_results(folder: Path) -> Results:
             'give the --workdir that launch.ablate was given'
         )
     definition = read(path)
+    if not 0 < len(definition['seeds']) <= MOST_SEEDS:
+        raise UserError(f'{path} has {len(definition["seeds"]):,} seeds, not 1 to {MOST_SEEDS:,}')
+    if definition['baseline'] not in definition['arms']:
+        raise UserError(f'{path} has no arm {printable(definition["baseline"])}, its baseline')
+    if wrong := [arm for arm in definition['arms'] if printable(arm) != arm]:
+        raise UserError(f'{path} names an arm {wrong[0]!r}, which cannot be printed')
     found = [read(each) for each in sorted((folder / FOLDER).glob('*.json'))]
     by_run = {(result['arm'], result['seed']): result for result in found}
     if len(by_run) < len(found):

@@ -16,7 +16,7 @@ from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan, number
 from cnn_jax.ablation.report import Ablation
-from cnn_jax.ablation.results import Result, Run, Store, read_store
+from cnn_jax.ablation.results import Result, Run, Store, read_store, refuse_links
 from cnn_jax.ablation.workers import LocalWorkers, RayWorkers, Task, open_ablation, run_missing
 from cnn_jax.components import NO_COMPONENTS, Components, from_objects
 from cnn_jax.errors import UserError
@@ -52,7 +52,7 @@ def ablate(
 
     The same call again trains only what is missing, and more seeds add to what is there. The
     work directory holds `ablation.json`, `cells/` (a result for each run), `logs/`, `report.html`,
-    `figures/`, `cost.json`, and `summary.json`, `.csv` and `.tex`.
+    `figures/`, `cost.json`, `summary.json` and `summary.csv`.
 
     >>> config = Config(data=Data(source='mnist_5k', train='train[:500]', eval='test'))
     >>> arms = {'dropout': {'model.dropout': 0.25}, 'L2': {'loss.l2': 5e-4}}
@@ -70,16 +70,14 @@ def ablate(
         seeds: Number of seeds; each arm is trained once with each.
         metric: The metric that is compared: accuracy, top5, calibration_error or loss.
         name, question: Headings of the report.
-        workers: Worker processes; 0 trains in this process. By default one for each core on a
-            CPU; 0 on an accelerator, whose memory this process may hold, and where own
-            parts are given, which live in this process (an experiment file is read by each).
+        workers: Worker processes; 0 trains in this process, as is the default on an accelerator
+            and where own parts are given. On a CPU the default is one for each core.
         together: The most runs that a process trains at once as one program on all its devices;
             0: 1 on a CPU, up to 16 on an accelerator.
         retry_failed: True to repeat failed runs.
-        executor: `local`, or `ray`.
-        ray: Options of `workers.RayWorkers`: `address`, `gpus`, `tpus`.
+        executor, ray: `local`, or `ray` with the options `address`, `gpus`, `tpus`.
         command: The command that the user typed, for the report.
-        components: The same as one object.
+        components: Own parts as one object.
 
     Errors:
         UserError: An arm is not a valid config, the data cannot be opened, or the folder holds
@@ -107,8 +105,10 @@ def ablate(
         plan = make_plan(_with_baseline(arms), config, **options)
     if workers is None:
         workers = max(1, runtime.cores() // plan.threads)
+    workers = min(workers, len(plan.configs) * len(plan.seeds))
     folder = Path(workdir)
     make_writable(folder)
+    refuse_links(folder)
     if (folder / 'config.json').exists():
         raise UserError(f'{folder} holds a run of launch.train; choose another --workdir')
     if retry_failed and (store := read_store(folder, plan)):
@@ -172,14 +172,12 @@ def _run_in_workers(folder: Path, plan: Plan, task: Task, ray: dict[str, Any] | 
                     progress = screen.enter_context(Progress(store))
                 if progress:
                     progress.update()
-        outputs = pool.outputs()
+        died = task.workers - pool.ended()
     finally:
         pool.stop()
         path.unlink(missing_ok=True)
-    if len(outputs) < task.workers:
-        print(f'{task.workers - len(outputs)} of {task.workers} workers died; see {logs}')
-    totals = [json.loads(text.splitlines()[-1]) for text in outputs]
-    print(f'compilations of the training step: {sum(t["compilations"] for t in totals)}')
+    if died:
+        print(f'{died} of {task.workers} workers died; see {logs}')
     return True
 
 
@@ -207,79 +205,39 @@ def _run_here(
 
 
 class Progress:
-    """The progress of an ablation, whoever trains: a live table on a terminal, lines elsewhere.
+    """The progress of an ablation, whoever trains: a line for each run that ends.
 
     Use as a context manager.
-
-    Args:
-        store: The runs.
-        live: True to draw a table; by default where standard output is a terminal.
     """
 
-    def __init__(self, store: Store, live: bool | None = None):
+    def __init__(self, store: Store):
         self._store, self._metric = store, METRICS[store.plan.metric]
         self._results: dict[Run, Result] = {}
         self._began = time.perf_counter()
-        self._live = None
-        self._read_new()
-        self._before = len(self._results)
-        if sys.stdout.isatty() if live is None else live:
-            from rich.live import Live
-
-            self._live = Live(auto_refresh=False)
+        self._before = len(self._read_new())
 
     def __enter__(self):
         budgets = self._store.definition()['budgets']
-        if len(set(budgets.values())) == 1:
-            print(f'budget of every arm: {next(iter(budgets.values()))}')
-        else:  # then the comparison is not fair
+        bare = {budget.partition(';')[0] for budget in budgets.values()}  # without notes
+        if len(bare) > 1:  # then the comparison is not fair
             print('the arms have DIFFERENT budgets:')
-            for arm, each in budgets.items():
+        else:
+            print(f'budget of every arm: {bare.pop()}')
+        for arm, each in budgets.items():
+            if ';' in each or bare:
                 print(f'  {arm:<24} {each}')
         if self._before:
             print(f'{self._before} of {len(self._store.runs)} runs were done before')
-        if self._live:
-            self._live.start()
         return self
 
     def __exit__(self, *_):
-        if self._live:
-            self._live.stop()
+        self.update()
 
     def update(self) -> None:
-        """Print or draw what was finished since the last call."""
+        """Print what was finished since the last call."""
         new = self._read_new()
-        if self._live:
-            self._live.update(self._screen(), refresh=True)
-        else:
-            for count, run in enumerate(new, len(self._results) - len(new) + 1):
-                print(f'[{count}/{len(self._store.runs)}] {self._line(run)}', flush=True)
-
-    def table(self) -> Any:
-        """The progress of each arm, with the mean of its results so far."""
-        from rich.table import Table
-
-        metric, baseline = self._metric, self._store.plan.baseline
-        table = Table(box=None, pad_edge=False, header_style='bold')
-        unit = f', {metric.suffix}' if metric.suffix else ''
-        heads = ('done', 'running', 'failed', f'test {metric.title}{unit}', f'− {baseline}')
-        table.add_column('arm', no_wrap=True)
-        for head in heads:
-            table.add_column(head, justify='right')
-        running = [run.arm for run in self._store.running()]
-        failed = [run.arm for run, each in self._results.items() if each['status'] == 'failed']
-        for arm in self._store.plan.configs:
-            values, reference = self._values(arm), self._values(baseline)
-            pairs = [values[seed] - reference[seed] for seed in values.keys() & reference.keys()]
-            table.add_row(
-                arm,
-                f'{len(values)}/{len(self._store.plan.seeds)}',
-                str(running.count(arm) or ''),
-                str(failed.count(arm) or ''),
-                _mean_sd(list(values.values()), metric.scale),
-                '' if arm == baseline else _mean_sd(pairs, metric.scale, signed=True),
-            )
-        return table
+        for count, run in enumerate(new, len(self._results) - len(new) + 1):
+            print(f'[{count}/{len(self._store.runs)}] {self._line(run)}', flush=True)
 
     def _read_new(self) -> list[Run]:
         new = [run for run in self._store.runs if run not in self._results and run.path.exists()]
@@ -289,37 +247,24 @@ class Progress:
     def _values(self, arm: str) -> dict[int, float]:
         return {
             run.seed: each['metrics']['eval'].get(self._metric.name, math.nan)
-            for run, each in self._results.items()  # top5 needs six classes
+            for run, each in self._results.items()
             if run.arm == arm and each['status'] == 'done'
         }
 
-    def _screen(self) -> Any:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        done, total = len(self._results), len(self._store.runs)
-        head = Table.grid(padding=(0, 2))
-        head.add_row(
-            f'{done}/{total} runs',
-            ProgressBar(total=total, completed=done, width=30),
-            f'{_clock(time.perf_counter() - self._began)} elapsed',
-            self._left(),
-        )
-        return Group(head, self.table())
-
     def _line(self, run: Run) -> str:
-        result, metric = self._results[run], self._metric
-        if result['status'] == 'done':
-            values = self._values(run.arm)
-            text = (
-                f'{metric.title} {number(values[run.seed] * metric.scale, 2)}{metric.suffix} '
-                f'(mean of {len(values)}: {_mean_sd(list(values.values()), metric.scale)})  '
-                f'{result["wall_seconds"]:.1f} s'
-            )
-        else:
-            text = f'FAILED: {result["reason"]}'
-        return f'{run.arm}, seed {run.seed}: {text}, {self._left()}'
+        """The result of a run, with the mean of its arm and of its differences so far."""
+        result, metric, baseline = self._results[run], self._metric, self._store.plan.baseline
+        start, left = f'{run.arm}, seed {run.seed}:', self._left()
+        if result['status'] != 'done':
+            return f'{start} FAILED: {result["reason"]}, {left}'
+        values, reference = self._values(run.arm), self._values(baseline)
+        pairs = [values[seed] - reference[seed] for seed in values.keys() & reference.keys()]
+        means = f'mean of {len(values)}: {_mean_sd(list(values.values()), metric.scale)}'
+        if pairs and run.arm != baseline:
+            means += f', against {baseline}: {_mean_sd(pairs, metric.scale, signed=True)}'
+        value = f'{number(values[run.seed] * metric.scale, 2)}{metric.suffix}'
+        seconds = f'{result["wall_seconds"]:.1f} s'
+        return f'{start} {metric.title} {value} ({means})  {seconds}, {left}'
 
     def _left(self) -> str:
         """The time left, if the rest runs as fast as since the start."""
@@ -327,19 +272,13 @@ class Progress:
         if not here:
             return 'time left unknown yet'
         each = (time.perf_counter() - self._began) / here
-        return f'{_clock(each * (total - len(self._results)))} left'
+        minutes, seconds = divmod(round(each * (total - len(self._results))), 60)
+        return f'{minutes} min {seconds:02d} s left'
 
 
 def _mean_sd(sample: list[float], scale: float, signed: bool = False) -> str:
     """`97.12 ± 0.40`, the standard deviation only of two or more."""
-    if not sample:
-        return '–'
     mean = number(float(np.mean(sample)) * scale, 2, signed)
     if len(sample) < 2:
         return mean
     return f'{mean} ± {number(float(np.std(sample, ddof=1)) * scale, 2)}'
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f'{minutes} min {rest:02d} s' if minutes else f'{rest} s'

@@ -23,7 +23,7 @@ from cnn_jax.components import NO_COMPONENTS, Components
 from cnn_jax.data.batches import with_order
 from cnn_jax.params import flatten
 from cnn_jax.train import metrics, setup, step
-from cnn_jax.train.loop import Phase, compilations, phase_at, steps, with_eval_statistics
+from cnn_jax.train.loop import Phase, phase_at, steps, with_eval_statistics
 from cnn_jax.train.metrics import EarlyStopping
 from cnn_jax.train.program import RunSpec, State, begin_phase, state_maker, traced_values
 
@@ -37,23 +37,17 @@ KEPT = ('count', 'loss', 'bin_correct', 'objective', 'gradient_norm')
 class Compiled:
     """The functions of one structure, and what they were made for.
 
-    Attributes:
-        spec, description: The same for every run.
-        together: The number of runs that the functions train. Over 1, states, batches, values and
-            results have a leading axis of that length.
-        phases: The functions of each phase, without batches.
-        init: From a seed to a run's state before its first step.
-        stack: From one tree a run to what the functions take.
-        choose: `(flags, new, old)`, one flag a run: the new state of a run, or the old one.
+    They train `together` runs; over 1, states, batches, values and results have a leading axis of
+    that length.
     """
 
     spec: RunSpec
     description: dict[str, Any]
     together: int
-    phases: list[Phase]
-    init: Callable[[int], State]
-    stack: Callable[[Sequence[Any]], Any]
-    choose: Callable[[Any, State, State], State]
+    phases: list[Phase]  # without batches
+    init: Callable[[int], State]  # from a seed to a run's state before its first step
+    stack: Callable[[Sequence[Any]], Any]  # from one tree a run to what the functions take
+    choose: Callable[[Any, State, State], State]  # (flags, new, old): one flag a run
 
     def split(self, results: Any) -> list[Any]:
         """From what the functions return to one tree of arrays on the host a run."""
@@ -65,10 +59,6 @@ class Compiled:
             jax.tree.unflatten(tree, [leaf[i] for leaf in leaves]) for i in range(self.together)
         ]
 
-    def compilations(self) -> int:
-        """The number of times that XLA compiled a training step."""
-        return sum(compilations(phase.train_step) for phase in self.phases)
-
 
 def compile_structure(
     config: cfg.Config,
@@ -78,11 +68,7 @@ def compile_structure(
 ) -> Compiled:
     """The jitted functions that serve every config of the same structure.
 
-    Args:
-        config: Any of them.
-        data: The opened data.
-        together: The number of runs that one call trains; over 1, up to a multiple of the devices.
-        components: Own parts of the runs.
+    One call trains `together` runs; over 1, as many more as make a multiple of the devices.
     """
     devices = jax.devices()
     if together > 1:
@@ -144,14 +130,12 @@ def train_runs(configs: Sequence[cfg.Config], compiled: Compiled, data: setup.Da
 
     Args:
         configs: The runs' configs, their seeds included; at most `compiled.together`.
-        compiled: The functions of their structure.
-        data: The opened data.
+        compiled, data: The functions of their structure, and the opened data.
 
     Returns:
-        The results as JSON: `status` (`done`, or `failed` with `reason`), `metrics` of both
-        splits in inference, `curves`, `correct` (which evaluation examples were classified
-        correctly, as packed bits in hexadecimal), `seconds` (the run's share), `parameters`,
-        `steps` (done, also those after the best where there is `train.patience`).
+        The results as JSON: `status` (`done`, or `failed` with `reason`), `metrics` of both splits
+        in inference, `curves`, `correct` (a bit for each evaluation example, packed, in
+        hexadecimal), `seconds` (the run's share), `parameters`, `steps`.
     """
     began = time.perf_counter()
     runs = _Runs(configs, compiled, data)

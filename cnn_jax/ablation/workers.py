@@ -2,7 +2,7 @@
 
 `python -m cnn_jax.ablation.workers --workdir=FOLDER --task=FILE --worker=N` is a worker; it takes
 runs from the store in the work directory until none is left. Both kinds of workers are used alike:
-`running`, `outputs`, `stop`. When a worker dies the others take over its run; only the death of all
+`running`, `ended`, `stop`. When a worker dies the others take over its run; only the death of all
 is an error. JAX is imported by the workers alone: the process that starts them needs no device.
 """
 
@@ -24,9 +24,9 @@ from typing import Any
 
 from cnn_jax import runtime
 from cnn_jax.ablation.plan import Plan, budget, by_structure, code_digest
-from cnn_jax.ablation.results import Result, Run, Store, open_store
+from cnn_jax.ablation.results import DEFINITION, Result, Run, Store, open_store
 from cnn_jax.components import NO_COMPONENTS, Components, from_experiment
-from cnn_jax.errors import RunFailed, UserError
+from cnn_jax.errors import RunFailed, UserError, printable
 
 RETRIES = 10  # of a Ray worker, for nodes that die
 MISTAKE = 2  # a worker's exit code when the user must mend something
@@ -37,23 +37,14 @@ WAIT = 0.5  # seconds between looks at runs that other processes have claimed
 
 @dataclass(frozen=True)
 class Task:
-    """All that a worker must know.
+    """All that a worker must know."""
 
-    Attributes:
-        plan: The plan, as JSON.
-        command: The command that the user typed, for the report.
-        workers: Number of workers.
-        together: The most runs that a process trains at once.
-        experiment: The experiment file that brings components; '' for none.
-        pinned: True to give each worker cores of its own.
-    """
-
-    plan: str
-    command: str
-    workers: int
-    together: int
-    experiment: str
-    pinned: bool
+    plan: str  # as JSON
+    command: str  # that the user typed, for the report
+    workers: int  # their number
+    together: int  # the most runs that a process trains at once
+    experiment: str  # the file that brings components; '' for none
+    pinned: bool  # whether each worker has cores of its own
 
 
 class Workers:
@@ -84,19 +75,13 @@ class Workers:
             raise RunFailed(f'every worker died, the last one with exit code {code}: {line}')
         return any(code is None for code, _ in lines)
 
-    def outputs(self) -> list[str]:
-        """The output of each worker that ended well."""
-        return [text for code, text in self.results() if code == 0]
+    def ended(self) -> int:
+        """The number of workers that ended well."""
+        return sum(code == 0 for code, _ in self.results())
 
 
 class LocalWorkers(Workers):
-    """Processes of this machine; their output goes to `logs/`.
-
-    Args:
-        command: The command of a worker.
-        workers: Number of workers.
-        logs: Folder of the logs.
-    """
+    """Processes of this machine; their output goes to the folder `logs`."""
 
     def __init__(self, command: list[str], workers: int, logs: Path):
         name = f'{socket.gethostname()}-{os.getpid()}'  # another launcher may use the folder
@@ -117,7 +102,8 @@ class LocalWorkers(Workers):
     def results(self) -> list[tuple[int | None, str]]:
         codes = [process.poll() for process in self._processes]
         return [
-            (code, '' if code is None else log.read_text()) for code, log in zip(codes, self._logs)
+            (code, '' if code is None else log.read_text(errors='replace'))
+            for code, log in zip(codes, self._logs)
         ]
 
     def stop(self) -> None:
@@ -139,34 +125,24 @@ class RayWorkers(Workers):
 
     Ray starts a worker again when its process or its node dies; the run it had claimed is free
     again then, and finished ones are not repeated.
-
-    Args:
-        command: The command of a worker, run in the current folder.
-        workers: Number of workers.
-        address: Address of a cluster, as `ray.init` takes it; '' starts one here.
-        cpus, gpus, tpus: Devices that each worker reserves.
     """
 
-    def __init__(
-        self,
-        command: list[str],
-        workers: int,
-        *,
-        address: str = '',
-        cpus: float = 1,
-        gpus: float = 0,
-        tpus: float = 0,
-    ):
-        import ray
-
+    def __init__(self, command: list[str], workers: int, address: str = '', **reserved: float):
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError(f'{error}; --executor=ray needs requirements-ray.txt') from error
         self._ray = ray
         ray.init(address=address or None, log_to_driver=False, include_dashboard=False)
         folder = str(Path.cwd())
 
+        tpus = reserved.get('tpus')
+        resources = {'TPU': tpus} if tpus else {}
+
         @ray.remote(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            resources={'TPU': tpus} if tpus else {},
+            num_cpus=reserved['cpus'],
+            num_gpus=reserved.get('gpus', 0),
+            resources=resources,
             max_retries=RETRIES,
         )
         def work(number: int) -> tuple[int, str]:
@@ -197,8 +173,8 @@ def work(folder: Path, task: Task, worker: int) -> None:
     self_check()
     components = from_experiment(task.experiment) if task.experiment else NO_COMPONENTS
     store, data = open_ablation(folder, plan, settings, task.command, components)
-    counts = run_missing(store, data, start=worker, together=task.together, components=components)
-    print(json.dumps(counts))
+    cells = run_missing(store, data, start=worker, together=task.together, components=components)
+    print(json.dumps({'cells': cells}))
 
 
 def open_ablation(
@@ -210,16 +186,9 @@ def open_ablation(
 ) -> tuple[Store, Any]:
     """Open the data of an ablation and its store.
 
-    Args:
-        folder: The work directory.
-        plan: The plan.
-        settings: Settings of this process.
-        command: The command that the user typed, for the report.
-        components: Own parts of the runs.
-
     Errors:
-        UserError: The data cannot be opened, or the folder holds an ablation with other configs,
-            data or code.
+        UserError: The data cannot be opened, an arm cannot be trained on them, or the folder holds
+            an ablation with other configs, data or code.
     """
     from cnn_jax.train import manifest, setup
 
@@ -241,7 +210,30 @@ def open_ablation(
         'manifest': manifest.manifest(first, settings, description),
         'budgets': {arm: budget(config, data.train.n) for arm, config in plan.configs.items()},
     }
+    if not (folder / DEFINITION).exists():
+        _check_arms(plan, data, components)
     return open_store(folder, plan, provenance, facts), data
+
+
+def _check_arms(plan: Plan, data: Any, components: Components) -> None:
+    """Refuse a plan with an arm that cannot be trained on the data, before any is."""
+    from cnn_jax.train import setup
+
+    firsts, classes = (
+        [group[0] for group in by_structure(plan)],
+        len(data.description['class_names']),
+    )
+    if plan.metric == 'top5' and classes <= 5:
+        raise UserError(f'the metric top5 needs more than 5 classes; the data have {classes}')
+    for arm, config in plan.configs.items():
+        try:
+            if config.data.batch > data.train.n:
+                raise UserError(f'config.data.batch is larger than its {data.train.n} images')
+            spec = setup.make_spec(config, data.description, data.weights, components)
+            if arm in firsts:
+                setup.make_programs(config, spec)
+        except UserError as error:
+            raise UserError(f'arm {arm!r}: {error}') from error
 
 
 def run_missing(
@@ -252,7 +244,7 @@ def run_missing(
     together: int = 1,
     go_on: Callable[[], bool] = lambda: True,
     components: Components = NO_COMPONENTS,
-) -> dict[str, int]:
+) -> int:
     """Train every run that no other process has, until all have a result.
 
     Runs of one structure follow each other and share one compilation. A run that another process
@@ -261,14 +253,13 @@ def run_missing(
     Args:
         store: The runs.
         data: The opened data.
-        start: Number of the structure to begin with, so that several workers begin with
-            different ones.
+        start: The structure to begin with; several workers begin with different ones.
         together: The most runs that are trained together; fewer where memory is short.
         go_on: Called after each; False stops.
         components: Own parts of the runs.
 
     Returns:
-        `cells`, the runs that were trained here, and `compilations` of the training step.
+        The number of runs that were trained here.
     """
     groups = by_structure(store.plan)
     shift = start % len(groups)
@@ -286,7 +277,7 @@ def run_missing(
         if done == before:
             time.sleep(WAIT)
             stopped = not go_on()
-    return {'cells': done, 'compilations': sum(s.compilations() for s in structures)}
+    return done
 
 
 class _Structure:
@@ -298,11 +289,6 @@ class _Structure:
         self._store, self._arms, self._data = store, arms, data
         self._together, self._components = together, components
         self._compiled: Any = None
-        self._past = 0
-
-    def compilations(self) -> int:
-        """The number of times that the training step was compiled for these arms."""
-        return self._past + (self._compiled.compilations() if self._compiled else 0)
 
     def run_some(self) -> int:
         """Claim, train and record as many runs as are trained together; returns their number."""
@@ -345,13 +331,11 @@ class _Structure:
             results = [{'status': 'failed', 'reason': reason} for _ in runs]
         for result in results:
             result['wall_seconds'] = (time.perf_counter() - began) / len(runs)
-            result['compilations'] = self.compilations()
         return results
 
     def _train_fewer(self, runs: list[Run]) -> list[Result]:
         """Train the same, half as many at a time, and so those that follow."""
-        self._past, self._compiled = self.compilations(), None
-        self._together = len(runs) // 2
+        self._compiled, self._together = None, len(runs) // 2
         results = []
         while len(results) < len(runs):
             results += self._train(runs[len(results) :][: self._together])
@@ -388,7 +372,7 @@ def main() -> None:
     try:
         work(Path(options['workdir']), task, int(options['worker']))
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(error)}', file=sys.stderr)
         sys.exit(MISTAKE)
 
 

@@ -1,7 +1,8 @@
 """The pictures of a run: learning curves, confusion matrix, reliability diagram."""
 
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -9,14 +10,23 @@ from cnn_jax.files import write_atomically
 from cnn_jax.train.metrics import BINS, Sums
 
 
-def _save(figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120))
+def save(figure: Any, file: Path | BinaryIO, **options: Any) -> None:
+    """Save a figure as a PNG, or as the options of `savefig` say; `file` is replaced as a whole.
+
+    A letter that its font lacks becomes a box, which needs no warning.
+    """
+    if isinstance(file, Path):
+        write_atomically(file, lambda opened: save(figure, opened, **options))
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')
+        figure.savefig(file, **{'format': 'png', 'dpi': 120, **options})
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     """Write `curves_figure` as a PNG; without any lines, nothing is drawn."""
     if lines:
-        _save(curves_figure(lines), path)
+        save(curves_figure(lines), path)
 
 
 def curves_figure(lines: list[dict[str, Any]]) -> Any:
@@ -62,7 +72,7 @@ def draw_confusion(confusion: np.ndarray, class_names: list[str], path: Path) ->
             if count:
                 colour = 'white' if share[i, j] > 0.5 else 'black'
                 axes.text(j, i, str(count), ha='center', va='center', color=colour, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_reliability(sums: Sums, path: Path) -> None:
@@ -79,4 +89,4 @@ def draw_reliability(sums: Sums, path: Path) -> None:
     axes.plot([0, 1], [0, 1], 'k--', linewidth=1)
     axes.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
     axes.legend()
-    _save(figure, path)
+    save(figure, path)

@@ -43,10 +43,8 @@ class Prediction:
         """
         if self.error:
             return {'file': str(self.path), 'error': self.error}
-        name, probability = self.classes[0]
-        ranked = [{'class': c, 'probability': p} for c, p in self.classes]
-        row = {'file': str(self.path), 'class': name, 'probability': probability, 'top': ranked}
-        return row | self.uncertainty
+        top = [{'class': c, 'probability': p} for c, p in self.classes]
+        return {'file': str(self.path), **top[0], 'top': top, **self.uncertainty}
 
     def as_text(self) -> str:
         """One line: the file, then classes with their probabilities, then the uncertainty."""
@@ -104,9 +102,6 @@ def predict_files(
         draws: Draws of Monte-Carlo dropout, whose mean is predicted; 0 predicts without dropout.
         top: Number of the most probable classes to give; `None` for all.
 
-    Returns:
-        An iterator of one prediction a path, in their order.
-
     Errors:
         UserError: Draws are asked for, but the network has no dropout.
     """
@@ -152,12 +147,7 @@ def read_image(run: Run, path: Path) -> np.ndarray | str:
 def heatmap_drawer(run: Run, folder: Path) -> Callable[[Prediction], bool]:
     """Draws the evidence for the most probable class of a prediction (Grad-CAM) as a PNG.
 
-    Args:
-        run: Opened run.
-        folder: Folder of the PNGs, named `NNN_FILE.png` in the order of the predictions.
-
-    Returns:
-        A function that draws one prediction's PNG and returns whether it could.
+    The function returns whether it could; PNGs are named `NNN_FILE.png` in the order of its calls.
     """
     names = run.manifest['data']['class_names']
     blank = np.zeros((1, *run.spec.image_shape), np.uint8)

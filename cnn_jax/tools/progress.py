@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from cnn_jax import mesh
+from cnn_jax.errors import printable
 
 REDRAWN = 0.2  # seconds between two views of a notebook's bar
 
@@ -18,27 +19,21 @@ class Progress:
     """Shows a run's progress; use as a context manager.
 
     Args:
-        total_steps: Updates of the whole run.
-        first_step: Updates done before (a resumed run).
+        total, first: Updates of the whole run, and those done before it was resumed.
         batch_size: Images a step.
-        steps_per_epoch: For the epoch number.
+        per_epoch: Updates an epoch.
         live: Draw a bar; by default when standard output is a terminal or a notebook's cell.
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        first_step: int,
-        batch_size: int,
-        steps_per_epoch: float,
-        live: bool | None = None,
+        self, total: int, first: int, batch_size: int, per_epoch: float, live: bool | None = None
     ):
-        self._total, self._first, self._batch_size = total_steps, first_step, batch_size
-        self._per_epoch, self._began = steps_per_epoch, time.perf_counter()
+        self._total, self._first, self._batch_size = total, first, batch_size
+        self._per_epoch, self._began = per_epoch, time.perf_counter()
         self._notebook = in_notebook()
         self._bar, self._view, self._drawn = None, None, 0.0
         if live or (live is None and (self._notebook or sys.stdout.isatty())):
-            self._bar, self._task = _bar(total_steps, first_step)
+            self._bar, self._task = _bar(total, first)
 
     def __enter__(self):
         if self._bar and not self._notebook:
@@ -71,7 +66,7 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
         if self._bar and not self._notebook:
-            self._bar.console.print(line)
+            self._bar.console.print(printable(line, keep='\n\t'), markup=False)
         else:
             print(line, flush=True)
 
@@ -81,16 +76,10 @@ class Progress:
         from rich.console import Console
 
         assert self._bar
-        console = Console(
-            file=io.StringIO(),
-            width=100,
-            color_system=None,
-            force_terminal=False,
-            force_jupyter=False,
-        )
-        with console.capture() as capture:
-            console.print(self._bar.get_renderable())
-        text = {'text/plain': capture.get().rstrip()}
+        shown = io.StringIO()
+        console = Console(file=shown, width=100, force_terminal=False, force_jupyter=False)
+        console.print(self._bar.get_renderable())
+        text = {'text/plain': shown.getvalue().rstrip()}
         self._drawn = time.perf_counter()
         if self._view:
             self._view.update(text, raw=True)

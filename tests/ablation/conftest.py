@@ -43,6 +43,7 @@ def write_ablation() -> Callable[..., Path]:
             'seeds': list(range(seeds)),
             'metric': 'accuracy',
             'command': 'python -m launch.ablate --config=experiments/regularization.py',
+            'identity': {'code': 'c0de'},
             'manifest': {'packages': {'jax': '0.10.2'}},
             'budgets': dict.fromkeys(gains, '3 epochs'),
         }
@@ -58,6 +59,17 @@ def write_ablation() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope='session')
+def finished() -> Callable[[float], dict[str, Any]]:
+    """Makes the result of a finished run of an accuracy, without its arm and seed."""
+
+    def make(accuracy: float) -> dict[str, Any]:
+        whole = result('', 0, np.arange(EXAMPLES) < accuracy * EXAMPLES)
+        return {name: part for name, part in whole.items() if name not in ('arm', 'seed')}
+
+    return make
 
 
 def result(arm: str, seed: int, correct: np.ndarray) -> dict[str, Any]:
@@ -85,9 +97,9 @@ def result(arm: str, seed: int, correct: np.ndarray) -> dict[str, Any]:
         ],
         'correct': np.packbits(correct).tobytes().hex(),
         'seconds': 2.5,
+        'wall_seconds': 2.0,
         'parameters': 1000,
         'steps': 30,
-        'compilations': 1,
     }
 
 

@@ -58,13 +58,26 @@ def test_a_grid_has_all_combinations_and_the_first_levels_are_the_baseline():
         ({'ARMS': {'a': {}, 'b': {'model.dorpout': 0.1}}}, "arm 'b'.*model.dropout"),
         ({'ARMS': {'a': {}, 'b': {'model.dropout': 0.25}}}, "'a' and 'b'.*are the same"),
         ({'ARMS': {'a': {}, 'b': {'data.train': 'train[:9]'}}}, "arm 'b'.*same images"),
-        ({'ARMS': {'a': {}, 'b\n': {'model.dropout': 0.1}}}, 'cannot be printed'),
-        ({'ARMS': {'a': {}}, 'METRIC': 'acc'}, "'acc'; it can be accuracy, top5"),
+        ({'ARMS': {'a': {}, 'b': {'seed': 7}}}, "arm 'b'.*same seeds"),
+        *[({'ARMS': {'a': {}, name: {}}}, 'printed') for name in ('b\n', '\u202eb', '', ' ', 3)],
+        ({'ARMS': {'a': {}, '\udcff': {}}}, 'printed'),
+        *[({'ARMS': arms}, r'must be \{name') for arms in (['a'], 'a', 3)],
+        *[({'ARMS': {'a': {}, 'b': changes}}, "arm 'b'") for changes in (None, 'x', [], {3: 4})],
+        *[({'FACTORS': factors}, 'factor') for factors in (['a'], 'a', {3: {}}, {'f': {}})],
+        *[({'FACTORS': {'f': each}}, 'factor') for each in ('x', {'a': None}, {3: {}})],
+        *[({'ARMS': ARMS, 'METRIC': metric}, 'top5') for metric in ('acc', '', None, ['loss'])],
+        *[({'ARMS': ARMS, 'SEEDS': n}, 'seeds') for n in (0, -1, 2.5, '5', True, None, 10**6)],
     ],
 )
 def test_mistakes_in_the_file_are_named(content, sentence):
     with pytest.raises(UserError, match=sentence):
         plan_of(experiment(**content), cfg.Config())
+
+
+def test_seeds_end_where_a_config_has_them():
+    assert make_plan(ARMS, cfg.Config(seed=2**32 - 2), seeds=2).seeds[-1] == 2**32 - 1
+    with pytest.raises(UserError, match='seed'):
+        make_plan(ARMS, cfg.Config(seed=2**32 - 2), seeds=3)
 
 
 def test_every_experiment_shipped_is_valid():

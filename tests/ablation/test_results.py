@@ -1,16 +1,20 @@
 """Results on disk: they appear whole, runs are claimed once, nothing incomparable is mixed."""
 
-import subprocess
-import sys
-import time
+import json
+import math
+import os
 
 import pytest
 
 from cnn_jax import config as cfg
+from cnn_jax.ablation import figures
 from cnn_jax.ablation.plan import make_plan
-from cnn_jax.ablation.results import open_store
+from cnn_jax.ablation.report import LABELS, Ablation
+from cnn_jax.ablation.results import open_store, read_results
 from cnn_jax.errors import UserError
+from cnn_jax.files import read_json, write_json
 
+FACTS = {'command': '', 'manifest': {}, 'budgets': {}}
 PROVENANCE = {'code': 'c0de', 'training data': 'da7a', 'jaxlib': '1'}
 
 
@@ -22,9 +26,13 @@ def opened(tmp_path):
         config = cfg.replace(cfg.Config(), {k.replace('__', '.'): v for k, v in changes.items()})
         arms = {'plain': {}, 'drop, 0.3/x': {'model.dropout': 0.3}}
         plan = make_plan(arms, config, seeds=seeds, metric=metric)
-        return open_store(tmp_path, plan, provenance, {'command': command})
+        return open_store(tmp_path, plan, provenance, FACTS | {'command': command})
 
     return open_one
+
+
+def status(run):
+    return run.result()['status'] if run.path.exists() else 'missing'
 
 
 def test_runs_come_seed_by_seed_with_names_of_their_own(opened):
@@ -36,22 +44,22 @@ def test_runs_come_seed_by_seed_with_names_of_their_own(opened):
     assert {r.path.parent.name for r in runs} == {'cells'}
 
 
-def test_results_are_found_again_and_failed_ones_can_be_repeated(opened):
+def test_results_are_found_again_and_failed_ones_can_be_repeated(opened, finished):
     store = opened()
     first, second, *_ = store.runs
-    store.write(first, {'status': 'done'})
+    store.write(first, finished(0.5))
     store.write(second, {'status': 'failed', 'reason': 'why'})
     again = opened()
-    assert [r.status() for r in again.runs] == ['done', 'failed', 'missing', 'missing']
+    assert [status(r) for r in again.runs] == ['done', 'failed', 'missing', 'missing']
     assert first.result()['seed'] == 0
     again.retry_failed()
-    assert [r.status() for r in again.runs] == ['done', 'missing', 'missing', 'missing']
+    assert [status(r) for r in again.runs] == ['done', 'missing', 'missing', 'missing']
 
 
-def test_a_claimed_run_is_not_claimed_again_until_it_is_released(opened):
+def test_a_claimed_run_is_not_claimed_again_until_it_is_released(opened, finished):
     store = opened()
     run, other, done, _ = store.runs
-    store.write(done, {'status': 'done'})
+    store.write(done, finished(0.5))
     with store.claim(run) as mine, opened().claim(run) as theirs:
         assert mine
         assert not theirs
@@ -62,41 +70,16 @@ def test_a_claimed_run_is_not_claimed_again_until_it_is_released(opened):
         assert not finished
 
 
-def test_the_claim_of_a_killed_process_is_free(opened, tmp_path):
-    store = opened()
-    run = store.runs[0]
-    lock = tmp_path / 'locks' / f'{run.path.stem}.lock'
-    with store.claim(run):
-        pass  # makes the folder
-    code = (
-        'import fcntl, time\n'
-        f'file = open({str(lock)!r}, "w"); fcntl.flock(file, fcntl.LOCK_EX)\n'
-        'print("locked", flush=True); time.sleep(60)'
-    )
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == 'locked\n'
-    with store.claim(run) as mine:
-        assert not mine
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        with store.claim(run) as mine:
-            if mine:
-                return
-    raise AssertionError('the lock outlived its process')
-
-
-def test_the_definition_follows_the_last_command_and_no_seed_is_forgotten(opened):
+def test_the_definition_follows_the_last_command_and_no_seed_is_forgotten(opened, finished):
     store = opened(seeds=3, command='first')
-    store.write(store.runs[0], {'status': 'done'})
+    store.write(store.runs[0], finished(0.5))
     store = opened(seeds=2, command='second', metric='loss')
     definition = store.definition()
     assert [definition[key] for key in ('command', 'metric', 'seeds')] == [
         'second', 'loss', [0, 1, 2]
     ]  # fmt: skip
     assert opened(seeds=2, command='third', metric='loss').definition() == definition
-    assert [r.status() for r in opened(seeds=4).runs].count('done') == 1
+    assert [status(r) for r in opened(seeds=4).runs].count('done') == 1
 
 
 @pytest.mark.parametrize(
@@ -113,18 +96,69 @@ def test_another_config_data_or_code_is_refused_with_the_difference(opened, chan
         opened(**change)
 
 
-def test_results_without_their_definition_are_not_mixed_with_new_ones(opened, tmp_path):
+def test_results_without_their_definition_are_not_mixed_with_new_ones(opened, finished, tmp_path):
     store = opened()
-    store.write(store.runs[0], {'status': 'done'})
+    store.write(store.runs[0], finished(0.5))
     (tmp_path / 'ablation.json').unlink()
     with pytest.raises(UserError, match='missing'):
         opened()
 
 
-def test_a_result_with_one_digit_changed_is_found_out(opened):
-    store = opened()
-    run = store.runs[0]
-    store.write(run, {'status': 'done', 'metrics': {'accuracy': 0.81}})
-    run.path.write_text(run.path.read_text().replace('0.81', '0.91'))
-    with pytest.raises(UserError, match='damaged'):
-        run.result()
+@pytest.mark.parametrize('name', ['ablation.json', 'cells/1-0.json'])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda path: path.write_text(path.read_text().replace('0', '1', 1)),
+        lambda path: path.write_text(json.dumps(read_json(path))),  # without its digest
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_bytes(b''),
+        lambda path: path.write_bytes(bytes(range(256))),
+        lambda path: path.write_text('[' * 100_000),
+        lambda path: path.write_text('1'),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+)
+def test_a_damaged_file_is_named_and_never_waited_for(ablation, name, damage):
+    folder = ablation()
+    damage(folder / name)
+    with pytest.raises(UserError, match=f'{name} (is damaged|cannot be read)'):
+        read_results(folder)
+
+
+@pytest.mark.parametrize('name', ['ablation.json', 'cells/1-0.json'])
+def test_sealed_nonsense_is_refused_or_reported_and_never_a_raw_error(ablation, name, monkeypatch):
+    """Every part of a file, and of a part, in turn replaced by each of these, or left out."""
+    drawn = {name: {'svg': '<svg width="1" height="1"/>', 'png': b''} for name in LABELS}
+    monkeypatch.setattr(figures, 'draw', lambda summary: drawn)
+    folder = ablation({'none': 0.0, 'x': 0.1}, seeds=3)
+    path, refused = folder / name, 0
+    whole = read_json(path)
+    parts = [(key,) for key in whole]
+    parts += [(a, b) for a in whole if isinstance(whole[a], dict) for b in whole[a]]
+    for *outer, last in parts:
+        for nonsense in (None, '\x1b', [[1]], {'a': {}}, -1, 1e308, math.nan, ...):
+            content = json.loads(json.dumps(whole))
+            inside = content[outer[0]] if outer else content
+            inside[last] = nonsense
+            if nonsense is ...:
+                del inside[last]
+            write_json(path, content)
+            result = Ablation(folder)
+            try:
+                result.write_report()
+                assert repr(result)
+            except UserError:
+                refused += 1
+    assert refused > 50
+    write_json(path, whole)
+    assert Ablation(folder).table
+
+
+def test_nothing_is_written_through_a_link(ablation, tmp_path):
+    folder = ablation({'none': 0.0, 'x': 0.1}, seeds=2)
+    (tmp_path / 'mine').mkdir()
+    (folder / 'figures').symlink_to(tmp_path / 'mine')
+    with pytest.raises(UserError, match='figures is a link'):
+        Ablation(folder).write_report()
+    assert not list((tmp_path / 'mine').iterdir())

@@ -9,7 +9,7 @@ import pytest
 
 from cnn_jax.ablation import summary as s
 from cnn_jax.ablation.plan import METRICS, number
-from cnn_jax.ablation.report import to_csv, to_latex
+from cnn_jax.ablation.report import to_csv
 from cnn_jax.ablation.results import read_results
 from cnn_jax.errors import UserError
 
@@ -27,9 +27,7 @@ def test_verdicts_are_plain_sentences(ablation):
         'n = 5: better than none.',
     }
     assert arms['L2']['verdict']['kind'] == 'inconclusive'
-    assert arms['L2']['verdict']['sentence'].endswith(
-        'not significant; 80% power to detect a difference of 1.4 percentage points.'
-    )
+    assert arms['L2']['verdict']['sentence'].endswith('n = 5: not significant.')
 
 
 @pytest.mark.parametrize(
@@ -50,19 +48,16 @@ def test_comparison_agrees_with_the_per_seed_values(ablation):
     compared = arm['against_baseline']
     assert compared['mean'] == pytest.approx(np.mean(differences))
     assert compared['sd'] == pytest.approx(np.std(differences, ddof=1))
-    assert compared['p_sign_flip'] == 0.0625
     assert compared['p_t'] <= compared['p_corrected'] <= 4 * compared['p_t']
-    assert compared['seeds_needed']['0.02'] <= compared['seeds_needed']['0.002']
     assert arm['gap']['mean'] == pytest.approx(0.99 - arm['eval']['accuracy']['mean'])
     assert compared['gap_change'] == pytest.approx(-compared['mean'])
     decision = summary['decision']
     assert (decision['comparisons'], decision['pairs']) == (4, [5, 5])
-    assert decision['smallest_sign_flip_p'] == 0.0625
 
 
 @pytest.mark.parametrize(
     ('seeds', 'spread', 'kind', 'limit'),
-    [(1, 0.01, 'no claim', 'no claim can be made'), (2, 0.15, 'inconclusive', 'too few')],
+    [(1, 0.01, 'no claim', 'no claim can be made'), (2, 0.15, 'inconclusive', 'not significant')],
 )
 def test_few_seeds_say_what_they_cannot_tell(ablation, seeds, spread, kind, limit):
     gains = dict.fromkeys(('none', 'x', 'y', 'z'), 0.0)
@@ -101,7 +96,7 @@ def test_unplanned_results_file_names_and_times_change_nothing(ablation, change_
     expected = summarize(folder)
     (folder / 'cells' / 'other.json').write_text((folder / 'cells' / '1-0.json').read_text())
     change_result(folder, 'other', seed=77)
-    change_result(folder, '1-0', seconds=100.0, compilations=9)
+    change_result(folder, '1-0', seconds=100.0)
     for path in sorted((folder / 'cells').iterdir()):
         path.rename(path.with_name(f'{hash(path.name)}.json'))
     summary = summarize(folder)
@@ -109,10 +104,10 @@ def test_unplanned_results_file_names_and_times_change_nothing(ablation, change_
     assert expected['cells'].pop('unplanned') == 0
     assert summary == expected
     spent = s.cost(read_results(folder))['arms']['dropout']
-    assert spent == {'seconds_a_run': 2.5, 'seconds': 110.0, 'compilations': 9}
+    assert spent == {'seconds_a_run': 2.5, 'seconds': 110.0}
 
 
-def test_equal_differences_are_decided_by_the_sign_flips(ablation, change_result):
+def test_equal_differences_are_decided_by_their_signs(ablation, change_result):
     folder = ablation({'none': 0.0, 'copy': 0.0})
     for seed in range(5):
         result = json.loads((folder / 'cells' / f'0-{seed}.json').read_text())
@@ -159,12 +154,6 @@ def test_a_factor_without_an_effect_has_none_but_for_rounding(ablation, change_r
     assert len(zero) == len(effects) - 1
 
 
-def test_correct_examples_are_unpacked():
-    mask = s.correct_mask({'correct': 'a080', 'metrics': {'eval': {'count': 9}}})
-    assert np.flatnonzero(mask).tolist() == [0, 2, 8]
-    assert len(mask) == 9
-
-
 def test_intervals_end_where_the_metric_does():
     low, high = s.spread(np.array([0.99, 1.0, 1.0, 0.98, 0.94]), 0, 1)['interval']
     assert high == 1
@@ -192,24 +181,10 @@ def test_csv_holds_one_line_per_arm(ablation):
     assert [row['verdict'] for row in rows][3:] == ['inconclusive', 'better']
 
 
-def test_latex_escapes_names(ablation):
-    names = {'none': 0.0, r'50% of {a_b} & \c': 0.01, '[a]': 0.02}
-    text = to_latex(summarize(ablation(names)))
-    assert r'{}50\% of \{a\_b\} \& \textbackslash{}c & 5 &' in text
-    assert r'{}[a] &' in text  # no optional argument of the line before
-    assert text.count(r'\\') == 4
-    assert text.count('{') == text.count('}')
-
-
 def test_mistakes_are_named(ablation, tmp_path):
     with pytest.raises(UserError, match=r'no ablation\.json'):
         summarize(tmp_path / 'nowhere')
-    with pytest.raises(UserError, match="'f1'; it can be accuracy"):
-        summarize(ablation(metric='f1'))
     folder = ablation()
     (folder / 'cells' / 'again.json').write_text((folder / 'cells' / '0-0.json').read_text())
     with pytest.raises(UserError, match='several results'):
-        summarize(folder)
-    (folder / 'cells' / '0-0.json').write_text('{"arm"')
-    with pytest.raises(UserError, match=r'0-0\.json is damaged'):
         summarize(folder)

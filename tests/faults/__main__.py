@@ -50,7 +50,7 @@ KINDS = [
         'found by its digest; the one before is used, and a warning is printed',
         ['tests/train/test_checkpoint.py', 'tests/test_files.py'],
     ),
-    ('result of an ablation altered', 'found', ['tests/ablation/test_results.py', '-k', 'digit']),
+    ('result of an ablation altered', 'found', ['tests/ablation/test_results.py', '-k', 'damaged']),
     (
         'disk full, file too large, folder read-only',
         'plain error; goes on when there is room',

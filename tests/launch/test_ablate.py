@@ -40,7 +40,7 @@ def test_a_failed_cell_is_run_again_on_request(launch, study, tmp_path, study_fl
     cell = next((folder / 'cells').glob('L2-0-*.json'))
     write_json(cell, {'arm': 'L2', 'seed': 0, 'status': 'failed', 'reason': 'made up'})
     done = launch('ablate', *study_flags, f'--workdir={folder}', check=1)
-    assert '1 runs failed; --retry_failed repeats them' in done.stdout
+    assert '1 run failed; --retry_failed repeats them' in done.stdout
     launch('ablate', *study_flags, f'--workdir={folder}', '--retry_failed', check=0)
     assert summary(folder) == summary(study[0])
     assert 'made up' in cell.with_suffix('.failed').read_text()
