@@ -176,7 +176,7 @@ class BatchRenorm(BatchNorm):
         return batch_normalize(x, scale * r, bias + scale * d, axes, self.epsilon)
 
     def _correction(self, x, axes, running, share):
-        rest, origin = _relative_to_one(x, axes)
+        rest, origin = _centred(x, axes)
         mean, var, share = (v.astype(rest.dtype) for v in (*running, share))
         # The compiler finds the same sums in batch_normalize, and computes them once.
         mu, sigma2 = moments(*sums_with(rest, rest, axes), x.size // mean.size)
@@ -197,10 +197,10 @@ def batch_normalize(
 
     μ = E[x], σ² = E[(x − μ)²], y = scale · (x − μ) / √(σ² + ε) + bias
 
-    One pass over x gives μ and σ² from the sums of x − k and of (x − k)², k being one of the
-    numbers: however large the mean, σ² is exact to 1 + ((k − μ)/σ)² roundings of the computation's
-    type, as from two passes. Devices that share the batch add the same two sums (Chan, Golub &
-    LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3).
+    One pass over x gives μ and σ² from the sums of x − k and of (x − k)², k being the mean of the
+    middle rows: however large the mean, σ² is exact to 1 + ((k − μ)/σ)² roundings of the
+    computation's type, as from two passes. Devices that share the batch add the same two sums
+    (Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3).
 
     Args:
         x: The input.
@@ -216,26 +216,27 @@ def batch_normalize(
     >>> y.ravel().tolist(), mu.item(), sigma2.item()
     ([-1.0, 1.0], 2.0, 1.0)
     """
-    rest, origin = _relative_to_one(x, axes)
+    rest, origin = _centred(x, axes)
     scale, bias = scale.astype(rest.dtype), bias.astype(rest.dtype)
     y, mu, sigma2 = _batch_normalize(rest, scale, bias, axes, epsilon)
     return y, origin + mu, sigma2
 
 
-def _relative_to_one(x, axes):
-    """x − k and k, one of the numbers over the axes; what follows does not depend on which."""
-    origin = _one_over(x, axes)
+def _centred(x, axes):
+    """x − k and k, a number near the mean over the axes; what follows does not depend on which."""
+    origin = _near_mean(x, axes)
     return x.astype(origin.dtype) - jnp.expand_dims(origin, axes), origin
 
 
-def _one_over(x, axes):
-    """One of the numbers over the axes: the first example's middle one, far from any padding."""
-    for axis in reversed(axes):  # pixels first, so that devices exchange one
-        middle = x.shape[axis] // 2 if axis else 0
-        x = lax.slice_in_dim(x, middle, middle + 1, axis=axis)
-    one = lax.stop_gradient(jnp.squeeze(x, axes)).astype(compute_type(x))
+def _near_mean(x, axes):
+    """The mean over the axes of the images' middle row: as good an origin as the mean of all."""
+    if len(axes) > 1:
+        rows = axes[-2]
+        x = lax.slice_in_dim(x, x.shape[rows] // 2, x.shape[rows] // 2 + 1, axis=rows)
+    wide = lax.stop_gradient(x).astype(compute_type(x))
+    near = wide.mean(axes).astype(x.dtype).astype(wide.dtype)  # so that x − k of equal x is 0
     # Else a CPU works it out again, from all that leads to it, for each number that it is taken of.
-    return lax.optimization_barrier(one) if on_cpu() else one
+    return lax.optimization_barrier(near) if on_cpu() else near
 
 
 def moments(
@@ -346,8 +347,8 @@ def group_normalize(
     def to_channels(of_group):
         return jnp.repeat(of_group, channels // groups, axis=1)
 
-    one = _one_over(x.reshape(*x.shape[:-1], groups, -1), (*pixels, x.ndim))
-    rest = x.astype(one.dtype) - jnp.expand_dims(to_channels(one), pixels)
+    near = _near_mean(x.reshape(*x.shape[:-1], groups, -1), (*pixels, x.ndim))
+    rest = x.astype(near.dtype) - jnp.expand_dims(to_channels(near), pixels)
     total, squares = (s.reshape(batch, groups, -1).sum(axis=-1) for s in _power_sums(rest, pixels))
     mu, sigma2 = moments(total, squares, x.size // (batch * groups))
     a = scale.astype(rest.dtype).reshape(1, -1) * to_channels(lax.rsqrt(sigma2 + epsilon))

@@ -85,6 +85,7 @@ def train(name: str, folder: Path, layout: Layout, states: Path | None = None) -
     environment = os.environ | {
         'PYTHONPATH': str(SCRIPT.parents[2]),
         'XLA_FLAGS': f'--xla_force_host_platform_device_count={layout.devices}',
+        'CNN_JAX_NATIVE': '0',  # several devices have XLA's convolutions: compare like with like
     }
     if layout.processes > 1:
         environment['JAX_COORDINATOR_ADDRESS'] = address
