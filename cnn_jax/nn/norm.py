@@ -197,8 +197,8 @@ def batch_normalize(
 
     μ = E[x], σ² = E[(x − μ)²], y = scale · (x − μ) / √(σ² + ε) + bias
 
-    One pass over x gives μ and σ² from the sums of x − k and of (x − k)², k being the mean of the
-    middle rows: however large the mean, σ² is exact to 1 + ((k − μ)/σ)² roundings of the
+    One pass over x gives μ and σ² from the sums of x − k and of (x − k)², k being a number near
+    the mean: however large the mean, σ² is exact to 1 + ((k − μ)/σ)² roundings of the
     computation's type, as from two passes. Devices that share the batch add the same two sums
     (Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3).
 
@@ -229,14 +229,23 @@ def _centred(x, axes):
 
 
 def _near_mean(x, axes):
-    """The mean over the axes of the images' middle row: as good an origin as the mean of all."""
+    """A number near the mean over the axes.
+
+    On a CPU it is the mean of the images' middle row. Elsewhere, where each further sum is a kernel
+    and an exchange between devices, it is the first image's middle pixel.
+    """
+    x = lax.stop_gradient(x)
+    if not on_cpu():
+        for axis in reversed(axes):  # pixels first, so that devices exchange one
+            middle = x.shape[axis] // 2 if axis else 0
+            x = lax.slice_in_dim(x, middle, middle + 1, axis=axis)
+        return jnp.squeeze(x, axes).astype(compute_type(x))
     if len(axes) > 1:
         rows = axes[-2]
         x = lax.slice_in_dim(x, x.shape[rows] // 2, x.shape[rows] // 2 + 1, axis=rows)
-    wide = lax.stop_gradient(x).astype(compute_type(x))
-    near = wide.mean(axes).astype(x.dtype).astype(wide.dtype)  # so that x − k of equal x is 0
-    # Else a CPU works it out again, from all that leads to it, for each number that it is taken of.
-    return lax.optimization_barrier(near) if on_cpu() else near
+    near = x.astype(compute_type(x)).mean(axes).astype(x.dtype)  # so that x − k of equal x is 0
+    # Else it is worked out again, from all that leads to it, for each number that it is taken of.
+    return lax.optimization_barrier(near.astype(compute_type(x)))
 
 
 def moments(
