@@ -458,15 +458,21 @@ def _product(name: str, function: Callable, shape: Callable) -> Primitive:
         chosen = library if _is_native(context, context.avals_in) else by_xla
         return mlir.lower_fun(chosen, multiple_results=False)(context, *operands)
 
+    def alone(left, right, *, window, mapped):
+        if jax.config.jax_disable_jit:  # else this would call itself
+            return compute(left, right, window=window, mapped=mapped)
+        return compiled(left, right, window=window, mapped=mapped)
+
     def batch(operands, batched, *, window, mapped):
         moved = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, batched)]
         level = tuple(None if a is None else 0 for a in batched)
         return primitive.bind(*moved, window=window, mapped=(level, *mapped)), 0
 
     primitive = Primitive(name)
+    compiled = jax.jit(primitive.bind, static_argnames=('window', 'mapped'))
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=('window', 'mapped')))
+    primitive.def_impl(alone)
     mlir.register_lowering(primitive, lower, platform='cpu')
     batching.primitive_batchers[primitive] = batch
     return primitive
