@@ -459,7 +459,7 @@ def _product(name: str, function: Callable, shape: Callable) -> Primitive:
         return mlir.lower_fun(chosen, multiple_results=False)(context, *operands)
 
     def alone(left, right, *, window, mapped):
-        if jax.config.jax_disable_jit:  # else this would call itself
+        if jax.config.read('jax_disable_jit'):  # else this would call itself
             return compute(left, right, window=window, mapped=mapped)
         return compiled(left, right, window=window, mapped=mapped)
 
