@@ -458,8 +458,8 @@ def _product(name: str, function: Callable, shape: Callable) -> Primitive:
         chosen = library if _is_native(context, context.avals_in) else by_xla
         return mlir.lower_fun(chosen, multiple_results=False)(context, *operands)
 
-    def alone(left, right, *, window, mapped):
-        if jax.config.read('jax_disable_jit'):  # else this would call itself
+    def alone(left, right, *, window, mapped):  # without jit `compiled` would call this
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return compute(left, right, window=window, mapped=mapped)
         return compiled(left, right, window=window, mapped=mapped)
 
