@@ -237,7 +237,7 @@ def test_a_step_fits_a_gpu_talks_to_no_host_and_has_no_more_kernels(experiment):
         assert sum(cost['kernels'].values()) <= limit
         # XLA's own list of what it starts agrees.
         started = re.findall(r'(?m)^\d+: k(?!PartitionId|AsyncDone)\w+', made.started)
-        assert len(started) == pytest.approx(sum(cost['kernels'].values()), rel=0.02)
+        assert len(started) == pytest.approx(sum(cost['kernels'].values()), rel=0.02, abs=1)
     assert not one.cost['collectives']
     assert {each['name'] for each in eight.cost['collectives']} == {'all-reduce'}
     assert len(eight.cost['collectives']) <= COUNTED[experiment][2]
