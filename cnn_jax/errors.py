@@ -10,7 +10,7 @@ _UNSEEN = re.compile(
     '[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff'
     '\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]'
 )
-_FORMULA = tuple('=+-@＝＋－＠')  # how a spreadsheet's formula begins
+FORMULA = tuple('=+-@＝＋－＠\t\r')  # a spreadsheet would run what begins so
 
 
 class UserError(ValueError):
@@ -54,7 +54,7 @@ def csv_cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

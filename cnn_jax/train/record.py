@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from cnn_jax import mesh
+from cnn_jax.errors import FORMULA
 from cnn_jax.files import Corrupt, read_bytes, sync, write_bytes
 from cnn_jax.tools.figures import draw_curves
 
 METRICS, STEPS, TIMING = 'metrics.jsonl', 'steps.f32', 'timing.jsonl'
-FORMULA = ('=', '+', '-', '@', '\t', '\r')  # a spreadsheet would run what begins so
 
 
 def open_record(folder: Path) -> 'Record | NullRecorder':
