@@ -235,14 +235,15 @@ def test_a_step_fits_a_gpu_talks_to_no_host_and_has_no_more_kernels(experiment):
         assert cost['fits']
         assert not cost['host_transfers']
         assert sum(cost['kernels'].values()) <= limit
-        # XLA's own list of what it starts agrees.
+        # XLA's own list of what it starts agrees, but for the copy that a sort begins with.
         started = re.findall(r'(?m)^\d+: k(?!PartitionId|AsyncDone)\w+', made.started)
         assert len(started) == pytest.approx(sum(cost['kernels'].values()), rel=0.02, abs=1)
     assert not one.cost['collectives']
     assert {each['name'] for each in eight.cost['collectives']} == {'all-reduce'}
     assert len(eight.cost['collectives']) <= COUNTED[experiment][2]
     assert eight.cost['batch'] == 8 * one.cost['batch']
-    assert eight.cost['flops'] == pytest.approx(one.cost['flops'], rel=0.01)
+    # Counted before the program is divided: the update, which every chip makes, counts for one.
+    assert 0.9 * one.cost['flops'] < eight.cost['flops'] <= one.cost['flops']
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def flip(data):
 
 DAMAGE = {
     'flip': flip,
-    'cut': lambda data: data[:-1],
+    'cut': lambda data: data[:-2],  # the last byte of a text is a newline, which decides nothing
     'longer': lambda data: data + b'0',
     'gone': None,
 }
