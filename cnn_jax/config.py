@@ -195,6 +195,9 @@ class Data(Fields):
     )  # where TFDS keeps prepared sets; '' is TFDS's default
     train: str = 'train'  # a split, e.g. train, train[:80%], train[:500]
     eval: str = 'test'
+    subset: int = number(0, high=2**31 - 1)  # images of `train` that each seed draws; 0: all
+    # images held out of `train`, to choose and stop by instead of `eval`; 0: none
+    validation: int = number(0, high=2**31 - 1)
     classes: tuple[str, ...] = ()  # only these classes, renumbered in this order; (): all
     resize: str = choice('none', 'stretch', 'crop')  # crop: short side, then centre
     size: int = number(0, **SIDE)  # height and width after resize, in pixels; 0 keeps the source's

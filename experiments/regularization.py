@@ -14,11 +14,15 @@ them. On 2026-11-24, with other dropout masks on a Zen 4 server, dropout was at 
 0.9 used here it was at −2.6 then (−4.2 to −1.1, p = 0.026).
 """
 
+from cnn_jax.ablation import log
 from experiments.baseline import get_config as get_config
 
 DROPOUT = {'model.dropout': 0.25, 'model.head_dropout': 0.5}
 BATCH_NORM = {'model.norm': 'batch', 'model.head_norm': 'batch'}
-L2 = {'loss.l2': 5e-4}
+L2 = {'loss.l2': log(1e-5, 1e-2), 'loss.l2_on': ('*/kernel',)}
+
+TUNE = {'optimizer.learning_rate': log(3e-4, 3e-2)}
+TRIALS = 8
 
 ARMS = {
     'none': {},

@@ -18,13 +18,27 @@ from absl import flags
 
 from cnn_jax import runtime
 from cnn_jax.components import load_experiment
+from cnn_jax.errors import UserError
 from launch import cli
 
 CONFIG = cli.define_config()
 WORKDIR = cli.define_workdir('Folder of the ablation; created if missing.')
 SEEDS = flags.DEFINE_integer(
-    'seeds', 0, 'Number of seeds; 0: that of the experiment.', lower_bound=0
+    'seeds', 0, 'Replicates of each arm; 0: as many as the experiment says.', lower_bound=0
 )
+UNTIL = flags.DEFINE_enum(
+    'until',
+    '',
+    ['', 'decided'],
+    'decided: add replicates (5, 10, 20, 30) until every arm is decided, or 30 are not enough.',
+)
+TRIALS = flags.DEFINE_integer(
+    'trials',
+    0,
+    'Trials of each arm that is tuned; 0: as many as the experiment says.',
+    lower_bound=0,
+)
+CURVES = flags.DEFINE_bool('curves', False, 'Evaluate runs while they train, for learning curves.')
 WORKERS = flags.DEFINE_integer(
     'workers',
     0,
@@ -61,8 +75,19 @@ def main(_) -> int:
     threads = config.train.threads = config.train.threads or 1
     workers = max(1, runtime.cores() // threads) if runtime.runs_on_cpu() else 1
     arguments = [each for each in sys.argv[1:] if not each.startswith(('--workers=', '--retry'))]
+    if SEEDS.value and UNTIL.value:
+        raise UserError('--seeds and --until=decided both say how many replicates; give one')
+    given = {'seeds': SEEDS.value, 'trials': TRIALS.value}
+    options = {name: value for name, value in given.items() if value}
+    plan = plan_of(
+        load_experiment(CONFIG.value),
+        config,
+        until_decided=bool(UNTIL.value),
+        curves=CURVES.value,
+        **options,
+    )
     result = ablate(
-        plan_of(load_experiment(CONFIG.value), config, SEEDS.value),
+        plan,
         workdir=WORKDIR.value,
         components=components,
         workers=WORKERS.value or workers,

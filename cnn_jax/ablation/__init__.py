@@ -1,1 +1,5 @@
-"""Ablations: arms that differ from a baseline, run over seeds, compared in pairs, reported."""
+"""Ablations: arms tuned alike, trained over replicates, compared in pairs, reported."""
+
+from cnn_jax.ablation.plan import linear, log
+
+__all__ = ['linear', 'log']

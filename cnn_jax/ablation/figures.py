@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax.ablation.plan import METRICS, Metric
-from cnn_jax.ablation.results import read_results, understood
+from cnn_jax.ablation.results import read_store, understood
 from cnn_jax.ablation.summary import summary_of
 from cnn_jax.errors import UserError, printable
 from cnn_jax.tools.figures import save

@@ -1,5 +1,7 @@
-"""The plan of an ablation: a baseline, arms as differences from it, seeds, a metric."""
+"""The plan of an ablation: arms and their controls, what is tuned, replicates, measures."""
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -11,37 +13,42 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
-from cnn_jax.errors import UserError, printable
+from cnn_jax.errors import UserError, nearest, printable
 
-Changes = Mapping[str, Any]  # {'model.dropout': 0.25, …}
+Changes = Mapping[str, Any]  # {'model.dropout': 0.25, 'loss.l2': log(1e-6, 1e-2), …}
 
-TRAINING = ('ablation/training.py',)  # what decides a result in this package
+TRAINING = ('ablation/training.py', 'ablation/floor.py')  # what decides a result in this package
 MOST_SEEDS = 10_000
+SEEDS = 10
+LOOKS = (5, 10, 20, 30)
+TRIALS = 12
+TUNING_REPLICATES = 2
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and how its values are printed."""
+    """A measure and how its values are printed."""
 
     name: str  # the key in the results
+    title: str  # as a reader sees it
     scale: float  # factor from its value to the printed number
     unit: str  # of a difference
     suffix: str  # the unit of a value
     sign: int  # 1 where higher is better, −1 where lower is
     most: float  # the largest possible value; the smallest is 0
-
-    @property
-    def title(self) -> str:
-        """The name as a reader sees it."""
-        return self.name.replace('_', ' ')
+    margin: float  # a difference within ±margin matters to nobody, unless the plan says otherwise
 
 
 METRICS = {
-    'accuracy': Metric('accuracy', 100, 'percentage points', '%', 1, 1.0),
-    'top5': Metric('top5', 100, 'percentage points', '%', 1, 1.0),
-    'calibration_error': Metric('calibration_error', 100, 'percentage points', '%', -1, 1.0),
-    'loss': Metric('loss', 1, 'nats', '', -1, math.inf),
+    each.name: each
+    for each in (
+        Metric('accuracy', 'accuracy', 100, 'points', '%', 1, 1.0, 0.01),
+        Metric('loss', 'negative log-likelihood', 1, 'nats', '', -1, math.inf, 0.05),
+        Metric('calibration_error', 'calibration error', 100, 'points', '%', -1, 1.0, 0.01),
+        Metric('top5', 'top-5 accuracy', 100, 'points', '%', 1, 1.0, 0.01),
+    )
 }
+PRIMARIES = 'accuracy', 'loss'
 
 
 def number(value: float | None, decimals: int, signed: bool = False) -> str:
@@ -55,74 +62,164 @@ def number(value: float | None, decimals: int, signed: bool = False) -> str:
 
 
 @dataclass(frozen=True)
+class Range:
+    """The range of a number that is tuned; it stands in the place of a value."""
+
+    low: float
+    high: float
+    logarithmic: bool
+
+    def at(self, share: float) -> float:
+        """The number at a share of the way from `low` to `high`, from 0 to 1."""
+        if self.logarithmic:
+            return self.low * (self.high / self.low) ** share
+        return self.low + (self.high - self.low) * share
+
+    def __str__(self) -> str:
+        return f'{self.low:g} to {self.high:g}'
+
+
+def log(low: float, high: float) -> Range:
+    """A positive number to be tuned, the same number of trials in every octave."""
+    if not 0 < low < high < math.inf:
+        raise UserError(f'log({low}, {high}) is no range; give 0 < low < high')
+    return Range(float(low), float(high), True)
+
+
+def linear(low: float, high: float) -> Range:
+    """A number to be tuned, trials evenly spread."""
+    if not -math.inf < low < high < math.inf:
+        raise UserError(f'linear({low}, {high}) is no range; give low < high')
+    return Range(float(low), float(high), False)
+
+
+@dataclass(frozen=True)
 class Plan:
     """An ablation before it runs."""
 
     name: str  # such as that of its experiment file
     question: str  # that it answers; the docstring of its file
-    baseline: str  # the arm that the others are compared with
-    configs: dict[str, cfg.Config]  # of each arm, validated
+    baseline: str  # the first arm
+    configs: dict[str, cfg.Config]  # of each arm, validated; what is tuned at its range's middle
     changes: dict[str, Changes]  # of each arm, to the experiment's config
-    seeds: tuple[int, ...]  # each arm runs once with each
-    metric: str  # that is compared, of the evaluation split: a key of `METRICS`
+    ranges: dict[str, dict[str, Range]]  # what is tuned in each arm, by config path
+    trials: int  # of each arm that has ranges
+    tuning: tuple[int, ...]  # the seeds of a trial's replicates
+    looks: tuple[int, ...]  # replicates at each look; all arms have those of the first
+    first_seed: int
+    primaries: tuple[str, ...]  # the measures that are decided on: keys of `METRICS`
+    margins: dict[str, float]  # δ of each primary: differences within ±δ are none
+    against: dict[str, str]  # the control of each arm but the baseline
     factors: dict[str, list[str]] | None  # levels of each factor of a grid
     levels: dict[str, dict[str, str]]  # of each arm of the grid
+    curves: bool  # whether runs are evaluated while they train
+    floor: bool  # whether a classifier of pixels stands beside the arms
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each replicate, should all looks be reached."""
+        return tuple(self.first_seed + i for i in range(self.looks[-1]))
 
     @property
     def threads(self) -> int:
         """CPU threads of a run; 0: one for each core."""
         return self.configs[self.baseline].train.threads
 
-    def config(self, arm: str, seed: int) -> cfg.Config:
-        """The config of one run."""
-        return cfg.replace(self.configs[arm], {'seed': seed})
+    @functools.cached_property
+    def points(self) -> dict[str, list[dict[str, float]]]:
+        """What each trial of an arm sets, `[{config path: number}, …]`; [] without ranges.
 
-    def to_json(self) -> str:
-        """The plan as text, for another process."""
+        The points of a Halton sequence: evenly spread, whatever their number, and with the same
+        values in all arms of what is tuned in all.
+        """
+        from scipy.stats import qmc
+
+        points = {}
+        for arm, ranges in self.ranges.items():
+            shares = qmc.Halton(max(len(ranges), 1), scramble=False).fast_forward(1)
+            drawn = shares.random(self.trials) if ranges else ()
+            points[arm] = [
+                {path: each.at(float(u)) for (path, each), u in zip(ranges.items(), row)}
+                for row in drawn
+            ]
+        return points
+
+    def config(self, arm: str, seed: int, point: Mapping[str, float] = {}) -> cfg.Config:
+        """The config of one run, with what is tuned set to a point."""
+        return cfg.replace(self.configs[arm], {**point, 'seed': seed})
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON, for another process and for the work directory."""
         configs = {arm: cfg.to_flat(config) for arm, config in self.configs.items()}
-        return json.dumps({**vars(self), 'configs': configs})
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        text = json.dumps({**plain, 'configs': configs}, default=dataclasses.asdict)
+        return json.loads(text)
 
     @classmethod
-    def from_json(cls, text: str) -> 'Plan':
-        """The plan that `to_json` wrote."""
-        content = json.loads(text)
-        configs = {a: cfg.replace(cfg.Config(), flat) for a, flat in content['configs'].items()}
-        return cls(**{**content, 'configs': configs, 'seeds': tuple(content['seeds'])})
+    def from_json(cls, content: Mapping[str, Any]) -> 'Plan':
+        """The plan that `to_json` returned."""
+        values = {f.name: content[f.name] for f in dataclasses.fields(cls)}
+        for name in ('tuning', 'looks', 'primaries'):
+            values[name] = tuple(values[name])
+        values['configs'] = {
+            a: cfg.replace(cfg.Config(), flat) for a, flat in content['configs'].items()
+        }
+        values['ranges'] = {
+            arm: {path: Range(**each) for path, each in ranges.items()}
+            for arm, ranges in content['ranges'].items()
+        }
+        return cls(**values)
 
 
-def plan_of(experiment: types.ModuleType, config: cfg.Config, seeds: int = 0) -> Plan:
+# What an experiment file may say of its ablation, and the argument of `make_plan` that it gives.
+CONSTANTS = {
+    'SEEDS': 'seeds',
+    'TUNE': 'tune',
+    'TRIALS': 'trials',
+    'PRIMARIES': 'primaries',
+    'MARGINS': 'margins',
+    'AGAINST': 'against',
+    'FLOOR': 'floor',
+}
+
+
+def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) -> Plan:
     """The plan in an experiment file.
 
     The file has `get_config()` and either `ARMS`, `{name: {config path: value}}`, of which the
     first is the baseline, or `FACTORS`, `{factor: {level: {config path: value}}}`, whose grid
-    gives the arms and whose first levels are the baseline. It may have `SEEDS` (default 5) and
-    `METRIC` (default accuracy).
+    gives the arms and whose first levels are the baseline; and it may have `CONSTANTS`.
 
     Args:
         experiment: The loaded file.
         config: Its config with the command line's overrides; arms change it further.
-        seeds: Number of seeds instead of `SEEDS`; 0 keeps them.
+        options: Arguments of `make_plan` that precede the file's.
 
     Errors:
         UserError: There are no arms, one is not a valid config, or two are the same.
     """
     name = printable(Path(experiment.__file__ or 'ablation').stem)
     arms, factors = (getattr(experiment, each, None) for each in ('ARMS', 'FACTORS'))
-    where = f' of experiments/{name}.py'
     if not arms and not factors:
         raise UserError(
             f'experiments/{name}.py is not an ablation: it has neither ARMS nor FACTORS; '
             'train it with launch.train'
         )
+    if hasattr(experiment, 'METRIC'):
+        raise UserError(f"experiments/{name}.py has METRIC; name PRIMARIES = ('accuracy', 'loss')")
+    constants = {
+        argument: getattr(experiment, constant)
+        for constant, argument in CONSTANTS.items()
+        if hasattr(experiment, constant)
+    }
     return make_plan(
         arms or {},
         config,
-        seeds=seeds or getattr(experiment, 'SEEDS', 5),
-        metric=getattr(experiment, 'METRIC', 'accuracy'),
         factors=None if arms else factors,
         name=name,
         question=str(experiment.__doc__ or '').strip(),
-        where=where,
+        where=f' of experiments/{name}.py',
+        **constants | options,
     )
 
 
@@ -130,9 +227,16 @@ def make_plan(
     arms: Mapping[str, Changes],
     config: cfg.Config,
     *,
-    seeds: int = 5,
-    metric: str = 'accuracy',
+    seeds: int = SEEDS,
+    until_decided: bool = False,
+    tune: Mapping[str, Range] | None = None,
+    trials: int = TRIALS,
+    primaries: tuple[str, ...] = PRIMARIES,
+    margins: Mapping[str, float] | None = None,
+    against: Mapping[str, str] | None = None,
     factors: Mapping[str, Mapping[str, Changes]] | None = None,
+    curves: bool = False,
+    floor: bool = True,
     name: str = 'ablation',
     question: str = '',
     where: str = '',
@@ -140,9 +244,18 @@ def make_plan(
     """The plan of these arms, the first of which is the baseline; as `plan_of` for a file.
 
     Args:
-        arms: The changes of each arm to the config, `{name: {config path: value}}`.
+        arms: The changes of each arm to the config, `{name: {config path: value or Range}}`.
         config: The config that the arms change; its seed is the first one.
-        seeds, metric, factors: As in an experiment file.
+        seeds: Replicates of each arm.
+        until_decided: Whether to add replicates until every arm is decided: looks after `LOOKS`.
+        tune: What is tuned in every arm, `{config path: Range}`.
+        trials: Trials of each arm that has a range.
+        primaries: The measures to decide on: accuracy, loss, calibration_error or top5.
+        margins: δ of a primary; differences within ±δ are equivalence.
+        against: The control of an arm, where it is not the baseline.
+        factors: A grid in the place of `arms`.
+        curves: Whether to evaluate runs while they train, every `config.train.eval_every` epochs.
+        floor: Whether to train a classifier of pixels beside the arms.
         name, question: Headings of the report.
         where: The place of the arms, for errors.
     """
@@ -155,39 +268,112 @@ def make_plan(
         arms, levels = grid(factors)
     _check_arms(arms, where)
     most = min(MOST_SEEDS, 2**32 - config.seed)
-    if not isinstance(seeds, int) or isinstance(seeds, bool) or not 0 < seeds <= most:
-        raise UserError(f'the seeds{where} are {seeds!r}; give a number from 1 to {most:,}')
-    if not isinstance(metric, str) or metric not in METRICS:
-        raise UserError(f'the metric{where} is {metric!r}; it can be {", ".join(METRICS)}')
-    configs = {arm: _arm_config(arm, changes, config, where) for arm, changes in arms.items()}
+    check_count(seeds, most, f'the seeds{where}')
+    check_count(trials, 1000, f'the trials{where}')
+    measures = _measures(primaries, margins, where)
+    ranges = {
+        arm: {
+            **(tune or {}),
+            **{path: each for path, each in changes.items() if isinstance(each, Range)},
+        }
+        for arm, changes in arms.items()
+    }
+    configs = {arm: _arm_config(arm, arms[arm], ranges[arm], config, where) for arm in arms}
+    if any(ranges.values()) and not config.data.validation:
+        raise UserError(
+            f'the ablation{where} tunes, for which config.data.validation must hold out images of '
+            'the training split; set it, to 500 say'
+        )
     for one, other in itertools.combinations(configs, 2):
-        if configs[one] == configs[other]:
+        if (configs[one], ranges[one]) == (configs[other], ranges[other]):
             raise UserError(f'the arms {one!r} and {other!r}{where} are the same')
+    baseline = next(iter(arms))
     return Plan(
         name=name,
         question=question,
-        baseline=next(iter(arms)),
+        baseline=baseline,
         configs=configs,
-        changes={arm: dict(changes) for arm, changes in arms.items()},
-        seeds=tuple(config.seed + i for i in range(seeds)),
-        metric=metric,
+        changes={
+            arm: {p: v for p, v in changes.items() if not isinstance(v, Range)}
+            for arm, changes in arms.items()
+        },
+        ranges=ranges,
+        trials=trials,
+        tuning=tuple((config.seed + MOST_SEEDS + i) % 2**32 for i in range(TUNING_REPLICATES)),
+        looks=tuple(n for n in LOOKS if n <= most) if until_decided else (seeds,),
+        first_seed=config.seed,
+        primaries=tuple(measures),
+        margins=measures,
+        against={arm: _control(arm, baseline, arms, against or {}, where) for arm in [*arms][1:]},
         factors={f: list(each) for f, each in factors.items()} if factors else None,
         levels=levels,
+        curves=curves,
+        floor=floor,
     )
 
 
-def _arm_config(arm: str, changes: Changes, config: cfg.Config, where: str) -> cfg.Config:
+def check_count(value: Any, most: int, what: str) -> None:
+    """Refuse what is no whole number from 1 to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise UserError(f'{what} are {value!r}; give a number from 1 to {most:,}')
+
+
+def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:
+    """The margin of each primary measure."""
+    margins = margins or {}
+    for measure in (*primaries, *margins) if isinstance(primaries, (list, tuple)) else [primaries]:
+        if not isinstance(measure, str) or measure not in METRICS:
+            near = nearest(str(measure), METRICS)
+            raise UserError(
+                f'the measures{where} name {measure!r}; they can be {", ".join(METRICS)}{near}'
+            )
+    if unused := set(margins) - set(primaries):
+        raise UserError(f'the margins{where} name {unused.pop()!r}, which is no primary measure')
+    if not primaries:
+        raise UserError(f'the primary measures{where} are none; name accuracy, say')
+    return {each: float(margins.get(each, METRICS[each].margin)) for each in primaries}
+
+
+def _control(arm: str, baseline: str, arms: Any, against: Mapping[str, str], where: str) -> str:
+    for each in (*against, *against.values()):
+        if each not in arms:
+            raise UserError(
+                f'AGAINST{where} names {each!r}, which is no arm{nearest(str(each), arms)}'
+            )
+    control = against.get(arm, baseline)
+    if control == arm or baseline in against:
+        raise UserError(
+            f'AGAINST{where} compares {arm if control == arm else baseline!r} with none'
+        )
+    return control
+
+
+def _arm_config(
+    arm: str, changes: Changes, ranges: Mapping[str, Range], config: cfg.Config, where: str
+) -> cfg.Config:
     """The config of an arm, whose runs must see the same images as those of other arms."""
+    middle = {path: each.at(0.5) for path, each in ranges.items()}
     try:
-        changed = cfg.validate(cfg.replace(config, dict(changes)))
+        fields = cfg.fields_by_path(config)
+        for path, each in ranges.items():
+            for end in (each.low, each.high):
+                cfg.check_fields(cfg.replace(config, {path: end}))
+            if not fields[path].metadata.get('traced'):
+                raise UserError(f'config.{path} is no number that can be tuned; give it a value')
+        changed = cfg.validate(cfg.replace(config, {**changes, **middle}))
     except UserError as error:
         raise UserError(f'arm {arm!r}{where}: {error}') from error
-    for path in changes:
+    for path in (*changes, *ranges):
         if path == 'seed' or (path.startswith('data.') and path != 'data.batch'):
             raise UserError(
                 f'arm {arm!r}{where} changes config.{path}; all arms must see the same images and '
                 'have the same seeds; only config.data.batch may differ'
             )
+    if changed.train.patience and not changed.data.validation:
+        raise UserError(
+            f'arm {arm!r}{where} stops early (config.train.patience), for which '
+            'config.data.validation must hold out images of the training split; set it, to 500 say'
+        )
     return changed
 
 
@@ -223,7 +409,7 @@ def by_structure(plan: Plan) -> list[list[str]]:
 
 
 def budget(config: cfg.Config, examples: int) -> str:
-    """The training budget of an arm in words; no arm's hyperparameters are tuned separately."""
+    """The training budget of an arm on so many images, in words."""
     epochs = config.train.epochs + config.unfreeze.epochs
     steps = cfg.phase_ends(config, examples)[-1]
     short = cfg.short_average(config, steps)

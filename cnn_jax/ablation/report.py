@@ -15,7 +15,7 @@ from typing import Any
 from cnn_jax.ablation import figures
 from cnn_jax.ablation import summary as words
 from cnn_jax.ablation.plan import METRICS, number
-from cnn_jax.ablation.results import DEFINITION, Results, read_results, refuse_links, understood
+from cnn_jax.ablation.results import DEFINITION, Store, read_store, refuse_links, understood
 from cnn_jax.ablation.summary import cost, summary_of
 from cnn_jax.errors import csv_cell, printable
 from cnn_jax.files import write_bytes
@@ -42,16 +42,15 @@ class Ablation:
     interrupted: bool = False  # whether training was asked to stop before its end
 
     @functools.cached_property
-    def results(self) -> Results:
+    def store(self) -> Store:
         """The results on disk."""
-        with understood(self.workdir):
-            return read_results(self.workdir)
+        return read_store(self.workdir)
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`, as `summary_of` describes it."""
         with understood(self.workdir):
-            return summary_of(self.results)
+            return summary_of(self.store)
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -121,7 +120,7 @@ class Ablation:
 
 
 def render(
-    results: Results,
+    results: Any,
     summary: dict[str, Any],
     spent: dict[str, Any],
     drawn: dict[str, dict[str, Any]],

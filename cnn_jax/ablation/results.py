@@ -1,4 +1,4 @@
-"""The results of an ablation on disk. A run is one arm with one seed.
+"""The results of an ablation on disk, and the runs that are due.
 
 A result is a file that appears whole, named by the arm, the seed and a digest of all that it
 depends on. A run is claimed by a lock that the operating system releases when its process ends,
@@ -6,26 +6,33 @@ however it ends; so a killed ablation repeats exactly the runs that were not fin
 processes on one folder never do the same run at once.
 """
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation.plan import MOST_SEEDS, Plan
+from cnn_jax.ablation import statistics
+from cnn_jax.ablation.plan import METRICS, MOST_SEEDS, Plan, Range
 from cnn_jax.errors import UserError, printable
 from cnn_jax.files import Corrupt, lock, read_json, write_json
 
 DEFINITION = 'ablation.json'
 FOLDER = 'cells'
+FORMAT = 2  # of the definition
+FLOOR = 'SVM on pixels'
+AGAIN = 'once more'  # the baseline's first replicate
+KINDS = 'trial', 'replicate', FLOOR, AGAIN
 
 Result = dict[str, Any]
 
@@ -62,15 +69,44 @@ def understood(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed, and the file of its result."""
+    """A run of an arm with one seed.
 
+    Attributes:
+        kind: `trial`, with what is tuned at point `trial`, judged on the held-out images;
+            `replicate`, judged on the test images; `FLOOR` and `AGAIN`, the controls.
+        arm, seed, trial: Which; trial is −1 but for trials.
+        path: The file of its result.
+        config: Its config.
+    """
+
+    kind: str
     arm: str
     seed: int
+    trial: int
     path: Path
+    config: cfg.Config = field(compare=False)
 
-    def result(self) -> Result:
-        """The result, as `read` reads it."""
-        return read(self.path)
+    @property
+    def label(self) -> dict[str, Any]:
+        """What the file says of the run."""
+        return {'kind': self.kind, 'arm': self.arm, 'seed': self.seed, 'trial': self.trial}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the trials of an arm chose.
+
+    Attributes:
+        point: The values, `{config path: number}`.
+        trial: The number of the trial.
+        at_edge: The paths whose value is the smallest or largest one tried.
+        losses: The mean validation loss of each trial; None for one with a failed replicate.
+    """
+
+    point: dict[str, float]
+    trial: int
+    at_edge: list[str]
+    losses: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -82,36 +118,146 @@ class Store:
     provenance: dict[str, str]  # what results depend on besides the config: `code`, `jaxlib`, …
 
     @functools.cached_property
-    def runs(self) -> list[Run]:
-        """All runs, seed by seed, so that early results compare all arms."""
-        return [self._run(arm, seed) for seed in self.plan.seeds for arm in self.plan.configs]
+    def _results(self) -> dict[Run, Result]:
+        return {}
 
-    def _run(self, arm: str, seed: int) -> Run:
-        facts = {'config': cfg.content_hash(self.plan.config(arm, seed)), **self.provenance}
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        word = re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-')[:60] or 'arm'
-        return Run(arm, seed, self.folder / FOLDER / f'{word}-{seed}-{key[:16]}.json')
+    @functools.cached_property
+    def _undecided(self) -> dict[int, list[str]]:
+        return {}
+
+    @functools.cached_property
+    def _runs(self) -> dict[tuple, Run]:
+        return {}
+
+    def result(self, run: Run) -> Result | None:
+        """The result of a run, once there is one.
+
+        Errors:
+            UserError: Its file is damaged, or another run's.
+        """
+        if run not in self._results:
+            if not run.path.exists():
+                return None
+            found = read(run.path)
+            if {name: found.get(name) for name in run.label} != run.label:
+                raise UserError(
+                    f'{run.path} holds the result of another run ({printable(found.get("arm"))}, '
+                    f'seed {found.get("seed")}); remove it and run launch.ablate again'
+                )
+            self._results[run] = found
+        return self._results[run]
+
+    def run(self, kind: str, arm: str, seed: int, trial: int = -1, point: Any = ()) -> Run:
+        """The run of an arm with this seed and what is tuned at this point."""
+        key = (kind, arm, seed, trial, *sorted(dict(point).items()))
+        if key not in self._runs:
+            config = self.plan.config(arm, seed, dict(point))
+            curves = self.plan.curves and kind == 'replicate'
+            facts = {'config': cfg.content_hash(config), 'kind': kind, **self.provenance}
+            facts |= {'curves': True} if curves else {}
+            digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            word = re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-')[:60] or 'arm'
+            mark = {'trial': f'trial{trial}-', 'replicate': ''}.get(kind, f'{kind[:3]}-'.lower())
+            name = f'{word}-{mark}{seed}-{digest[:16]}.json'
+            self._runs[key] = Run(kind, arm, seed, trial, self.folder / FOLDER / name, config)
+        return self._runs[key]
+
+    def trials(self, arm: str) -> list[list[Run]]:
+        """The runs of each trial of an arm."""
+        return [
+            [self.run('trial', arm, seed, number, point) for seed in self.plan.tuning]
+            for number, point in enumerate(self.plan.points[arm])
+        ]
+
+    def choice(self, arm: str) -> Choice | None:
+        """What the trials of an arm chose: the least mean loss; None until all have finished.
+
+        A trial that failed is worth a guess.
+        """
+        points, losses = self.plan.points[arm], []
+        if not points:
+            return Choice({}, -1, [], [])
+        for runs in self.trials(arm):
+            results = [self.result(run) for run in runs]
+            if not all(results):
+                return None
+            values = [value_of(each, 'validation', 'loss') for each in results if each]
+            losses.append(float(np.mean(values)) if all(map(_is_number, values)) else None)
+        known = [math.inf if loss is None else loss for loss in losses]
+        best = int(np.argmin(known))
+        at_edge = [
+            path
+            for path, value in points[best].items()
+            if value in (min(p[path] for p in points), max(p[path] for p in points))
+        ]
+        return Choice(points[best], best, at_edge, losses)
+
+    def replicate(self, arm: str, number: int) -> Run | None:
+        """The run of a replicate, once the arm's trials have finished."""
+        choice = self.choice(arm)
+        return choice and self.run('replicate', arm, self.plan.seeds[number], -1, choice.point)
+
+    def controls(self) -> list[Run]:
+        """The baseline's first replicate once more, and the classifier of pixels."""
+        plan, found = self.plan, []
+        if first := self.replicate(plan.baseline, 0):
+            point = self.choice(plan.baseline)
+            found.append(self.run(AGAIN, plan.baseline, first.seed, -1, point and point.point))
+        if plan.floor:
+            found += [self.run(FLOOR, plan.baseline, seed) for seed in plan.seeds[: plan.looks[0]]]
+        return found
+
+    def due(self) -> list[Run]:
+        """All runs that are known to be needed, finished or not.
+
+        They are the trials; for arms whose trials have finished the replicates up to the look that
+        decides them, first seed first, so that early results compare all arms; the controls.
+        """
+        plan, trials = self.plan, [self.trials(arm) for arm in self.plan.configs]
+        runs = [run for each in zip(*filter(None, trials)) for trial in each for run in trial]
+        needed = self.replicates()
+        for number in range(max(needed.values())):
+            for arm in plan.configs:
+                run = self.replicate(arm, number) if number < needed[arm] else None
+                runs += [run] if run else []
+        return runs + self.controls()
+
+    def replicates(self) -> dict[str, int]:
+        """The replicates of each arm, by the looks that have been taken."""
+        plan = self.plan
+        needed = dict.fromkeys(plan.configs, plan.looks[0])
+        for look, further in zip(plan.looks, plan.looks[1:]):
+            present = [self.replicate(arm, k) for arm, n in needed.items() for k in range(n)]
+            if not all(run and self.result(run) for run in present):
+                break
+            if look not in self._undecided:
+                self._undecided[look] = undecided(self, look)
+            for arm in self._undecided[look]:
+                for each in (arm, plan.against[arm]):
+                    needed[each] = further
+        return needed
+
+    def missing(self) -> list[Run]:
+        """The runs without a result that can be trained now."""
+        return [run for run in self.due() if self.result(run) is None]
 
     def definition(self) -> dict[str, Any]:
         """The definition that `open_store` wrote."""
         return read(self.folder / DEFINITION)
-
-    def missing(self) -> list[Run]:
-        """The runs without a result."""
-        return [run for run in self.runs if not run.path.exists()]
 
     def _lock(self, run: Run) -> Path:
         return self.folder / 'locks' / f'{run.path.stem}.lock'
 
     def write(self, run: Run, result: Result) -> None:
         """Record the result of a run."""
-        write_json(run.path, {'arm': run.arm, 'seed': run.seed, **result})
+        write_json(run.path, {**run.label, **result})
 
     def retry_failed(self) -> None:
         """Set the results of failed runs aside, so that they run again."""
-        for run in self.runs:
-            if run.path.exists() and _why_unusable(run.result(), self.plan.metric):
+        for run in self.due():
+            if (result := self.result(run)) and why_failed(result):
                 run.path.rename(run.path.with_suffix('.failed'))
+                del self._results[run]
 
     @contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
@@ -121,6 +267,119 @@ class Store:
         """
         with lock(self._lock(run)) as mine:
             yield mine and not run.path.exists()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def value_of(result: Result, split: str, measure: str) -> float | None:
+    """A measure of a run on a split; None of a failed one."""
+    value = None if why_failed(result) else result['metrics'][split].get(measure)
+    return value if _is_number(value) else None
+
+
+def why_failed(result: Result) -> str:
+    """The reason for which a run has no numbers, or ''."""
+    if result['status'] != 'done':
+        return result.get('reason') or 'no reason was recorded'
+    return ''
+
+
+def values(store: Store, arm: str, measure: str) -> np.ndarray:
+    """A measure of each replicate of an arm on the test images, [n]: NaN where it has not run.
+
+    A failed one has that of a guess.
+    """
+    found = np.full(store.plan.looks[-1], np.nan)
+    for number in range(len(found)):
+        run = store.replicate(arm, number)
+        result = run and store.result(run)
+        if result:
+            value = value_of(result, 'test', measure)
+            found[number] = statistics.guess(result['classes'])[measure] if value is None else value
+    return found
+
+
+def per_image(result: Result, measure: str) -> np.ndarray | None:
+    """Whether each test image was classified correctly, or its loss; None for other measures."""
+    if measure not in ('accuracy', 'loss'):
+        return None
+    if why_failed(result):
+        guess = statistics.guess(result['classes'])[measure]
+        return np.full(result['examples'], guess, np.float32)
+    count = result['metrics']['test']['count']
+    if measure == 'accuracy':
+        packed = np.frombuffer(bytes.fromhex(result['correct']), np.uint8)
+        return np.unpackbits(packed, count=count).astype(np.float32)
+    return np.frombuffer(bytes.fromhex(result['losses']), '<f2').astype(np.float32)
+
+
+def design(plan: Plan, comparisons: int = 0) -> statistics.Design:
+    """The rules by which the plan's family of comparisons, or another of this size, is decided."""
+    return statistics.Design(comparisons or len(plan.against) * len(plan.primaries), plan.looks)
+
+
+def decisions(store: Store, measure: str, look: int = 0) -> statistics.Decisions | None:
+    """Decide every arm against its control in a measure, in the order of the plan.
+
+    Args:
+        store: The results.
+        measure: A primary measure.
+        look: Take so many replicates for all there are; 0: all.
+    """
+    plan = store.plan
+    arms = list(plan.against)
+    if not arms or plan.looks[0] < 2:
+        return None
+    everyone = list(plan.configs)
+    pairs = np.array([[everyone.index(arm), everyone.index(plan.against[arm])] for arm in arms])
+    outcomes = np.array([values(store, arm, measure) for arm in everyone])
+    if look:
+        outcomes[:, look:] = np.nan
+    images = images_of(store, everyone, measure, np.isfinite(outcomes).any(0))
+    return statistics.decide(
+        outcomes[pairs[:, 0]] - outcomes[pairs[:, 1]],
+        design(plan),
+        margin=plan.margins[measure],
+        sign=METRICS[measure].sign,
+        per_image=None if images is None else images[pairs[:, 0]] - images[pairs[:, 1]],
+    )
+
+
+def images_of(store: Store, arms: list[str], measure: str, known: np.ndarray) -> np.ndarray | None:
+    """A measure of each arm's replicates on each test image, [a, n, e]; zeros where not `known`.
+
+    None for measures that have no value on an image.
+    """
+    if measure not in ('accuracy', 'loss') or not known.any():
+        return None
+    counts = {
+        result['examples']
+        for arm in arms
+        for number in np.flatnonzero(known)
+        if (run := store.replicate(arm, int(number))) and (result := store.result(run))
+    }
+    (count,) = counts
+    found = np.zeros((len(arms), len(known), count), np.float32)
+    for a, n in itertools.product(range(len(arms)), np.flatnonzero(known)):
+        run = store.replicate(arms[a], int(n))
+        result = run and store.result(run)
+        if result:
+            found[a, n] = per_image(result, measure)
+    return found
+
+
+def undecided(store: Store, look: int) -> list[str]:
+    """The arms that a look after so many replicates has left undecided in a primary measure."""
+    arms = list(store.plan.against)
+    open_ones = set()
+    for measure in store.plan.primaries:
+        found = decisions(store, measure, look)
+        if found is not None:
+            waiting = (found.verdict == 'undecided') & (found.replicates == look)
+            open_ones |= {arm for arm, waits in zip(arms, waiting) if waits}
+    return [arm for arm in arms if arm in open_ones]
 
 
 def refuse_links(folder: Path) -> None:
@@ -135,6 +394,8 @@ def open_store(
 ) -> Store:
     """Begin an ablation in a work directory, or resume the one that is there.
 
+    Replicates beyond those of an earlier call are looks of one study: the earlier ones count.
+
     Args:
         folder, plan, provenance: As in `Store`.
         facts: Facts for the report: `command`, `manifest` and `budgets`.
@@ -143,19 +404,18 @@ def open_store(
         UserError: The folder holds an ablation with other arms, configs, data or code (the
             difference is named), or results whose definition is gone: they would be mixed.
     """
-    now = json.loads(json.dumps(_definition(plan, provenance)))
     path = folder / DEFINITION
     with lock(folder / 'locks' / f'{DEFINITION}.lock', wait=True):
         if path.exists():
-            before = read(path)
-            if changed := _differences(before, now):
+            before, old = _stored(path)
+            if changed := _differences(old, plan, before['identity'], provenance):
                 raise UserError(
                     f'{folder} holds an ablation that differs from this one: '
                     f'{"; ".join(changed)}. Choose another --workdir; results are never mixed'
                 )
-            # No result depends on what else may be new: seeds, metric, baseline, the question.
-            now['seeds'] = sorted({*before['seeds'], *now['seeds']})
-            if all(before.get(name) == content for name, content in now.items()):
+            looks = tuple(sorted({*old.looks, *plan.looks}))
+            plan = dataclasses.replace(plan, looks=looks)
+            if plan.to_json() == before['plan']:
                 return Store(folder, plan, provenance)
             facts = before | {'command': facts['command']}
         elif any((folder / FOLDER).glob('*.json')):
@@ -163,75 +423,15 @@ def open_store(
                 f'{folder} has results of an ablation, but its {DEFINITION} is missing; restore it '
                 'or choose another --workdir'
             )
-        write_json(path, facts | now, indent=2)
+        write_json(path, facts | _definition(plan, provenance), indent=2)
     return Store(folder, plan, provenance)
 
 
-def read_store(folder: Path, plan: Plan) -> Store | None:
-    """The store that a process which trains has opened in a work directory, if one has."""
-    path = folder / DEFINITION
-    return Store(folder, plan, read(path)['identity']) if path.exists() else None
-
-
-def _definition(plan: Plan, provenance: dict[str, str]) -> dict[str, Any]:
-    return {
-        'name': plan.name,
-        'question': plan.question,
-        'baseline': plan.baseline,
-        'metric': plan.metric,
-        'seeds': list(plan.seeds),
-        'arms': {
-            arm: {'changes': plan.changes[arm], 'levels': plan.levels.get(arm)}
-            for arm in plan.configs
-        },
-        'factors': plan.factors,
-        'configs': {arm: cfg.to_flat(config) for arm, config in plan.configs.items()},
-        'identity': provenance,
-    }
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences that make the results of two definitions incomparable."""
-    changed = []
-    for part in ('configs', 'identity'):
-        old, new = before[part], now[part]
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) == new.get(name):
-                continue
-            if name not in old or name not in new:
-                changed.append(f'{part[:-1]} {name!r} is only {"there" if name in old else "here"}')
-            elif part == 'identity':
-                changed.append(f'{name}: {str(old[name])[:16]} → {str(new[name])[:16]}')
-            else:
-                fields = [
-                    f'{field}: {old[name].get(field)!r} → {new[name].get(field)!r}'
-                    for field in new[name]
-                    if old[name].get(field) != new[name].get(field)
-                ]
-                changed.append(f'arm {name!r}: {", ".join(fields)}')
-    return changed
-
-
-@dataclass(frozen=True)
-class Results:
-    """The definition of an ablation and the results of its runs."""
-
-    definition: dict[str, Any]  # `ablation.json`
-    done: dict[tuple[str, int], Result]  # usable results, in the order of the plan
-    failed: list[dict[str, Any]]  # runs without a usable result: `arm`, `seed`, `reason`
-    missing: list[dict[str, Any]]  # runs that have not finished: `arm`, `seed`
-    unplanned: int  # results on disk that belong to no arm and seed of the plan
-
-    def of_arm(self, arm: str) -> dict[int, Result]:
-        """The usable results of an arm, by seed."""
-        return {seed: result for (name, seed), result in self.done.items() if name == arm}
-
-
-def read_results(folder: Path) -> Results:
-    """Read the work directory of an ablation.
+def read_store(folder: Path) -> Store:
+    """The ablation in a work directory.
 
     Errors:
-        UserError: The folder holds no ablation, or a file in it is damaged.
+        UserError: The folder holds none, or a file in it is damaged.
     """
     path = folder / DEFINITION
     if not path.exists():
@@ -239,38 +439,46 @@ def read_results(folder: Path) -> Results:
             f'{folder} is not the work directory of an ablation (it has no {DEFINITION}); '
             'give the --workdir that launch.ablate was given'
         )
+    with understood(folder):
+        definition, plan = _stored(path)
+        if not 0 < plan.looks[-1] <= MOST_SEEDS:
+            raise UserError(f'{path} has {plan.looks[-1]:,} replicates, not 1 to {MOST_SEEDS:,}')
+        if plan.baseline not in plan.configs:
+            raise UserError(f'{path} has no arm {printable(plan.baseline)}, its baseline')
+        if wrong := [arm for arm in plan.configs if printable(arm) != arm]:
+            raise UserError(f'{path} names an arm {wrong[0]!r}, which cannot be printed')
+        return Store(folder, plan, definition['identity'])
+
+
+def _stored(path: Path) -> tuple[dict[str, Any], Plan]:
     definition = read(path)
-    if not 0 < len(definition['seeds']) <= MOST_SEEDS:
-        raise UserError(f'{path} has {len(definition["seeds"]):,} seeds, not 1 to {MOST_SEEDS:,}')
-    if definition['baseline'] not in definition['arms']:
-        raise UserError(f'{path} has no arm {printable(definition["baseline"])}, its baseline')
-    if wrong := [arm for arm in definition['arms'] if printable(arm) != arm]:
-        raise UserError(f'{path} names an arm {wrong[0]!r}, which cannot be printed')
-    found = [read(each) for each in sorted((folder / FOLDER).glob('*.json'))]
-    by_run = {(result['arm'], result['seed']): result for result in found}
-    if len(by_run) < len(found):
+    if definition.get('format') != FORMAT:
         raise UserError(
-            f'{folder}/{FOLDER} has several results of one arm and seed, which cannot be told '
-            'apart; choose another --workdir'
+            f'{path} was written by another version of this package; choose another --workdir'
         )
-    plan = [(arm, seed) for arm in definition['arms'] for seed in definition['seeds']]
-    done, failed, missing = {}, [], []
-    for arm, seed in plan:
-        run = {'arm': arm, 'seed': seed}
-        result = by_run.get((arm, seed))
-        if result is None:
-            missing.append(run)
-        elif reason := _why_unusable(result, definition['metric']):
-            failed.append({**run, 'reason': reason})
-        else:
-            done[arm, seed] = result
-    return Results(definition, done, failed, missing, len(by_run.keys() - set(plan)))
+    return definition, Plan.from_json(definition['plan'])
 
 
-def _why_unusable(result: Result, metric: str) -> str:
-    if result['status'] != 'done':
-        return result.get('reason') or 'no reason was recorded'
-    number = result['metrics']['eval'].get(metric)
-    if number is None or not math.isfinite(number):
-        return f'the evaluation {metric} is {number}, not a finite number'
-    return ''
+def _definition(plan: Plan, provenance: dict[str, str]) -> dict[str, Any]:
+    return {'format': FORMAT, 'plan': plan.to_json(), 'identity': provenance}
+
+
+def _differences(old: Plan, new: Plan, before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The differences that make the results of two ablations incomparable."""
+    changed = [
+        f'{name}: {str(before.get(name))[:16]} → {str(now.get(name))[:16]}'
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if old.first_seed != new.first_seed:
+        changed.append(f'seed: {old.first_seed} → {new.first_seed}')
+    for arm in sorted(old.configs.keys() | new.configs.keys()):
+        if arm not in old.configs or arm not in new.configs:
+            changed.append(f'arm {arm!r} is only {"there" if arm in old.configs else "here"}')
+            continue
+        fields = cfg.differences(old.configs[arm], new.configs[arm])
+        tuned: dict[str, Range] = old.ranges[arm] | new.ranges[arm]
+        told = [f'{path}: {a!r} → {b!r}' for path, (a, b) in fields.items() if path not in tuned]
+        if told:
+            changed.append(f'arm {arm!r}: {", ".join(told)}')
+    return changed

@@ -1,12 +1,11 @@
 """Running an ablation: in worker processes, on a Ray cluster, or in this process."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,15 @@ from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan, number
 from cnn_jax.ablation.report import Ablation
-from cnn_jax.ablation.results import Result, Run, Store, read_store, refuse_links
+from cnn_jax.ablation.results import (
+    DEFINITION,
+    Run,
+    Store,
+    read_store,
+    refuse_links,
+    values,
+    why_failed,
+)
 from cnn_jax.ablation.workers import LocalWorkers, RayWorkers, Task, open_ablation, run_missing
 from cnn_jax.components import NO_COMPONENTS, Components, from_objects
 from cnn_jax.errors import UserError
@@ -36,10 +43,6 @@ def ablate(
     optimizer: Any = None,
     regularizers: Sequence[Any] = (),
     workdir: str | Path,
-    seeds: int = 5,
-    metric: str = 'accuracy',
-    name: str = 'ablation',
-    question: str = '',
     workers: int | None = None,
     together: int = 0,
     retry_failed: bool = False,
@@ -47,29 +50,33 @@ def ablate(
     ray: Mapping[str, Any] | None = None,
     command: str = '',
     components: Components | None = None,
+    **study: Any,
 ) -> Ablation:
-    """Train every arm with every seed, compare the arms with the baseline, write the report.
+    """Tune every arm, train its replicates, compare it with its control, write the report.
+
+    A replicate draws a training subset (`config.data.subset`), initial weights and order, the same
+    for all arms. What the study tunes is chosen by the loss on held-out images
+    (`config.data.validation`); the test images are used once, at the end of each replicate.
 
     The same call again trains only what is missing, and more seeds add to what is there. The
     work directory holds `ablation.json`, `cells/` (a result for each run), `logs/`, `report.html`,
     `figures/`, `cost.json`, `summary.json` and `summary.csv`.
 
-    >>> config = Config(data=Data(source='mnist_5k', train='train[:500]', eval='test'))
-    >>> arms = {'dropout': {'model.dropout': 0.25}, 'L2': {'loss.l2': 5e-4}}
-    >>> result = ablate(arms, baseline=config, seeds=20, workdir='runs/regularizers')
+    >>> images = Data(source='mnist_5k', train='train[:2500]', subset=500, validation=500)
+    >>> arms = {'dropout': {'model.dropout': 0.25}, 'L2': {'loss.l2': log(1e-5, 1e-2)}}
+    >>> tune = {'optimizer.learning_rate': log(3e-4, 3e-2)}
+    >>> result = ablate(arms, Config(data=images), tune=tune, workdir='runs/regularizers')
     >>> result.verdicts['dropout']
-    'dropout: +0.4 percentage points, 95% CI …'
+    'dropout: accuracy better, +0.9 points (0.3 to 1.5); …'
 
     Args:
         arms: The changes of each arm to the baseline, `{name: {config path: value}}`; an arm
-            without changes is the baseline, and one of that name is added where there is none.
-            Or a `Plan`, which an experiment file gives.
+            without changes is the baseline, and one of that name is added where there is none. A
+            value may be a range to tune, `log(low, high)` or `linear(low, high)`. Or a `Plan`,
+            which an experiment file gives.
         baseline: The config that the arms change.
         model, train, eval, optimizer, regularizers: Own parts of the runs, as `fit` takes them.
         workdir: Folder of the ablation; created if missing.
-        seeds: Number of seeds; each arm is trained once with each.
-        metric: The metric that is compared: accuracy, top5, calibration_error or loss.
-        name, question: Headings of the report.
         workers: Worker processes; 0 trains in this process, as is the default on an accelerator
             and where own parts are given. On a CPU the default is one for each core.
         together: The most runs that a process trains at once as one program on all its devices;
@@ -78,6 +85,8 @@ def ablate(
         executor, ray: `local`, or `ray` with the options `address`, `gpus`, `tpus`.
         command: The command that the user typed, for the report.
         components: Own parts as one object.
+        study: Arguments of `cnn_jax.ablation.plan.make_plan`: `seeds`, `until_decided`, `tune`,
+            `trials`, `primaries`, `margins`, `against`, `curves`, `floor`, `name`, `question`.
 
     Errors:
         UserError: An arm is not a valid config, the data cannot be opened, or the folder holds
@@ -101,18 +110,16 @@ def ablate(
         config = components.mark(baseline or cfg.Config())
         if workers != 0:  # one thread a run: results do not depend on the number of workers
             config = cfg.replace(config, {'train.threads': config.train.threads or 1})
-        options = {'seeds': seeds, 'metric': metric, 'name': name, 'question': question}
-        plan = make_plan(_with_baseline(arms), config, **options)
+        plan = make_plan(_with_baseline(arms), config, **study)
     if workers is None:
         workers = max(1, runtime.cores() // plan.threads)
-    workers = min(workers, len(plan.configs) * len(plan.seeds))
     folder = Path(workdir)
     make_writable(folder)
     refuse_links(folder)
     if (folder / 'config.json').exists():
         raise UserError(f'{folder} holds a run of launch.train; choose another --workdir')
-    if retry_failed and (store := read_store(folder, plan)):
-        store.retry_failed()
+    if retry_failed and (folder / DEFINITION).exists():
+        read_store(folder).retry_failed()
     together = together or (1 if on_cpu else TOGETHER_ON_ACCELERATORS)
     settings = runtime.configure(plan.threads)  # starts no JAX: the devices are the workers'
     print(settings)
@@ -140,10 +147,17 @@ def _introduction(plan: Plan, workers: int, together: int) -> str:
     """The arms, where they are trained, and which share a compilation."""
     place = f'{workers} worker{"s" if workers > 1 else ""}' if workers else 'this process'
     at_once = f', up to {together} runs at once in each' if together > 1 else ''
-    lines = [f'{plan.name}: {len(plan.configs)} arms × {len(plan.seeds)} seeds in {place}{at_once}']
+    counts = f'{plan.looks[-1]} replicates'
+    if len(plan.looks) > 1:
+        counts = f'{", ".join(map(str, plan.looks[:-1]))} or {counts}'
+    lines = [f'{plan.name}: {len(plan.configs)} arms, {counts}, in {place}{at_once}']
     for arm, changes in plan.changes.items():
-        listed = ', '.join(f'{path}={value}' for path, value in changes.items())
-        lines.append(f'  {arm:<24} {listed or "no changes"}')
+        listed = [f'{path}={value}' for path, value in changes.items()]
+        listed += [f'{path} tuned from {each}' for path, each in plan.ranges[arm].items()]
+        lines.append(f'  {arm:<24} {", ".join(listed) or "no changes"}')
+    if any(plan.ranges.values()):
+        replicates = len(plan.tuning)
+        lines.append(f'tuning: {plan.trials} trials of each arm, {replicates} replicates each')
     lines += [f'  one compilation: {", ".join(arms)}' for arms in by_structure(plan)]
     return '\n'.join(lines)
 
@@ -168,7 +182,8 @@ def _run_in_workers(folder: Path, plan: Plan, task: Task, ray: dict[str, Any] | 
                 if interruption.requested:  # the workers may have had the same signal
                     return False
                 going = pool.running()
-                if not progress and (store := read_store(folder, plan)):
+                if not progress and (folder / DEFINITION).exists():
+                    store = replace(read_store(folder), plan=plan)  # which may go further
                     progress = screen.enter_context(Progress(store))
                 if progress:
                     progress.update()
@@ -211,10 +226,11 @@ class Progress:
     """
 
     def __init__(self, store: Store):
-        self._store, self._metric = store, METRICS[store.plan.metric]
-        self._results: dict[Run, Result] = {}
+        self._store, self._metric = store, METRICS[store.plan.primaries[0]]
+        self._finished: set[Run] = set()
+        self._chosen: set[str] = set()
         self._began = time.perf_counter()
-        self._before = len(self._read_new())
+        self._before = len(self._new(store.due()))
 
     def __enter__(self):
         budgets = self._store.definition()['budgets']
@@ -227,7 +243,7 @@ class Progress:
             if ';' in each or bare:
                 print(f'  {arm:<24} {each}')
         if self._before:
-            print(f'{self._before} of {len(self._store.runs)} runs were done before')
+            print(f'{self._before} runs were done before')
         return self
 
     def __exit__(self, *_):
@@ -235,50 +251,69 @@ class Progress:
 
     def update(self) -> None:
         """Print what was finished since the last call."""
-        new = self._read_new()
-        for count, run in enumerate(new, len(self._results) - len(new) + 1):
-            print(f'[{count}/{len(self._store.runs)}] {self._line(run)}', flush=True)
+        due = self._store.due()
+        new = self._new(due)
+        for count, run in enumerate(new, len(self._finished) - len(new) + 1):
+            line = f'[{count}/{len(due)}] {self._line(run)}, {self._left(len(due))}'
+            print(line, flush=True)
+        for arm in self._store.plan.configs:
+            choice = self._store.choice(arm) if new and arm not in self._chosen else None
+            if choice and choice.point:
+                self._chosen.add(arm)
+                edge = f', at the edge: {", ".join(choice.at_edge)}' if choice.at_edge else ''
+                values = ', '.join(f'{path}={each:.3g}' for path, each in choice.point.items())
+                print(f'{arm}: tuned to {values}{edge}', flush=True)
 
-    def _read_new(self) -> list[Run]:
-        new = [run for run in self._store.runs if run not in self._results and run.path.exists()]
-        self._results |= {run: run.result() for run in new}
+    def _new(self, due: list[Run]) -> list[Run]:
+        new = [run for run in due if run not in self._finished and self._store.result(run)]
+        self._finished.update(new)
         return new
 
-    def _values(self, arm: str) -> dict[int, float]:
-        return {
-            run.seed: each['metrics']['eval'].get(self._metric.name, math.nan)
-            for run, each in self._results.items()
-            if run.arm == arm and each['status'] == 'done'
-        }
-
     def _line(self, run: Run) -> str:
-        """The result of a run, with the mean of its arm and of its differences so far."""
-        result, metric, baseline = self._results[run], self._metric, self._store.plan.baseline
-        start, left = f'{run.arm}, seed {run.seed}:', self._left()
-        if result['status'] != 'done':
-            return f'{start} FAILED: {result["reason"]}, {left}'
-        values, reference = self._values(run.arm), self._values(baseline)
-        pairs = [values[seed] - reference[seed] for seed in values.keys() & reference.keys()]
-        means = f'mean of {len(values)}: {_mean_sd(list(values.values()), metric.scale)}'
-        if pairs and run.arm != baseline:
-            means += f', against {baseline}: {_mean_sd(pairs, metric.scale, signed=True)}'
-        value = f'{number(values[run.seed] * metric.scale, 2)}{metric.suffix}'
-        seconds = f'{result["wall_seconds"]:.1f} s'
-        return f'{start} {metric.title} {value} ({means})  {seconds}, {left}'
+        """The result of a run; of a replicate with the means of its arm so far."""
+        result, metric, plan = self._store.result(run), self._metric, self._store.plan
+        assert result is not None
+        if run.kind == 'trial':
+            point = plan.points[run.arm][run.trial]
+            metric, split = METRICS['loss'], 'validation'
+            values = ', '.join(f'{path}={each:.3g}' for path, each in point.items())
+            start = f'{run.arm}, trial {run.trial} ({values})'
+        else:
+            name = run.arm if run.kind == 'replicate' else f'{run.arm}, {run.kind}'
+            start, split = f'{name}, seed {run.seed}', 'test'
+        if reason := why_failed(result):
+            return f'{start}: FAILED: {reason}'
+        value = result['metrics'][split].get(metric.name)
+        shown = number(value and value * metric.scale, 2)
+        line = f'{start}: {split} {metric.title} {shown}{metric.suffix}'
+        if run.kind == 'replicate':
+            line += self._means(run.arm)
+        return f'{line}, {result["wall_seconds"]:.1f} s'
 
-    def _left(self) -> str:
-        """The time left, if the rest runs as fast as since the start."""
-        here, total = len(self._results) - self._before, len(self._store.runs)
+    def _means(self, arm: str) -> str:
+        """The mean of an arm's replicates so far, and of its differences from its control."""
+        plan, metric = self._store.plan, self._metric
+        own = values(self._store, arm, metric.name)
+        text = f' (mean of {np.isfinite(own).sum()}: {_mean_sd(own, metric.scale)}'
+        if arm in plan.against:
+            control = plan.against[arm]
+            pairs = own - values(self._store, control, metric.name)
+            if np.isfinite(pairs).any():
+                text += f', against {control}: {_mean_sd(pairs, metric.scale, signed=True)}'
+        return text + ')'
+
+    def _left(self, total: int) -> str:
+        """The time left of what is known to be needed, at the speed since the start."""
+        here = len(self._finished) - self._before
         if not here:
             return 'time left unknown yet'
         each = (time.perf_counter() - self._began) / here
-        minutes, seconds = divmod(round(each * (total - len(self._results))), 60)
+        minutes, seconds = divmod(round(each * (total - len(self._finished))), 60)
         return f'{minutes} min {seconds:02d} s left'
 
 
-def _mean_sd(sample: list[float], scale: float, signed: bool = False) -> str:
-    """`97.12 ± 0.40`, the standard deviation only of two or more."""
-    mean = number(float(np.mean(sample)) * scale, 2, signed)
-    if len(sample) < 2:
-        return mean
-    return f'{mean} ± {number(float(np.std(sample, ddof=1)) * scale, 2)}'
+def _mean_sd(sample: np.ndarray, scale: float, signed: bool = False) -> str:
+    """`97.12 ± 0.40` of the finite numbers, the standard deviation only of two or more."""
+    sample = sample[np.isfinite(sample)] * scale
+    mean = number(float(sample.mean()), 2, signed)
+    return mean if len(sample) < 2 else f'{mean} ± {number(float(sample.std(ddof=1)), 2)}'

@@ -4,178 +4,279 @@ It holds nothing that depends on the machine's speed, so that the same results g
 times are in `cost`.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from cnn_jax.ablation import statistics
 from cnn_jax.ablation.plan import METRICS, Metric, number
-from cnn_jax.ablation.results import Result, Results
+from cnn_jax.ablation.results import (
+    AGAIN,
+    FLOOR,
+    FOLDER,
+    Result,
+    Run,
+    Store,
+    decisions,
+    design,
+    images_of,
+    value_of,
+    values,
+    why_failed,
+)
+
+CHECKS = {  # what a regularizer should move, and how it is printed
+    'training_loss': ('loss in training', 3),
+    'weight_norm': ('norm of the kernels', 1),
+    'gradient_norm': ('gradient norm', 3),
+}
 
 
-def summary_of(results: Results) -> dict[str, Any]:
+def summary_of(store: Store) -> dict[str, Any]:
     """The content of `summary.json`; numbers in natural units (accuracy from 0 to 1).
 
-    `decision` says how verdicts are reached, `arms` holds per arm its results, the comparison
-    with the baseline and the verdict, `factorial` the effects of a grid (else None).
+    `arms` holds for each arm what its trials chose, its results, and for each primary measure the
+    comparison with its control: `mean`, the simultaneous interval `low` to `high`, the adjusted
+    `p`, `verdict` and the number of replicates that decided it.
     """
-    ablation = results.definition
-    metric, baseline, seeds = ablation['metric'], ablation['baseline'], ablation['seeds']
-    reference = results.of_arm(baseline)
-    compared = {
-        arm: compare(reference, results.of_arm(arm), metric)
-        for arm in ablation['arms']
-        if arm != baseline
-    }
-    comparisons = correct(compared)
-    pairs = [each['n'] for each in compared.values() if each is not None]
+    plan, definition = store.plan, store.definition()
+    due = store.due()
+    results = {run: found for run in due if (found := store.result(run))}
+    compared = {measure: _compared(store, measure) for measure in plan.primaries}
     arms = {
-        arm: {
-            **definition,
-            **describe(results.of_arm(arm), metric),
-            'against_baseline': compared.get(arm),
-            'verdict': verdict(arm, baseline, compared[arm], METRICS[metric], len(seeds))
-            if arm in compared
-            else None,
-        }
-        for arm, definition in ablation['arms'].items()
+        arm: _arm(
+            store, results, arm, {m: each[arm] for m, each in compared.items() if arm in each}
+        )
+        for arm in plan.configs
     }
+    counts = definition['counts']
     return {
-        'name': ablation['name'],
-        'question': ablation['question'],
-        'baseline': baseline,
-        'metric': metric,
-        'seeds': seeds,
-        'cells': {
-            'planned': len(ablation['arms']) * len(seeds),
-            'done': len(results.done),
-            'failed': results.failed,
-            'missing': results.missing,
-            'unplanned': results.unplanned,
-        },
-        'decision': {
-            'test': 'paired t over seeds, two-sided, Holm-corrected',
-            'significance': statistics.SIGNIFICANCE,
-            'comparisons': comparisons,
-            'pairs': [min(pairs), max(pairs)] if pairs else None,
+        'name': plan.name,
+        'question': plan.question,
+        'baseline': plan.baseline,
+        'primaries': list(plan.primaries),
+        'margins': plan.margins,
+        'looks': list(plan.looks),
+        'seeds': list(plan.seeds),
+        'comparisons': len(plan.against) * len(plan.primaries),
+        'significance': statistics.SIGNIFICANCE,
+        'trials': {'each': plan.trials, 'replicates': len(plan.tuning)}
+        if any(plan.ranges.values())
+        else None,
+        'counts': counts,
+        'population': _population(store, counts),
+        'runs': {
+            'due': len(due),
+            'done': sum(not why_failed(each) for each in results.values()),
+            'failed': [
+                {**run.label, 'reason': why_failed(each)}
+                for run, each in results.items()
+                if why_failed(each) and run.kind != FLOOR
+            ],
+            'missing': [run.label for run in due if run not in results],
+            'other': len({*(store.folder / FOLDER).glob('*.json')} - {run.path for run in due}),
         },
         'arms': arms,
-        'baseline_disagreement': prediction_churn(reference),
-        'factorial': factor_effects(results),
+        'chance': statistics.guess(counts['classes']),
+        'floor': _floor(results),
+        'repeated': _repeated(store, results),
+        'factorial': _factorial(store),
     }
 
 
-def metric_values(runs: dict[int, Result], seeds: list[int], split: str, metric: str) -> np.ndarray:
-    """A metric of the given seeds on a split, `train` or `eval`."""
-    return np.array([runs[seed]['metrics'][split][metric] for seed in seeds])
+def _population(store: Store, counts: dict[str, int]) -> str:
+    """The sentence that says over what the answers generalize."""
+    data = store.plan.configs[store.plan.baseline].data
+    train, pool, test = (f'{counts[name]:,}' for name in ('train', 'pool', 'test'))
+    if not data.subset:
+        drawn = f'initial weights and order; all have the same {train} training images'
+    else:
+        drawn = f'{train} of {pool} training images, initial weights and order'
+    return (
+        f'A replicate draws {drawn}. Intervals speak of other replicates and other test images of '
+        f'the same source, of which there are {test}.'
+    )
 
 
-def generalization_gaps(runs: dict[int, Result], seeds: list[int], metric: str) -> np.ndarray:
-    """The amount by which each network does worse on test than on training images, in inference."""
-    train, test = (metric_values(runs, seeds, split, metric) for split in ('train', 'eval'))
-    return METRICS[metric].sign * (train - test)
+def _compared(store: Store, measure: str) -> dict[str, dict[str, Any] | None]:
+    """The comparison of each arm with its control; None before its first look."""
+    found = decisions(store, measure)
+    if found is None:
+        return dict.fromkeys(store.plan.against)
+    compared = {}
+    for m, arm in enumerate(store.plan.against):
+        differences = _known(
+            values(store, arm, measure) - values(store, store.plan.against[arm], measure)
+        )
+        compared[arm] = _comparison(found, m, differences, METRICS[measure].sign)
+    return compared
 
 
-def compare(
-    baseline: dict[int, Result], arm: dict[int, Result], metric: str
+def _comparison(
+    found: statistics.Decisions, m: int, differences: np.ndarray, sign: int
 ) -> dict[str, Any] | None:
-    """Compare an arm with the baseline over the seeds that both finished; None below two."""
-    seeds = [seed for seed in baseline if seed in arm]
-    if len(seeds) < 2:
+    if not found.replicates[m]:
         return None
-    of_arm, of_baseline = (metric_values(runs, seeds, 'eval', metric) for runs in (arm, baseline))
-    result = infer(of_arm - of_baseline)
-    unlike = [np.mean(correct_mask(baseline[seed]) != correct_mask(arm[seed])) for seed in seeds]
-    gaps, baseline_gaps = (generalization_gaps(runs, seeds, metric) for runs in (arm, baseline))
-    change = gaps - baseline_gaps
+    share, low, high = statistics.wins(sign * differences)
     return {
-        'seeds': seeds,
-        **result,
-        'gap_change': float(change.mean()),
-        'gap_change_interval': [float(end) for end in statistics.t_interval(change)],
-        'disagreement': float(np.mean(unlike)),
+        'n': int(found.replicates[m]),
+        'mean': float(found.at.mean[m]),
+        'low': float(found.low[m]),
+        'high': float(found.high[m]),
+        'p': float(found.p[m]),
+        'error': float(found.at.error[m]),
+        'df': float(found.at.df[m]),
+        'verdict': str(found.verdict[m]),
+        'decided': int(found.decided[m]),
+        'wins': share,
+        'wins_interval': [low, high],
     }
 
 
-def infer(differences: np.ndarray) -> dict[str, Any]:
-    """Estimate, interval and tests of paired differences.
+def _known(array: np.ndarray) -> np.ndarray:
+    return array[np.isfinite(array)]
 
-    `p` decides: the paired t test's. Where all differences are equal t does not exist, and p is the
-    share of the 2ⁿ choices of their signs that give as large a sum.
-    """
-    n = len(differences)
-    constant = bool(statistics.is_constant(differences))
-    deviation = 0.0 if constant else float(differences.std(ddof=1))
-    t, p_t = map(float, statistics.paired_t(differences))
-    p_signs = 2.0 ** (1 - n) if differences.any() else 1.0
+
+def _arm(
+    store: Store, results: dict[Run, Result], arm: str, compared: dict[str, Any]
+) -> dict[str, Any]:
+    """What is known of an arm."""
+    plan = store.plan
+    own = _replicates(results, arm)
+    usable = {seed: each for seed, each in own.items() if not why_failed(each)}
+    first = next(iter(usable.values()), None)
+    control = plan.against.get(arm)
+    seeds = {str(seed): each for seed, each in usable.items()}
+    measured = [
+        m for m in METRICS if all(value_of(r, 'test', m) is not None for r in usable.values())
+    ]
     return {
-        'n': n,
-        'mean': float(differences.mean()),
-        'sd': deviation,
-        'interval': [float(end) for end in statistics.t_interval(differences)],
-        't': _finite(t),
-        'p_t': _finite(p_t),
-        'p': p_signs if constant else p_t,
-    }
-
-
-def correct(compared: Mapping[str, dict[str, Any] | None]) -> int:
-    """Correct the p values of a family in place (Holm); returns the family's size."""
-    family = [each for each in compared.values() if each is not None]
-    corrected = statistics.holm(np.array([each['p'] for each in family]))
-    for each, p in zip(family, corrected):
-        each |= {'p_corrected': float(p), 'significant': bool(p < statistics.SIGNIFICANCE)}
-    return len(family)
-
-
-def correct_mask(run: Result) -> np.ndarray:
-    """The evaluation examples that a run classified correctly, as booleans in their order."""
-    packed = np.frombuffer(bytes.fromhex(run['correct']), np.uint8)
-    return np.unpackbits(packed, count=run['metrics']['eval']['count']).astype(bool)
-
-
-def prediction_churn(runs: dict[int, Result]) -> float | None:
-    """The fraction of examples on which two seeds disagree, averaged over all pairs of seeds."""
-    rows = [correct_mask(run) for run in runs.values()]
-    pairs = [np.mean(a != b) for i, a in enumerate(rows) for b in rows[:i]]
-    return float(np.mean(pairs)) if pairs else None
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
-def describe(runs: dict[int, Result], metric: str) -> dict[str, Any]:
-    """The results of one arm over its finished seeds."""
-    seeds, results = list(runs), list(runs.values())
-    measured = [m for m in METRICS if all(m in run['metrics']['eval'] for run in results)]
-
-    def spreads(split: str) -> dict[str, Any]:
-        return {
-            m: spread(metric_values(runs, seeds, split, m), 0, METRICS[m].most) for m in measured
-        }
-
-    first = results[0] if results else None
-    return {
-        'n': len(seeds),
-        'per_seed': {str(s): runs[s]['metrics']['eval'][metric] for s in seeds},
-        'eval': spreads('eval'),
-        'train': spreads('train'),
-        'gap': spread(generalization_gaps(runs, seeds, metric)),
-        'examples': first['metrics']['eval']['count'] if first else None,
+        'changes': plan.changes[arm],
+        'levels': plan.levels.get(arm),
+        'control': control,
+        'tuned': _tuned(store, arm),
+        'n': len(own),
+        'failed': len(own) - len(usable),
+        'per_seed': {
+            m: {seed: value_of(each, 'test', m) for seed, each in seeds.items()}
+            for m in plan.primaries
+        },
+        'test': {m: spread(_all(usable, 'test', m), METRICS[m]) for m in measured},
+        'train': {m: spread(_all(usable, 'train', m), METRICS[m]) for m in measured},
+        'checks': _checks(usable, _replicates(results, control) if control else {}),
         'parameters': first['parameters'] if first else None,
         'steps': first['steps'] if first else None,
-        'curves': curves(results),
+        'curves': curves(list(usable.values())),
+        'compared': compared,
+        'verdict': verdict(arm, control, compared) if control else None,
     }
 
 
-def spread(sample: np.ndarray, least: float = -np.inf, most: float = np.inf) -> dict[str, Any]:
-    """Mean, standard deviation and 95% interval; None without enough values, all finite.
+def _replicates(results: dict[Run, Result], arm: str | None) -> dict[int, Result]:
+    """The results of an arm by seed."""
+    return {
+        run.seed: each for run, each in results.items() if (run.kind, run.arm) == ('replicate', arm)
+    }
 
-    The interval ends where the metric does, at `least` and `most`.
+
+def _all(runs: dict[int, Result], split: str, measure: str) -> np.ndarray:
+    return np.array([each['metrics'][split][measure] for each in runs.values()])
+
+
+def _tuned(store: Store, arm: str) -> dict[str, Any] | None:
+    """The trials of an arm and what they chose; None of one that is not tuned, or not yet."""
+    choice = store.choice(arm)
+    if not choice or not choice.point:
+        return None
+    trials = [
+        {'point': point, 'loss': loss} for point, loss in zip(store.plan.points[arm], choice.losses)
+    ]
+    ranges = {path: dataclasses.asdict(each) for path, each in store.plan.ranges[arm].items()}
+    return {
+        'point': choice.point,
+        'trial': choice.trial,
+        'at_edge': choice.at_edge,
+        'ranges': ranges,
+        'trials': trials,
+    }
+
+
+def _checks(own: dict[int, Result], control: dict[int, Result]) -> dict[str, dict[str, Any]]:
+    """What the arm moved besides its results: means, and ratios to its control's."""
+    found = {}
+    for name in CHECKS:
+        mine = np.array([each['checks'][name] for each in own.values()])
+        pairs = [
+            own[seed]['checks'][name] / control[seed]['checks'][name]
+            for seed in own
+            if seed in control
+            and not why_failed(control[seed])
+            and control[seed]['checks'][name] > 0
+        ]
+        ratio = float(np.exp(np.mean(np.log(pairs)))) if pairs and min(pairs) > 0 else None
+        found[name] = {'mean': float(mine.mean()) if len(mine) else None, 'ratio': ratio}
+    return found
+
+
+def _floor(results: dict[Run, Result]) -> dict[str, Any] | None:
+    """The accuracy of the classifier of pixels, or the reason why there is none."""
+    runs = [each for run, each in results.items() if run.kind == FLOOR]
+    if not runs:
+        return None
+    if reason := next(filter(None, map(why_failed, runs)), ''):
+        return {'reason': reason, 'accuracy': None, 'n': 0}
+    sample = np.array([each['metrics']['test']['accuracy'] for each in runs])
+    return {'reason': '', 'accuracy': spread(sample, METRICS['accuracy']), 'n': len(runs)}
+
+
+def _repeated(store: Store, results: dict[Run, Result]) -> bool | None:
+    """Whether the baseline's first replicate, trained again, gave the same bits."""
+    again = next((each for run, each in results.items() if run.kind == AGAIN), None)
+    run = store.replicate(store.plan.baseline, 0)
+    first = run and results.get(run)
+    if not again or not first:
+        return None
+    return all(again.get(name) == first.get(name) for name in ('metrics', 'correct', 'losses'))
+
+
+def _factorial(store: Store) -> dict[str, Any] | None:
+    """Main effects and interactions of a factorial grid in each primary; None without factors."""
+    plan = store.plan
+    if not plan.factors:
+        return None
+    reference = plan.levels[plan.baseline]
+    weights = statistics.contrasts(plan.factors, list(plan.levels.values()), reference)
+    rows = np.array(list(weights.values()))
+    rules = design(plan, len(rows) * len(plan.primaries))
+    effects: dict[str, dict[str, Any]] = {name: {} for name in weights}
+    for measure in plan.primaries if plan.looks[0] > 1 else ():
+        outcomes = np.array([values(store, arm, measure) for arm in plan.levels])
+        rounding = 1e-12 * np.abs(rows) @ np.abs(outcomes)
+        differences = rows @ outcomes
+        differences = np.where(np.abs(differences) < rounding, 0, differences)
+        known = np.isfinite(outcomes).all(0)
+        images = images_of(store, list(plan.levels), measure, known)
+        found = statistics.decide(
+            differences,
+            rules,
+            margin=plan.margins[measure],
+            sign=METRICS[measure].sign,
+            per_image=None if images is None else np.tensordot(rows, images, 1),
+        )
+        for m, name in enumerate(weights):
+            effects[name][measure] = _comparison(
+                found, m, _known(differences[m]), METRICS[measure].sign
+            )
+    return {'reference': reference, 'comparisons': rules.comparisons, 'effects': effects}
+
+
+def spread(sample: np.ndarray, metric: Metric) -> dict[str, Any]:
+    """Mean, standard deviation and Student's 95% interval over replicates, on these test images.
+
+    None without enough values, all finite. The interval ends where the measure does.
     """
     mean = float(sample.mean()) if len(sample) and np.isfinite(sample).all() else None
     if mean is None or len(sample) < 2:
@@ -184,12 +285,12 @@ def spread(sample: np.ndarray, least: float = -np.inf, most: float = np.inf) -> 
     return {
         'mean': mean,
         'sd': float(sample.std(ddof=1)),
-        'interval': [max(low, least), min(high, most)],
+        'interval': [max(low, 0.0), min(high, metric.most)],
     }
 
 
 def curves(runs: list[Result]) -> dict[str, list[dict[str, float]]]:
-    """Per split and epoch the mean and the range over seeds of loss and accuracy."""
+    """Per split and epoch the mean and the range over replicates of loss and accuracy."""
     reductions = (('mean', np.mean), ('low', np.min), ('high', np.max))
     result: dict[str, list[dict[str, float]]] = {}
     for split in ('train', 'eval'):
@@ -204,44 +305,26 @@ def curves(runs: list[Result]) -> dict[str, list[dict[str, float]]]:
     return result
 
 
-def factor_effects(results: Results) -> dict[str, Any] | None:
-    """Main effects and interactions of a factorial grid, over the seeds all its arms finished.
-
-    None without factors; `effects` is None when fewer than two seeds are complete.
-    """
-    ablation = results.definition
-    if not ablation.get('factors'):
-        return None
-    arms = {arm: spec['levels'] for arm, spec in ablation['arms'].items() if spec.get('levels')}
-    complete = [s for s in ablation['seeds'] if all((arm, s) in results.done for arm in arms)]
-    first = {factor: levels[0] for factor, levels in ablation['factors'].items()}
-    reference = arms.get(ablation['baseline'], first)
-    answer = {'seeds': complete, 'reference': reference, 'effects': None}
-    if len(complete) < 2:
-        return answer
-    outcomes = np.array(
-        [
-            [results.done[arm, s]['metrics']['eval'][ablation['metric']] for arm in arms]
-            for s in complete
-        ]
-    )
-    effects = {}
-    weights = statistics.contrasts(ablation['factors'], list(arms.values()), reference)
-    for name, w in weights.items():
-        effect, rounding = outcomes @ w, 1e-12 * np.abs(outcomes) @ np.abs(w)
-        effects[name] = infer(np.where(np.abs(effect) < rounding, 0, effect))
-    correct(effects)
-    return {**answer, 'effects': effects}
-
-
-def cost(results: Results) -> dict[str, Any]:
-    """Seconds of the runs, which are not part of the result."""
-    arms = {}
-    for arm in results.definition['arms']:
-        seconds = [run['seconds'] for run in results.of_arm(arm).values()]
-        median = float(np.median(seconds)) if seconds else None
-        arms[arm] = {'seconds_a_run': median, 'seconds': sum(seconds)}
-    return {'arms': arms, 'seconds': sum(arm['seconds'] for arm in arms.values())}
+def cost(store: Store) -> dict[str, Any]:
+    """Seconds of the runs, which are not part of the result; by arm, trials included."""
+    arms = {
+        arm: {'trials': 0.0, 'replicates': 0.0, 'seconds_a_run': None} for arm in store.plan.configs
+    }
+    spent: dict[str, list[float]] = {arm: [] for arm in arms}
+    other = 0.0
+    for run in store.due():
+        seconds = (store.result(run) or {}).get('seconds', 0.0)
+        if run.kind == 'trial':
+            arms[run.arm]['trials'] += seconds
+        elif run.kind == 'replicate':
+            arms[run.arm]['replicates'] += seconds
+            spent[run.arm].append(seconds)
+        else:
+            other += seconds
+    for arm, seconds in spent.items():
+        arms[arm]['seconds_a_run'] = float(np.median(seconds)) if seconds else None
+    total = other + sum(each['trials'] + each['replicates'] for each in arms.values())
+    return {'arms': arms, 'controls': other, 'seconds': total}
 
 
 def decimals(half_width: float, scale: float = 1) -> int:
@@ -263,51 +346,53 @@ def p_value(p: float | None) -> str:
 
 
 def interval(low: float, high: float, metric: Metric) -> str:
-    """`0.3 to 1.3`, in the metric's unit."""
+    """`0.3 to 1.3`, in the measure's unit."""
+    if not math.isfinite(high - low):
+        return 'unknown'
     places = decimals((high - low) / 2, metric.scale)
     return f'{number(low * metric.scale, places)} to {number(high * metric.scale, places)}'
 
 
-def estimate(found: dict[str, Any], metric: Metric, signed: bool = False) -> str:
-    """`97.1 (96.8 to 97.4)`, in the metric's unit; without an interval the mean alone."""
-    if found['mean'] is None:
+def estimate(mean: float | None, ends: Any, metric: Metric, signed: bool = False) -> str:
+    """`97.1 (96.8 to 97.4)`, in the measure's unit; without an interval the mean alone."""
+    if mean is None:
         return '–'
-    if found['interval'] is None:
-        return number(found['mean'] * metric.scale, 2, signed)
-    low, high = found['interval']
+    if ends is None:
+        return number(mean * metric.scale, 2, signed)
+    low, high = ends
     places = decimals((high - low) / 2, metric.scale)
-    return f'{number(found["mean"] * metric.scale, places, signed)} ({interval(low, high, metric)})'
+    return f'{number(mean * metric.scale, places, signed)} ({interval(low, high, metric)})'
 
 
-def verdict(
-    arm: str, baseline: str, compared: dict[str, Any] | None, metric: Metric, planned: int
-) -> dict[str, str]:
-    """The verdict on an arm: `kind` (better | worse | inconclusive | no claim) and `sentence`.
+def verdict(arm: str, control: str, compared: dict[str, dict[str, Any] | None]) -> dict[str, str]:
+    """The verdict on an arm: `kind`, over its primary measures, and `sentence`.
 
-    Args:
-        arm, baseline: Their names.
-        compared: The entry `against_baseline` of the summary; `None` without two pairs of seeds.
-        metric: The metric.
-        planned: Seeds of the experiment.
+    better or worse: in at least one measure, and in none the opposite; mixed: one of each;
+    equivalent: in all; else undecided; no claim: before the first look
     """
-    if compared is None:
+    known = {m: each for m, each in compared.items() if each is not None}
+    if not known:
         return {
             'kind': 'no claim',
-            'sentence': f'{arm}: no claim can be made, since fewer than 2 seeds finished both '
-            f'here and in {baseline}; one run says nothing about the next.',
+            'sentence': f'{arm}: no claim can be made of fewer than 2 replicates.',
         }
-    low, high = compared['interval']
-    places = decimals((high - low) / 2, metric.scale)
-    n = f'{compared["n"]} of {planned}' if compared['n'] < planned else f'{compared["n"]}'
-    start = (
-        f'{arm}: {number(compared["mean"] * metric.scale, places, signed=True)} {metric.unit}, '
-        f'95% CI {interval(low, high, metric)}, p {p_value(compared["p_corrected"])} corrected, '
-        f'n = {n}'
-    )
-    if compared['significant']:
-        kind = 'better' if compared['mean'] * metric.sign > 0 else 'worse'
-        return {'kind': kind, 'sentence': f'{start}: {kind} than {baseline}.'}
-    limit = (
-        '' if compared['sd'] else '; seeds that differ by the same amount say nothing of the next'
-    )
-    return {'kind': 'inconclusive', 'sentence': f'{start}: not significant{limit}.'}
+    kinds = {each['verdict'] for each in known.values()}
+    if {'better', 'worse'} <= kinds:
+        kind = 'mixed'
+    elif decided := kinds & {'better', 'worse'}:
+        (kind,) = decided
+    else:
+        kind = 'equivalent' if kinds == {'equivalent'} else 'undecided'
+    parts = [_part(METRICS[measure], each) for measure, each in known.items()]
+    most = max(each['n'] for each in known.values())
+    return {
+        'kind': kind,
+        'sentence': f'{arm}: {"; ".join(parts)}; against {control}, {most} replicates.',
+    }
+
+
+def _part(metric: Metric, compared: dict[str, Any]) -> str:
+    ends = compared['low'], compared['high']
+    difference = estimate(compared['mean'], ends, metric, signed=True)
+    value, _, between = difference.partition(' ')
+    return f'{metric.title} {compared["verdict"]}, {value} {metric.unit} {between}'.strip()

@@ -6,11 +6,12 @@ steps are those of `train.loop.steps`.
 
 import collections
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,25 @@ from jaxtyping import Array
 
 from cnn_jax import config as cfg
 from cnn_jax.components import NO_COMPONENTS, Components
-from cnn_jax.data.batches import with_order
+from cnn_jax.data.batches import Batch, with_order
 from cnn_jax.params import flatten
+from cnn_jax.regularizers import cross_entropy
 from cnn_jax.train import metrics, setup, step
 from cnn_jax.train.loop import Phase, phase_at, steps, with_eval_statistics
 from cnn_jax.train.metrics import EarlyStopping
-from cnn_jax.train.program import RunSpec, State, begin_phase, state_maker, traced_values
+from cnn_jax.train.program import (
+    Program,
+    RunSpec,
+    State,
+    Values,
+    begin_phase,
+    state_maker,
+    traced_values,
+)
 
 Result = dict[str, Any]
 
-# The sums of a step that a curve is drawn from; [K, K] confusions would fill the memory.
+# The sums of a step that are kept.
 KEPT = ('count', 'loss', 'bin_correct', 'objective', 'gradient_norm')
 
 
@@ -48,6 +58,7 @@ class Compiled:
     init: Callable[[int], State]  # from a seed to a run's state before its first step
     stack: Callable[[Sequence[Any]], Any]  # from one tree a run to what the functions take
     choose: Callable[[Any, State, State], State]  # (flags, new, old): one flag a run
+    weight_norm: Callable[[State], Array]  # ‖w‖₂ of all kernels
 
     def split(self, results: Any) -> list[Any]:
         """From what the functions return to one tree of arrays on the host a run."""
@@ -100,7 +111,7 @@ def compile_structure(
             end,
             begin=jitted(bound(begin_phase)),
             train_step=jitted(bound(step.train_step), donate_argnums=0),
-            eval_step=jitted(bound(step.eval_step)),
+            eval_step=jitted(bound(_judge)),
             estimate=lambda state, batch, count, values: estimate(
                 state, batch, stacked([count] * together), values
             ),
@@ -115,6 +126,7 @@ def compile_structure(
         state_maker(programs[0]),
         stacked,
         jitted(_chosen),
+        jitted(_weight_norm),
     )
 
 
@@ -122,54 +134,99 @@ def _chosen(flag: Array, new: State, old: State) -> State:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
 
 
-def train_runs(configs: Sequence[cfg.Config], compiled: Compiled, data: setup.Data) -> list[Result]:
-    """Train some runs.
+def _weight_norm(state: State) -> Array:
+    kernels = [leaf for path, leaf in flatten(state.params).items() if path.endswith('kernel')]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in kernels))
+
+
+def _judge(program: Program, state: State, batch: Batch, values: Values) -> metrics.Sums:
+    """The sums of a batch in inference, and of each image its loss and whether it is right."""
+    log_probs = step.predict_step(program, state, batch['image'], values)
+    losses, labels = cross_entropy(log_probs, batch['label']), batch['label']
+    sums = metrics.batch_sums(log_probs, losses, labels, batch['mask'])
+    right = jnp.argmax(log_probs, axis=-1) == labels
+    return sums | {'image_loss': losses, 'image_right': right, 'mask': batch['mask']}
+
+
+def train_runs(
+    configs: Sequence[cfg.Config],
+    compiled: Compiled,
+    data: setup.Data,
+    *,
+    trial: bool = False,
+    curves: bool = True,
+) -> list[Result]:
+    """Train some runs and judge them, once, at their end.
 
     A run alone gives the same bits whatever was trained before it. Runs together agree with it
     to the rounding of float32, which training amplifies: their sums are taken in another order.
 
     Args:
         configs: The runs' configs, their seeds included; at most `compiled.together`.
-        compiled, data: The functions of their structure, and the opened data.
+        compiled, data: The functions of their structure, and the opened data, with the test split.
+        trial: Judge on the held-out images, and on nothing else.
+        curves: Whether to evaluate while training, too, every `train.eval_every` epochs.
 
     Returns:
-        The results as JSON: `status` (`done`, or `failed` with `reason`), `metrics` of both splits
-        in inference, `curves`, `correct` (a bit for each evaluation example, packed, in
-        hexadecimal), `seconds` (the run's share), `parameters`, `steps`.
+        The results as JSON: `status` (`done`, or `failed` with `reason`), `metrics` by split,
+        `train`, `validation` (where images are held out) and `test`, in inference; `curves`;
+        `correct` (a bit for each test image, packed, in hexadecimal) and `losses` (float16 in
+        hexadecimal); `checks` of what the regularizers did: `weight_norm` at the end,
+        `gradient_norm` and `training_loss` over the last tenth of the steps; `seconds` (the run's
+        share), `parameters`, `steps`.
     """
     began = time.perf_counter()
-    runs = _Runs(configs, compiled, data)
+    runs = _Runs(configs, compiled, data, curves)
     state = runs.train()
     if runs.all_failed():
         return [runs.failure(i) for i in range(len(configs))]
-    best = configs[0].train.patience  # not the state of the last report
-    evaluated = runs.evaluate(-1, state, 'eval') if best else runs.evaluated
-    final = {'train': runs.evaluate(-1, state, 'train'), 'eval': evaluated}
-    for i, result in enumerate(evaluated[: len(configs)]):
-        if not np.isfinite(result['loss']):
-            runs.failures.setdefault(i, 'the loss on the evaluation split is not finite')
-    correct = runs.correct(state)
+    splits = ['validation'] if data.evaluate is not data.test else []
+    splits = splits if trial else ['train', *splits, 'test']
+    judged = {split: runs.judge(-1, state, split) for split in splits}
+    checks = runs.checks(state)
+    for i, split in itertools.product(range(len(configs)), splits):
+        if not np.isfinite(judged[split][i].metrics['loss']):
+            runs.failures.setdefault(i, f'the {split} loss is not finite')
     seconds = (time.perf_counter() - began) / len(configs)
-    return [
-        runs.failure(i)
-        if i in runs.failures
-        else {
+
+    def result(i: int) -> Result:
+        if i in runs.failures:
+            return runs.failure(i)
+        found = {split: each[i].metrics for split, each in judged.items()}
+        facts = {
             'status': 'done',
-            'metrics': {split: results[i] for split, results in final.items()},
-            'curves': runs.curves[i],
-            'correct': np.packbits(correct[i]).tobytes().hex(),
+            'metrics': found,
             'seconds': seconds,
             'parameters': runs.parameters,
             'steps': runs.steps_done(i),
         }
-        for i in range(len(configs))
-    ]
+        if trial:
+            return facts
+        tested = judged['test'][i]
+        return facts | {
+            'curves': runs.curves[i],
+            'checks': checks[i],
+            'correct': np.packbits(tested.right).tobytes().hex(),
+            'losses': np.minimum(tested.losses, 6e4).astype('<f2').tobytes().hex(),
+        }
+
+    return [result(i) for i in range(len(configs))]
+
+
+class Judgement(NamedTuple):
+    """A run on a split: its metrics, and of each image whether it is right and its loss."""
+
+    metrics: Result
+    right: np.ndarray
+    losses: np.ndarray
 
 
 class _Runs:
     """Runs in training: their values and data, and what was measured of each so far."""
 
-    def __init__(self, configs: Sequence[cfg.Config], compiled: Compiled, data: setup.Data):
+    def __init__(
+        self, configs: Sequence[cfg.Config], compiled: Compiled, data: setup.Data, curves: bool
+    ):
         # A program that is not full repeats a run; the repetitions' results are dropped.
         configs = [*configs, *[configs[-1]] * (compiled.together - len(configs))]
         self._compiled, self._config = compiled, configs[0]
@@ -180,41 +237,48 @@ class _Runs:
             for phase in compiled.phases
         ]
         self._start = compiled.stack(states)
+        self._curves = curves
         self.parameters = sum(leaf.size for leaf in flatten(states[0].params).values())
         self.curves: list[list[Result]] = [[] for _ in configs]
-        self.evaluated: list[Result] = []  # of the latest report; the last step has one
         self.failures: dict[int, str] = {}
+        self._latest: collections.deque[metrics.Sums] = collections.deque(
+            maxlen=math.ceil(compiled.spec.phase_ends[-1] / 10)
+        )
         self._best = [EarlyStopping() for _ in configs]
         self._over: dict[int, int] = {}  # the step at which a run ran out of patience
 
     def train(self) -> State:
         """Train to the end, or until no run goes on; the last state, or with patience the best."""
         state, config = self._start, self._config.train
+        every = config.eval_every if self._curves or config.patience else 0.0
         waiting: collections.deque[metrics.Sums] = collections.deque()
         total = None
         best = jax.tree.map(jnp.copy, state) if config.patience else None
         for number, phase, _, state, sums in steps(self._phases, self._start, 0, self._values):
-            reports = self._compiled.spec.is_boundary(number, config.eval_every)
+            reports = self._compiled.spec.is_boundary(number, every)
             waiting.append({name: sums[name] for name in KEPT})
             while len(waiting) > (0 if reports else 2):  # behind the device, so it need not wait
-                total = metrics.add(total, waiting.popleft())
+                self._latest.append(jax.device_get(waiting.popleft()))
+                total = metrics.add(total, self._latest[-1])
             if not reports:
                 continue
             state = with_eval_statistics(self._config, phase, state, self._values)
-            self.evaluated = self.evaluate(phase_at(self._phases, number), state, 'eval')
-            self._report(number, total)
+            evaluated = []
+            if every:
+                evaluated = self.judge(phase_at(self._phases, number), state, 'validation')
+            self._report(number, total, evaluated)
             total = None
             if best is not None:
-                best = self._better(number, state, best)
+                best = self._better(number, state, best, evaluated)
             if len(self.failures | self._over) == len(self.curves):
                 break
         return state if best is None else best
 
-    def _better(self, number: int, state: State, best: State) -> State:
+    def _better(self, number: int, state: State, best: State, evaluated: list[Judgement]) -> State:
         """Each run's best state so far, after an evaluation; notes which runs are over."""
         flags = []
-        for i, result in enumerate(self.evaluated):
-            score = metrics.score_of(self._config, result)
+        for i, result in enumerate(evaluated):
+            score = metrics.score_of(self._config, result.metrics)
             self._best[i] = self._best[i].after(number, score)
             flags.append(np.bool_(i not in self._over and score >= self._best[i].score))
             if self._best[i].is_over(self._config, number, self._compiled.spec.steps_per_epoch):
@@ -225,11 +289,14 @@ class _Runs:
         """The number of steps that a run trained."""
         return self._over.get(i, self._compiled.spec.phase_ends[-1])
 
-    def _report(self, number: int, total: Any) -> None:
-        """Add a point to each curve: training since the last one, and evaluation now."""
+    def _report(self, number: int, total: Any, evaluated: list[Judgement]) -> None:
+        """Look for failures, and add a point to each curve: training since the last, and now."""
         epoch = round(number / self._compiled.spec.steps_per_epoch, 6)
         for i, sums in enumerate(self._compiled.split(total)):
-            if i in self._over:
+            # One step that is not finite leaves a sum that is not.
+            if not np.isfinite([sums['objective'], sums['gradient_norm']]).all():
+                self.failures.setdefault(i, f'the loss is not finite by step {number}')
+            if i in self._over or not evaluated:
                 continue
             count = int(sums['count'])
             means = {  # with regularization on
@@ -238,10 +305,7 @@ class _Runs:
             }
             point = {'step': number, 'epoch': epoch}
             self.curves[i].append({**point, 'split': 'train', **means})
-            self.curves[i].append({**point, 'split': 'eval', **self.evaluated[i]})
-            # One step that is not finite leaves a sum that is not.
-            if not np.isfinite([sums['objective'], sums['gradient_norm']]).all():
-                self.failures.setdefault(i, f'the loss is not finite by step {number}')
+            self.curves[i].append({**point, 'split': 'eval', **evaluated[i].metrics})
 
     def all_failed(self) -> bool:
         """Return whether no run is left to train."""
@@ -251,28 +315,42 @@ class _Runs:
         """The result of a run that failed."""
         return {'status': 'failed', 'reason': self.failures[i]}
 
-    def evaluate(self, number: int, state: State, split: str) -> list[Result]:
-        """Each run's metrics in inference, by the functions of phase `number`."""
-        phase = self._phases[number]
-        sums = metrics.sum_over(
-            lambda batch: phase.eval_step(state, batch, self._values), phase.train.split(split)
-        )
-        results = map(metrics.result, self._compiled.split(sums))
-        return [{**metrics.scalars(result), 'count': result['count']} for result in results]
+    def checks(self, state: State) -> list[dict[str, float]]:
+        """What tells for each run whether its regularizers did something."""
+        norms = self._compiled.split(self._compiled.weight_norm(state))
+        latest = [self._compiled.split(sums) for sums in self._latest]
+        return [
+            {
+                'weight_norm': float(norm),
+                'gradient_norm': float(np.mean([sums[i]['gradient_norm'] for sums in latest])),
+                'training_loss': float(
+                    sum(sums[i]['loss'] for sums in latest)
+                    / sum(sums[i]['count'] for sums in latest)
+                ),
+            }
+            for i, norm in enumerate(norms)
+        ]
 
-    def correct(self, state: State) -> list[np.ndarray]:
-        """For each run, a mask of the evaluation examples that are classified correctly."""
-        phase, split, parts = self._phases[-1], self._compiled.split, []
-        for batch in phase.train.split('eval'):
-            log_probs = split(phase.predict(state, batch['image'], self._values))
-            facts = split({name: batch[name] for name in ('label', 'mask')})
-            parts.append(
-                [
-                    (np.argmax(output, axis=-1) == fact['label'])[fact['mask']]
-                    for output, fact in zip(log_probs, facts)
-                ]
+    def judge(self, number: int, state: State, split: str) -> list[Judgement]:
+        """Judge each run on a split, in inference, by the functions of phase `number`."""
+        phase, split_runs = self._phases[number], self._compiled.split
+        sums: list[Any] = [None] * len(self.curves)
+        right, losses = ([[] for _ in sums] for _ in range(2))
+        for batch in phase.train.split(split):
+            for i, found in enumerate(split_runs(phase.eval_step(state, batch, self._values))):
+                mask = found.pop('mask')
+                losses[i].append(found.pop('image_loss')[mask])
+                right[i].append(found.pop('image_right')[mask])
+                sums[i] = metrics.add(sums[i], found)
+        results = map(metrics.result, sums)
+        return [
+            Judgement(
+                {**metrics.scalars(result), 'count': result['count']},
+                np.concatenate(right[i]),
+                np.concatenate(losses[i]),
             )
-        return [np.concatenate(of_run) for of_run in zip(*parts)]
+            for i, result in enumerate(results)
+        ]
 
 
 class _Stacked:
@@ -283,21 +361,23 @@ class _Stacked:
         self._runs = []
         for config, state in zip(configs, states):
             size = config.data.eval_batch or config.data.batch
+            train = setup.draw(config, data.pool)
             splits = (
-                with_order(data.train, batch=config.data.batch, seed=config.seed),
-                # Evaluated, too: its gap to the evaluation split is part of the result.
-                with_order(data.train, batch=size),
+                with_order(train, batch=config.data.batch, seed=config.seed),
+                # Evaluated, too: its gap to the test images is part of the result.
+                with_order(train, batch=size),
                 with_order(data.evaluate, batch=size),
+                with_order(data.test, batch=size),
             )
             if phase.program.cached:
                 spec, description = compiled.spec, compiled.description
                 splits = setup.features(config, description, spec, state, *splits)
-            self._runs.append(dict(zip(('training', 'train', 'eval'), splits)))
+            self._runs.append(dict(zip(('training', 'train', 'validation', 'test'), splits)))
 
     def train(self, start: int) -> Iterator[Any]:
         """The training batches from step `start` on."""
         return map(self._stack, zip(*(run['training'].train(start) for run in self._runs)))
 
     def split(self, name: str) -> Iterator[Any]:
-        """The examples of a split, `train` or `eval`, once and not augmented."""
+        """The examples of a split, `train`, `validation` or `test`, once and not augmented."""
         return map(self._stack, zip(*(run[name].evaluate() for run in self._runs)))

@@ -24,7 +24,7 @@ from typing import Any
 
 from cnn_jax import runtime
 from cnn_jax.ablation.plan import Plan, budget, by_structure, code_digest
-from cnn_jax.ablation.results import DEFINITION, Result, Run, Store, open_store
+from cnn_jax.ablation.results import DEFINITION, FLOOR, Result, Run, Store, open_store
 from cnn_jax.components import NO_COMPONENTS, Components, from_experiment
 from cnn_jax.errors import RunFailed, UserError, printable
 
@@ -39,7 +39,7 @@ WAIT = 0.5  # seconds between looks at runs that other processes have claimed
 class Task:
     """All that a worker must know."""
 
-    plan: str  # as JSON
+    plan: dict[str, Any]  # as JSON
     command: str  # that the user typed, for the report
     workers: int  # their number
     together: int  # the most runs that a process trains at once
@@ -193,12 +193,12 @@ def open_ablation(
     from cnn_jax.train import manifest, setup
 
     first = plan.configs[plan.baseline]
-    data = setup.open_data(first, components=components)
+    data = setup.open_data(first, components=components, test=True)
     description = data.description
     provenance = {
         'code': code_digest(),
-        'training data': description['train']['fingerprint'],
-        'evaluation data': description['eval']['fingerprint'],
+        'training data': data.pool.fingerprint,
+        'test data': data.test.fingerprint,
         'jaxlib': runtime.jaxlib_version(),
         'devices': runtime.devices(),
         'XLA_FLAGS': settings.xla_flags,
@@ -209,6 +209,13 @@ def open_ablation(
         'command': command,
         'manifest': manifest.manifest(first, settings, description),
         'budgets': {arm: budget(config, data.train.n) for arm, config in plan.configs.items()},
+        'counts': {
+            'pool': data.pool.n,
+            'train': data.train.n,
+            'validation': data.evaluate.n if data.evaluate is not data.test else 0,
+            'test': data.test.n,
+            'classes': len(description['class_names']),
+        },
     }
     if not (folder / DEFINITION).exists():
         _check_arms(plan, data, components)
@@ -223,8 +230,8 @@ def _check_arms(plan: Plan, data: Any, components: Components) -> None:
         [group[0] for group in by_structure(plan)],
         len(data.description['class_names']),
     )
-    if plan.metric == 'top5' and classes <= 5:
-        raise UserError(f'the metric top5 needs more than 5 classes; the data have {classes}')
+    if 'top5' in plan.primaries and classes <= 5:
+        raise UserError(f'the measure top5 needs more than 5 classes; the data have {classes}')
     for arm, config in plan.configs.items():
         try:
             if config.data.batch > data.train.n:
@@ -291,39 +298,39 @@ class _Structure:
         self._compiled: Any = None
 
     def run_some(self) -> int:
-        """Claim, train and record as many runs as are trained together; returns their number."""
+        """Claim, train and record as many runs as are trained together; returns their number.
+
+        Runs of one kind are trained together; those of the classifier of pixels are one by one.
+        """
         missing = [run for run in self._store.missing() if run.arm in self._arms]
         with ExitStack() as claims:
-            runs = []
+            runs: list[Run] = []
             for run in missing:
+                if runs and run.kind != runs[0].kind:
+                    continue
                 if claims.enter_context(self._store.claim(run)):
                     runs.append(run)
-                if len(runs) == self._width(len(missing)):
+                if runs and len(runs) == self._width(len(missing), runs[0].kind):
                     break
             results = self._train(runs) if runs else []
             for run, result in zip(runs, results):
                 self._store.write(run, result)
         return len(runs)
 
-    def _width(self, missing: int) -> int:
+    def _width(self, missing: int, kind: str) -> int:
         """The number of runs to train together: as compiled, else so that all rounds are full."""
+        if kind == FLOOR:
+            return 1
         if self._compiled:
             return self._compiled.together
         rounds = math.ceil(missing / self._together)
         return math.ceil(missing / rounds)
 
     def _train(self, runs: list[Run]) -> list[Result]:
-        """The results of claimed runs."""
-        from cnn_jax.ablation.training import compile_structure, train_runs
-
-        data = self._data
-        configs = [self._store.plan.config(run.arm, run.seed) for run in runs]
+        """The results of claimed runs, all of one kind."""
         began = time.perf_counter()
-        results: list[Result]
         try:
-            if not self._compiled:
-                self._compiled = compile_structure(configs[0], data, len(runs), self._components)
-            results = train_runs(configs, self._compiled, data)
+            results = self._results(runs)
         except Exception as error:  # one arm's failure must not stop the others
             if OUT_OF_MEMORY in str(error) and len(runs) > 1:
                 return self._train_fewer(runs)
@@ -331,7 +338,22 @@ class _Structure:
             results = [{'status': 'failed', 'reason': reason} for _ in runs]
         for result in results:
             result['wall_seconds'] = (time.perf_counter() - began) / len(runs)
+            result['classes'] = len(self._data.description['class_names'])
+            result['examples'] = self._data.test.n
         return results
+
+    def _results(self, runs: list[Run]) -> list[Result]:
+        from cnn_jax.ablation.floor import train_floor
+        from cnn_jax.ablation.training import compile_structure, train_runs
+
+        data, kind, configs = self._data, runs[0].kind, [run.config for run in runs]
+        if kind == FLOOR:
+            return [train_floor(configs[0], data)]
+        if not self._compiled:
+            self._compiled = compile_structure(configs[0], data, len(runs), self._components)
+        return train_runs(
+            configs, self._compiled, data, trial=kind == 'trial', curves=self._store.plan.curves
+        )
 
     def _train_fewer(self, runs: list[Run]) -> list[Result]:
         """Train the same, half as many at a time, and so those that follow."""

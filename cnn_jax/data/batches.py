@@ -12,6 +12,7 @@ Both providers yield the same batches in the same order:
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -31,6 +32,7 @@ from cnn_jax import config
 from cnn_jax.data.decode import RULE, image_shape, parallel_map, resize_image
 from cnn_jax.data.source import Skipped, Source, digest
 from cnn_jax.data.sources import open_split
+from cnn_jax.data.splits import subset
 from cnn_jax.errors import UserError
 from cnn_jax.files import cache_folder, cached_array
 from cnn_jax.runtime import cores
@@ -219,6 +221,13 @@ def open_batches(
     return StreamBatches(source, *size, **options)
 
 
+def chosen(batches: Any, rows: np.ndarray) -> Any:
+    """The batches of some of the examples, in this order."""
+    if np.array_equal(rows, np.arange(batches.n)):
+        return batches
+    return batches.at(rows)
+
+
 def with_order(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: int = 0) -> Any:
     """The same images in batches of another size and in the order of another seed.
 
@@ -258,6 +267,17 @@ class Batches:
         self._batch, self._seed, self._process = batch, seed, (process_index, process_count)
         self._sharding = sharding
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        index, count = self._process
+        return {
+            'batch': self._batch,
+            'seed': self._seed,
+            'process_index': index,
+            'process_count': count,
+            'sharding': self._sharding,
+        }
+
     def _train_indices(self, step: int) -> Indices:
         index = train_indices(self.n, self._batch, self._seed, step, *self._process)
         return index, np.ones(len(index), bool)
@@ -283,6 +303,17 @@ class DeviceBatches(Batches):
             everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         self._images, self._labels = put((arrays.images, arrays.labels), everywhere)
         self._gather = jax.jit(gather)
+
+    def at(self, rows: np.ndarray) -> 'DeviceBatches':
+        """The batches of the examples at `rows`."""
+        whole = self._arrays
+        part = dataclasses.replace(
+            whole,
+            images=whole.images[rows],
+            labels=whole.labels[rows],
+            fingerprint=digest(whole.fingerprint, rows.astype('<i8').tobytes()),
+        )
+        return DeviceBatches(part, **self._options)
 
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training batches from step `start_step` on."""
@@ -317,9 +348,15 @@ class StreamBatches(Batches):
         self, source: Source, resize: str = 'none', size: int = 0, channels: int = 0, **options: Any
     ):
         super().__init__(source, image_shape(source, resize, size, channels), **options)
+        self._source, self._resizing = source, (resize, size, channels)
         self._read_image = lambda i: resize_image(
             source.read(int(i)), resize, size, self.image_shape[-1]
         )
+
+    def at(self, rows: np.ndarray) -> 'StreamBatches':
+        """The batches of the examples at `rows`."""
+        part = subset(self._source, rows, self._source.name)
+        return StreamBatches(part, *self._resizing, **self._options)
 
     @property
     def images_at_once(self) -> int:

@@ -74,6 +74,39 @@ def cut(source: Source, split: str, name: str = '') -> Source:
     return subset(source, interleaved(source.labels)[start:stop], f'{name} {split}')
 
 
+def held_out(labels: Int32[np.ndarray, ' n'], count: int) -> Int64[np.ndarray, ' count']:
+    """The last `count` positions of the fixed order: the part to choose and to stop by."""
+    _refuse_short(labels, count, 'validation')
+    return interleaved(labels)[len(labels) - count :]
+
+
+def drawn(
+    labels: Int32[np.ndarray, ' n'], count: int, seed: int, validation: int = 0
+) -> Int64[np.ndarray, ' m']:
+    """The positions that a seed draws, each class in proportion, of all but the held-out ones.
+
+    Seeds 0, 1, … take disjoint parts of the fixed order while there are any; later seeds draw anew
+    without replacement, and overlap. `count` 0 is all.
+
+    Errors:
+        UserError: There are fewer examples.
+    """
+    _refuse_short(labels, count + validation, 'subset')
+    rest = interleaved(labels)[: len(labels) - validation]
+    if not count:
+        return rest if validation else np.arange(len(labels))
+    if (seed + 1) * count > len(rest):
+        rest, seed = rest[interleaved(labels[rest], ORDER_KEY + 1 + seed)], 0
+    return rest[seed * count :][:count]
+
+
+def _refuse_short(labels: np.ndarray, count: int, field: str) -> None:
+    if count > len(labels):
+        raise UserError(
+            f'config.data.{field} asks for {count:,} of {len(labels):,} training images; lower it'
+        )
+
+
 def _part(name: str, parts: Mapping[str, Callable[[], Source]], part: str) -> Source:
     if len(parts) > 1:
         return parts[part]() if part != 'all' else joined([open() for open in parts.values()], name)
@@ -109,7 +142,7 @@ def _position(border: str | None, n: int, default: int, split: str) -> int:
     return n * number // 100 if percent else number
 
 
-def interleaved(labels: Int32[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
+def interleaved(labels: Int32[np.ndarray, ' n'], key: int = ORDER_KEY) -> Int64[np.ndarray, ' n']:
     """A shuffled order in which every prefix holds each class in proportion.
 
     Of the first m of n examples, class c with n_c in all has x_c, and |x_c − m·n_c/n| < 1.
@@ -119,7 +152,7 @@ def interleaved(labels: Int32[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
     Proportionate progress; Tijdeman 1980, The chairman assignment problem).
     """
     n = len(labels)
-    by_class, rank, size = _shuffled_classes(labels)
+    by_class, rank, size = _shuffled_classes(labels, key)
     release, deadline = rank * n // size, -(-(rank + 1) * n // size)
     by_release = np.argsort(release, kind='stable').tolist()
     release, deadline = release.tolist(), deadline.tolist()
@@ -133,13 +166,15 @@ def interleaved(labels: Int32[np.ndarray, ' n']) -> Int64[np.ndarray, ' n']:
     return by_class[order]
 
 
-def _shuffled_classes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shuffled_classes(
+    labels: np.ndarray, key: int = ORDER_KEY
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions, class after class and each class shuffled; ranks in the class; class sizes.
 
     The shuffle ranks Philox's raw output, which NumPy keeps across versions and machines.
     """
     n = len(labels)
-    shuffled = np.argsort(np.random.Philox(key=ORDER_KEY).random_raw(n), kind='stable')
+    shuffled = np.argsort(np.random.Philox(key=key).random_raw(n), kind='stable')
     counts = np.bincount(labels).astype(np.int64)
     rank = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
     by_class = shuffled[np.argsort(labels[shuffled], kind='stable')]

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from cnn_jax import config as cfg
 from cnn_jax.components import NO_COMPONENTS, Components
 from cnn_jax.data.augment import normalize
-from cnn_jax.data.batches import open_batches, statistics
+from cnn_jax.data.batches import chosen, open_batches, statistics
 from cnn_jax.data.source import as_source
+from cnn_jax.data.splits import drawn, held_out
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
 from cnn_jax.mesh import Layout, make_mesh, on_process_zero
@@ -39,21 +40,35 @@ class Data:
     """The opened data of a run.
 
     Attributes:
-        train, evaluate: The batches of both splits.
+        train, evaluate: The batches to train on, those that the seed draws, and to evaluate on:
+            the held-out ones where there are any.
         description: The result of `describe`, with `preprocessing` under that name; JSON.
         weights: Pretrained weights that the config names, if any.
+        pool: All batches of the training split.
+        test: Those of the evaluation split, if they were asked for or there are no held-out ones.
     """
 
     train: Any
     evaluate: Any
     description: dict[str, Any]
     weights: Pretrained | None
+    pool: Any = None
+    test: Any = None
 
 
 def open_data(
-    config: cfg.Config, layout: Layout | None = None, components: Components = NO_COMPONENTS
+    config: cfg.Config,
+    layout: Layout | None = None,
+    components: Components = NO_COMPONENTS,
+    test: bool = False,
 ) -> Data:
     """Open both splits, and the weights that the config names.
+
+    Images are standardized by the whole training split, whatever part of it a seed draws.
+
+    Args:
+        config, layout, components: Those of the run.
+        test: Whether to open the evaluation split where there are held-out images, too.
 
     Errors:
         UserError: Data or weights cannot be had, or the splits do not fit each other.
@@ -76,10 +91,28 @@ def open_data(
     def open_split(split: str, **options: Any) -> Any:
         return open_batches(config.data, split, source=sources.get(split), **part, **options)
 
-    train, evaluate = open_split('train', seed=config.seed), open_split('eval')
+    pool, validation = open_split('train', seed=config.seed), config.data.validation
+    train = draw(config, pool)
+    tested = open_split('eval') if test or not validation else None
+    evaluate = chosen(pool, held_out(pool.labels, validation)) if validation else tested
     description, weights = describe(config, train, evaluate), load_weights(config)
-    description['preprocessing'] = on_process_zero(lambda: preprocessing(config, train, weights))
-    return Data(train, evaluate, description, weights)
+    if tested:
+        describe(config, train, tested)  # refuses those that do not fit
+    description['preprocessing'] = on_process_zero(lambda: preprocessing(config, pool, weights))
+    return Data(train, evaluate, description, weights, pool, tested)
+
+
+def draw(config: cfg.Config, pool: Any) -> Any:
+    """The training batches that the config's seed draws from those of the whole split."""
+    data = config.data
+    if not data.subset and not data.validation:
+        return pool
+    train = chosen(pool, drawn(pool.labels, data.subset, config.seed, data.validation))
+    if data.batch > train.n:
+        raise UserError(
+            f'config.data.batch is {data.batch}, but {train.n} images are left; lower it'
+        )
+    return train
 
 
 def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""A classifier of pixels, to hold every network against: an SVM with a Gaussian kernel.
+
+Where it is as good as the networks, a convolution has bought nothing.
+"""
+
+import itertools
+import time
+from typing import Any
+
+import numpy as np
+
+from cnn_jax import config as cfg
+from cnn_jax.train import setup
+
+MOST_IMAGES, MOST_PIXELS = 10_000, 10_000  # to train on, and of an image; beyond, it takes hours
+COSTS = 1.0, 10.0, 100.0
+WIDTHS = 0.3, 1.0, 3.0  # factors of 1/(pixels · variance)
+
+
+def train_floor(config: cfg.Config, data: setup.Data) -> dict[str, Any]:
+    """Train the SVM on the images that a run of this config draws, and judge it once.
+
+    Cost and width are those of the best accuracy on the held-out images, or else the middle ones.
+
+    Returns:
+        A result as of `train_runs`: `status`, `metrics` with the accuracy on the test images,
+        `point`, `seconds`.
+
+    Source: Cortes & Vapnik 1995, "Support-vector networks"; scikit-learn's `SVC`.
+    """
+    from sklearn.svm import SVC
+
+    began = time.perf_counter()
+    train = setup.draw(config, data.pool)
+    size = int(np.prod(train.image_shape))
+    if train.n > MOST_IMAGES or size > MOST_PIXELS:
+        return {
+            'status': 'failed',
+            'reason': f'{train.n:,} images of {size:,} values are too many for the SVM',
+        }
+    pixels = {name: _pixels(part) for name, part in (('train', train), ('test', data.test))}
+    variance = max(float(pixels['train'].var()), 1e-6)
+
+    def fit(cost: float, width: float) -> Any:
+        machine = SVC(C=cost, gamma=width / (size * variance))
+        return machine.fit(pixels['train'], train.labels)
+
+    machine, point = fit(COSTS[1], WIDTHS[1]), (COSTS[1], WIDTHS[1])
+    if data.evaluate is not data.test:
+        held_out, labels = _pixels(data.evaluate), data.evaluate.labels
+        best = machine.score(held_out, labels)
+        for cost, width in itertools.product(COSTS, WIDTHS):
+            other = fit(cost, width)
+            if (score := other.score(held_out, labels)) > best:
+                machine, point, best = other, (cost, width), score
+    accuracy = float(machine.score(pixels['test'], data.test.labels))
+    return {
+        'status': 'done',
+        'metrics': {'test': {'accuracy': accuracy, 'count': data.test.n}},
+        'point': dict(zip(('C', 'width'), point)),
+        'seconds': time.perf_counter() - began,
+    }
+
+
+def _pixels(batches: Any) -> np.ndarray:
+    images = batches.read(np.arange(batches.n))
+    return images.reshape(len(images), -1).astype(np.float32) / 255
