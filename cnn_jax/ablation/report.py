@@ -20,11 +20,11 @@ from cnn_jax.ablation.summary import cost, summary_of
 from cnn_jax.errors import csv_cell, printable
 from cnn_jax.files import write_bytes
 
-LABELS = {  # for screen readers
-    'forest': 'Forest plot of the differences of the arms from their controls',
-    'response': 'Validation loss of the trials of each tuned arm',
-    'curves_accuracy': 'Learning curves of the accuracy, one panel for each arm',
-    'curves_loss': 'Learning curves of the loss, one panel for each arm',
+LABELS = {
+    'forest': 'Differences from the controls',
+    'response': 'Validation loss of the trials',
+    'curves_accuracy': 'Accuracy while training',
+    'curves_loss': 'Loss while training',
 }
 MARKS = {
     **{'better': '▲', 'worse': '▼', 'mixed': '◆'},
@@ -97,47 +97,36 @@ class Ablation:
     def _files(self) -> dict[str, str | bytes]:
         """The content of the report's files, by their names."""
         drawn, spent = figures.draw(self.summary), cost(self.store)
-        files: dict[str, str | bytes] = {
+        return {
             'summary.json': to_json(self.summary),
             'summary.csv': to_csv(self.summary),
             'cost.json': to_json(spent),
+            **{f'figures/{f}.{kind}': each[kind] for f, each in drawn.items() for kind in each},
+            'report.html': render(self.store, self.summary, spent, drawn),
         }
-        for name, figure in drawn.items():
-            files[f'figures/{name}.svg'] = figure['svg']
-            files[f'figures/{name}.png'] = figure['png']
-        files['report.html'] = render(self.store, self.summary, spent, drawn)
-        return files
 
     def __repr__(self) -> str:
         if not (self.workdir / DEFINITION).exists():
             return f'Ablation in {self.workdir}: nothing was trained'
-        summary, runs = self.summary, self.summary['runs']
+        runs, name = self.summary['runs'], self.summary['name']
+        finished = f'{runs["due"] - len(runs["missing"])} of {runs["due"]} runs'
         failed = f', {len(runs["failed"])} failed' if runs['failed'] else ''
-        lines = [
-            f'Ablation {summary["name"]} in {self.workdir}: '
-            f'{runs["due"] - len(runs["missing"])} of {runs["due"]} runs{failed}',
-            *self.verdicts.values(),
-        ]
-        return '\n'.join(lines)
+        lines = [f'Ablation {name} in {self.workdir}: {finished}{failed}', *self.verdicts.values()]
+        return printable('\n'.join(lines), keep='\n')
 
 
-def render(
-    store: Store,
-    summary: dict[str, Any],
-    spent: dict[str, Any],
-    drawn: dict[str, dict[str, Any]],
-) -> str:
+def render(store: Store, summary: Any, spent: dict[str, Any], drawn: dict[str, Any]) -> str:
     """The page; every name and text from outside is escaped."""
     from markupsafe import Markup
 
     headline, *details = inspect.cleandoc(summary['question']).split('\n\n')
-    definition = store.definition()
+    definition, arms = store.definition(), summary['arms']
     # An answer in an experiment's docstring, and what follows it, is of an earlier run.
     details = itertools.takewhile(lambda block: not block.startswith('Answer'), details)
     return _template().render(
         summary=summary,
-        arms=summary['arms'],
-        compared={name: arm for name, arm in summary['arms'].items() if arm['verdict']},
+        arms=arms,
+        compared={name: arm['compared'] for name, arm in arms.items() if arm['verdict']},
         cost=spent,
         headline=headline or summary['name'],
         details=[block.strip('\n') for block in details],
@@ -145,18 +134,10 @@ def render(
         command=definition['command'],
         data=store.plan.configs[store.plan.baseline].data,
         manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
-        figures={
-            name: Markup(figures.themed(figure['svg'], LABELS[name]))
-            for name, figure in drawn.items()
-        },
-        metrics=METRICS,
-        marks=MARKS,
-        checks=words.CHECKS,
+        figures={f: Markup(figures.themed(each['svg'], LABELS[f])) for f, each in drawn.items()},
+        **{'metrics': METRICS, 'marks': MARKS, 'labels': LABELS, 'checks': words.CHECKS},
+        **{'number': number, 'estimate': words.estimate, 'p_value': words.p_value},
         dedent=textwrap.dedent,
-        number=number,
-        estimate=words.estimate,
-        interval=words.interval,
-        p_value=words.p_value,
     )
 
 
@@ -204,16 +185,16 @@ def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for (name, arm), measure in itertools.product(summary['arms'].items(), summary['primaries']):
         compared = arm['compared'].get(measure) or {}
-        row = {
-            **{'arm': name, 'control': arm['control'], 'measure': measure, 'n': arm['n']},
-            'mean': arm['test'].get(measure, {}).get('mean'),
-            'difference': compared.get('mean'),
-            **{key: compared.get(key) for key in ('low', 'high', 'p')},
-            'verdict': compared.get('verdict', 'no claim') if arm['control'] else 'baseline',
-            'decided': compared.get('decided'),
-            'failed': arm['failed'],
-        }
-        rows.append(row)
+        verdict = compared.get('verdict', 'no claim') if arm['control'] else 'baseline'
+        rows.append(
+            {
+                **{'arm': name, 'control': arm['control'], 'measure': measure, 'n': arm['n']},
+                'mean': arm['test'].get(measure, {}).get('mean'),
+                'difference': compared.get('mean'),
+                **{key: compared.get(key) for key in ('low', 'high', 'p')},
+                **{'verdict': verdict, 'decided': compared.get('decided'), 'failed': arm['failed']},
+            }
+        )
     return rows
 
 
