@@ -7,7 +7,6 @@ differ in lightness as well as in hue.
 import functools
 import io
 import math
-import operator
 import textwrap
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -26,15 +25,11 @@ COLOURS = {
 }
 INK, MUTED, RULE, SURFACE, BLUE, ORANGE, GREY = COLOURS.values()
 STYLE: Any = {
-    'svg.fonttype': 'none',
     'text.parse_math': False,  # an arm's name is text, whatever it holds
     'font.size': 10,  # at 390 px the page shows 360 points as 337 px: smaller is not legible
     **dict.fromkeys(('axes.titlesize', 'figure.labelsize'), 10),
-    'font.family': 'sans-serif',
-    'lines.linewidth': 1.6,
-    'grid.linewidth': 0.6,
-    'grid.color': RULE,
-    'axes.facecolor': 'none',
+    **{'font.family': 'sans-serif', 'svg.fonttype': 'none', 'axes.facecolor': 'none'},
+    **{'lines.linewidth': 1.6, 'grid.linewidth': 0.6, 'grid.color': RULE},
     **dict.fromkeys(('figure.facecolor', 'savefig.facecolor'), SURFACE),
     **dict.fromkeys(('axes.edgecolor', 'xtick.color', 'ytick.color'), MUTED),
     **dict.fromkeys(('text.color', 'axes.labelcolor', 'xtick.labelcolor', 'ytick.labelcolor'), INK),
@@ -51,22 +46,19 @@ WIDTH = 5.0  # inches, at 72 points each
 
 
 def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Draw the figures that there is something for, as `{name: {'svg': text, 'png': bytes}}`.
-
-    One summary gives one SVG.
-    """
+    """Draw the figures that there is something for, as `{name: {'svg': text, 'png': bytes}}`."""
     from matplotlib import rc_context
 
     arms = summary['arms'].values()
-    curves = any(arm['curves']['eval'] for arm in arms)
-    drawings: dict[str, Any] = {
-        'forest': any(arm['control'] for arm in arms) and draw_forest,
-        'response': any(arm['tuned'] for arm in arms) and _draw_response,
-        'curves_accuracy': curves and functools.partial(_draw_curves, metric=METRICS['accuracy']),
-        'curves_loss': curves and functools.partial(_draw_curves, metric=METRICS['loss']),
-    }
+    drawings: dict[str, Any] = {}
+    if any(arm['control'] for arm in arms):
+        drawings['forest'] = draw_forest
+    if any(arm['tuned'] for arm in arms):
+        drawings['response'] = _draw_response
+    for name in ('accuracy', 'loss') if any(arm['curves']['eval'] for arm in arms) else ():
+        drawings[f'curves_{name}'] = functools.partial(_draw_curves, metric=METRICS[name])
     result = {}
-    for name, drawing in filter(operator.itemgetter(1), drawings.items()):
+    for name, drawing in drawings.items():
         with rc_context(STYLE | {'svg.hashsalt': name}):  # the salt makes ids reproducible
             figure = drawing(summary)
             svg, png = io.BytesIO(), io.BytesIO()
@@ -92,11 +84,7 @@ def themed(svg: str, label: str) -> str:
 
 
 def draw_forest(summary: dict[str, Any]):
-    """Draw a panel for each primary measure: each arm's difference from its control.
-
-    The mean, the simultaneous interval, below it a tick for each replicate; shaded the band in
-    which a difference is none.
-    """
+    """Draw each primary measure: means, simultaneous intervals, ticks of replicates, ±δ shaded."""
     from matplotlib.figure import Figure
 
     arms = [name for name, arm in summary['arms'].items() if arm['control']]
@@ -114,27 +102,14 @@ def draw_forest(summary: dict[str, Any]):
         axes.set_xlabel(_difference_label(metric))
         _draw_band(axes.axvspan, axes.axvline, summary['margins'][measure], metric)
         for y, arm in enumerate(arms):
-            _draw_difference(axes, y, summary, arm, metric)
+            if (compared := summary['arms'][arm]['compared'][measure]) is None:
+                axes.text(0, y, ' no claim ', color=MUTED, va='center', ha='left')
+                continue
+            ticks = [metric.scale * each for each in compared['differences']]
+            colour = VERDICT_MARKS[compared['verdict']][0]
+            axes.plot(ticks, [y + 0.26] * len(ticks), '|', color=colour, markersize=6, alpha=0.8)
+            _draw_estimate(axes, y, compared, metric)
     return figure
-
-
-def _draw_difference(axes, y: int, summary: dict[str, Any], arm: str, metric: Metric) -> None:
-    compared = summary['arms'][arm]['compared'].get(metric.name)
-    if compared is None:
-        axes.text(0, y, ' no claim ', color=MUTED, va='center', ha='left')
-        return
-    pair = arm, summary['arms'][arm]['control']
-    own, control = (summary['arms'][each]['per_seed'][metric.name] for each in pair)
-    failed = summary['chance'][metric.name]  # what a failed replicate is worth
-    differences = [
-        (failed if own[seed] is None else own[seed])
-        - (failed if control[seed] is None else control[seed])
-        for seed in map(str, summary['seeds'][: compared['n']])
-    ]
-    scaled = [metric.scale * each for each in differences]
-    colour = VERDICT_MARKS[compared['verdict']][0]
-    axes.plot(scaled, [y + 0.26] * len(scaled), '|', color=colour, markersize=6, alpha=0.8)
-    _draw_estimate(axes, y, compared, metric)
 
 
 def _draw_estimate(axes, at: float, compared: dict[str, Any], metric: Metric, upright=False):
@@ -155,7 +130,6 @@ def _draw_band(span: Any, line: Any, margin: float, metric: Metric) -> None:
 
 
 def _wrapped(name: str, width: int) -> str:
-    """A name in at most two lines."""
     return '\n'.join(textwrap.wrap(name, width, max_lines=2, placeholder='…'))
 
 
@@ -168,8 +142,9 @@ def _panels(names: Any, columns: int, size: tuple[float, float], top: float, sha
     """A figure of a panel of so many inches for each name, and these."""
     from matplotlib.figure import Figure
 
-    count, columns = len(names), min(columns, len(names))
+    count = len(names)
     rows = math.ceil(count / columns)
+    columns = math.ceil(count / rows)
     figsize = size[0] * columns, top + size[1] * rows
     figure = Figure(figsize=figsize, layout='constrained')
     grid = figure.subplots(rows, columns, sharex=sharex, sharey=True, squeeze=False).flat
@@ -192,7 +167,8 @@ def _draw_response(summary: dict[str, Any]):
     guess = summary['chance']['loss']
     for axes, tuned in zip(grid, arms.values()):
         path, ends = next(iter(tuned['ranges'].items()))
-        trials = [(each['point'][path], each['loss'] or math.inf) for each in tuned['trials']]
+        trials = [(each['point'][path], each['loss']) for each in tuned['trials']]
+        trials = [(x, math.inf if loss is None else loss) for x, loss in trials]
         x, y = zip(*sorted((x, loss if loss <= guess else math.nan) for x, loss in trials))
         line = '-' if len(tuned['ranges']) == 1 else ''  # others vary, too
         axes.plot(x, y, line, color=BLUE, marker='o', markersize=4, linewidth=1)
@@ -216,10 +192,8 @@ def _draw_curves(summary: dict[str, Any], metric: Metric):
         if content['control']:
             control = arms[content['control']]['curves']['eval']
             axes.plot(*_line(control, metric), ':', color=GREY, label='its control')
-        for split, colour, style, label in (
-            ('train', ORANGE, '--', 'training'),
-            ('eval', BLUE, '-', evaluated),
-        ):
+        kinds = ('train', ORANGE, '--', 'training'), ('eval', BLUE, '-', evaluated)
+        for split, colour, style, label in kinds:
             points = content['curves'][split]
             marker = '.' if len(points) < 12 else ''
             epochs, mean = _line(points, metric)
@@ -251,10 +225,7 @@ def _label_powers(axis, subs: tuple[int, ...] = (1, 3)) -> None:
 
 
 def draw_against_n(folders: list[Path], measure: str = 'loss'):
-    """Draw the effect of each arm against the number of training images, a panel for each arm.
-
-    Its difference from its control with simultaneous intervals, filled where decided; the other
-    arms in grey.
+    """Draw the effect of each arm against the number of training images, the other arms in grey.
 
     Args:
         folders: Work directories of ablations of the same data; each arm once at each number.
@@ -278,9 +249,8 @@ def draw_against_n(folders: list[Path], measure: str = 'loss'):
             for n, compared in points.items():
                 _draw_estimate(axes, n, compared, metric, upright=True)
             _draw_band(axes.axhspan, axes.axhline, margin, metric)
-        grid[0].set_xscale('log')
+        grid[0].set_xscale('log', subs=[])
         grid[0].set_xticks(sizes, [f'{n:,}' for n in sizes])
-        grid[0].set_xticks([], minor=True)
         for verdict, (colour, marker, face) in VERDICT_MARKS.items():
             grid[0].plot([], [], marker, color=colour, markerfacecolor=face, label=verdict)
         figure.supxlabel('training images (simultaneous 95% intervals; shaded: equivalent)')
@@ -300,18 +270,16 @@ def _effects(folders: list[Path], measure: str) -> tuple[dict[str, dict[int, Any
             source = store.plan.configs[store.plan.baseline].data.source
         if measure not in (found := summary['primaries']):
             raise UserError(f'{folder} does not decide on {measure}, but on {", ".join(found)}')
-        arms, n = summary['arms'].items(), summary['counts']['train']
-        facts = {'data source': source, 'margin': summary['margins'][measure]}
-        for what, fact in {
-            **facts,
-            **{f'control of {a}': arm['control'] for a, arm in arms},
-        }.items():
+        arms, n = summary['arms'], summary['counts']['train']
+        facts = {f'control of {arm}': each['control'] for arm, each in arms.items()}
+        facts |= {'data source': source, 'margin': summary['margins'][measure]}
+        for what, fact in facts.items():
             if common.setdefault(what, fact) != fact:
                 raise UserError(
-                    f'{folder} has another {what} than an earlier folder: {printable(fact)}, not '
-                    f'{printable(common[what])}; draw them apart'
+                    f'{folder} has another {what} than an earlier one, {printable(fact)} in the '
+                    f'place of {printable(common[what])}; draw it apart'
                 )
-        for arm, content in arms:
+        for arm, content in arms.items():
             if compared := content['compared'].get(measure):
                 if n in effects.setdefault(arm, {}):
                     raise UserError(f'{folder} has {arm} at {n:,} images once more; leave it out')
