@@ -252,10 +252,9 @@ class Progress:
     def update(self) -> None:
         """Print what was finished since the last call."""
         due = self._store.due()
-        new = self._new(due)
+        new, total = self._new(due), len(due) + self._store.waiting()
         for count, run in enumerate(new, len(self._finished) - len(new) + 1):
-            line = f'[{count}/{len(due)}] {self._line(run)}, {self._left(len(due))}'
-            print(line, flush=True)
+            print(f'[{count}/{total}] {self._line(run)}, {self._left(total)}', flush=True)
         for arm in self._store.plan.configs:
             choice = self._store.choice(arm) if new and arm not in self._chosen else None
             if choice and choice.point:
