@@ -12,7 +12,7 @@ from experiments.baseline import TUNE as TUNE
 from experiments.baseline import get_config as get_config
 
 RATE = {'model.dropout': linear(0.05, 0.6)}
-RESIDUAL = {'model.residual': True, 'model.norm': 'batch'}
+RESIDUAL = {'model.residual': True}
 
 ARMS = {
     'none': {},

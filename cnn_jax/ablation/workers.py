@@ -236,7 +236,8 @@ def _check_arms(plan: Plan, data: Any, components: Components) -> None:
         try:
             if config.data.batch > data.train.n:
                 raise UserError(f'config.data.batch is larger than its {data.train.n} images')
-            spec = setup.make_spec(config, data.description, data.weights, components)
+            own = setup.for_arm(config, data) if arm in firsts else data
+            spec = setup.make_spec(config, own.description, own.weights, components)
             if arm in firsts:
                 setup.make_programs(config, spec)
         except UserError as error:

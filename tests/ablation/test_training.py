@@ -90,7 +90,9 @@ def opened(config, size=8):
 @pytest.mark.parametrize('case', CASES)
 def test_a_run_is_what_fit_trains(case, tmp_path, monkeypatch):
     monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'cache'))
-    config, data, components = opened(make_config(seed=3, **CASES[case]), size=32)
+    images_ = {path: each for path, each in CASES[case].items() if path.startswith('data.')}
+    _, data, components = opened(make_config(**images_), size=32)  # by another arm
+    config = components.mark(make_config(seed=3, **CASES[case]))
     compiled = compile_structure(config, data, components=components)
     [run] = train_runs([config], compiled, data)
 
