@@ -233,7 +233,10 @@ class Progress:
         self._before = len(self._new(store.due()))
 
     def __enter__(self):
-        budgets = self._store.definition()['budgets']
+        definition = self._store.definition()
+        budgets = definition['budgets']
+        for note in definition.get('notes', ()):
+            print(note)
         bare = {budget.partition(';')[0] for budget in budgets.values()}  # without notes
         if len(bare) > 1:  # then the comparison is not fair
             print('the arms have DIFFERENT budgets:')

@@ -1,5 +1,7 @@
 """`ablate` from Python, and the progress that it prints."""
 
+from dataclasses import replace
+
 import flax.linen as flax
 import numpy as np
 import optax
@@ -10,6 +12,7 @@ from cnn_jax.ablation.plan import log, make_plan
 from cnn_jax.ablation.results import open_store
 from cnn_jax.ablation.run import Progress, ablate
 from cnn_jax.config import Config, Data, Train
+from cnn_jax.data.source import as_source
 from cnn_jax.errors import UserError
 
 
@@ -37,11 +40,12 @@ def test_arms_are_compared_on_the_users_own_model_data_and_optimizer(tmp_path, c
     own = {
         'model': lambda config, classes: Net(config.model.dropout, classes),
         'optimizer': optax.adam(1e-2),
-        'train': images(0, 40),
+        'train': replace(as_source(images(0, 40)), skipped=(('a/b.heic', '.heic: not read'),)),
         'eval': images(1, 21),
     }
     config = Config(data=Data(batch=8), train=Train(epochs=2.0))
-    arms = {'dropout': {'model.dropout': 0.5}, 'none': {'model.dropout': 0.0}}
+    unread = {'model.hidden': (3,)}
+    arms = {'dropout': {'model.dropout': 0.5, **unread}, 'none': {'model.dropout': 0.0}}
     call = {'baseline': config, 'workdir': tmp_path / 'run', **own}
 
     result = ablate(arms, seeds=2, curves=True, **call)
@@ -53,7 +57,10 @@ def test_arms_are_compared_on_the_users_own_model_data_and_optimizer(tmp_path, c
     assert result.verdicts['none'] in repr(result)
     assert result.plot().axes
     assert (tmp_path / 'run' / 'report.html').exists()
-    assert '[9/9]' in capsys.readouterr().out  # the baseline's once more, two of pixels
+    printed = capsys.readouterr().out
+    assert '[9/9]' in printed  # the baseline's once more, two of pixels
+    assert f'left out: 1 .heic (listed in {tmp_path}/run/skipped.csv)' in printed
+    assert 'without effect in dropout: config.model.hidden is (3,)' in printed
 
     more = ablate(arms, seeds=3, curves=True, **call)
     assert '9 runs were done before' in capsys.readouterr().out
