@@ -102,7 +102,7 @@ def main(_) -> int:
         return cli.STOPPED
     print(result)
     print(f'report: {result.workdir}/report.html')
-    failed, missing = result.failed, result.summary['cells']['missing']
+    failed, missing = result.failed, result.summary['runs']['missing']
     if failed:
         print(f'{runtime.count(len(failed), "run")} failed; --retry_failed repeats them')
     if missing:

@@ -1,4 +1,4 @@
-"""The figures of an ablation: paired differences, learning curves, gap.
+"""The figures of an ablation: differences from the controls, tuning, learning curves.
 
 They are drawn 360 points wide, so that their text is readable on a phone, with colours that
 differ in lightness as well as in hue.
@@ -6,6 +6,7 @@ differ in lightness as well as in hue.
 
 import functools
 import io
+import itertools
 import math
 import textwrap
 import xml.etree.ElementTree as ET
@@ -27,7 +28,8 @@ INK, MUTED, RULE, SURFACE, BLUE, ORANGE, GREY = COLOURS.values()
 STYLE: Any = {
     'svg.fonttype': 'none',
     'text.parse_math': False,  # an arm's name is text, whatever it holds
-    'font.size': 10,
+    'font.size': 10,  # at 390 px the page shows 360 points as 337 px: smaller is not legible
+    **dict.fromkeys(('axes.titlesize', 'figure.labelsize'), 10),
     'font.family': 'sans-serif',
     'lines.linewidth': 1.6,
     'grid.linewidth': 0.6,
@@ -39,25 +41,31 @@ STYLE: Any = {
     **dict.fromkeys(('axes.spines.top', 'axes.spines.right', 'legend.frameon'), False),
     **dict.fromkeys(('axes.grid', 'axes.axisbelow'), True),
 }
-VERDICT_MARKS = {  # kind: colour, marker, colour inside
+VERDICT_MARKS = {  # colour, marker, colour inside
     'better': (BLUE, 'o', BLUE),
     'worse': (ORANGE, 'D', ORANGE),
-    'inconclusive': (GREY, 'o', SURFACE),
+    'equivalent': (GREY, 's', GREY),
+    'undecided': (GREY, 'o', SURFACE),
 }
 WIDTH = 5.0  # inches, at 72 points each
-LABELS, COLUMN, ROW = 1.7, 2.4, 0.3  # inches, of a figure of several ablations
 
 
 def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Draw every figure as `{name: {'svg': text, 'png': bytes}}`; one summary gives one SVG."""
+    """Draw the figures that there is something for, as `{name: {'svg': text, 'png': bytes}}`.
+
+    One summary gives one SVG.
+    """
     from matplotlib import rc_context
 
-    drawings = {
-        'forest': draw_forest,
-        'curves_accuracy': functools.partial(_draw_curves, metric=METRICS['accuracy']),
-        'curves_loss': functools.partial(_draw_curves, metric=METRICS['loss']),
-        'gap': _draw_gap,
-    }
+    arms = summary['arms'].values()
+    drawings: dict[str, Any] = {}
+    if any(arm['control'] for arm in arms):
+        drawings['forest'] = draw_forest
+    if any(arm['tuned'] for arm in arms):
+        drawings['response'] = _draw_response
+    if any(arm['curves']['eval'] for arm in arms):
+        for name in ('accuracy', 'loss'):
+            drawings[f'curves_{name}'] = functools.partial(_draw_curves, metric=METRICS[name])
     result = {}
     for name, drawing in drawings.items():
         with rc_context(STYLE | {'svg.hashsalt': name}):  # the salt makes ids reproducible
@@ -85,156 +93,168 @@ def themed(svg: str, label: str) -> str:
 
 
 def draw_forest(summary: dict[str, Any]):
-    """Draw the paired differences from the baseline: each seed's, their mean, its 95% interval."""
-    arms = _compared_arms(summary)
-    figure, axes = _row_figure(arms, height=0.5)
-    _draw_differences(axes, summary, arms)
-    figure.supxlabel(_difference_label(summary), fontsize=10)
-    return figure
+    """Draw a panel for each primary measure: each arm's difference from its control.
 
-
-def draw_side_by_side(folders: list[Path]):
-    """Draw the paired differences of several ablations from their baselines as one figure.
-
-    Ablations of one name are one block of rows, those on the same training images one column.
-
-    Errors:
-        UserError: A folder holds no ablation, two belong in one place, or metrics differ.
+    The mean, the simultaneous interval, below it a tick for each replicate; shaded the band in
+    which a difference is none.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    blocks = _blocks(folders)
-    summaries = [summary for block in blocks.values() for summary in block.values()]
-    columns = list(dict.fromkeys(data for block in blocks.values() for data in block))
-    rows = {
-        name: list(dict.fromkeys(arm for each in block.values() for arm in _compared_arms(each)))
-        for name, block in blocks.items()
-    }
-    heights = [len(arms) + 1 for arms in rows.values()]
-    with rc_context(STYLE | {'font.size': 9}):
-        size = LABELS + COLUMN * len(columns), 0.8 + ROW * sum(heights)
-        figure = Figure(figsize=size, layout='constrained')
-        grid = figure.subplots(
-            len(blocks), len(columns), squeeze=False, sharex=True, height_ratios=heights
-        )
-        for line, (name, block) in zip(grid, blocks.items()):
-            for axes, data in zip(line, columns):
-                _label_rows(axes, rows[name])
-                axes.tick_params(labelleft=axes is line[0])
-                if data in block:
-                    _draw_differences(axes, block[data], rows[name])
-            line[0].set_title(name, loc='left', fontweight='bold', x=0, ha='right')
-        for axes, data in zip(grid[0], columns):
-            axes.set_title(data)
-        legend = 'blue: better, orange: worse, grey: not significant (95% intervals; Holm)'
-        figure.supxlabel(f'{_difference_label(summaries[0])}\n{legend}', fontsize=9)
+    arms = [name for name, arm in summary['arms'].items() if arm['control']]
+    primaries = summary['primaries']
+    figure = Figure(figsize=(WIDTH, len(primaries) * (0.85 + 0.42 * len(arms))))
+    figure.set_layout_engine('constrained', h_pad=0.1)
+    for axes, measure in zip(figure.subplots(len(primaries), squeeze=False).flat, primaries):
+        metric = METRICS[measure]
+        axes.set_yticks(range(len(arms)), [_wrapped(arm) for arm in arms])
+        axes.set_ylim(len(arms) - 0.4, -0.6)
+        axes.grid(visible=False, axis='y')
+        axes.tick_params(axis='y', length=0)
+        axes.spines['left'].set_visible(False)
+        axes.locator_params(axis='x', nbins=5)
+        axes.set_xlabel(_difference_label(metric))
+        _draw_band(axes.axvspan, axes.axvline, summary['margins'][measure], metric)
+        for y, arm in enumerate(arms):
+            _draw_difference(axes, y, summary, arm, metric)
     return figure
 
 
-def _blocks(folders: list[Path]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The summary of each ablation, `{name: {data: summary}}`."""
-    blocks: dict[str, dict[str, dict[str, Any]]] = {}
-    metrics: dict[str, Path] = {}
-    for folder in folders:
-        with understood(folder):
-            results = read_results(folder)
-            summary, definition = summary_of(results), results.definition
-            config = definition['configs'][definition['baseline']]
-            source = Path(config['data.source'].partition(':')[2] or config['data.source']).name
-            data = printable(f'{source} {config["data.train"]}')
-        name = printable(definition['name'])
-        block = blocks.setdefault(name, {})
-        if data in block:
-            raise UserError(f'{folder} is a second ablation {name} on {data}; give one of them')
-        block[data] = summary
-        metrics.setdefault(definition['metric'], folder)
-    if len(metrics) > 1:
-        differing = ', '.join(f'{metric} in {folder}' for metric, folder in metrics.items())
-        raise UserError(f'the metrics differ: {differing}; give ablations of one metric')
-    return blocks
+def _draw_difference(axes, y: int, summary: dict[str, Any], arm: str, metric: Metric) -> None:
+    compared = summary['arms'][arm]['compared'].get(metric.name)
+    if compared is None:
+        axes.text(0, y, ' no claim ', color=MUTED, va='center', ha='left')
+        return
+    pair = [summary['arms'][each] for each in (arm, summary['arms'][arm]['control'])]
+    own, control = (each['per_seed'][metric.name] for each in pair)
+    failed = summary['chance'][metric.name]  # what a failed replicate is worth
+    differences = [
+        (failed if own[seed] is None else own[seed])
+        - (failed if control[seed] is None else control[seed])
+        for seed in map(str, summary['seeds'][: compared['n']])
+    ]
+    scaled = [metric.scale * each for each in differences]
+    colour = VERDICT_MARKS[compared['verdict']][0]
+    axes.plot(scaled, [y + 0.26] * len(scaled), '|', color=colour, markersize=6, alpha=0.8)
+    _draw_estimate(axes, y, compared, metric)
 
 
-def _row_figure(arms: list[str], height: float = 0.42) -> tuple[Any, Any]:
-    """A figure and its axes with one row per arm."""
-    from matplotlib.figure import Figure
+def _draw_estimate(axes, at: float, compared: dict[str, Any], metric: Metric, upright=False):
+    """Draw a mean and its interval, of which none is drawn where it has no end."""
+    colour, marker, face = VERDICT_MARKS[compared['verdict']]
+    low, mean, high = (metric.scale * compared[each] for each in ('low', 'mean', 'high'))
+    ends = [low, high] if math.isfinite(high - low) else []
+    for values, style in (
+        (ends, {'linewidth': 2, 'solid_capstyle': 'butt'}),
+        ([mean], {'marker': marker, 'mfc': face, 'markersize': 7, 'label': compared['verdict']}),
+    ):
+        places = [at] * len(values)
+        points = (places, values) if upright else (values, places)
+        axes.plot(*points, color=colour, linestyle='-' if values is ends else '', **style)
 
-    figure = Figure(figsize=(WIDTH, 1.0 + height * len(arms)), layout='constrained')
-    axes = figure.subplots()
-    _label_rows(axes, arms)
-    return figure, axes
+
+def _draw_band(span: Any, line: Any, margin: float, metric: Metric) -> None:
+    """Shade ±δ, across or along, and draw the line of no difference."""
+    ends = -margin * metric.scale, margin * metric.scale
+    span(*ends, color=RULE, alpha=0.6, linewidth=0, zorder=0)
+    line(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
 
 
-def _label_rows(axes, arms: list[str]) -> None:
-    """Make the vertical axis one row per arm, the first on top."""
-    labels = ['\n'.join(textwrap.wrap(_shorten(arm, 36), 20)) for arm in arms]
-    axes.set_yticks(range(len(arms)), labels)
-    axes.set_ylim(len(arms) - 0.4, -0.6)
-    axes.grid(visible=False, axis='y')
-    axes.tick_params(axis='y', length=0)
-    axes.spines['left'].set_visible(False)
-    axes.locator_params(axis='x', nbins=6)
+def _wrapped(name: str, width: int = 18, most: int = 36) -> str:
+    return '\n'.join(textwrap.wrap(_shorten(name, most), width))
 
 
 def _shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + '…'
 
 
-def _compared_arms(summary: dict[str, Any]) -> list[str]:
-    return [name for name in summary['arms'] if name != summary['baseline']]
-
-
-def _difference_label(summary: dict[str, Any]) -> str:
-    metric = METRICS[summary['metric']]
+def _difference_label(metric: Metric) -> str:
     better = 'higher' if metric.sign > 0 else 'lower'
-    return f'difference in {metric.title} ({metric.unit}, {better} is better)'
+    return f'difference in {metric.title}\n({metric.unit}, {better} is better)'
 
 
-def _draw_differences(axes, summary: dict[str, Any], arms: list[str]) -> None:
-    """Draw a row for each arm: its paired differences from the baseline, their mean and interval.
+def _panels(names: Any, columns: int, size: tuple[float, float], top: float) -> tuple[Any, Any]:
+    """A figure of a panel for each name with common axes, and these; the rest stays empty.
 
-    A row whose arm the summary does not have stays empty.
+    Args:
+        names: Headings.
+        columns: The most panels in a row.
+        size: Inches of a panel.
+        top: Inches for legend and axes.
     """
-    scale = METRICS[summary['metric']].scale
-    reference = summary['arms'][summary['baseline']]['per_seed']
-    axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    for y, name in enumerate(arms):
-        if name not in summary['arms']:
-            continue
-        arm = summary['arms'][name]
-        compared = arm['against_baseline']
-        if compared is None:
-            axes.text(0, y, ' no claim ', color=MUTED, va='center', ha='left')
-            continue
-        colour, marker, face = VERDICT_MARKS[arm['verdict']['kind']]
-        seeds = [scale * (arm['per_seed'][s] - reference[s]) for s in map(str, compared['seeds'])]
-        axes.plot(seeds, [y + 0.24] * len(seeds), '|', color=colour, markersize=6, alpha=0.8)
-        _draw_interval(axes, y, compared['interval'], scale, colour)
-        axes.plot(scale * compared['mean'], y, marker, color=colour, markerfacecolor=face, ms=7)
+    from matplotlib.figure import Figure
+
+    count = len(names)
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figsize = size[0] * columns, top + size[1] * rows
+    figure = Figure(figsize=figsize, layout='constrained')
+    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, name in zip(grid, names):
+        axes.set_title(_wrapped(name, 24, 48), loc='left')
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes in grid[max(count - columns, 0) : count]:
+        axes.tick_params(labelbottom=True)
+    return figure, grid[:count]
 
 
-def _draw_interval(axes, y: int, interval: list[float], scale: float, colour: str) -> None:
-    ends = [scale * end for end in interval]
-    axes.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle='butt')
+def _draw_legend(figure, axes: list[Any], columns: int) -> None:
+    labelled = itertools.chain(*(zip(*each.get_legend_handles_labels()) for each in axes))
+    handles = {label: handle for handle, label in labelled}
+    figure.legend(
+        handles.values(), handles, loc='outside upper left', ncols=columns, columnspacing=1.2
+    )
+
+
+def _draw_response(summary: dict[str, Any]):
+    """Draw a panel for each tuned arm: the validation loss of its trials; the choice is marked.
+
+    Trials that failed, or are worse than a guess, are crosses at the top.
+    """
+    arms = {name: arm['tuned'] for name, arm in summary['arms'].items() if arm['tuned']}
+    figure, grid = _panels([*arms], 2, (WIDTH / 2, 1.6), 0.5)
+    guess = summary['chance']['loss']
+    for axes, tuned in zip(grid, arms.values()):
+        path, ends = next(iter(tuned['ranges'].items()))
+        trials = [(each['point'][path], each['loss']) for each in tuned['trials']]
+        good = sorted((x, loss) for x, loss in trials if loss is not None and loss <= guess)
+        bad = [x for x, loss in trials if loss is None or loss > guess]
+        join = '-' if len(tuned['ranges']) == 1 else ''  # others vary, too
+        axes.plot(*zip(*good), join, color=BLUE, marker='o', markersize=4, linewidth=1)
+        axes.plot(bad, [0.95] * len(bad), 'x', color=ORANGE, transform=axes.get_xaxis_transform())
+        chosen = tuned['trials'][tuned['trial']]
+        axes.plot(chosen['point'][path], chosen['loss'], 'o', color=INK, mfc='none', markersize=10)
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(_shorten(path, 30))
+        _set_range(axes, ends['low'], ends['high'], ends['logarithmic'])
+    figure.supylabel('validation loss (nats)')
+    return figure
+
+
+def _set_range(axes, low: float, high: float, logarithmic: bool) -> None:
+    """Label a horizontal axis at the powers of ten, or at three places."""
+    ticks = [low, (low + high) / 2, high]
+    if logarithmic:
+        axes.set_xscale('log')
+        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+        step = math.ceil(len(powers) / 4)
+        ticks = [10.0**power for power in powers[::step]] if len(powers) > 1 else [low, high]
+    axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    axes.set_xticks([], minor=True)
 
 
 def _draw_curves(summary: dict[str, Any], metric: Metric):
-    """One panel per arm: mean and range over seeds, with the baseline's evaluation in grey."""
-    from matplotlib.figure import Figure
-
+    """One panel per arm: mean and range over replicates, with its control's evaluation in grey."""
     arms = summary['arms']
-    columns = min(2, len(arms))
-    rows = math.ceil(len(arms) / columns)
-    figure = Figure(figsize=(WIDTH, 0.9 + 1.45 * rows), layout='constrained')
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (arm, content) in zip(grid.flat, arms.items()):
-        axes.set_title(_shorten(arm, 24), fontsize=10, loc='left')
-        if arm != summary['baseline']:
-            baseline = arms[summary['baseline']]['curves']['eval']
-            axes.plot(*_line(baseline, metric), ':', color=GREY, label='baseline, test')
+    evaluated = 'held-out images' if summary['counts']['validation'] else 'test images'
+    figure, grid = _panels([*arms], 2, (WIDTH / 2, 1.45), 0.9)
+    for axes, content in zip(grid, arms.values()):
+        if content['control']:
+            control = arms[content['control']]['curves']['eval']
+            axes.plot(*_line(control, metric), ':', color=GREY, label='its control')
         for split, colour, style, label in (
             ('train', ORANGE, '--', 'training'),
-            ('eval', BLUE, '-', 'test'),
+            ('eval', BLUE, '-', evaluated),
         ):
             points = content['curves'][split]
             marker = '.' if len(points) < 12 else ''
@@ -242,17 +262,11 @@ def _draw_curves(summary: dict[str, Any], metric: Metric):
             low, high = (_line(points, metric, end)[1] for end in ('low', 'high'))
             axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(epochs, mean, style, color=colour, marker=marker, label=label)
-    if metric.name == 'loss' and any(arm['n'] for arm in arms.values()):
-        _set_log_scale(grid[0, 0])
-    for axes in grid.flat[len(arms) :]:
-        axes.set_visible(False)
-    for axes in grid.flat[max(len(arms) - columns, 0) : len(arms)]:
-        axes.tick_params(labelbottom=True)
-    labelled = [each for axes in grid.flat for each in zip(*axes.get_legend_handles_labels())]
-    handles = {label: handle for handle, label in labelled}
-    figure.legend(handles.values(), handles, loc='outside upper left', ncols=3, fontsize=9)
-    figure.supxlabel('epoch', fontsize=10)
-    figure.supylabel(f'{metric.title} ({metric.suffix or metric.unit})', fontsize=10)
+    if metric.name == 'loss':
+        _set_log_scale(grid[0])
+    _draw_legend(figure, grid, 3)
+    figure.supxlabel('epoch')
+    figure.supylabel(f'{metric.title} ({metric.suffix or metric.unit})')
     return figure
 
 
@@ -271,29 +285,71 @@ def _set_log_scale(axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_gap(summary: dict[str, Any]):
-    """Training and evaluation results of the trained networks, joined: the gap is the length."""
-    metric = METRICS[summary['metric']]
-    figure, axes = _row_figure(list(summary['arms']))
-    marks = (
-        ('train', 'training', {'marker': 's', 'color': ORANGE, 'markerfacecolor': SURFACE}),
-        ('eval', 'test', {'marker': 'o', 'color': BLUE}),
-    )
-    for _, label, mark in marks:
-        axes.plot([], [], linestyle='', label=label, markersize=7, **mark)
-    for y, arm in enumerate(summary['arms'].values()):
-        ends = [arm[split].get(metric.name, {}).get('mean') for split, _, _ in marks]
-        if None in ends:
-            _write_no_result(axes, y)
-            continue
-        _draw_interval(axes, y, ends, metric.scale, GREY)
-        for end, (_, _, mark) in zip(ends, marks):
-            axes.plot(end * metric.scale, y, markersize=7, **mark)
-    figure.supxlabel(f'{metric.title} ({metric.suffix or metric.unit})', fontsize=10)
-    figure.legend(loc='outside upper left', ncols=2, fontsize=9)
+def draw_against_n(folders: list[Path], measure: str = 'loss'):
+    """Draw the effect of each arm against the number of training images, a panel for each arm.
+
+    Its difference from its control with simultaneous intervals, filled where decided; the other
+    arms in grey.
+
+    Args:
+        folders: Work directories of ablations of the same data; each arm once at each number.
+        measure: A primary measure of each.
+
+    Errors:
+        UserError: A folder holds no ablation, or does not belong into the picture.
+    """
+    from matplotlib import rc_context
+
+    effects, margins = _effects(folders, measure)
+    metric = METRICS[measure]
+    sizes = sorted({n for each in effects.values() for n in each})
+    with rc_context(STYLE):
+        figure, grid = _panels([*effects], 5, (2.4, 2.2), 1.2)
+        for axes, points in zip(grid, effects.values()):
+            for other in (*effects.values(), points):
+                means = [metric.scale * each['mean'] for each in other.values()]
+                axes.plot([*other], means, color=INK if other is points else RULE, linewidth=1.2)
+            for n, compared in points.items():
+                _draw_estimate(axes, n, compared, metric, upright=True)
+            if len(margins) == 1:
+                _draw_band(axes.axhspan, axes.axhline, *margins, metric)
+        grid[0].set_xscale('log')
+        grid[0].set_xticks(sizes, [f'{n:,}' for n in sizes])
+        grid[0].set_xticks([], minor=True)
+        figure.supxlabel('training images')
+        figure.supylabel(_difference_label(metric), ha='center')
+        _draw_legend(figure, grid, 4)
     return figure
 
 
-def _write_no_result(axes, y: int) -> None:
-    across = axes.get_yaxis_transform()  # x is a fraction of the width
-    axes.text(0.5, y, 'no result', color=MUTED, va='center', transform=across)
+def _effects(folders: list[Path], measure: str) -> tuple[dict[str, dict[int, Any]], set[float]]:
+    """The comparison of each arm with its control by training images, and the margins δ."""
+    effects: dict[str, dict[int, Any]] = {}
+    sources, controls, margins = {}, {}, set()
+    for folder in folders:
+        with understood(folder):
+            store = read_store(folder)
+            summary = summary_of(store)
+            source = store.plan.configs[store.plan.baseline].data.source
+        if measure not in summary['primaries']:
+            raise UserError(
+                f'{folder} does not decide on {measure!r}; its measures are '
+                f'{", ".join(summary["primaries"])}'
+            )
+        sources.setdefault(source, folder)
+        if len(sources) > 1:
+            one, other = map(printable, sources)
+            raise UserError(f'{folder} is of other data ({other}) than {folders[0]} ({one})')
+        margins.add(summary['margins'][measure])
+        n = summary['counts']['train']
+        for arm, content in summary['arms'].items():
+            if not (compared := content['compared'].get(measure)):
+                continue
+            if controls.setdefault(arm, content['control']) != content['control']:
+                raise UserError(f'{folder} compares {arm} with another control than {folders[0]}')
+            if n in effects.setdefault(arm, {}):
+                raise UserError(f'{folder} has {arm} at {n:,} images a second time')
+            effects[arm][n] = compared
+    if not effects:
+        raise UserError('the ablations compare no arms yet')
+    return {arm: dict(sorted(each.items())) for arm, each in effects.items()}, margins

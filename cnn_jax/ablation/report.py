@@ -21,10 +21,14 @@ from cnn_jax.errors import csv_cell, printable
 from cnn_jax.files import write_bytes
 
 LABELS = {
-    'forest': 'Forest plot of the paired differences from the baseline',
-    'curves_accuracy': 'Learning curves of the accuracy, one panel for each arm',
-    'curves_loss': 'Learning curves of the loss, one panel for each arm',
-    'gap': 'Results on training and test images of each arm',
+    'forest': 'Differences from the controls',
+    'response': 'Validation loss of the trials',
+    'curves_accuracy': 'Accuracy while training',
+    'curves_loss': 'Loss while training',
+}
+MARKS = {
+    **{'better': '▲', 'worse': '▼', 'mixed': '◆'},
+    **{'equivalent': '=', 'undecided': '○', 'no claim': '–'},
 }
 
 
@@ -34,8 +38,8 @@ class Ablation:
 
     >>> result = Ablation(Path('runs/regularization'))
     >>> print(result)                          # the verdicts
-    >>> result.table[1]['difference']          # a row per arm: pandas.DataFrame(result.table)
-    >>> result.plot()                          # paired differences with their intervals
+    >>> result.table[2]['difference']          # a row per arm and measure, for pandas.DataFrame
+    >>> result.plot()                          # differences with simultaneous intervals
     """
 
     workdir: Path
@@ -60,16 +64,16 @@ class Ablation:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row per arm with the columns of `summary.csv`, in natural units."""
+        """A row for each arm and primary measure, as in `summary.csv`, in natural units."""
         return rows_of(self.summary)
 
     @property
     def failed(self) -> list[dict[str, Any]]:
-        """The failed runs: `arm`, `seed`, `reason`."""
-        return self.summary['cells']['failed']
+        """The failed runs: `kind`, `arm`, `seed`, `trial`, `reason`."""
+        return self.summary['runs']['failed']
 
     def plot(self):
-        """Draw the paired differences from the baseline; returns a matplotlib figure."""
+        """Draw the differences of the arms from their controls; returns a matplotlib figure."""
         from matplotlib import rc_context
 
         with rc_context(figures.STYLE):
@@ -92,65 +96,48 @@ class Ablation:
 
     def _files(self) -> dict[str, str | bytes]:
         """The content of the report's files, by their names."""
-        drawn, spent = figures.draw(self.summary), cost(self.results)
-        files: dict[str, str | bytes] = {
+        drawn, spent = figures.draw(self.summary), cost(self.store)
+        return {
             'summary.json': to_json(self.summary),
             'summary.csv': to_csv(self.summary),
             'cost.json': to_json(spent),
+            **{f'figures/{f}.{kind}': each[kind] for f, each in drawn.items() for kind in each},
+            'report.html': render(self.store, self.summary, spent, drawn),
         }
-        for name, figure in drawn.items():
-            files[f'figures/{name}.svg'] = figure['svg']
-            files[f'figures/{name}.png'] = figure['png']
-        files['report.html'] = render(self.results, self.summary, spent, drawn)
-        return files
 
     def __repr__(self) -> str:
         if not (self.workdir / DEFINITION).exists():
             return f'Ablation in {self.workdir}: nothing was trained'
-        runs, summary = self.summary['cells'], self.summary
-        baseline, metric = summary['arms'][summary['baseline']], METRICS[summary['metric']]
-        lines = [
-            f'Ablation {summary["name"]} in {self.workdir}: {runs["done"]} of {runs["planned"]} '
-            f'runs, {len(runs["failed"])} failed',
-            f'{summary["baseline"]} (baseline): {metric.title} in {metric.suffix or metric.unit} '
-            f'{words.estimate(baseline["eval"][metric.name], metric)}',
-            *self.verdicts.values(),
-        ]
-        return '\n'.join(lines)
+        runs, name = self.summary['runs'], self.summary['name']
+        finished = f'{runs["due"] - len(runs["missing"])} of {runs["due"]} runs'
+        failed = f', {len(runs["failed"])} failed' if runs['failed'] else ''
+        lines = [f'Ablation {name} in {self.workdir}: {finished}{failed}', *self.verdicts.values()]
+        return printable('\n'.join(lines), keep='\n')
 
 
-def render(
-    results: Any,
-    summary: dict[str, Any],
-    spent: dict[str, Any],
-    drawn: dict[str, dict[str, Any]],
-) -> str:
+def render(store: Store, summary: Any, spent: dict[str, Any], drawn: dict[str, Any]) -> str:
     """The page; every name and text from outside is escaped."""
     from markupsafe import Markup
 
     headline, *details = inspect.cleandoc(summary['question']).split('\n\n')
-    definition, arms = results.definition, summary['arms'].values()
+    definition, arms = store.definition(), summary['arms']
     # An answer in an experiment's docstring, and what follows it, is of an earlier run.
     details = itertools.takewhile(lambda block: not block.startswith('Answer'), details)
     return _template().render(
-        ablation=definition,
         summary=summary,
+        arms=arms,
+        compared={name: arm['compared'] for name, arm in arms.items() if arm['verdict']},
         cost=spent,
         headline=headline or summary['name'],
-        budgets=list({each.partition(';')[0] for each in definition['budgets'].values()}),
         details=[block.strip('\n') for block in details],
-        data=definition['configs'][summary['baseline']],
-        examples=max((arm['examples'] or 0 for arm in arms), default=0),
+        budgets=definition['budgets'],
+        command=definition['command'],
+        data=store.plan.configs[store.plan.baseline].data,
         manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
-        figures={
-            name: Markup(figures.themed(figure['svg'], LABELS[name]))
-            for name, figure in drawn.items()
-        },
-        metrics=METRICS,
+        figures={f: Markup(figures.themed(each['svg'], LABELS[f])) for f, each in drawn.items()},
+        **{'metrics': METRICS, 'marks': MARKS, 'labels': LABELS, 'checks': words.CHECKS},
+        **{'number': number, 'estimate': words.estimate, 'p_value': words.p_value},
         dedent=textwrap.dedent,
-        number=number,
-        estimate=words.estimate,
-        p_value=words.p_value,
     )
 
 
@@ -158,14 +145,16 @@ def render(
 def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
         autoescape=True,
         finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template('report.jinja')
+    )
+    environment.filters['title'] = lambda m: f'{METRICS[m].title}, {METRICS[m].suffix or "nats"}'
+    return environment.get_template('report.jinja')
 
 
 def _shown(value: Any) -> Any:
@@ -189,30 +178,29 @@ def _finite(content: Any) -> Any:
 
 
 def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per arm, in natural units; what does not exist is None."""
+    """A row for each arm and primary measure, in natural units; what does not exist is None.
+
+    `mean` is of the replicates that finished; in `difference` a failed one counts as a guess.
+    """
     rows = []
-    for name, arm in summary['arms'].items():
-        metric, compared = arm['eval'][summary['metric']], arm['against_baseline'] or {}
-        low, high = metric['interval'] or (None, None)
-        difference_low, difference_high = compared.get('interval', (None, None))
-        row = {
-            **{'arm': name, 'n': arm['n'], 'mean': metric['mean'], 'sd': metric['sd']},
-            **{'low': low, 'high': high},
-            **{'pairs': compared.get('n'), 'difference': compared.get('mean')},
-            **{'difference_low': difference_low, 'difference_high': difference_high},
-            **{'p_t': compared.get('p_t'), 'p_t_corrected': compared.get('p_corrected')},
-            'gap': arm['gap']['mean'],
-            'calibration_error': arm['eval'].get('calibration_error', {}).get('mean'),
-            'parameters': arm['parameters'],
-            'verdict': arm['verdict']['kind'] if arm['verdict'] else 'baseline',
-        }
-        rows.append(row)
+    for (name, arm), measure in itertools.product(summary['arms'].items(), summary['primaries']):
+        compared = arm['compared'].get(measure) or {}
+        verdict = compared.get('verdict', 'no claim') if arm['control'] else 'baseline'
+        rows.append(
+            {
+                **{'arm': name, 'control': arm['control'], 'measure': measure, 'n': arm['n']},
+                'mean': arm['test'].get(measure, {}).get('mean'),
+                'difference': compared.get('mean'),
+                **{key: compared.get(key) for key in ('low', 'high', 'p')},
+                **{'verdict': verdict, 'decided': compared.get('decided'), 'failed': arm['failed']},
+            }
+        )
     return rows
 
 
 def to_csv(summary: dict[str, Any]) -> str:
-    """One line per arm with the columns of `rows_of`; what does not exist is empty."""
-    rows, text = rows_of(summary), io.StringIO()
+    """The lines of `rows_of`; what does not exist, or is not finite, is empty."""
+    rows, text = _finite(rows_of(summary)), io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerows([rows[0], *([csv_cell(value) for value in row.values()] for row in rows)])
     return text.getvalue()

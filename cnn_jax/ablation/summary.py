@@ -149,7 +149,7 @@ def _arm(
     usable = {seed: each for seed, each in own.items() if not why_failed(each)}
     first = next(iter(usable.values()), None)
     control = plan.against.get(arm)
-    seeds = {str(seed): each for seed, each in usable.items()}
+    seeds = {str(seed): each for seed, each in own.items()}  # a failed one has None
     measured = [
         m for m in METRICS if all(value_of(r, 'test', m) is not None for r in usable.values())
     ]

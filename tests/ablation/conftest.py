@@ -1,114 +1,150 @@
-"""An ablation's work directory with results drawn at random, and a real browser."""
+"""An ablation's work directory with results drawn at random."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import special
 
+from cnn_jax import config as cfg
+from cnn_jax.ablation.plan import log, make_plan
+from cnn_jax.ablation.results import AGAIN, FLOOR, Result, Run, Store, open_store, read_store
 from cnn_jax.files import read_json, write_json
 
-EXAMPLES = 400
-DATA = {'data.source': 'mnist_5k', 'data.train': 'train[:500]', 'data.eval': 'test'}
+EXAMPLES, CLASSES = 400, 10
+IMAGES = cfg.Data(source='mnist_5k', train='train[:1000]', subset=200, validation=200)
+TUNE = {'optimizer.learning_rate': log(3e-4, 3e-2)}
 EFFECTS = {'none': 0.0, 'dropout': 0.05, 'batch norm': 0.06, 'L2': 0.002, 'together': 0.08}
+PROVENANCE = {'code': 'c0de', 'training data': 'da7a', 'test data': 'da7b', 'jaxlib': '1'}
 
 
 @pytest.fixture
 def ablation(tmp_path: Path, write_ablation: Callable[..., Path]) -> Callable[..., Path]:
-    """Writes a work directory of this test's own."""
+    """Writes a work directory of this test's own, as `write_ablation`."""
     return functools.partial(write_ablation, tmp_path / 'run')
 
 
 @pytest.fixture(scope='session')
 def write_ablation() -> Callable[..., Path]:
-    """Writes a work directory; an arm's gain is the accuracy that it adds."""
+    """Writes a work directory, or more of one, by way of its store."""
 
     def write(
         folder: Path,
-        gains: dict[str, float] = EFFECTS,
-        seeds: int = 5,
+        gains: Mapping[str, float] = EFFECTS,
+        *,
         spread: float = 0.01,
-        **changes: Any,
+        change: Callable[[Run, Result], Result | None] = lambda run, result: result,
+        arms: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        command: str = 'python -m launch.ablate --config=experiments/regularization.py',
+        **study: Any,
     ) -> Path:
-        (folder / 'cells').mkdir(parents=True, exist_ok=True)
-        definition = {
-            'name': 'regularization',
-            'question': 'What does each regularizer buy?\n\nOn 500 images.\n\n    a command',
-            'baseline': next(iter(gains)),
-            'arms': {arm: {'changes': {'model.dropout': i / 10}} for i, arm in enumerate(gains)},
-            'factors': None,
-            'configs': dict.fromkeys(gains, DATA),
-            'seeds': list(range(seeds)),
-            'metric': 'accuracy',
-            'command': 'python -m launch.ablate --config=experiments/regularization.py',
-            'identity': {'code': 'c0de'},
+        """Write; `change` gets each run and its result, and returns another, or None for none.
+
+        Args:
+            folder: Work directory.
+            gains: The accuracy that each arm adds to that of the first, by its name.
+            spread: Standard deviation of the replicates' accuracy; a third of it is not shared.
+            change: As above.
+            arms: The arms' changes; else each has a dropout of its own.
+            data: Changes to the data's config.
+            command: The command that the report shows.
+            study: Arguments of `make_plan`; 5 seeds and 4 trials of the learning rate by default.
+        """
+        images = {f'data.{name}': value for name, value in (data or {}).items()}
+        changes = arms or {arm: {'model.dropout': i / 100} for i, arm in enumerate(gains)}
+        study = {'seeds': 5, 'trials': 4, 'tune': TUNE, 'name': 'regularization'} | study
+        study.setdefault('question', 'What does each regularizer buy?\n\nOn 200 images.\n\n    go')
+        config = cfg.replace(cfg.Config(data=IMAGES), images)
+        plan = make_plan({} if 'factors' in study else changes, config, **study)
+        counts = {'pool': 800, 'train': config.data.subset, 'validation': 200}
+        facts = {
+            'command': command,
             'manifest': {'packages': {'jax': '0.10.2'}},
-            'budgets': dict.fromkeys(gains, '3 epochs'),
+            'budgets': dict.fromkeys(plan.configs, '3 epochs'),
+            'counts': counts | {'test': EXAMPLES, 'classes': CLASSES},
         }
-        write_json(folder / 'ablation.json', definition | changes)
-        generator = np.random.default_rng(0)
-        difficulty, luck = generator.random(EXAMPLES), generator.normal(0, spread, seeds)
-        for place, (arm, effect) in enumerate(gains.items()):
-            for seed in range(seeds):
-                wanted = 0.85 + effect + luck[seed] + generator.normal(0, spread / 3)
-                correct = difficulty < np.quantile(difficulty, np.clip(wanted, 0, 1))
-                path = folder / 'cells' / f'{place}-{seed}.json'
-                write_json(path, result(arm, seed, correct))
+        store = open_store(folder, plan, PROVENANCE, facts)
+        left_out: set[Run] = set()
+        while runs := [run for run in store.missing() if run not in left_out]:
+            for run in runs:
+                accuracy = 0.85 + gains.get(run.arm, 0.0)
+                result = change(run, result_of(store, run, accuracy, spread))
+                if result is None:
+                    left_out.add(run)
+                else:
+                    store.write(run, result)
         return folder
 
     return write
 
 
 @pytest.fixture(scope='session')
-def finished() -> Callable[[float], dict[str, Any]]:
-    """Makes the result of a finished run of an accuracy, without its arm and seed."""
-
-    def make(accuracy: float) -> dict[str, Any]:
-        whole = result('', 0, np.arange(EXAMPLES) < accuracy * EXAMPLES)
-        return {name: part for name, part in whole.items() if name not in ('arm', 'seed')}
-
-    return make
-
-
-def result(arm: str, seed: int, correct: np.ndarray) -> dict[str, Any]:
-    """A finished run whose network has these evaluation examples right."""
-    accuracy = float(correct.mean())
-
-    def metrics(accuracy: float, count: int) -> dict[str, float]:
-        return {
-            'loss': 2 - accuracy,
-            'accuracy': accuracy,
-            'top5': 1.0,
-            'calibration_error': 1 - accuracy,
-            'count': count,
-        }
-
-    return {
-        'arm': arm,
-        'seed': seed,
-        'status': 'done',
-        'metrics': {'train': metrics(0.99, 500), 'eval': metrics(accuracy, len(correct))},
-        'curves': [
-            {'step': 10 * e, 'epoch': float(e), 'split': split, **metrics(accuracy * e / 3, 1)}
-            for e in (1, 2, 3)
-            for split in ('train', 'eval')
-        ],
-        'correct': np.packbits(correct).tobytes().hex(),
-        'seconds': 2.5,
-        'wall_seconds': 2.0,
-        'parameters': 1000,
-        'steps': 30,
-    }
+def finished() -> Callable[[float], Result]:
+    """Makes the result of a finished replicate of about this accuracy."""
+    return lambda accuracy: judged(accuracy, np.random.default_rng(0))
 
 
 @pytest.fixture(scope='session')
-def change_result() -> Callable[..., None]:
-    """Overwrites fields of a result on disk."""
+def change_result() -> Callable[..., Path]:
+    """Overwrites fields of a replicate's result on disk; returns its file."""
 
-    def change(folder: Path, name: str, **fields: Any) -> None:
-        path = folder / 'cells' / f'{name}.json'
-        write_json(path, read_json(path) | fields)
+    def change(folder: Path, arm: str, number: int, **fields: Any) -> Path:
+        run = read_store(folder).replicate(arm, number)
+        assert run is not None
+        write_json(run.path, read_json(run.path) | fields)
+        return run.path
 
     return change
+
+
+def result_of(store: Store, run: Run, accuracy: float, spread: float) -> Result:
+    """The result of a run; a trial is the better the nearer its learning rate is to 3e-3."""
+    shared = np.random.default_rng(run.seed)
+    own = np.random.default_rng([run.seed, [*store.plan.configs].index(run.arm)])
+    accuracy += shared.normal(0, spread) + own.normal(0, spread / 3)
+    facts = {'seconds': 2.5, 'wall_seconds': 2.0, 'classes': CLASSES, 'examples': EXAMPLES}
+    if run.kind == FLOOR:
+        return facts | {'status': 'done', 'metrics': {'test': {'accuracy': 0.8, 'count': EXAMPLES}}}
+    if run.kind == 'trial':
+        far = abs(np.log10(run.config.optimizer.learning_rate / 3e-3))
+        metrics = {'validation': {'loss': 1.2 - accuracy + 0.3 * far, 'accuracy': accuracy}}
+        return facts | {'status': 'done', 'metrics': metrics}
+    return facts | judged(accuracy, own, curves=store.plan.curves and run.kind != AGAIN)
+
+
+def judged(accuracy: float, generator: np.random.Generator, curves: bool = False) -> Result:
+    """The result of a replicate of about this accuracy; difficult images are so for all."""
+    difficulty = np.random.default_rng(0).normal(size=EXAMPLES)
+    skill = special.ndtri(np.clip(accuracy, 0.001, 0.999)) * np.sqrt(1.1)
+    margin = skill - difficulty + generator.normal(0, np.sqrt(0.1), EXAMPLES)
+    losses, right = np.log1p(np.exp(-2 * margin)).astype('<f2'), margin > 0
+
+    def measures(accuracy: float, loss: float, count: int = 200) -> dict[str, float]:
+        rest = {'top5': 1.0, 'calibration_error': 1 - accuracy, 'count': count}
+        return {'accuracy': accuracy, 'loss': loss, **rest}
+
+    test = measures(float(right.mean()), float(losses.astype(float).mean()), EXAMPLES)
+    return {
+        'status': 'done',
+        'metrics': {'train': measures(0.99, 0.05), 'validation': test, 'test': test},
+        'curves': [
+            {'step': 10 * e, 'epoch': float(e), 'split': split}
+            | measures(accuracy * e / 3, 1 / e + (split == 'eval'))
+            for e in (1, 2, 3)
+            for split in ('train', 'eval')
+            if curves
+        ],
+        'checks': {
+            'weight_norm': 20 + accuracy,
+            'gradient_norm': 0.3 * accuracy,
+            'training_loss': 1.02 - accuracy,
+        },
+        'correct': np.packbits(right).tobytes().hex(),
+        'losses': losses.tobytes().hex(),
+        'parameters': 1000,
+        'steps': 30,
+    }
