@@ -1,9 +1,15 @@
-"""What the ablations start from: the small net without regularization on 500 MNIST digits.
+"""What the ablations start from: a small net without regularization on 500 MNIST digits.
 
-python -m launch.train --config=experiments/baseline.py --workdir=runs/baseline
+Each seed draws its 500 digits, 50 of each, from 2,000; 500 others are held out to tune by and 2,500
+to test on. Every arm's learning rate is tuned.
+
+  python -m launch.train --config=experiments/baseline.py --workdir=runs/baseline
 """
 
-from cnn_jax.config import Config, Data, Model, Optimizer, Train
+from cnn_jax.ablation import log
+from cnn_jax.config import Config, Data, Loss, Model, Optimizer, Train
+
+TUNE = {'optimizer.learning_rate': log(3e-4, 3e-2)}
 
 
 def get_config() -> Config:
@@ -20,7 +26,6 @@ def get_config() -> Config:
             dropout=0.0,
             head_dropout=0.0,
         ),
-        # A seed draws 500 of 2,000 digits; 500 are held out to tune by, 2,500 to test on.
         data=Data(
             source='mnist_5k',
             train='all[:2500]',
@@ -30,6 +35,7 @@ def get_config() -> Config:
             batch=50,
             eval_batch=500,
         ),
-        optimizer=Optimizer(learning_rate=1e-3, schedule='cosine'),
+        loss=Loss(l1_on=('*/kernel',), l2_on=('*/kernel',)),
+        optimizer=Optimizer(learning_rate=3e-3, schedule='cosine'),
         train=Train(epochs=20),
     )

@@ -271,9 +271,12 @@ def make_plan(
     check_count(seeds, most, f'the seeds{where}')
     check_count(trials, 1000, f'the trials{where}')
     measures = _measures(primaries, margins, where)
+    tune = {} if tune is None else tune
+    if not isinstance(tune, Mapping) or not all(isinstance(r, Range) for r in tune.values()):
+        raise UserError(f'what is tuned{where} must be {{config path: log(low, high)}}')
     ranges = {
         arm: {
-            **(tune or {}),
+            **tune,
             **{path: each for path, each in changes.items() if isinstance(each, Range)},
         }
         for arm, changes in arms.items()
@@ -320,7 +323,9 @@ def check_count(value: Any, most: int, what: str) -> None:
 
 def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:
     """The margin of each primary measure."""
-    margins = margins or {}
+    margins = {} if margins is None else margins
+    if not isinstance(margins, Mapping):
+        raise UserError(f'the margins{where} must be {{measure: number}}')
     for measure in (*primaries, *margins) if isinstance(primaries, (list, tuple)) else [primaries]:
         if not isinstance(measure, str) or measure not in METRICS:
             near = nearest(str(measure), METRICS)
@@ -331,10 +336,18 @@ def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:
         raise UserError(f'the margins{where} name {unused.pop()!r}, which is no primary measure')
     if not primaries:
         raise UserError(f'the primary measures{where} are none; name accuracy, say')
-    return {each: float(margins.get(each, METRICS[each].margin)) for each in primaries}
+    chosen = {each: margins.get(each, METRICS[each].margin) for each in primaries}
+    for each, margin in chosen.items():
+        if not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
+            raise UserError(
+                f'the margin of {each}{where} is {margin!r}; give a number of at least 0'
+            )
+    return {each: float(margin) for each, margin in chosen.items()}
 
 
 def _control(arm: str, baseline: str, arms: Any, against: Mapping[str, str], where: str) -> str:
+    if not isinstance(against, Mapping):
+        raise UserError(f'AGAINST{where} must be {{arm: control}}')
     for each in (*against, *against.values()):
         if each not in arms:
             raise UserError(

@@ -222,6 +222,12 @@ class Store:
                 runs += [run] if run else []
         return runs + self.controls()
 
+    def waiting(self) -> int:
+        """The number of runs that will be due once all trials have finished."""
+        plan = self.plan
+        waiting = [arm for arm in plan.configs if not self.choice(arm)]
+        return len(waiting) * plan.looks[0] + (plan.baseline in waiting)
+
     def replicates(self) -> dict[str, int]:
         """The replicates of each arm, by the looks that have been taken."""
         plan = self.plan

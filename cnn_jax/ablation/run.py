@@ -233,7 +233,10 @@ class Progress:
         self._before = len(self._new(store.due()))
 
     def __enter__(self):
-        budgets = self._store.definition()['budgets']
+        definition = self._store.definition()
+        budgets = definition['budgets']
+        for note in definition.get('notes', ()):
+            print(note)
         bare = {budget.partition(';')[0] for budget in budgets.values()}  # without notes
         if len(bare) > 1:  # then the comparison is not fair
             print('the arms have DIFFERENT budgets:')
@@ -252,10 +255,9 @@ class Progress:
     def update(self) -> None:
         """Print what was finished since the last call."""
         due = self._store.due()
-        new = self._new(due)
+        new, total = self._new(due), len(due) + self._store.waiting()
         for count, run in enumerate(new, len(self._finished) - len(new) + 1):
-            line = f'[{count}/{len(due)}] {self._line(run)}, {self._left(len(due))}'
-            print(line, flush=True)
+            print(f'[{count}/{total}] {self._line(run)}, {self._left(total)}', flush=True)
         for arm in self._store.plan.configs:
             choice = self._store.choice(arm) if new and arm not in self._chosen else None
             if choice and choice.point:

@@ -84,6 +84,7 @@ def compile_structure(
     devices = jax.devices()
     if together > 1:
         together = math.ceil(together / len(devices)) * len(devices)
+    data = setup.for_arm(config, data)
     spec = setup.make_spec(config, data.description, data.weights, components)
     mesh = jax.make_mesh((len(devices),), ('run',), (AxisType.Auto,), devices=devices)
     runs = PartitionSpec('run')

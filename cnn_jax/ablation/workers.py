@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation.plan import Plan, budget, by_structure, code_digest
 from cnn_jax.ablation.results import DEFINITION, FLOOR, Result, Run, Store, open_store
@@ -219,7 +220,27 @@ def open_ablation(
     }
     if not (folder / DEFINITION).exists():
         _check_arms(plan, data, components)
+        facts['notes'] = _notes(folder, plan, data, components)
     return open_store(folder, plan, provenance, facts), data
+
+
+def _notes(folder: Path, plan: Plan, data: Any, components: Components) -> list[str]:
+    """The lines about what was given and is not used; `skipped.csv` lists the images left out."""
+    from cnn_jax.data.source import count_left_out, remarks
+    from cnn_jax.train.record import write_skipped
+
+    notes = [f'note: {line}' for line in remarks(data.train, data.test)]
+    if write_skipped(folder, {'train': data.pool, 'eval': data.test}):
+        counted = count_left_out([*data.pool.skipped, *data.test.skipped])
+        notes.insert(0, f'left out: {counted} (listed in {folder}/skipped.csv)')
+    channels, silent = data.description['image_shape'][-1], {}
+    for arm, config in plan.configs.items():
+        for phrase in (*cfg.unread(config, channels), *components.unread(config)):
+            silent.setdefault(phrase, []).append(arm)
+    for phrase, arms in silent.items():
+        where = 'in every arm' if len(arms) == len(plan.configs) else f'in {", ".join(arms)}'
+        notes.append(f'note: without effect {where}: {phrase}')
+    return notes
 
 
 def _check_arms(plan: Plan, data: Any, components: Components) -> None:
@@ -236,7 +257,8 @@ def _check_arms(plan: Plan, data: Any, components: Components) -> None:
         try:
             if config.data.batch > data.train.n:
                 raise UserError(f'config.data.batch is larger than its {data.train.n} images')
-            spec = setup.make_spec(config, data.description, data.weights, components)
+            own = setup.for_arm(config, data) if arm in firsts else data
+            spec = setup.make_spec(config, own.description, own.weights, components)
             if arm in firsts:
                 setup.make_programs(config, spec)
         except UserError as error:

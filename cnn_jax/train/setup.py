@@ -4,6 +4,7 @@ Training, evaluation and prediction meet here. What prediction needs of the data
 preprocessing) is a small description that the manifest keeps, so it works without the data.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +101,13 @@ def open_data(
         describe(config, train, tested)  # refuses those that do not fit
     description['preprocessing'] = on_process_zero(lambda: preprocessing(config, pool, weights))
     return Data(train, evaluate, description, weights, pool, tested)
+
+
+def for_arm(config: cfg.Config, data: Data) -> Data:
+    """The opened data as another config on the same images takes them: its weights, their input."""
+    weights = load_weights(config)
+    facts = data.description | {'preprocessing': preprocessing(config, data.pool, weights)}
+    return dataclasses.replace(data, description=facts, weights=weights)
 
 
 def draw(config: cfg.Config, pool: Any) -> Any:

@@ -1,13 +1,15 @@
 """The plan of an ablation, and what is refused before anything is trained."""
 
 import importlib
+import json
+import math
 import types
 from pathlib import Path
 
 import pytest
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation.plan import Plan, by_structure, make_plan, plan_of
+from cnn_jax.ablation.plan import Plan, by_structure, linear, log, make_plan, plan_of
 from cnn_jax.errors import UserError
 
 ARMS = {
@@ -48,7 +50,43 @@ def test_a_grid_has_all_combinations_and_the_first_levels_are_the_baseline():
     assert plan.baseline == 'off, no L2'
     assert plan.levels['on, L2'] == {'dropout': 'on', 'L2': 'L2'}
     assert plan.factors == {'dropout': ['off', 'on'], 'L2': ['no L2', 'L2']}
-    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+HELD_OUT = cfg.Config(data=cfg.Data(validation=50))
+RATE = {'optimizer.learning_rate': log(1e-4, 1e-2)}
+
+
+def test_what_is_tuned_in_all_arms_has_the_same_trials_in_all_and_all_have_as_many():
+    arms = {
+        'none': {},
+        'drop': {'model.dropout': linear(0.0, 0.5)},
+        'BN': {'loss.l2': log(1e-6, 1e-2)},
+    }
+    plan = make_plan(arms, HELD_OUT, tune=RATE, trials=9)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    rates = {
+        arm: [point['optimizer.learning_rate'] for point in points]
+        for arm, points in plan.points.items()
+    }
+    assert rates['none'] == rates['drop'] == rates['BN']
+    assert len({*rates['none']}) == 9
+    for path, each in (('model.dropout', plan.ranges['drop']), ('loss.l2', plan.ranges['BN'])):
+        arm = 'drop' if path == 'model.dropout' else 'BN'
+        tried = sorted(point[path] for point in plan.points[arm])
+        assert each[path].low <= tried[0] < tried[-1] <= each[path].high
+    assert plan.config('drop', 3, {'model.dropout': 0.2}).model.dropout == 0.2
+
+
+def test_trials_added_keep_those_that_were_made():
+    few, many = (make_plan({'a': {}}, HELD_OUT, tune=RATE, trials=n) for n in (4, 7))
+    assert many.points['a'][:4] == few.points['a']
+
+
+def test_until_decided_has_looks_and_controls_are_the_baseline_unless_named():
+    plan = plan_of(experiment(ARMS=ARMS, AGAINST={'BN': 'some'}), cfg.Config(), until_decided=True)
+    assert plan.looks == (5, 10, 20, 30)
+    assert plan.against == {'some': 'none', 'BN': 'some'}
 
 
 @pytest.mark.parametrize(
@@ -65,13 +103,38 @@ def test_a_grid_has_all_combinations_and_the_first_levels_are_the_baseline():
         *[({'ARMS': {'a': {}, 'b': changes}}, "arm 'b'") for changes in (None, 'x', [], {3: 4})],
         *[({'FACTORS': factors}, 'factor') for factors in (['a'], 'a', {3: {}}, {'f': {}})],
         *[({'FACTORS': {'f': each}}, 'factor') for each in ('x', {'a': None}, {3: {}})],
-        *[({'ARMS': ARMS, 'METRIC': metric}, 'top5') for metric in ('acc', '', None, ['loss'])],
+        ({'ARMS': ARMS, 'METRIC': 'loss'}, 'PRIMARIES'),
+        *[({'ARMS': ARMS, 'PRIMARIES': each}, 'measure') for each in (['acc'], '', None, [], 3)],
+        *[
+            ({'ARMS': ARMS, 'MARGINS': each}, 'margins|measures')
+            for each in ({'x': 1}, {'top5': 1})
+        ],
+        *[
+            ({'ARMS': ARMS, 'AGAINST': each}, 'AGAINST')
+            for each in ({'x': 'none'}, {'some': 'x'}, {'some': 'some'}, {'none': 'some'})
+        ],
+        *[({'ARMS': ARMS, 'TRIALS': n}, 'trials') for n in (0, -1, 2.5, '5', True)],
+        ({'ARMS': ARMS, 'TUNE': RATE}, 'validation'),
+        *[({'ARMS': ARMS, 'TUNE': each}, 'tuned') for each in (3, [1], {'loss.l2': 0.1})],
+        *[({'ARMS': ARMS, 'MARGINS': {'loss': each}}, 'margin') for each in (-1, 'x', math.nan)],
+        ({'ARMS': ARMS, 'TUNE': {'model.widths': log(1, 2)}}, 'model.widths'),
+        ({'ARMS': ARMS, 'TUNE': {'loss.l3': log(1, 2)}}, 'loss.l3.*not a field'),
+        ({'ARMS': {'a': {}, 'b': {'model.dropout': linear(0.0, 2.0)}}}, "arm 'b'.*model.dropout"),
+        ({'ARMS': {'a': {}, 'b': {'data.batch': log(8, 64)}}}, 'data.batch'),
+        ({'ARMS': {'a': {}, 'b': {'train.patience': 3.0}}}, 'validation'),
         *[({'ARMS': ARMS, 'SEEDS': n}, 'seeds') for n in (0, -1, 2.5, '5', True, None, 10**6)],
     ],
 )
 def test_mistakes_in_the_file_are_named(content, sentence):
     with pytest.raises(UserError, match=sentence):
         plan_of(experiment(**content), cfg.Config())
+
+
+@pytest.mark.parametrize('make', [log, linear])
+@pytest.mark.parametrize('ends', [(2, 1), (1, 1), (0, math.inf), (math.nan, 1), (-math.inf, 1)])
+def test_a_range_goes_up(make, ends):
+    with pytest.raises(UserError, match='range'):
+        make(*ends)
 
 
 def test_seeds_end_where_a_config_has_them():

@@ -4,88 +4,167 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.ablation import figures
-from cnn_jax.ablation.plan import make_plan
-from cnn_jax.ablation.report import LABELS, Ablation
-from cnn_jax.ablation.results import open_store, read_results
+from cnn_jax.ablation.plan import log, make_plan
+from cnn_jax.ablation.report import Ablation
+from cnn_jax.ablation.results import AGAIN, FLOOR, FORMAT, open_store, read_store
+from cnn_jax.ablation.summary import summary_of
 from cnn_jax.errors import UserError
 from cnn_jax.files import read_json, write_json
 
 FACTS = {'command': '', 'manifest': {}, 'budgets': {}}
 PROVENANCE = {'code': 'c0de', 'training data': 'da7a', 'jaxlib': '1'}
+RATE = {'optimizer.learning_rate': log(1e-4, 1e-2)}
+ARMS = {'plain': {}, 'drop, 0.3/x': {'model.dropout': 0.3}}
 
 
 @pytest.fixture
 def opened(tmp_path):
     """Opens the store of an ablation of two arms in one folder."""
 
-    def open_one(seeds=2, provenance=PROVENANCE, command='x', metric='accuracy', **changes):
-        config = cfg.replace(cfg.Config(), {k.replace('__', '.'): v for k, v in changes.items()})
-        arms = {'plain': {}, 'drop, 0.3/x': {'model.dropout': 0.3}}
-        plan = make_plan(arms, config, seeds=seeds, metric=metric)
+    def open_one(provenance=PROVENANCE, command='x', change=None, **options):
+        config = cfg.replace(cfg.Config(), {'data.validation': 9} | (change or {}))
+        plan = make_plan(ARMS, config, **{'seeds': 2, 'floor': False, **options})
         return open_store(tmp_path, plan, provenance, FACTS | {'command': command})
 
     return open_one
 
 
-def status(run):
-    return run.result()['status'] if run.path.exists() else 'missing'
+def finished(accuracy=0.5, loss=1.0, split='test'):
+    measures = {'accuracy': accuracy, 'loss': loss, 'calibration_error': 0.1, 'count': 8}
+    right = np.arange(8) < 8 * accuracy
+    return {
+        'status': 'done',
+        'metrics': {split: measures, 'train': measures, 'validation': measures},
+        'correct': np.packbits(right).tobytes().hex(),
+        'losses': np.full(8, loss, '<f2').tobytes().hex(),
+        'classes': 4,
+        'examples': 8,
+    }
+
+
+FAILED = {'status': 'failed', 'reason': 'why', 'classes': 4, 'examples': 8}
+
+
+def due(store, *kinds):
+    return [run for run in store.due() if run.kind in (kinds or ('replicate',))]
+
+
+def status(store):
+    return [(store.result(run) or {'status': 'missing'})['status'] for run in due(store)]
 
 
 def test_runs_come_seed_by_seed_with_names_of_their_own(opened):
-    runs = opened().runs
-    assert [(r.seed, r.arm) for r in runs] == [
-        (seed, arm) for seed in (0, 1) for arm in ('plain', 'drop, 0.3/x')
+    store = opened(floor=True)
+    assert [(r.seed, r.arm) for r in due(store)] == [(s, arm) for s in (0, 1) for arm in ARMS]
+    assert [(r.seed, r.kind) for r in due(store, AGAIN, FLOOR)] == [
+        (0, AGAIN),
+        (0, FLOOR),
+        (1, FLOOR),
     ]
-    assert len({r.path for r in runs}) == 4
-    assert {r.path.parent.name for r in runs} == {'cells'}
+    assert len({r.path for r in store.due()}) == 7
+    assert {r.path.parent.name for r in store.due()} == {'cells'}
 
 
-def test_results_are_found_again_and_failed_ones_can_be_repeated(opened, finished):
+def test_results_are_found_again_and_failed_ones_can_be_repeated(opened):
     store = opened()
-    first, second, *_ = store.runs
-    store.write(first, finished(0.5))
-    store.write(second, {'status': 'failed', 'reason': 'why'})
+    first, second, *_ = due(store)
+    store.write(first, finished())
+    store.write(second, FAILED)
     again = opened()
-    assert [status(r) for r in again.runs] == ['done', 'failed', 'missing', 'missing']
-    assert first.result()['seed'] == 0
+    assert status(again) == ['done', 'failed', 'missing', 'missing']
     again.retry_failed()
-    assert [status(r) for r in again.runs] == ['done', 'missing', 'missing', 'missing']
+    assert status(again) == ['done', 'missing', 'missing', 'missing']
 
 
-def test_a_claimed_run_is_not_claimed_again_until_it_is_released(opened, finished):
+def test_a_claimed_run_is_not_claimed_again_until_it_is_released(opened):
     store = opened()
-    run, other, done, _ = store.runs
-    store.write(done, finished(0.5))
+    run, other, done, _ = due(store)
+    store.write(done, finished())
     with store.claim(run) as mine, opened().claim(run) as theirs:
         assert mine
         assert not theirs
         with store.claim(other) as another:
             assert another
-    with store.claim(run) as mine, store.claim(done) as finished:
+    with store.claim(run) as mine, store.claim(done) as whole:
         assert mine
-        assert not finished
+        assert not whole
 
 
-def test_the_definition_follows_the_last_command_and_no_seed_is_forgotten(opened, finished):
+def test_replicates_are_due_once_the_arms_trials_have_chosen(opened):
+    """The least mean validation loss is chosen; a failed trial is never, while another is done."""
+    store = opened(tune=RATE, trials=4)
+    losses = {'plain': [0.9, None, 0.3, 0.5], 'drop, 0.3/x': [0.2, 0.4, 0.6, 0.8]}
+    assert not due(store)
+    assert store.waiting() == 5
+    for arm, each in losses.items():
+        for loss, runs in zip(each, store.trials(arm), strict=True):
+            for number, run in enumerate(runs):
+                value = FAILED if loss is None else finished(loss=loss + number * 0.01)
+                store.write(run, value)
+        assert {run.arm for run in due(store)} == {*ARMS} if arm != 'plain' else {'plain'}
+    for arm, number in (('plain', 2), ('drop, 0.3/x', 0)):
+        choice = store.choice(arm)
+        assert choice.trial == number
+        assert choice.point == store.plan.points[arm][number]
+        rates = [point['optimizer.learning_rate'] for point in store.plan.points[arm]]
+        at_edge = rates[number] in (min(rates), max(rates))
+        assert choice.at_edge == [*RATE] * at_edge
+        chosen = {run.config.optimizer.learning_rate for run in due(store) if run.arm == arm}
+        assert chosen == {rates[number]}
+    assert store.choice('plain').losses[1] is None
+
+
+def test_only_undecided_arms_and_their_controls_get_the_replicates_of_the_next_look(tmp_path):
+    arms = {'none': {}, 'clear': {'model.dropout': 0.1}, 'unclear': {'model.dropout': 0.2}}
+    draw = np.random.default_rng(0)
+    plan = make_plan(arms, cfg.Config(), until_decided=True, floor=False, primaries=('loss',))
+    store, ended = open_store(tmp_path, plan, PROVENANCE, FACTS), 0
+    while missing := store.missing():
+        for run in missing:
+            gain = {'none': 0.0, 'clear': -1.0, 'unclear': -0.04}[run.arm]
+            store.write(run, finished(loss=2 + gain + draw.normal(0, 0.1)))
+        ended += 1
+    assert ended > 1
+    needed = store.replicates()
+    assert needed['clear'] < needed['unclear'] == needed['none'] == 30
+    # Read again, at the end, the looks are what they were.
+    assert read_store(tmp_path).replicates() == needed
+    found = summary_of(open_again(tmp_path))['arms']['clear']['compared']['loss']
+    assert (found['verdict'], found['decided']) == ('better', needed['clear'])
+
+
+def open_again(folder):
+    definition = read_json(folder / 'ablation.json')
+    counts = {'train': 8, 'pool': 8, 'test': 8, 'validation': 0, 'classes': 4}
+    write_json(folder / 'ablation.json', definition | {'counts': counts})
+    for path in (folder / 'cells').iterdir():
+        checks = dict.fromkeys(('training_loss', 'weight_norm', 'gradient_norm'), 1.0)
+        more = {'checks': checks, 'curves': [], 'parameters': 1, 'steps': 1}
+        write_json(path, read_json(path) | more)
+    return read_store(folder)
+
+
+def test_the_definition_follows_the_last_command_and_no_look_is_forgotten(opened):
     store = opened(seeds=3, command='first')
-    store.write(store.runs[0], finished(0.5))
-    store = opened(seeds=2, command='second', metric='loss')
+    store.write(due(store)[0], finished())
+    store = opened(seeds=2, command='second', primaries=('loss',))
     definition = store.definition()
-    assert [definition[key] for key in ('command', 'metric', 'seeds')] == [
-        'second', 'loss', [0, 1, 2]
-    ]  # fmt: skip
-    assert opened(seeds=2, command='third', metric='loss').definition() == definition
-    assert [status(r) for r in opened(seeds=4).runs].count('done') == 1
+    assert definition['command'] == 'second'
+    assert (store.plan.primaries, store.plan.looks) == (('loss',), (2, 3))
+    assert opened(seeds=2, command='third', primaries=('loss',)).definition() == definition
+    assert status(opened(seeds=4)).count('done') == 1
 
 
 @pytest.mark.parametrize(
     ('change', 'difference'),
     [
-        ({'train__epochs': 3.0}, "arm 'plain': train.epochs: 10.0 → 3.0"),
+        ({'change': {'train.epochs': 3.0}}, "arm 'plain': train.epochs: 10.0 → 3.0"),
+        ({'change': {'seed': 1}}, 'seed: 0 → 1'),
         ({'provenance': PROVENANCE | {'code': 'new'}}, 'code: c0de → new'),
         ({'provenance': PROVENANCE | {'training data': 'other'}}, 'training data: da7a → other'),
     ],
@@ -96,15 +175,47 @@ def test_another_config_data_or_code_is_refused_with_the_difference(opened, chan
         opened(**change)
 
 
-def test_results_without_their_definition_are_not_mixed_with_new_ones(opened, finished, tmp_path):
+def test_other_ranges_and_trials_are_no_other_ablation(opened):
+    store = opened(tune=RATE, trials=2)
+    for runs in store.trials('plain'):
+        for run in runs:
+            store.write(run, finished())
+    wider = opened(tune={'optimizer.learning_rate': log(1e-5, 1.0)}, trials=2)
+    assert not wider.choice('plain')
+    assert opened(tune=RATE, trials=2).choice('plain')
+    assert not opened(tune=RATE, trials=3).choice('plain')
+
+
+def test_results_without_their_definition_are_not_mixed_with_new_ones(opened, tmp_path):
     store = opened()
-    store.write(store.runs[0], finished(0.5))
+    store.write(due(store)[0], finished())
     (tmp_path / 'ablation.json').unlink()
     with pytest.raises(UserError, match='missing'):
         opened()
 
 
-@pytest.mark.parametrize('name', ['ablation.json', 'cells/1-0.json'])
+def test_an_ablation_of_an_earlier_version_is_refused(opened, tmp_path):
+    path = tmp_path / 'ablation.json'
+    opened()
+    write_json(path, read_json(path) | {'format': FORMAT - 1})
+    for read in (opened, lambda: read_store(tmp_path)):
+        with pytest.raises(UserError, match='another version'):
+            read()
+
+
+def test_a_result_in_the_file_of_another_run_is_refused(ablation):
+    folder = ablation()
+    one, other, *_ = sorted((folder / 'cells').iterdir())
+    other.write_bytes(one.read_bytes())
+    with pytest.raises(UserError, match='another run'):
+        Ablation(folder).summary  # noqa: B018
+
+
+def targets(folder):
+    return folder / 'ablation.json', sorted((folder / 'cells').glob('dropout-[0-9]*'))[0]
+
+
+@pytest.mark.parametrize('number', [0, 1])
 @pytest.mark.parametrize(
     'damage',
     [
@@ -119,20 +230,21 @@ def test_results_without_their_definition_are_not_mixed_with_new_ones(opened, fi
         lambda path: (path.unlink(), path.mkdir()),
     ],
 )
-def test_a_damaged_file_is_named_and_never_waited_for(ablation, name, damage):
-    folder = ablation()
-    damage(folder / name)
-    with pytest.raises(UserError, match=f'{name} (is damaged|cannot be read)'):
-        read_results(folder)
+def test_a_damaged_file_is_named_and_never_waited_for(ablation, number, damage):
+    path = targets(ablation())[number]
+    damage(path)
+    with pytest.raises(UserError, match=f'{path.name} (is damaged|cannot be read)'):
+        Ablation(path.parent if number == 0 else path.parents[1]).summary  # noqa: B018
 
 
-@pytest.mark.parametrize('name', ['ablation.json', 'cells/1-0.json'])
-def test_sealed_nonsense_is_refused_or_reported_and_never_a_raw_error(ablation, name, monkeypatch):
+@pytest.mark.parametrize('number', [0, 1])
+def test_sealed_nonsense_is_refused_or_reported_and_never_a_raw_error(
+    ablation, number, monkeypatch
+):
     """Every part of a file, and of a part, in turn replaced by each of these, or left out."""
-    drawn = {name: {'svg': '<svg width="1" height="1"/>', 'png': b''} for name in LABELS}
-    monkeypatch.setattr(figures, 'draw', lambda summary: drawn)
-    folder = ablation({'none': 0.0, 'x': 0.1}, seeds=3)
-    path, refused = folder / name, 0
+    monkeypatch.setattr(figures, 'draw', lambda summary: {})
+    folder = ablation({'none': 0.0, 'dropout': 0.1}, seeds=3)
+    path, refused = targets(folder)[number], 0
     whole = read_json(path)
     parts = [(key,) for key in whole]
     parts += [(a, b) for a in whole if isinstance(whole[a], dict) for b in whole[a]]

@@ -2,164 +2,164 @@
 
 import csv
 import itertools
-import json
 
 import numpy as np
 import pytest
 
 from cnn_jax.ablation import summary as s
 from cnn_jax.ablation.plan import METRICS, number
-from cnn_jax.ablation.report import to_csv
-from cnn_jax.ablation.results import read_results
+from cnn_jax.ablation.report import Ablation
+from cnn_jax.ablation.results import read_store
+from cnn_jax.ablation.statistics import guess
 from cnn_jax.errors import UserError
+from cnn_jax.files import read_json, write_json
 
 
 def summarize(folder):
-    return s.summary_of(read_results(folder))
+    return s.summary_of(read_store(folder))
 
 
-def test_verdicts_are_plain_sentences(ablation):
-    arms = summarize(ablation())['arms']
-    assert arms['none']['verdict'] is None
-    assert arms['together']['verdict'] == {
-        'kind': 'better',
-        'sentence': 'together: +8.1 percentage points, 95% CI 7.5 to 8.7, p < 0.001 corrected, '
-        'n = 5: better than none.',
+def cells(folder, arm):
+    """The files of an arm's replicates, by seed."""
+    found = [read_json(path) | {'path': path} for path in (folder / 'cells').iterdir()]
+    return {
+        each['seed']: each['path']
+        for each in found
+        if (each['kind'], each['arm']) == ('replicate', arm)
     }
-    assert arms['L2']['verdict']['kind'] == 'inconclusive'
-    assert arms['L2']['verdict']['sentence'].endswith('n = 5: not significant.')
 
 
-@pytest.mark.parametrize(
-    ('gain', 'metric', 'kind'),
-    [(-0.2, 'accuracy', 'worse'), (0.1, 'accuracy', 'better'), (0.1, 'loss', 'better')],
-)
-def test_better_is_more_of_an_accuracy_and_less_of_a_loss(ablation, gain, metric, kind):
-    arm = summarize(ablation({'none': 0.0, 'x': gain}, metric=metric))['arms']['x']
-    assert arm['verdict']['kind'] == kind
-    assert METRICS[metric].unit in arm['verdict']['sentence']
-    assert arm['gap']['mean'] > 0
+def change(path, **fields):
+    write_json(path, read_json(path) | fields)
 
 
-def test_comparison_agrees_with_the_per_seed_values(ablation):
-    summary = summarize(ablation())
-    arm, baseline = summary['arms']['dropout'], summary['arms']['none']
-    differences = [arm['per_seed'][seed] - baseline['per_seed'][seed] for seed in '01234']
-    compared = arm['against_baseline']
-    assert compared['mean'] == pytest.approx(np.mean(differences))
-    assert compared['sd'] == pytest.approx(np.std(differences, ddof=1))
-    assert compared['p_t'] <= compared['p_corrected'] <= 4 * compared['p_t']
-    assert arm['gap']['mean'] == pytest.approx(0.99 - arm['eval']['accuracy']['mean'])
-    assert compared['gap_change'] == pytest.approx(-compared['mean'])
-    decision = summary['decision']
-    assert (decision['comparisons'], decision['pairs']) == (4, [5, 5])
+def test_verdicts_are_plain_sentences_over_all_primary_measures(ablation):
+    arms = summarize(ablation({'none': 0.0, 'x': 0.08}))['arms']
+    assert arms['none']['verdict'] is None
+    assert arms['x']['verdict']['kind'] == 'better'
+    sentence = arms['x']['verdict']['sentence']
+    assert sentence.startswith('x: accuracy better, +')
+    assert ' points (' in sentence
+    assert '; negative log-likelihood better, −' in sentence
+    assert sentence.endswith('; against none, 5 replicates.')
 
 
-@pytest.mark.parametrize(
-    ('seeds', 'spread', 'kind', 'limit'),
-    [(1, 0.01, 'no claim', 'no claim can be made'), (2, 0.15, 'inconclusive', 'not significant')],
-)
-def test_few_seeds_say_what_they_cannot_tell(ablation, seeds, spread, kind, limit):
-    gains = dict.fromkeys(('none', 'x', 'y', 'z'), 0.0)
-    summary = summarize(ablation(gains, seeds=seeds, spread=spread))
-    assert summary['arms']['x']['verdict']['kind'] == kind
-    assert limit in summary['arms']['x']['verdict']['sentence']
-    assert (summary['arms']['x']['eval']['accuracy']['interval'] is None) == (seeds == 1)
+@pytest.mark.parametrize(('gain', 'kind'), [(-0.2, 'worse'), (0.1, 'better')])
+def test_better_is_more_of_an_accuracy_and_less_of_a_loss(ablation, gain, kind):
+    compared = summarize(ablation({'none': 0.0, 'x': gain}))['arms']['x']['compared']
+    assert [each['verdict'] for each in compared.values()] == [kind, kind]
+    assert np.sign(compared['accuracy']['mean']) == -np.sign(compared['loss']['mean'])
+    assert compared['accuracy']['wins'] == compared['loss']['wins'] == (kind == 'better')
 
 
-def test_only_seeds_that_both_finished_are_paired(ablation, change_result):
-    folder = ablation()
-    change_result(folder, '1-2', status='failed', reason='the loss became NaN at step 7')
-    (folder / 'cells' / '0-4.json').unlink()
+def test_a_comparison_agrees_with_the_values_of_each_seed(ablation):
+    summary = summarize(ablation({'none': 0.0, 'x': 0.05, 'y': 0.0}, seeds=6))
+    for arm, measure in itertools.product(('x', 'y'), summary['primaries']):
+        of_arm, of_control = (
+            np.array([*summary['arms'][name]['per_seed'][measure].values()])
+            for name in (arm, 'none')
+        )
+        compared = summary['arms'][arm]['compared'][measure]
+        assert compared['mean'] == pytest.approx(np.mean(of_arm - of_control))
+        assert compared['low'] < compared['mean'] < compared['high']
+        assert (compared['p'] < 0.05) == (not compared['low'] <= 0 <= compared['high'])
+        assert compared['n'] == 6
+    assert summary['comparisons'] == 4
+
+
+def test_an_arm_is_compared_with_its_own_control(ablation):
+    """As far above its control as that is above the baseline."""
+    gains = {'none': 0.0, 'residual': 0.04, 'deeper': 0.08}
+    arms = summarize(ablation(gains, against={'deeper': 'residual'}))['arms']
+    assert arms['deeper']['control'] == 'residual'
+    assert arms['deeper']['verdict']['sentence'].endswith('against residual, 5 replicates.')
+    means = [arms[arm]['compared']['accuracy']['mean'] for arm in ('residual', 'deeper')]
+    assert means == pytest.approx([0.04, 0.04], abs=0.01)
+
+
+def test_of_one_replicate_nothing_is_claimed(ablation):
+    arm = summarize(ablation({'none': 0.0, 'x': 0.1}, seeds=1))['arms']['x']
+    assert arm['verdict']['kind'] == 'no claim'
+    assert arm['test']['accuracy']['interval'] is None
+
+
+def test_a_failed_replicate_is_judged_as_a_guess_and_named(ablation):
+    folder = ablation({'none': 0.0, 'x': 0.0}, seeds=5)
+    before = summarize(folder)['arms']['x']['compared']['accuracy']
+    change(cells(folder, 'x')[2], status='failed', reason='the loss became NaN at step 7')
     summary = summarize(folder)
-    assert summary['arms']['dropout']['against_baseline']['seeds'] == [0, 1, 3]
-    assert summary['arms']['together']['against_baseline']['seeds'] == [0, 1, 2, 3]
-    assert 'n = 3 of 5' in summary['arms']['dropout']['verdict']['sentence']
-    assert summary['cells']['done'] == 23
-    assert summary['cells']['failed'] == [
-        {'arm': 'dropout', 'seed': 2, 'reason': 'the loss became NaN at step 7'}
-    ]
-    assert summary['cells']['missing'] == [{'arm': 'none', 'seed': 4}]
+    [failed] = summary['runs']['failed']
+    assert (failed['arm'], failed['seed']) == ('x', 2)
+    assert failed['reason'] == 'the loss became NaN at step 7'
+    arm = summary['arms']['x']
+    assert (arm['n'], arm['failed']) == (5, 1)
+    lost = (0.85 - guess(10)['accuracy']) / 5
+    assert arm['compared']['accuracy']['mean'] == pytest.approx(before['mean'] - lost, abs=0.01)
+    assert arm['verdict']['kind'] == 'undecided'
 
 
-def test_a_result_that_is_no_number_is_a_failed_run(ablation, change_result):
-    folder = ablation()
-    metrics = json.loads((folder / 'cells' / '1-0.json').read_text())['metrics']
-    metrics['eval']['accuracy'] = float('nan')
-    change_result(folder, '1-0', metrics=metrics)
-    (failed,) = summarize(folder)['cells']['failed']
-    assert 'not a finite number' in failed['reason']
+def test_missing_replicates_make_no_claim_and_are_listed(ablation):
+    folder = ablation({'none': 0.0, 'x': 0.1}, seeds=5)
+    cells(folder, 'none')[4].unlink()
+    summary = summarize(folder)
+    assert [(run['arm'], run['seed']) for run in summary['runs']['missing']] == [('none', 4)]
+    assert summary['arms']['x']['verdict']['kind'] == 'no claim'
 
 
-def test_unplanned_results_file_names_and_times_change_nothing(ablation, change_result):
+def test_other_results_and_times_change_nothing(ablation):
     folder = ablation()
     expected = summarize(folder)
-    (folder / 'cells' / 'other.json').write_text((folder / 'cells' / '1-0.json').read_text())
-    change_result(folder, 'other', seed=77)
-    change_result(folder, '1-0', seconds=100.0)
-    for path in sorted((folder / 'cells').iterdir()):
-        path.rename(path.with_name(f'{hash(path.name)}.json'))
+    one = cells(folder, 'dropout')[0]
+    (folder / 'cells' / 'other.json').write_bytes(one.read_bytes())
+    change(one, seconds=100.0)
     summary = summarize(folder)
-    assert summary['cells'].pop('unplanned') == 1
-    assert expected['cells'].pop('unplanned') == 0
+    assert summary['runs'].pop('other') == 1
+    assert expected['runs'].pop('other') == 0
     assert summary == expected
-    spent = s.cost(read_results(folder))['arms']['dropout']
-    assert spent == {'seconds_a_run': 2.5, 'seconds': 110.0}
+    assert s.cost(read_store(folder))['arms']['dropout']['replicates'] > 100
 
 
-def test_equal_differences_are_decided_by_their_signs(ablation, change_result):
-    folder = ablation({'none': 0.0, 'copy': 0.0})
-    for seed in range(5):
-        result = json.loads((folder / 'cells' / f'0-{seed}.json').read_text())
-        change_result(folder, f'1-{seed}', **(result | {'arm': 'copy'}))
-    arm = summarize(folder)['arms']['copy']
-    assert arm['against_baseline']['p_t'] is None
-    assert arm['against_baseline']['p'] == 1
-    assert arm['against_baseline']['disagreement'] == 0
-    assert 'differ by the same amount' in arm['verdict']['sentence']
+def test_bits_that_differ_when_trained_again_are_told(ablation):
+    folder = ablation()
+    assert summarize(folder)['repeated'] is True
+    [again] = (p for p in (folder / 'cells').iterdir() if read_json(p)['kind'] == 'once more')
+    change(again, losses='00' * 800)
+    assert summarize(folder)['repeated'] is False
 
 
-def test_factorial_grid(ablation):
-    factors = {'dropout': [0.0, 0.5], 'norm': ['none', 'batch']}
-    levels = [dict(zip(factors, x)) for x in itertools.product(*factors.values())]
-    gains = {str(level): 0.03 * level['dropout'] * 2 for level in levels}
-    arms = {name: {'changes': {}, 'levels': level} for name, level in zip(gains, levels)}
-    folder = ablation(gains, factors=factors, arms=arms)
+def test_the_choice_of_each_arm_and_its_trials_are_there(ablation):
+    folder = ablation()
+    store, arms = read_store(folder), summarize(folder)['arms']
+    for name, arm in arms.items():
+        tuned = arm['tuned']
+        assert tuned['point'] == store.plan.points[name][tuned['trial']]
+        known = [trial['loss'] for trial in tuned['trials']]
+        assert known[tuned['trial']] == min(known)
+
+
+def test_a_factorial_grid(ablation):
+    factors = {
+        'dropout': {'off': {}, 'on': {'model.dropout': 0.3}},
+        'L2': {'no': {}, 'yes': {'loss.l2': 1e-3}},
+    }
+    gains = {'off, no': 0.0, 'off, yes': 0.0, 'on, no': 0.05, 'on, yes': 0.05}
+    folder = ablation(gains, factors=factors, seeds=8)
     grid = summarize(folder)['factorial']
-    assert grid['reference'] == {'dropout': 0.0, 'norm': 'none'}
-    assert list(grid['effects']) == ['dropout=0.5', 'norm=batch', 'dropout=0.5 × norm=batch']
-    assert grid['effects']['dropout=0.5']['mean'] == pytest.approx(0.03, abs=0.005)
-    assert grid['effects']['dropout=0.5']['significant']
-    assert not grid['effects']['norm=batch']['significant']
-    for seed in range(4):
-        (folder / 'cells' / f'3-{seed}.json').unlink()
-    grid = summarize(folder)['factorial']
-    assert (grid['seeds'], grid['effects']) == ([4], None)
+    assert grid['reference'] == {'dropout': 'off', 'L2': 'no'}
+    assert list(grid['effects']) == ['dropout=on', 'L2=yes', 'dropout=on × L2=yes']
+    effect = grid['effects']['dropout=on']['accuracy']
+    assert effect['mean'] == pytest.approx(0.05, abs=0.01)
+    assert effect['verdict'] == 'better'
+    assert grid['effects']['L2=yes']['accuracy']['verdict'] != 'better'
 
 
-def test_a_factor_without_an_effect_has_none_but_for_rounding(ablation, change_result):
-    """Three levels by two, of which the first factor changes nothing."""
-    factors = {'a': ['a0', 'a1', 'a2'], 'b': ['b0', 'b1']}
-    levels = {f'{a}, {b}': {'a': a, 'b': b} for a in factors['a'] for b in factors['b']}
-    arms = {arm: {'changes': {}, 'levels': each} for arm, each in levels.items()}
-    folder = ablation(dict.fromkeys(arms, 0.0), arms=arms, factors=factors)
-    values = np.random.default_rng(0).random((5, 2))
-    for i, each in enumerate(levels.values()):
-        for seed in range(5):
-            metrics = {'accuracy': values[seed, factors['b'].index(each['b'])], 'count': 400}
-            change_result(folder, f'{i}-{seed}', metrics={'train': metrics, 'eval': metrics})
-    effects = summarize(folder)['factorial']['effects']
-    zero = [name for name, effect in effects.items() if effect['mean'] == 0]
-    assert zero == [name for name in effects if 'a=' in name]
-    assert len(zero) == len(effects) - 1
-
-
-def test_intervals_end_where_the_metric_does():
-    low, high = s.spread(np.array([0.99, 1.0, 1.0, 0.98, 0.94]), 0, 1)['interval']
+def test_intervals_end_where_the_measure_does():
+    metric = METRICS['accuracy']
+    low, high = s.spread(np.array([0.99, 1.0, 1.0, 0.98, 0.94]), metric)['interval']
     assert high == 1
     assert low > 0.8
-    assert s.spread(np.array([0.5, np.inf]))['mean'] is None
-    assert s.spread(np.array([]))['mean'] is None
+    assert s.spread(np.array([0.5, np.inf]), metric)['mean'] is None
+    assert s.spread(np.array([]), metric)['mean'] is None
 
 
 def test_numbers_and_p_values():
@@ -172,19 +172,18 @@ def test_numbers_and_p_values():
     assert s.interval(0.9712, 0.9716, METRICS['accuracy']) == '97.12 to 97.16'
 
 
-def test_csv_holds_one_line_per_arm(ablation):
-    summary = summarize(ablation())
-    rows = list(csv.DictReader(to_csv(summary).splitlines()))
-    assert [row['arm'] for row in rows] == list(summary['arms'])
+def test_csv_holds_a_line_per_arm_and_measure(ablation):
+    result = Ablation(ablation())
+    result.write_report()
+    rows = list(csv.DictReader((result.workdir / 'summary.csv').read_text().splitlines()))
+    arms = result.summary['arms']
+    assert [(row['arm'], row['measure']) for row in rows] == [
+        (arm, measure) for arm in arms for measure in result.summary['primaries']
+    ]
     assert rows[0]['difference'] == ''
-    assert float(rows[1]['difference']) == summary['arms']['dropout']['against_baseline']['mean']
-    assert [row['verdict'] for row in rows][3:] == ['inconclusive', 'better']
+    assert float(rows[2]['difference']) == arms['dropout']['compared']['accuracy']['mean']
 
 
-def test_mistakes_are_named(ablation, tmp_path):
+def test_a_folder_without_an_ablation_is_named(tmp_path):
     with pytest.raises(UserError, match=r'no ablation\.json'):
         summarize(tmp_path / 'nowhere')
-    folder = ablation()
-    (folder / 'cells' / 'again.json').write_text((folder / 'cells' / '0-0.json').read_text())
-    with pytest.raises(UserError, match='several results'):
-        summarize(folder)

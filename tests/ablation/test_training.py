@@ -1,5 +1,6 @@
 """Runs of an ablation: each is the run that `fit` trains alone, whatever is trained beside it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,16 +12,21 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax import params
-from cnn_jax.ablation import training, workers
-from cnn_jax.ablation.plan import make_plan
-from cnn_jax.ablation.results import open_store
+from cnn_jax.ablation import summary, training, workers
+from cnn_jax.ablation.plan import log, make_plan
+from cnn_jax.ablation.results import open_store, per_image
 from cnn_jax.ablation.training import compile_structure, train_runs
 from cnn_jax.components import from_objects
+from cnn_jax.files import read_json
+from cnn_jax.train import setup
 from cnn_jax.train.loop import compilations, steps
 from cnn_jax.train.run import fit
 from cnn_jax.train.setup import open_data
 
-FACTS = {'command': '', 'manifest': {}, 'budgets': {}}
+COUNTS = {'train': 20, 'pool': 40, 'validation': 10, 'test': 21, 'classes': 3}
+FACTS = {'command': '', 'manifest': {}, 'budgets': {}, 'counts': COUNTS}
+SPLITS = {'data.subset': 20, 'data.validation': 10}
+RATE = {'optimizer.learning_rate': log(1e-3, 1e-1)}
 SMALL = {
     'model.stem_width': 0,
     'model.widths': (4,),
@@ -48,6 +54,7 @@ IMPATIENT = {
     'optimizer.learning_rate': 0.1,
 }
 CASES = {
+    'a subset, and held-out images': IMPATIENT | {'data.subset': 24, 'data.validation': 10},
     'strided': {'augment.crop': 1, 'loss.l2': 1e-3},
     'averaged, and over before its end': IMPATIENT | {'train.swa_from': 1.0},
     'fine-tuned': FINE_TUNED,
@@ -77,59 +84,85 @@ def opened(config, size=8):
     """A marked config, its data of 40 and 21 images, and the components that bring them."""
     components = from_objects(train=images(0, 40, size), eval=images(1, 21, size))
     config = cfg.validate(components.mark(config))
-    return config, open_data(config, components=components), components
+    return config, open_data(config, components=components, test=True), components
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_a_run_is_what_fit_trains(case, tmp_path, monkeypatch):
     monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'cache'))
-    config, data, components = opened(make_config(seed=3, **CASES[case]), size=32)
+    images_ = {path: each for path, each in CASES[case].items() if path.startswith('data.')}
+    _, data, components = opened(make_config(**images_), size=32)  # by another arm
+    config = components.mark(make_config(seed=3, **CASES[case]))
     compiled = compile_structure(config, data, components=components)
     [run] = train_runs([config], compiled, data)
 
     alone = fit(config, tmp_path / 'run', train=images(0, 40, 32), eval=images(1, 21, 32))
+    split = 'validation' if config.data.validation else 'test'
     for name in ('loss', 'accuracy', 'calibration_error'):
-        assert run['metrics']['eval'][name] == alone.metrics[name], name
+        # Of the same network; sums of images are compiled another way.
+        assert run['metrics'][split][name] == pytest.approx(alone.metrics[name], rel=1e-6), name
+    assert run['metrics']['test']['count'] == 21
+    [trial] = train_runs([config], compiled, data, trial=True, curves=False)
+    assert {*trial['metrics']} == {'validation'} if config.data.validation else {'test'}
     assert run['steps'] == run['curves'][-1]['step']
     assert (run['steps'] < compiled.spec.phase_ends[-1]) == bool(config.train.patience)
-    assert run['metrics']['train']['count'] == 40
+    assert run['metrics']['train']['count'] == (config.data.subset or 40)
     points = [point['epoch'] for point in run['curves'] if point['split'] == 'eval']
     assert points == [float(epoch) for epoch in range(1, len(points) + 1)]
 
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-    """A finished ablation of three arms and two seeds: store, data, components, totals."""
-    config, data, components = opened(make_config())
-    plan = make_plan(ARMS, config, seeds=2)
+    """A finished ablation of three arms, tuned, and two replicates."""
+    config, data, components = opened(make_config(**SPLITS))
+    plan = make_plan(ARMS, config, seeds=2, tune=RATE, trials=2)
     store = open_store(tmp_path_factory.mktemp('study'), plan, {'code': 'x'}, FACTS)
     return store, data, components, workers.run_missing(store, data, components=components)
 
 
-def test_every_run_is_done_and_each_structure_compiled_once(study):
+def test_every_run_is_done_and_counted(study):
+    """Two trials of two replicates, and two replicates, of each arm; the controls."""
     store, _, _, totals = study
-    assert [run.result()['status'] for run in store.runs] == ['done'] * 6
-    assert totals == 6
+    assert [store.result(run)['status'] for run in store.due()] == ['done'] * (12 + 6 + 3)
+    assert totals == 21
+    assert summary.summary_of(store)['repeated']
+
+
+def test_a_trial_never_sees_a_test_image_nor_what_is_held_out(study):
+    store, data, _, _ = study
+    for run in store.due():
+        train = setup.draw(run.config, data.pool)
+        seen = {image.tobytes() for image in train.read(np.arange(train.n))}
+        held = {image.tobytes() for image in data.evaluate.read(np.arange(10))}
+        tested = {image.tobytes() for image in data.test.read(np.arange(21))}
+        assert len(seen) == 20
+        assert not seen & (held | tested)
+        if run.kind == 'trial':
+            assert {*store.result(run)['metrics']} == {'validation'}
+
+
+def replicates(store):
+    return [run for run in store.due() if run.kind == 'replicate']
 
 
 def test_a_run_alone_gives_the_bits_it_gave_in_company(study):
     store, data, components, _ = study
-    for run in store.runs[3:]:
-        config = store.plan.config(run.arm, run.seed)
-        compiled = compile_structure(config, data, components=components)
-        [alone] = train_runs([config], compiled, data)
-        for name in ('metrics', 'curves', 'correct', 'parameters'):
-            assert json.loads(json.dumps(alone[name])) == run.result()[name], (run.arm, name)
+    for run in replicates(store)[3:]:
+        compiled = compile_structure(run.config, data, components=components)
+        [alone] = train_runs([run.config], compiled, data, curves=False)
+        for name in ('metrics', 'curves', 'correct', 'losses', 'checks', 'parameters'):
+            assert json.loads(json.dumps(alone[name])) == store.result(run)[name], (run.arm, name)
 
 
 def test_only_missing_runs_are_trained_and_to_the_same_result(study):
-    store, data, components, _ = study
+    finished, data, components, _ = study
+    store = dataclasses.replace(finished)  # which remembers nothing
 
     def reproducible(run):
         skipped = ('seconds', 'wall_seconds')
-        return {name: value for name, value in run.result().items() if name not in skipped}
+        return {name: part for name, part in read_json(run.path).items() if name not in skipped}
 
-    run = store.runs[4]
+    run = replicates(finished)[4]
     before = reproducible(run)
     run.path.unlink()
     assert workers.run_missing(store, data, components=components) == 1
@@ -138,11 +171,13 @@ def test_only_missing_runs_are_trained_and_to_the_same_result(study):
     assert again == 0
 
 
-def test_correct_examples_and_accuracy_agree(study):
-    for run in study[0].runs:
-        result = run.result()
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(result['correct']), np.uint8))[:21]
-        assert bits.mean() == pytest.approx(result['metrics']['eval']['accuracy'])
+def test_what_is_kept_of_each_image_adds_up_to_the_measures(study):
+    for run in replicates(study[0]):
+        result = study[0].result(run)
+        for measure, error in (('accuracy', 1e-6), ('loss', 1e-3)):  # float16
+            kept = per_image(result, measure)
+            assert kept.shape == (21,)
+            assert kept.mean() == pytest.approx(result['metrics']['test'][measure], rel=error)
 
 
 def test_a_seed_gives_every_arm_the_same_start(study):
@@ -225,20 +260,20 @@ def test_a_diverging_run_fails_alone_with_its_reason(together):
 def test_where_memory_is_short_fewer_are_trained_together(monkeypatch, tmp_path):
     widths = []
 
-    def train(configs, compiled, data):
+    def train(configs, compiled, data, **options):
         widths.append(len(configs))
         if len(configs) > 2:
             raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
-        return train_runs(configs, compiled, data)
+        return train_runs(configs, compiled, data, **options)
 
     monkeypatch.setattr(training, 'train_runs', train)
     config, data, components = opened(make_config())
-    plan = make_plan({'none': {}, 'some': {'model.dropout': 0.1}}, config, seeds=5)
+    plan = make_plan({'none': {}, 'some': {'model.dropout': 0.1}}, config, seeds=5, floor=False)
     store = open_store(tmp_path, plan, {'code': 'x'}, FACTS)
     totals = workers.run_missing(store, data, together=6, components=components)
-    assert widths == [5, 2, 2, 1, 2, 2, 1]
-    assert totals == 10
-    assert [run.result()['status'] for run in store.runs] == ['done'] * 10
+    assert widths == [6, 3, *[1] * 11]
+    assert totals == 11
+    assert [store.result(run)['status'] for run in store.due()] == ['done'] * 11
 
 
 if __name__ == '__main__':  # by test_devices_share_the_runs
