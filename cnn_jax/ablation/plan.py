@@ -21,7 +21,7 @@ TRAINING = ('ablation/training.py', 'ablation/floor.py')  # what decides a resul
 MOST_SEEDS = 10_000
 SEEDS = 10
 LOOKS = (5, 10, 20, 30)
-TRIALS = 12
+TRIALS = 8
 TUNING_REPLICATES = 2
 
 
