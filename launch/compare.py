@@ -1,10 +1,9 @@
-"""Draw what several ablations found into one picture, data set beside data set.
+"""Draw what regularizers buy against the number of training images, from several ablations.
 
-  python -m launch.compare --out=compared.png runs/noise runs/noise_fashion runs/penalties
+  python -m launch.compare --out=atlas.png runs/atlas_200 runs/atlas_1000 runs/atlas_5000
 
-Experiments stand one below the other; the same experiment on other training images stands in
-another column. A row is an arm: its difference from the baseline for each seed, their mean, and
-the 95% interval of it.
+Every arm has a panel: its difference from its control, with simultaneous intervals, filled where it
+is decided; the other arms in grey.
 """
 
 from pathlib import Path
@@ -15,6 +14,12 @@ from cnn_jax.errors import UserError
 from launch import cli
 
 OUT = flags.DEFINE_string('out', None, 'The PNG to write.', required=True)
+MEASURE = flags.DEFINE_enum(
+    'measure',
+    'loss',
+    ['accuracy', 'loss', 'calibration_error', 'top5'],
+    'The primary measure of the ablations that is drawn; loss: negative log-likelihood.',
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -22,13 +27,14 @@ def main(arguments: list[str]) -> int:
     if not arguments[1:]:
         raise UserError('no ablation; give the work directories of launch.ablate')
 
-    from cnn_jax.ablation.figures import draw_side_by_side
+    from cnn_jax.ablation.figures import draw_against_n
     from cnn_jax.files import make_writable
     from cnn_jax.tools.figures import save
 
-    figure, path = draw_side_by_side([Path(each) for each in arguments[1:]]), Path(OUT.value)
+    folders, path = [Path(each) for each in arguments[1:]], Path(OUT.value)
+    figure = draw_against_n(folders, MEASURE.value)
     make_writable(path.parent, 'the folder of the picture', '--out')
-    save(figure, path, dpi=100)
+    save(figure, path, dpi=200)
     print(f'written: {path}')
     return cli.OK
 

@@ -6,7 +6,6 @@ differ in lightness as well as in hue.
 
 import functools
 import io
-import itertools
 import math
 import textwrap
 import xml.etree.ElementTree as ET
@@ -26,15 +25,11 @@ COLOURS = {
 }
 INK, MUTED, RULE, SURFACE, BLUE, ORANGE, GREY = COLOURS.values()
 STYLE: Any = {
-    'svg.fonttype': 'none',
     'text.parse_math': False,  # an arm's name is text, whatever it holds
     'font.size': 10,  # at 390 px the page shows 360 points as 337 px: smaller is not legible
     **dict.fromkeys(('axes.titlesize', 'figure.labelsize'), 10),
-    'font.family': 'sans-serif',
-    'lines.linewidth': 1.6,
-    'grid.linewidth': 0.6,
-    'grid.color': RULE,
-    'axes.facecolor': 'none',
+    **{'font.family': 'sans-serif', 'svg.fonttype': 'none', 'axes.facecolor': 'none'},
+    **{'lines.linewidth': 1.6, 'grid.linewidth': 0.6, 'grid.color': RULE},
     **dict.fromkeys(('figure.facecolor', 'savefig.facecolor'), SURFACE),
     **dict.fromkeys(('axes.edgecolor', 'xtick.color', 'ytick.color'), MUTED),
     **dict.fromkeys(('text.color', 'axes.labelcolor', 'xtick.labelcolor', 'ytick.labelcolor'), INK),
@@ -51,10 +46,7 @@ WIDTH = 5.0  # inches, at 72 points each
 
 
 def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Draw the figures that there is something for, as `{name: {'svg': text, 'png': bytes}}`.
-
-    One summary gives one SVG.
-    """
+    """Draw the figures that there is something for, as `{name: {'svg': text, 'png': bytes}}`."""
     from matplotlib import rc_context
 
     arms = summary['arms'].values()
@@ -63,9 +55,8 @@ def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
         drawings['forest'] = draw_forest
     if any(arm['tuned'] for arm in arms):
         drawings['response'] = _draw_response
-    if any(arm['curves']['eval'] for arm in arms):
-        for name in ('accuracy', 'loss'):
-            drawings[f'curves_{name}'] = functools.partial(_draw_curves, metric=METRICS[name])
+    for name in ('accuracy', 'loss') if any(arm['curves']['eval'] for arm in arms) else ():
+        drawings[f'curves_{name}'] = functools.partial(_draw_curves, metric=METRICS[name])
     result = {}
     for name, drawing in drawings.items():
         with rc_context(STYLE | {'svg.hashsalt': name}):  # the salt makes ids reproducible
@@ -93,11 +84,7 @@ def themed(svg: str, label: str) -> str:
 
 
 def draw_forest(summary: dict[str, Any]):
-    """Draw a panel for each primary measure: each arm's difference from its control.
-
-    The mean, the simultaneous interval, below it a tick for each replicate; shaded the band in
-    which a difference is none.
-    """
+    """Draw each primary measure: means, simultaneous intervals, ticks of replicates, ±δ shaded."""
     from matplotlib.figure import Figure
 
     arms = [name for name, arm in summary['arms'].items() if arm['control']]
@@ -106,7 +93,7 @@ def draw_forest(summary: dict[str, Any]):
     figure.set_layout_engine('constrained', h_pad=0.1)
     for axes, measure in zip(figure.subplots(len(primaries), squeeze=False).flat, primaries):
         metric = METRICS[measure]
-        axes.set_yticks(range(len(arms)), [_wrapped(arm) for arm in arms])
+        axes.set_yticks(range(len(arms)), [_wrapped(arm, 18) for arm in arms])
         axes.set_ylim(len(arms) - 0.4, -0.6)
         axes.grid(visible=False, axis='y')
         axes.tick_params(axis='y', length=0)
@@ -115,41 +102,24 @@ def draw_forest(summary: dict[str, Any]):
         axes.set_xlabel(_difference_label(metric))
         _draw_band(axes.axvspan, axes.axvline, summary['margins'][measure], metric)
         for y, arm in enumerate(arms):
-            _draw_difference(axes, y, summary, arm, metric)
+            if (compared := summary['arms'][arm]['compared'][measure]) is None:
+                axes.text(0, y, ' no claim ', color=MUTED, va='center', ha='left')
+                continue
+            ticks = [metric.scale * each for each in compared['differences']]
+            colour = VERDICT_MARKS[compared['verdict']][0]
+            axes.plot(ticks, [y + 0.26] * len(ticks), '|', color=colour, markersize=6, alpha=0.8)
+            _draw_estimate(axes, y, compared, metric)
     return figure
 
 
-def _draw_difference(axes, y: int, summary: dict[str, Any], arm: str, metric: Metric) -> None:
-    compared = summary['arms'][arm]['compared'].get(metric.name)
-    if compared is None:
-        axes.text(0, y, ' no claim ', color=MUTED, va='center', ha='left')
-        return
-    pair = [summary['arms'][each] for each in (arm, summary['arms'][arm]['control'])]
-    own, control = (each['per_seed'][metric.name] for each in pair)
-    failed = summary['chance'][metric.name]  # what a failed replicate is worth
-    differences = [
-        (failed if own[seed] is None else own[seed])
-        - (failed if control[seed] is None else control[seed])
-        for seed in map(str, summary['seeds'][: compared['n']])
-    ]
-    scaled = [metric.scale * each for each in differences]
-    colour = VERDICT_MARKS[compared['verdict']][0]
-    axes.plot(scaled, [y + 0.26] * len(scaled), '|', color=colour, markersize=6, alpha=0.8)
-    _draw_estimate(axes, y, compared, metric)
-
-
 def _draw_estimate(axes, at: float, compared: dict[str, Any], metric: Metric, upright=False):
-    """Draw a mean and its interval, of which none is drawn where it has no end."""
+    """Draw a mean and its interval; none where that has no end."""
     colour, marker, face = VERDICT_MARKS[compared['verdict']]
     low, mean, high = (metric.scale * compared[each] for each in ('low', 'mean', 'high'))
-    ends = [low, high] if math.isfinite(high - low) else []
-    for values, style in (
-        (ends, {'linewidth': 2, 'solid_capstyle': 'butt'}),
-        ([mean], {'marker': marker, 'mfc': face, 'markersize': 7, 'label': compared['verdict']}),
-    ):
-        places = [at] * len(values)
-        points = (places, values) if upright else (values, places)
-        axes.plot(*points, color=colour, linestyle='-' if values is ends else '', **style)
+    if math.isfinite(high - low):
+        (axes.vlines if upright else axes.hlines)(at, low, high, color=colour, linewidth=2)
+    point = (at, mean) if upright else (mean, at)
+    axes.plot(*point, marker, color=colour, markerfacecolor=face, markersize=7)
 
 
 def _draw_band(span: Any, line: Any, margin: float, metric: Metric) -> None:
@@ -159,12 +129,8 @@ def _draw_band(span: Any, line: Any, margin: float, metric: Metric) -> None:
     line(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
 
 
-def _wrapped(name: str, width: int = 18, most: int = 36) -> str:
-    return '\n'.join(textwrap.wrap(_shorten(name, most), width))
-
-
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + '…'
+def _wrapped(name: str, width: int) -> str:
+    return '\n'.join(textwrap.wrap(name, width, max_lines=2, placeholder='…'))
 
 
 def _difference_label(metric: Metric) -> str:
@@ -172,25 +138,18 @@ def _difference_label(metric: Metric) -> str:
     return f'difference in {metric.title}\n({metric.unit}, {better} is better)'
 
 
-def _panels(names: Any, columns: int, size: tuple[float, float], top: float) -> tuple[Any, Any]:
-    """A figure of a panel for each name with common axes, and these; the rest stays empty.
-
-    Args:
-        names: Headings.
-        columns: The most panels in a row.
-        size: Inches of a panel.
-        top: Inches for legend and axes.
-    """
+def _panels(names: Any, columns: int, size: tuple[float, float], top: float, sharex=True):
+    """A figure of a panel of so many inches for each name, and these."""
     from matplotlib.figure import Figure
 
     count = len(names)
-    columns = min(columns, count)
     rows = math.ceil(count / columns)
+    columns = math.ceil(count / rows)
     figsize = size[0] * columns, top + size[1] * rows
     figure = Figure(figsize=figsize, layout='constrained')
-    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    grid = figure.subplots(rows, columns, sharex=sharex, sharey=True, squeeze=False).flat
     for axes, name in zip(grid, names):
-        axes.set_title(_wrapped(name, 24, 48), loc='left')
+        axes.set_title(_wrapped(name, 24), loc='left')
     for axes in grid[count:]:
         axes.set_visible(False)
     for axes in grid[max(count - columns, 0) : count]:
@@ -198,49 +157,30 @@ def _panels(names: Any, columns: int, size: tuple[float, float], top: float) -> 
     return figure, grid[:count]
 
 
-def _draw_legend(figure, axes: list[Any], columns: int) -> None:
-    labelled = itertools.chain(*(zip(*each.get_legend_handles_labels()) for each in axes))
-    handles = {label: handle for handle, label in labelled}
-    figure.legend(
-        handles.values(), handles, loc='outside upper left', ncols=columns, columnspacing=1.2
-    )
-
-
 def _draw_response(summary: dict[str, Any]):
-    """Draw a panel for each tuned arm: the validation loss of its trials; the choice is marked.
+    """Draw a panel for each tuned arm: the validation loss of its trials; the choice is ringed.
 
     Trials that failed, or are worse than a guess, are crosses at the top.
     """
     arms = {name: arm['tuned'] for name, arm in summary['arms'].items() if arm['tuned']}
-    figure, grid = _panels([*arms], 2, (WIDTH / 2, 1.6), 0.5)
+    figure, grid = _panels([*arms], 2, (WIDTH / 2, 1.6), 0.5, sharex=False)
     guess = summary['chance']['loss']
     for axes, tuned in zip(grid, arms.values()):
         path, ends = next(iter(tuned['ranges'].items()))
         trials = [(each['point'][path], each['loss']) for each in tuned['trials']]
-        good = sorted((x, loss) for x, loss in trials if loss is not None and loss <= guess)
-        bad = [x for x, loss in trials if loss is None or loss > guess]
-        join = '-' if len(tuned['ranges']) == 1 else ''  # others vary, too
-        axes.plot(*zip(*good), join, color=BLUE, marker='o', markersize=4, linewidth=1)
+        trials = [(x, math.inf if loss is None else loss) for x, loss in trials]
+        x, y = zip(*sorted((x, loss if loss <= guess else math.nan) for x, loss in trials))
+        line = '-' if len(tuned['ranges']) == 1 else ''  # others vary, too
+        axes.plot(x, y, line, color=BLUE, marker='o', markersize=4, linewidth=1)
+        bad = [x for x, loss in trials if loss > guess]
         axes.plot(bad, [0.95] * len(bad), 'x', color=ORANGE, transform=axes.get_xaxis_transform())
-        chosen = tuned['trials'][tuned['trial']]
-        axes.plot(chosen['point'][path], chosen['loss'], 'o', color=INK, mfc='none', markersize=10)
-        axes.tick_params(labelbottom=True)
-        axes.set_xlabel(_shorten(path, 30))
-        _set_range(axes, ends['low'], ends['high'], ends['logarithmic'])
+        axes.plot(*trials[tuned['trial']], 'o', color=INK, markerfacecolor='none', markersize=10)
+        axes.set_xlabel(_wrapped(path, 30))
+        if ends['logarithmic']:
+            axes.set_xscale('log')
+            _label_powers(axes.xaxis, (1,) if ends['high'] / ends['low'] > 30 else (1, 3))
     figure.supylabel('validation loss (nats)')
     return figure
-
-
-def _set_range(axes, low: float, high: float, logarithmic: bool) -> None:
-    """Label a horizontal axis at the powers of ten, or at three places."""
-    ticks = [low, (low + high) / 2, high]
-    if logarithmic:
-        axes.set_xscale('log')
-        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-        step = math.ceil(len(powers) / 4)
-        ticks = [10.0**power for power in powers[::step]] if len(powers) > 1 else [low, high]
-    axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
-    axes.set_xticks([], minor=True)
 
 
 def _draw_curves(summary: dict[str, Any], metric: Metric):
@@ -252,10 +192,8 @@ def _draw_curves(summary: dict[str, Any], metric: Metric):
         if content['control']:
             control = arms[content['control']]['curves']['eval']
             axes.plot(*_line(control, metric), ':', color=GREY, label='its control')
-        for split, colour, style, label in (
-            ('train', ORANGE, '--', 'training'),
-            ('eval', BLUE, '-', evaluated),
-        ):
+        kinds = ('train', ORANGE, '--', 'training'), ('eval', BLUE, '-', evaluated)
+        for split, colour, style, label in kinds:
             points = content['curves'][split]
             marker = '.' if len(points) < 12 else ''
             epochs, mean = _line(points, metric)
@@ -263,8 +201,10 @@ def _draw_curves(summary: dict[str, Any], metric: Metric):
             axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(epochs, mean, style, color=colour, marker=marker, label=label)
     if metric.name == 'loss':
-        _set_log_scale(grid[0])
-    _draw_legend(figure, grid, 3)
+        grid[0].set_yscale('log')
+        _label_powers(grid[0].yaxis)
+    handles = grid[-1].get_legend_handles_labels()
+    figure.legend(*handles, loc='outside upper left', ncols=3, columnspacing=1.2)
     figure.supxlabel('epoch')
     figure.supylabel(f'{metric.title} ({metric.suffix or metric.unit})')
     return figure
@@ -275,21 +215,17 @@ def _line(points: list[dict], metric: Metric, kind: str = 'mean'):
     return [point['epoch'] for point in points], values
 
 
-def _set_log_scale(axes) -> None:
-    """Label 1 and 3 of each power of ten as plain numbers; the default's labels are mathtext."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+def _label_powers(axis, subs: tuple[int, ...] = (1, 3)) -> None:
+    """Label these multiples of each power of ten as numbers; the default's labels are mathtext."""
+    from matplotlib.ticker import LogLocator
 
-    axes.set_yscale('log')
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter('')
 
 
 def draw_against_n(folders: list[Path], measure: str = 'loss'):
-    """Draw the effect of each arm against the number of training images, a panel for each arm.
-
-    Its difference from its control with simultaneous intervals, filled where decided; the other
-    arms in grey.
+    """Draw the effect of each arm against the number of training images, the other arms in grey.
 
     Args:
         folders: Work directories of ablations of the same data; each arm once at each number.
@@ -300,7 +236,7 @@ def draw_against_n(folders: list[Path], measure: str = 'loss'):
     """
     from matplotlib import rc_context
 
-    effects, margins = _effects(folders, measure)
+    effects, margin = _effects(folders, measure)
     metric = METRICS[measure]
     sizes = sorted({n for each in effects.values() for n in each})
     with rc_context(STYLE):
@@ -308,48 +244,46 @@ def draw_against_n(folders: list[Path], measure: str = 'loss'):
         for axes, points in zip(grid, effects.values()):
             for other in (*effects.values(), points):
                 means = [metric.scale * each['mean'] for each in other.values()]
-                axes.plot([*other], means, color=INK if other is points else RULE, linewidth=1.2)
+                style = {'color': INK} if other is points else {'color': GREY, 'alpha': 0.4}
+                axes.plot([*other], means, **style, linewidth=1)
             for n, compared in points.items():
                 _draw_estimate(axes, n, compared, metric, upright=True)
-            if len(margins) == 1:
-                _draw_band(axes.axhspan, axes.axhline, *margins, metric)
-        grid[0].set_xscale('log')
+            _draw_band(axes.axhspan, axes.axhline, margin, metric)
+        grid[0].set_xscale('log', subs=[])
         grid[0].set_xticks(sizes, [f'{n:,}' for n in sizes])
-        grid[0].set_xticks([], minor=True)
-        figure.supxlabel('training images')
-        figure.supylabel(_difference_label(metric), ha='center')
-        _draw_legend(figure, grid, 4)
+        for verdict, (colour, marker, face) in VERDICT_MARKS.items():
+            grid[0].plot([], [], marker, color=colour, markerfacecolor=face, label=verdict)
+        figure.supxlabel('training images (simultaneous 95% intervals; shaded: equivalent)')
+        figure.supylabel(_difference_label(metric))
+        figure.legend(loc='outside upper left', ncols=4)
     return figure
 
 
-def _effects(folders: list[Path], measure: str) -> tuple[dict[str, dict[int, Any]], set[float]]:
-    """The comparison of each arm with its control by training images, and the margins δ."""
+def _effects(folders: list[Path], measure: str) -> tuple[dict[str, dict[int, Any]], float]:
+    """The comparison of each arm with its control by training images, and the margin δ."""
     effects: dict[str, dict[int, Any]] = {}
-    sources, controls, margins = {}, {}, set()
+    common: dict[str, Any] = {}
     for folder in folders:
         with understood(folder):
             store = read_store(folder)
             summary = summary_of(store)
             source = store.plan.configs[store.plan.baseline].data.source
-        if measure not in summary['primaries']:
-            raise UserError(
-                f'{folder} does not decide on {measure!r}; its measures are '
-                f'{", ".join(summary["primaries"])}'
-            )
-        sources.setdefault(source, folder)
-        if len(sources) > 1:
-            one, other = map(printable, sources)
-            raise UserError(f'{folder} is of other data ({other}) than {folders[0]} ({one})')
-        margins.add(summary['margins'][measure])
-        n = summary['counts']['train']
-        for arm, content in summary['arms'].items():
-            if not (compared := content['compared'].get(measure)):
-                continue
-            if controls.setdefault(arm, content['control']) != content['control']:
-                raise UserError(f'{folder} compares {arm} with another control than {folders[0]}')
-            if n in effects.setdefault(arm, {}):
-                raise UserError(f'{folder} has {arm} at {n:,} images a second time')
-            effects[arm][n] = compared
+        if measure not in (found := summary['primaries']):
+            raise UserError(f'{folder} does not decide on {measure}, but on {", ".join(found)}')
+        arms, n = summary['arms'], summary['counts']['train']
+        facts = {f'control of {arm}': each['control'] for arm, each in arms.items()}
+        facts |= {'data source': source, 'margin': summary['margins'][measure]}
+        for what, fact in facts.items():
+            if common.setdefault(what, fact) != fact:
+                raise UserError(
+                    f'{folder} has another {what} than an earlier one, {printable(fact)} in the '
+                    f'place of {printable(common[what])}; draw it apart'
+                )
+        for arm, content in arms.items():
+            if compared := content['compared'].get(measure):
+                if n in effects.setdefault(arm, {}):
+                    raise UserError(f'{folder} has {arm} at {n:,} images once more; leave it out')
+                effects[arm][n] = compared
     if not effects:
         raise UserError('the ablations compare no arms yet')
-    return {arm: dict(sorted(each.items())) for arm, each in effects.items()}, margins
+    return {arm: dict(sorted(each.items())) for arm, each in effects.items()}, common['margin']

@@ -123,6 +123,7 @@ def _comparison(
     share, low, high = statistics.wins(sign * differences)
     return {
         'n': int(found.replicates[m]),
+        'differences': differences[: found.replicates[m]].tolist(),
         'mean': float(found.at.mean[m]),
         'low': float(found.low[m]),
         'high': float(found.high[m]),
