@@ -425,9 +425,9 @@ def budget(config: cfg.Config, examples: int) -> str:
     """The training budget of an arm on so many images, in words."""
     epochs = config.train.epochs + config.unfreeze.epochs
     steps = cfg.phase_ends(config, examples)[-1]
-    short = cfg.short_average(config, steps)
+    notes = cfg.averaging_notes(config, steps)
     text = f'{epochs:g} epochs of {examples:,} images = {steps:,} steps of {config.data.batch}'
-    return f'{text}; note: {short}' if short else text
+    return '; note: '.join([text, *notes])
 
 
 def code_digest() -> str:
