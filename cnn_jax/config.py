@@ -613,10 +613,11 @@ def averaging_notes(config: Config, steps: int) -> list[str]:
     share, enough = config.train.ema**steps, 0.1 ** (1 / steps)
     if not config.train.ema or share <= 0.1:
         return notes
-    return notes + [
+    start = (
         f'with config.train.ema={config.train.ema:g}, {share:.0%} of the averaged weights that are '
         f'evaluated after {steps:,} steps are the initial ones; {enough - 5e-7:.6f} leaves 10%'
-    ]
+    )
+    return [*notes, start]
 
 
 def without_length(config: Config) -> Config:

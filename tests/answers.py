@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'docs' / 'answers'
 HEAD = """# Answers
 
-Written by `python -m tests.answers` from finished ablations. Each answer names its commit, and a test trains two of its runs
-again (`tests/test_answers.py`). Differences in accuracy are in points, in negative log-likelihood in nats, each with the interval
-that holds at 95% for all of an experiment's arms and measures together. {margins}
+Written by `python -m tests.answers` from finished ablations. Each answer names its commit, and a
+test trains two of its runs again (`tests/test_answers.py`). Differences in accuracy are in points,
+in negative log-likelihood in nats, each with the interval that holds at 95% for all of an
+experiment's arms and measures together. {margins}
 """
 
 
@@ -43,7 +44,8 @@ def kept(folder: Path) -> dict[str, Any]:
     for arm in (store.plan.baseline, [*store.plan.against][-1]):
         run = store.replicate(arm, 1 if store.plan.looks[-1] > 1 else 0)
         result = run and store.result(run)
-        assert run and result
+        assert run
+        assert result
         choice = store.choice(arm)
         cells.append(
             {
