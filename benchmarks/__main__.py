@@ -17,12 +17,11 @@ A workload first checks that all contenders compute the same. Its section of the
 when it has run to its end; one that fails leaves the old section, and the others still run.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.cli import words
+from benchmarks import cli
 
 WORKLOADS = {
     'strided96': ('benchmarks.step', '--workload=strided96'),
@@ -36,18 +35,14 @@ WORKLOADS = {
 
 def main() -> int:
     """Measure, draw, and return the exit code."""
-    parser = argparse.ArgumentParser(
-        'python -m benchmarks',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('--only', default='', help=f'some of {", ".join(WORKLOADS)} (all)')
+    parser = cli.parser('benchmarks', __doc__)
+    parser.add_argument('--only', type=cli.words, default=[*WORKLOADS], help='some of them (all)')
     parser.add_argument('--rounds', type=int, help="of each (each workload's own number)")
     parser.add_argument('--peers', type=Path, default=Path('.bench'), help='of setup_peers.sh')
-    parser.add_argument('--out', type=Path, default=Path('benchmarks/RESULTS.md'))
     parser.add_argument('--figure', type=Path, default=Path('docs/speed.png'), help='.png or .svg')
+    parser.set_defaults(out=Path('benchmarks/RESULTS.md'))
     given = parser.parse_args()
-    chosen = words(given.only) or [*WORKLOADS]
+    chosen = given.only
     if unknown := [name for name in chosen if name not in WORKLOADS]:
         parser.error(f'there is no workload {unknown[0]!r}; there are {", ".join(WORKLOADS)}')
     failed = []

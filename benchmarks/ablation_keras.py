@@ -3,45 +3,18 @@
 KERAS_BACKEND=jax python -m benchmarks.ablation_keras DATA.npz --seed=0 --dropout=0.25 --norm=batch
 """
 
-import importlib
 import json
 
 import keras
-from keras import layers
 
 from benchmarks import ablation_peer as peer
+from benchmarks import keras_peer
 from benchmarks.problem import read
 
 
 def make_model(options, rate):
-    """Two pairs of convolutions, a hidden layer and the classifier, compiled."""
-
-    def activated(norm, name):
-        batch_norm = layers.BatchNormalization(momentum=options.norm_momentum, name=name)
-        return [layers.ReLU(), *[batch_norm] * (norm == 'batch')]
-
-    stack = [keras.Input((28, 28, 1))]
-    for i, width in enumerate((32, 64), start=1):
-        for j in (1, 2):
-            conv = layers.Conv2D(
-                width,
-                3,
-                strides=j,
-                padding='same',
-                kernel_initializer='he_normal',
-                kernel_regularizer=keras.regularizers.L2(options.l2) if options.l2 else None,
-                name=f'block{i}_conv{j}',
-            )
-            stack += [conv, *activated(options.norm, f'block{i}_norm{j}')]
-        stack += [layers.Dropout(options.dropout)] * (options.dropout > 0)
-    stack += [
-        layers.Flatten(),
-        layers.Dense(128, kernel_initializer='he_normal', name='dense1'),
-        *activated(options.head_norm, 'norm1'),
-        *[layers.Dropout(options.head_dropout)] * (options.head_dropout > 0),
-        layers.Dense(peer.CLASSES, name='logits'),
-    ]
-    model = keras.Sequential(stack)
+    """The network, compiled."""
+    model = keras_peer.network(peer.net(options), options.l2, (28, 28, 1), peer.CLASSES)
     model.compile(
         keras.optimizers.Adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -78,21 +51,11 @@ def train(options):
 
 def first_losses(options):
     """The losses of a problem's batches from its weights, and what computed them."""
-    problem = read(options.losses)
     (x, y), _ = peer.images(options.data)
     model = make_model(options, options.learning_rate)
-    for path, weights in problem.weights.items():
-        *_, layer, name = path.split('/')
-        if name == 'kernel':  # the others start at 0 or 1, here, too
-            model.get_layer(layer).kernel.assign(weights)
-    losses = []
-    for batch in peer.batches(x, y, options.batch) * 2:
-        model.reset_metrics()  # else they are means over all batches so far
-        loss, _ = model.train_on_batch(*batch)
-        losses.append(float(loss))
-    backend = keras.config.backend()
-    version = importlib.import_module(backend).__version__
-    return {'losses': losses, 'version': f'keras {keras.__version__} on {backend} {version}'}
+    keras_peer.set_kernels(model, read(options.losses))
+    losses = keras_peer.first_losses(model, peer.batches(x, y, options.batch) * 2)
+    return {'losses': losses, 'version': keras_peer.version()}
 
 
 if __name__ == '__main__':

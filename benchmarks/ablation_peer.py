@@ -31,6 +31,12 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def net(options: argparse.Namespace) -> dict:
+    """The network as `cnn_jax.config.Model` has it: two pairs of convolutions, a hidden layer."""
+    shape = {'stem_width': 0, 'widths': (32, 64), 'hidden': (128,), 'norm_epsilon': 1e-3}
+    return shape | vars(options)
+
+
 def images(path: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Images, float32 [n, 28, 28, 1], and labels of the training and the test split.
 

@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -50,6 +51,7 @@ WORKLOADS = *workloads.STEPS, HEAD, FEATURES
 SECONDS, ROUNDS = 0.2, 5  # of each contender in a round
 COLUMNS = 'part', 'workload', 'type', 'batch', 'contender', 'images/s', 'of the first', 'TFLOP/s'
 OF_PROFILE = 'kernel', 'ms a step', 'a step'
+COUNTS = 1, 2, 4, 8, 16, 32  # runs in one program
 PARTS = 'as run', 'any order', 'PyTorch', 'profile', 'together'
 TRACED, KERNELS = 5, 15  # steps, and rows of the profile
 
@@ -58,29 +60,24 @@ Row = dict[str, str]  # the columns of a table, or a note
 
 def main() -> None:
     """Measure all parts that there is time for, and print and keep what is measured."""
-    parser = argparse.ArgumentParser(
-        'python -m benchmarks.accelerator',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser('benchmarks.accelerator', __doc__)
     add = parser.add_argument
-    add('--workloads', default=','.join(WORKLOADS), help=f'of {", ".join(WORKLOADS)}')
-    add('--batches', default='256', help='examples a step (256)')
-    add('--together', default='1,2,4,8,16,32', help='runs in one program (1,2,4,8,16,32)')
+    add('--workloads', type=cli.words, default=WORKLOADS, help=f'of {", ".join(WORKLOADS)}')
+    add('--batches', type=cli.words, default=['256'], help='examples a step (256)')
+    add('--together', type=cli.words, default=[*map(str, COUNTS)], help='runs in one program')
     add('--minutes', type=float, default=10.0, help='after which nothing more is measured (10)')
-    add('--parts', default=','.join(PARTS), help=f'of {", ".join(PARTS)}')
-    add('--out', type=Path, help='results file whose section is replaced')
+    add('--parts', type=cli.words, default=PARTS, help=f'of {", ".join(PARTS)}')
     add('--measure', choices=PARTS, help=argparse.SUPPRESS)  # in this process: one row a line
     given = parser.parse_args()
     if given.measure:
         for row in measured(given.measure, given):
             print(json.dumps(row), flush=True)
         return
-    for word in cli.words(f'{given.workloads},{given.parts}'):
+    for word in (*given.workloads, *given.parts):
         if word not in (*WORKLOADS, *PARTS):
             raise UserError(f'there is no {word}; --help lists the workloads and the parts')
     end, rows = time.monotonic() + 60 * given.minutes, []
-    for part in cli.words(given.parts):
+    for part in given.parts:
         for row in in_a_process(part, end - time.monotonic()):
             print(*row.values(), sep=' · ', flush=True)
             rows.append(row)
@@ -152,9 +149,11 @@ def measured(part: str, given: argparse.Namespace) -> Iterator[Row]:
         yield from compared(name, made, dtype, contenders(part, name, given.together))
 
 
-def contenders(part: str, name: str, together: str) -> dict[str, tuple[Callable[..., Any], int]]:
+def contenders(
+    part: str, name: str, together: list[str]
+) -> dict[str, tuple[Callable[..., Any], int]]:
     """What makes each contender, and the number of models that it trains."""
-    counts = [int(word) for word in cli.words(together)]
+    counts = map(int, together)
     if part == 'together':
         many = {f'{n} together': (functools.partial(runs_together, count=n), n) for n in counts}
         return many if name in workloads.STEPS else {}
@@ -200,13 +199,11 @@ def profile(made: Problem, dtype: str, name: str) -> Iterator[Row]:
 
 def problems(given: argparse.Namespace) -> Iterator[tuple[Problem, str, str]]:
     """Every workload with its type and name."""
-    for batch in map(int, cli.words(given.batches)):
-        for name in cli.words(given.workloads):
-            for dtype in DTYPES:
-                step = workloads.step_problem if name in workloads.STEPS else vgg16_problem
-                made = step(name, batch)
-                made.config['model']['dtype'] = dtype
-                yield made, dtype, name
+    for batch, name, dtype in itertools.product(given.batches, given.workloads, DTYPES):
+        step = workloads.step_problem if name in workloads.STEPS else vgg16_problem
+        made = step(name, int(batch))
+        made.config['model']['dtype'] = dtype
+        yield made, dtype, name
 
 
 def vgg16_problem(name: str, batch: int) -> Problem:
@@ -223,14 +220,7 @@ def vgg16_problem(name: str, batch: int) -> Problem:
 def compared(
     name: str, made: Problem, dtype: str, starts: dict[str, tuple[Callable[..., Any], int]]
 ) -> Iterator[Row]:
-    """Start the contenders, time them in turns, and yield a row for each.
-
-    Args:
-        name: The workload's.
-        made: The problem.
-        dtype: The type of its matrix products.
-        starts: By the contender's name, what makes it, and how many models it trains.
-    """
+    """Start the contenders (what makes each, its models), time them in turns, yield a row each."""
     batch, runs = made.images.shape[1], {}
     for contender, (start, models) in starts.items():
         try:

@@ -9,29 +9,25 @@ from benchmarks import contest, results
 from cnn_jax.errors import UserError
 
 
-def parser(module: str, doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The options of every workload with contenders.
-
-    Args:
-        module: The command's name.
-        doc: Its docstring, which is the help.
-        rounds: The default.
-    """
+def parser(module: str, doc: str | None, rounds: int = 0) -> argparse.ArgumentParser:
+    """A command's options: its docstring is the help; with `rounds`, contenders take turns."""
     made = argparse.ArgumentParser(
         f'python -m {module}',
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument('--rounds', type=int, default=rounds, help=f'turns of each ({rounds})')
-    made.add_argument(
-        '--peers', type=Path, default=Path('.bench'), help='folder of setup_peers.sh (.bench)'
-    )
-    made.add_argument(
-        '--contenders',
-        default='',
-        help='those whose names contain one of these, e.g. cnn_jax,PyTorch (all)',
-    )
-    made.add_argument('--out', type=Path, help='results file whose section is replaced')
+    made.add_argument('--out', type=Path, help='file whose section or figure is replaced')
+    if rounds:
+        made.add_argument('--rounds', type=int, default=rounds, help=f'turns of each ({rounds})')
+        made.add_argument(
+            '--peers', type=Path, default=Path('.bench'), help='folder of setup_peers.sh (.bench)'
+        )
+        made.add_argument(
+            '--contenders',
+            type=words,
+            default=[],
+            help='those whose names contain one of these, e.g. cnn_jax,PyTorch (all)',
+        )
     return made
 
 

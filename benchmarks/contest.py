@@ -10,24 +10,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from benchmarks import problem, results
 from benchmarks.worker import Worker, plain_environment
 from cnn_jax.errors import UserError
 
+T = TypeVar('T')
+TOLERANCE = 5e-4  # of the mean loss; float32 sums in another order, amplified by the steps
+WARM_STEPS = 2  # not timed: another process has had the caches
+TURN_SECONDS = 1.0
+
+
+class Disagreement(Exception):
+    """Two contenders do not do the same work."""
+
 
 def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
-    """Seconds, peak resident MB and the output of a whole process.
-
-    Args:
-        command: What is run.
-        environment: Variables set besides the shell's.
+    """Seconds, peak resident MiB and the output of a whole process, with variables of its own.
 
     Errors:
         RuntimeError: It failed; the message ends with what it printed.
@@ -57,13 +64,9 @@ def pooled(
     """Seconds until all processes have ended, and what each printed, in order.
 
     Args:
-        commands: What is run.
-        environment: Variables set besides the shell's.
+        commands, environment: As in `timed`; after one that fails no other begins.
         at_once: How many run at any time while there are as many left.
         pinned: Whether each runs on a core of its own; libraries then start one thread.
-
-    Errors:
-        RuntimeError: One failed; those that had not begun are not run.
     """
     # macOS cannot pin.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
@@ -79,17 +82,16 @@ def pooled(
     return time.perf_counter() - began, texts
 
 
-def rotated(names: Iterable[str], number: int) -> list[str]:
-    """The order of a round: each begins as often as any other."""
+def take_turns(names: Iterable[str], rounds: int, run: Callable[[str], T]) -> dict[str, list[T]]:
+    """What `run` returns of each name in each round; each begins as often as any other."""
     names = list(names)
-    return names[number % len(names) :] + names[: number % len(names)]
-
-
-TOLERANCE = 5e-4  # of the mean loss; float32 sums in another order, amplified by the steps
-
-
-class Disagreement(Exception):
-    """Two contenders do not do the same work."""
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(run(name))
+            print(f'round {number + 1} of {rounds}: {name}', file=sys.stderr)
+    return found
 
 
 def check(losses: dict[str, list[float]], tolerance: float = TOLERANCE) -> float:
@@ -97,12 +99,9 @@ def check(losses: dict[str, list[float]], tolerance: float = TOLERANCE) -> float
 
     max |ℓ − ℓ₁| / mean |ℓ₁| over contenders and steps
 
-    Args:
-        losses: Of the first steps, for each contender.
-        tolerance: The largest difference allowed.
-
     Errors:
-        Disagreement: A loss differs more, or is not finite; nothing may be timed then.
+        Disagreement: A loss differs by more than the tolerance, or is not finite; nothing may be
+            timed then.
     """
     (reference, expected), *others = losses.items()
     worst = 0.0
@@ -137,12 +136,12 @@ class Entrant:
     compiler: bool = False
 
     def worker(
-        self, problem: Path, peers: Path, cache: Path, environment: dict[str, str] | None = None
+        self, made: Path, peers: Path, cache: Path, environment: dict[str, str] | None = None
     ) -> Worker:
         """The process, after its first step.
 
         Args:
-            problem: A file of `benchmarks.problem`.
+            made: A file of `benchmarks.problem`.
             peers: The folder of the peers' environments.
             cache: Where it keeps what it compiles, if it does.
             environment: More variables.
@@ -150,11 +149,23 @@ class Entrant:
         own = {'CNN_JAX_CACHE': str(cache), 'TORCHINDUCTOR_CACHE_DIR': str(cache)}
         return Worker(
             self.module,
-            problem,
+            made,
             settings=self.settings,
-            python=interpreter(peers, self.home),
+            python=self.interpreter(peers),
             environment=own | self.environment | (environment or {}),
         )
+
+    def interpreter(self, peers: Path) -> str:
+        """The Python of its environment; a `UserError` if that is not there."""
+        if not self.home:
+            return sys.executable
+        python = peers / self.home / 'bin' / 'python'
+        if not python.exists():
+            raise UserError(
+                f'there is no {python}; run `bash benchmarks/setup_peers.sh {peers}`, say '
+                '--peers=FOLDER if the peers are elsewhere, or choose other contenders'
+            )
+        return str(python.absolute())
 
 
 def keras_on(backend: str, module: str) -> Entrant:
@@ -165,29 +176,8 @@ def keras_on(backend: str, module: str) -> Entrant:
     )
 
 
-def interpreter(peers: Path, home: str) -> str:
-    """The Python of a peer's environment, or this one for ''.
-
-    Errors:
-        UserError: The environment is not there.
-    """
-    if not home:
-        return sys.executable
-    python = peers / home / 'bin' / 'python'
-    if not python.exists():
-        raise UserError(
-            f'there is no {python}; run `bash benchmarks/setup_peers.sh {peers}`, say '
-            '--peers=FOLDER if the peers are elsewhere, or choose other contenders'
-        )
-    return str(python.absolute())
-
-
 def matching(names: Iterable[str], words: list[str]) -> list[str]:
-    """The names that contain one of the words; all, if there are none.
-
-    Errors:
-        UserError: No name contains a word.
-    """
+    """The names that contain one of the words, each of which must fit; all, if there are none."""
     names = list(names)
     for word in words:
         if not any(word in name for name in names):
@@ -198,27 +188,36 @@ def matching(names: Iterable[str], words: list[str]) -> list[str]:
 def chosen(
     entrants: dict[str, Entrant], words: list[str], peers: Path
 ) -> tuple[dict[str, Entrant], list[str]]:
-    """Those whose names match, and the names of those that lack a C++ compiler here.
-
-    Args:
-        entrants: By name.
-        words: Of the names; none for all.
-        peers: The folder of the peers' environments.
-
-    Errors:
-        UserError: No name contains a word, or an environment is not there.
-    """
+    """Those that match, all of them there, and the names of those that lack a C++ compiler."""
     compiles = shutil.which(os.environ.get('CXX', 'g++')) is not None
     names = matching(entrants, words)
     out = [name for name in names if entrants[name].compiler and not compiles]
     found = {name: entrants[name] for name in names if name not in out}
     for entrant in found.values():
-        interpreter(peers, entrant.home)
+        entrant.interpreter(peers)
     return found, out
 
 
-WARM_STEPS = 2  # not timed: another process has had the caches
-TURN_SECONDS = 1.0
+def answers_of(
+    entrants: dict[str, Entrant], made: problem.Problem, peers: Path, count: int
+) -> tuple[dict[str, list[float]], list[str]]:
+    """The first losses of each, one after the other, and their versions."""
+    losses, versions = {}, []
+    with written(made) as path:
+        for name, entrant in entrants.items():
+            with closing(entrant.worker(path, peers, path.with_name('cache'))) as worker:
+                losses[name] = worker.ask(losses=count)['losses']
+                versions.append(worker.version)
+    return losses, list(dict.fromkeys(versions))
+
+
+@contextmanager
+def written(made: problem.Problem) -> Iterator[Path]:
+    """The problem's file, in a folder that takes what is compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'problem.npz'
+        problem.write(made, path)
+        yield path
 
 
 @dataclass(frozen=True)
@@ -239,10 +238,14 @@ class Measured:
     peak: dict[str, float]
     versions: list[str]
 
+    def costs(self, name: str) -> list[str]:
+        """First step and peak, as cells of a table."""
+        return [f'{self.first_step[name]:.1f}', f'{self.peak[name]:,.0f}']
+
 
 def measure(
     entrants: dict[str, Entrant],
-    problem: Path,
+    made: problem.Problem,
     peers: Path,
     *,
     rounds: int,
@@ -255,7 +258,7 @@ def measure(
 
     Args:
         entrants: By name; the first is the one that the others' results are compared with.
-        problem: A file of `benchmarks.problem`; its folder takes what is compiled.
+        made: The problem.
         peers: The folder of the peers' environments.
         rounds: How often each has its turn.
         numbers: How many losses or outputs are compared.
@@ -263,29 +266,29 @@ def measure(
         least: Steps of a turn; more if they take less than `TURN_SECONDS`.
         warm: Steps before each turn.
     """
-    workers = {}
-    try:
-        for name, entrant in entrants.items():
-            # A cache of its own, so that every first step is a cold one.
-            cache = problem.with_name(f'cache{len(workers)}')
-            workers[name] = entrant.worker(problem, peers, cache)
-            print(f'{name}: first step after {workers[name].first_step:.1f} s', file=sys.stderr)
-        answers = {name: worker.ask(losses=numbers)['losses'] for name, worker in workers.items()}
-        checked = check({name: answer for name, answer in answers.items() if answer})
-        counts = {}
-        for name, worker in workers.items():
-            once = worker.ask(run=max(1, warm))['seconds'] / max(1, warm)
-            counts[name] = max(least, round(TURN_SECONDS / once))
-        seconds = {name: [] for name in workers}
-        for number in range(rounds):
-            for name in rotated(workers, number):
+    workers: dict[str, Worker] = {}
+    with written(made) as path:
+        try:
+            for name, entrant in entrants.items():
+                # A cache of its own, so that every first step is a cold one.
+                cache = path.with_name(f'cache{len(workers)}')
+                workers[name] = entrant.worker(path, peers, cache)
+                print(f'{name}: first step after {workers[name].first_step:.1f} s', file=sys.stderr)
+            answers = {n: worker.ask(losses=numbers)['losses'] for n, worker in workers.items()}
+            checked = check({name: answer for name, answer in answers.items() if answer})
+            counts = {}
+            for name, worker in workers.items():
+                once = worker.ask(run=max(1, warm))['seconds'] / max(1, warm)
+                counts[name] = max(least, round(TURN_SECONDS / once))
+
+            def turn(name: str) -> float:
                 if warm:
                     workers[name].ask(run=warm)
-                taken = workers[name].ask(run=counts[name])['seconds']
-                seconds[name].append(taken / counts[name])
-            print(f'round {number + 1} of {rounds}', file=sys.stderr)
-    finally:
-        peak = {name: worker.close() / 1e6 for name, worker in workers.items()}
+                return workers[name].ask(run=counts[name])['seconds'] / counts[name]
+
+            seconds = take_turns(workers, rounds, turn)
+        finally:
+            peak = {name: worker.close() / 1e6 for name, worker in workers.items()}
     return Measured(
         checked,
         seconds,
@@ -295,11 +298,12 @@ def measure(
     )
 
 
-def best(seconds: dict[str, list[float]], among: list[str]) -> str:
-    """The name of the smallest median."""
+def best(seconds: dict[str, list[float]], peers: Iterable[str]) -> str:
+    """The name of the smallest median, among the peers if one takes part."""
+    among = [name for name in seconds if name in set(peers)] or [*seconds]
     return min(among, key=lambda name: np.median(seconds[name]))
 
 
-def ratios(seconds: list[float], reference: list[float]) -> list[float]:
-    """Of two contenders, round by round."""
-    return [a / b for a, b in zip(seconds, reference, strict=True)]
+def ratio(seconds: list[float], reference: list[float]) -> str:
+    """Of two contenders, round by round: a cell of a table."""
+    return results.quartiles([a / b for a, b in zip(seconds, reference, strict=True)], digits=2)

@@ -6,7 +6,6 @@
 every few hundred steps, and is watched from outside, through /proc (Linux).
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -34,13 +33,8 @@ ROWS = 10  # of the table
 
 def main() -> None:
     """Watch a run, and print and keep what was seen."""
-    parser = argparse.ArgumentParser(
-        'python -m benchmarks.endurance',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser('benchmarks.endurance', __doc__)
     parser.add_argument('--steps', type=int, default=100_000, help='updates (100,000)')
-    parser.add_argument('--out', type=Path, help='results file whose section is replaced')
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()

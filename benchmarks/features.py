@@ -9,13 +9,11 @@ turn. First the features of all must agree.
 """
 
 import importlib.util
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks import cli, contest, problem, results, workloads
-from benchmarks.contest import Entrant, chosen, keras_on
+from benchmarks import cli, contest, results, workloads
+from benchmarks.contest import Entrant, keras_on
 from cnn_jax.pretrained.weights import load
 
 # Flax with this project's settings shows what these are worth; nobody has it so.
@@ -37,76 +35,50 @@ PEERS = {
 }
 if importlib.util.find_spec('onnxruntime'):
     PEERS['ONNX Runtime'] = Entrant('benchmarks.onnx_features')
+COLUMNS = (
+    *('contender', 'images/s', f'time {results.OF_BEST}'),
+    *('relative error', 'first batch, s', 'peak MB'),
+)
 TOLERANCE = 1e-4  # float32 sums in another order; half precision is a hundred times further off
 
 
 def main() -> None:
     """Measure."""
     parser = cli.parser('benchmarks.features', __doc__, rounds=5)
-    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--batch', type=int, default=8, help='images computed at once (8)')
     given = parser.parse_args()
-    body = measure(given.rounds, given.peers, cli.words(given.contenders), given.batch)
-    cli.publish('Features of VGG16', body, given.out)
-
-
-def measure(rounds: int, peers: Path, words: list[str], batch: int) -> str:
-    """The table, as Markdown.
-
-    Args:
-        rounds: How often each contender has its turn.
-        peers: The folder of the peers' environments.
-        words: Of the contenders' names; none for all.
-        batch: Images computed at once.
-
-    Errors:
-        contest.Disagreement: The contenders' features differ.
-    """
-    made = workloads.features_problem(batch, load('auto'))
-    entrants, left_out = chosen(OURS | PEERS, words, peers)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'problem.npz'
-        problem.write(made, path)
-        found = contest.measure(
-            entrants,
-            path,
-            peers,
-            rounds=rounds,
-            numbers=batch * 7 * 7 * 512,
-            check=relative_errors,
-            least=1,
-            warm=1,
-        )
-    reference = contest.best(found.seconds, [n for n in entrants if n in PEERS] or [*entrants])
+    entrants, left_out = contest.chosen(OURS | PEERS, given.contenders, given.peers)
+    found = contest.measure(
+        entrants,
+        workloads.features_problem(given.batch, load('auto')),
+        given.peers,
+        rounds=given.rounds,
+        numbers=given.batch * 7 * 7 * 512,
+        check=relative_errors,
+        least=1,
+        warm=1,
+    )
+    reference = contest.best(found.seconds, PEERS)
     rows = [
         [
             name,
-            results.quartiles([batch / each for each in found.seconds[name]], digits=2),
-            results.quartiles(
-                contest.ratios(found.seconds[name], found.seconds[reference]), digits=2
-            ),
+            results.quartiles([given.batch / each for each in seconds], digits=2),
+            contest.ratio(seconds, found.seconds[reference]),
             f'{found.checked[name]:.0e}',
-            f'{found.first_step[name]:.1f}',
-            f'{found.peak[name]:,.0f}',
+            *found.costs(name),
         ]
-        for name in entrants
+        for name, seconds in found.seconds.items()
     ]
-    columns = (
-        'contender',
-        'images/s',
-        f'time {results.OF_BEST}',
-        'relative error',
-        'first batch, s',
-        'peak MB',
-    )
-    return f"""{results.conditions('jaxlib')}, {', '.join(found.versions)}
+    body = f"""{results.conditions('jaxlib')}, {', '.join(found.versions)}
 
-224×224×3, batch {batch}, float32, 13 convolutions with ImageNet's weights.
-Median [quartiles] of {rounds} interleaved rounds. {results.of_best(reference)}
+224×224×3, batch {given.batch}, float32, 13 convolutions with ImageNet's weights.
+Median [quartiles] of {given.rounds} interleaved rounds. {results.of_best(reference)}
 First batch: from the process's start, with nothing compiled before.
 Relative error: ‖f − f₁‖ / ‖f₁‖ of the features, f₁ those of {judge(entrants)}.
 {results.left_out(left_out)}
-{results.table(columns, rows)}
+{results.table(COLUMNS, rows)}
 """
+    cli.publish('Features of VGG16', body, given.out)
 
 
 def judge(names) -> str:

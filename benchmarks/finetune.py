@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks import cli, contest, problem, results, workloads
-from benchmarks.contest import Entrant, interpreter, keras_on, matching, rotated, timed
+from benchmarks import cli, contest, results, workloads
+from benchmarks.contest import Entrant, keras_on, timed
+from benchmarks.problem import Problem
 from cnn_jax.files import cache_folder
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.weights import Pretrained, load
@@ -35,89 +36,57 @@ PEERS = {
     'PyTorch': Entrant('benchmarks.torch_peer:finetune', 'pytorch'),
 }
 GATE_STEPS = 5
+COLUMNS = (
+    *('contender', 'whole process, s', results.OF_BEST),
+    *('an epoch, s', 'peak MB', 'accuracy'),
+)
 COMPUTED = ('features', 'images', 'index', 'compiled')  # of the cache; the rest is downloaded
 
 
 def main() -> None:
     """Measure."""
     given = cli.parser('benchmarks.finetune', __doc__, rounds=2).parse_args()
-    body = measure(given.rounds, given.peers, cli.words(given.contenders))
-    cli.publish('Fine-tuning VGG16', body, given.out)
-
-
-def measure(rounds: int, peers: Path, words: list[str]) -> str:
-    """The table, as Markdown.
-
-    Args:
-        rounds: How often each contender has its turn.
-        peers: The folder of the peers' environments.
-        words: Of the contenders' names; none for all. This project takes part in any case.
-
-    Errors:
-        contest.Disagreement: The contenders' losses differ.
-    """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_photographs(folder / 'photos')
         weights = load('auto')
         np.savez(folder / 'vgg16.npz', **flatten(weights.params))
-        contenders = contenders_of(folder, peers)
-        names = matching(contenders, words)
+        contenders = contenders_of(folder, given.peers)
+        names = contest.matching(contenders, given.contenders)
         names = names if OURS in names else [OURS, *names]  # the warm one reads what it leaves
-        gated = [name for name in PEERS if any(each.startswith(name) for each in names)]
-        for name in gated:
-            interpreter(peers, PEERS[name].home)
-        versions, difference = pass_gate(folder, peers, weights, gated)
-        runs = {name: [] for name in names}
-        for number in range(rounds):
-            for name in rotated(names, number):
-                runs[name].append(contenders[name]())
-                print(f'round {number + 1} of {rounds}: {name}: {runs[name][-1]}', file=sys.stderr)
+        gated = {OURS: Entrant('benchmarks.ours', settings=True)}
+        gated |= {n: PEERS[n] for n in PEERS if any(each.startswith(n) for each in names)}
+        made = gate_problem(folder / 'photos', weights)
+        losses, versions = contest.answers_of(gated, made, given.peers, GATE_STEPS)
+        difference = contest.check(losses)
+        runs = contest.take_turns(names, given.rounds, lambda name: contenders[name]())
     seconds = {name: [run['seconds'] for run in taken] for name, taken in runs.items()}
-    reference = contest.best(seconds, [n for n in names if not n.startswith(OURS)] or names)
-    rows = [
-        [
-            name,
-            results.quartiles(seconds[name]),
-            results.quartiles(contest.ratios(seconds[name], seconds[reference]), 2),
-            f'{np.median([run["epoch"] for run in taken]):.2f}',
-            f'{np.median([run["peak"] for run in taken]):,.0f}',
-            f'{np.median([run["accuracy"] for run in taken]):.2f}',
-        ]
-        for name, taken in runs.items()
-    ]
-    columns = (
-        'contender',
-        'whole process, s',
-        results.OF_BEST,
-        'an epoch, s',
-        'peak MB',
-        'accuracy',
-    )
-    return f"""{results.conditions('jaxlib', 'flax', 'optax')}, {', '.join(versions)}
+    reference = contest.best(seconds, [name for name in names if not name.startswith(OURS)])
+    rows = []
+    for name, taken in runs.items():
+        epoch, peak, accuracy = (
+            np.median([run[key] for run in taken]) for key in ('epoch', 'peak', 'accuracy')
+        )
+        times = results.quartiles(seconds[name]), contest.ratio(seconds[name], seconds[reference])
+        rows.append([name, *times, f'{epoch:.2f}', f'{peak:,.0f}', f'{accuracy:.2f}'])
+    body = f"""{results.conditions('jaxlib', 'flax', 'optax')}, {', '.join(versions)}
 
 100 photographs of 224×224 for training and 50 for validation after each of 10 epochs, batch 32,
-float32. Median [quartiles] of {rounds} interleaved rounds. {results.of_best(reference)}
+float32. Median [quartiles] of {given.rounds} interleaved rounds. {results.of_best(reference)}
 An epoch: the median after the first, validation included.
 The losses of the first {GATE_STEPS} steps without dropout agree within {difference:.0e} of their
 mean.
 
-{results.table(columns, rows)}
+{results.table(COLUMNS, rows)}
 """
+    cli.publish('Fine-tuning VGG16', body, given.out)
 
 
-def pass_gate(
-    folder: Path, peers: Path, weights: Pretrained, names: list[str]
-) -> tuple[list[str], float]:
-    """The versions of all, and how far the losses of the named peers are from this project's.
-
-    Errors:
-        contest.Disagreement: They differ.
-    """
+def gate_problem(photos: Path, weights: Pretrained) -> Problem:
+    """Two batches, both classes in each."""
     config = finetune_vgg16.get_config()
     config.data.batch = 8
-    # Two batches, both classes in each.
-    paths = sorted((folder / 'photos' / 'train').glob('*/*'))[:: 2 * COUNT['train'] // 16][:16]
+    paths = sorted((photos / 'train').glob('*/*'))[:: 2 * COUNT['train'] // 16][:16]
     order = np.arange(16).reshape(8, 2).T
     made = workloads.problem(
         config,
@@ -127,20 +96,8 @@ def pass_gate(
         classes=2,
         known={f'backbone/{path}': value for path, value in flatten(weights.params).items()},
     )
-    # Small logits: Keras clips the probabilities of large ones.
-    made.weights['head/logits/kernel'] *= 1e-3
-    file = folder / 'contenders.npz'
-    problem.write(made, file)
-    entrants = {OURS: Entrant('benchmarks.ours', settings=True)}
-    losses, versions = {}, []
-    for name, entrant in (entrants | {name: PEERS[name] for name in names}).items():
-        worker = entrant.worker(file, peers, folder / 'cache_of_gate')
-        try:
-            losses[name] = worker.ask(losses=GATE_STEPS)['losses']
-            versions.append(worker.version)
-        finally:
-            worker.close()
-    return versions, contest.check(losses)
+    made.weights['head/logits/kernel'] *= 1e-3  # Keras clips the probabilities of large logits
+    return made
 
 
 def make_photographs(folder: Path) -> None:
@@ -185,8 +142,7 @@ def contenders_of(folder: Path, peers: Path) -> dict[str, Callable[[], dict[str,
 
     def of(peer: Entrant, *options: str):
         def run() -> dict[str, float]:
-            python = interpreter(peers, peer.home)
-            script = peer.module.partition(':')[0]
+            python, script = peer.interpreter(peers), peer.module.partition(':')[0]
             arguments = [str(folder / 'photos'), str(folder / 'vgg16.npz'), *options]
             seconds, peak, text = timed([python, '-m', script, *arguments], peer.environment)
             epoch, accuracy = map(float, text.split()[-2:])

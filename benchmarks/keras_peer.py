@@ -16,40 +16,57 @@ import keras
 import numpy as np
 from keras import layers
 
-from benchmarks.problem import Problem, backbone_weights, caffe, kernels, prepared
+from benchmarks.problem import Problem, backbone_weights, kernels, photographs, prepared
 from benchmarks.worker import Contender, forward
 
 
-def network(problem: Problem, *, dropout: bool) -> keras.Model:
-    """The problem's network with the problem's weights."""
-    net = problem.config['model']
-    rate, head_rate = (net['dropout'], net['head_dropout']) if dropout else (0.0, 0.0)
-    penalty = keras.regularizers.L2(problem.config['loss']['l2'])
+def network(net: dict, l2: float, shape: tuple[int, ...], classes: int) -> keras.Model:
+    """The network of `cnn_jax.config.Model`'s fields for images of a shape."""
+    penalty = keras.regularizers.L2(l2) if l2 else None
+
+    def activated(x, kind, name):
+        x = layers.ReLU()(x)
+        if kind == 'none':
+            return x
+        momentum, epsilon = net['norm_momentum'], net['norm_epsilon']
+        return layers.BatchNormalization(momentum=momentum, epsilon=epsilon, name=name)(x)
 
     def conv(x, *window, name):
-        return layers.Conv2D(*window, kernel_regularizer=penalty, name=name)(x)
-
-    def activated(x, name):
-        norm = layers.BatchNormalization(
-            momentum=net['norm_momentum'], epsilon=net['norm_epsilon'], name=name
+        layer = layers.Conv2D(
+            *window, kernel_initializer='he_normal', kernel_regularizer=penalty, name=name
         )
-        return norm(layers.ReLU()(x))
+        return layer(x)
 
-    inputs = x = keras.Input((*problem.images.shape[2:-1], problem.preprocessing['channels']))
+    def dropped(x, rate):
+        return layers.Dropout(rate)(x) if rate else x
+
+    inputs = x = keras.Input(shape)
     if net['stem_width']:
         x = conv(x, net['stem_width'], 7, 2, 'valid', name='stem_conv')
     for i, width in enumerate(net['widths'], start=1):
         for j in (1, 2):
             x = conv(x, width, 3, j, 'same', name=f'block{i}_conv{j}')
-            x = activated(x, f'block{i}_norm{j}')
-        x = layers.Dropout(rate)(x)
+            x = activated(x, net['norm'], f'block{i}_norm{j}')
+        x = dropped(x, net['dropout'])
     (hidden,) = net['hidden']
-    x = activated(layers.Dense(hidden, name='dense1')(layers.Flatten()(x)), 'norm1')
-    x = layers.Dropout(head_rate)(x)
-    model = keras.Model(inputs, layers.Dense(problem.classes, name='logits')(x))
+    x = layers.Dense(hidden, kernel_initializer='he_normal', name='dense1')(layers.Flatten()(x))
+    x = dropped(activated(x, net['head_norm'], 'norm1'), net['head_dropout'])
+    return keras.Model(inputs, layers.Dense(classes, name='logits')(x))
+
+
+def set_kernels(model: keras.Model, problem: Problem) -> None:
+    """Assign the problem's initial weights; the others start at 0 or 1, here, too."""
     for name, kernel in kernels(problem).items():
         model.get_layer(name).kernel.assign(kernel)
-    return model
+
+
+def first_losses(model: keras.Model, batches) -> list[float]:
+    """The losses of an update on each batch."""
+    found = []
+    for batch in batches:
+        model.reset_metrics()  # else they are means over all batches so far
+        found.append(float(np.ravel(model.train_on_batch(*batch))[0]))
+    return found
 
 
 def start(problem: Problem) -> Contender:
@@ -64,7 +81,10 @@ def start(problem: Problem) -> Contender:
     # fit (JAX: jit_compile)         75           65        60
     # fit, steps_per_execution=5     68           39   refused
     def compiled(*, dropout: bool) -> keras.Model:
-        model = network(problem, dropout=dropout)
+        net = problem.config['model'] | ({} if dropout else {'dropout': 0, 'head_dropout': 0})
+        shape = *problem.images.shape[2:-1], problem.preprocessing['channels']
+        model = network(net, problem.config['loss']['l2'], shape, problem.classes)
+        set_kernels(model, problem)
         model.compile(
             keras.optimizers.Adam(optimizer['learning_rate'], epsilon=optimizer['epsilon']),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -75,11 +95,9 @@ def start(problem: Problem) -> Contender:
     model, endless = compiled(dropout=True), itertools.cycle(batches)
 
     def losses(count: int) -> list[float]:
-        model, found = compiled(dropout=False), []
-        for batch in itertools.islice(itertools.cycle(batches), count):
-            model.reset_metrics()  # else they are means over all batches so far
-            found.append(float(model.train_on_batch(*batch)))
-        return found
+        return first_losses(
+            compiled(dropout=False), itertools.islice(itertools.cycle(batches), count)
+        )
 
     def run(count: int) -> None:
         for batch in itertools.islice(endless, count):
@@ -99,15 +117,6 @@ def features(problem: Problem) -> Contender:
     model = backbone(backbone_weights(problem))
     model.compile(jit_compile=keras.config.backend() == 'jax')
     return forward(model.predict_on_batch, list(prepared(problem)), version())
-
-
-def photographs(folder):
-    from PIL import Image
-
-    paths = sorted(Path(folder).glob('*/*'))
-    names = sorted({path.parent.name for path in paths})
-    pixels = np.stack([np.asarray(Image.open(path).convert('RGB')) for path in paths])
-    return pixels.astype(np.float32), np.array([names.index(path.parent.name) for path in paths])
 
 
 def backbone(given):
@@ -145,7 +154,6 @@ def main():
     with np.load(weights) as given:
         base = backbone(given)
     head = new_head(base.output_shape[1:])
-    x, test_x = caffe(x), caffe(test_x)
     if '--cached' in options:
         x, test_x = (base.predict(a, batch_size=32, verbose=0) for a in (x, test_x))
         model = to_finetune(head)
@@ -155,15 +163,8 @@ def main():
     watch = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter())
     )
-    fitted = model.fit(
-        x,
-        y,
-        batch_size=32,
-        epochs=10,
-        validation_data=(test_x, test_y),
-        verbose=0,
-        callbacks=[watch],
-    )
+    options = {'batch_size': 32, 'epochs': 10, 'verbose': 0, 'callbacks': [watch]}
+    fitted = model.fit(x, y, validation_data=(test_x, test_y), **options)
     print(np.median(np.diff(ends)[1:]), fitted.history['val_accuracy'][-1])
 
 
@@ -179,11 +180,7 @@ def finetune(problem: Problem) -> Contender:
                 [problem.weights[f'head/{name}/{part}'] for part in ('kernel', 'bias')]
             )
         model = to_finetune(keras.Sequential([base, head]))
-        found = []
-        for batch in itertools.islice(itertools.cycle(batches), count):
-            model.reset_metrics()  # else they are means over all batches so far
-            found.append(float(model.train_on_batch(*batch)[0]))
-        return found
+        return first_losses(model, itertools.islice(itertools.cycle(batches), count))
 
     return Contender(losses, lambda count: None, version())
 

@@ -36,10 +36,8 @@ def start(problem: Problem) -> Contender:
         ),
     )
     program = make_program(config, spec)
-    init, step = (
-        state_maker(program),
-        jax.jit(functools.partial(train_step, program), donate_argnums=0),
-    )
+    init = state_maker(program)
+    step = jax.jit(functools.partial(train_step, program), donate_argnums=0)
     batches = batches_of(problem)
     values = traced_values(config)
     without_dropout = {**values, 'model.dropout': 0.0, 'model.head_dropout': 0.0}
@@ -69,23 +67,15 @@ def config_of(problem: Problem) -> cfg.Config:
 def batches_of(problem: Problem) -> list[dict[str, jax.Array]]:
     """The problem's batches on the device, as a step takes them."""
     size = problem.images.shape[1]
-    return jax.device_put(
-        [
-            {
-                'image': images,
-                'label': labels,
-                'index': np.arange(size, dtype=np.int32),
-                'mask': np.ones(size, bool),
-            }
-            for images, labels in zip(problem.images, problem.labels)
-        ]
-    )
+    every = {'index': np.arange(size, dtype=np.int32), 'mask': np.ones(size, bool)}
+    pairs = zip(problem.images, problem.labels)
+    return jax.device_put([{'image': images, 'label': labels, **every} for images, labels in pairs])
 
 
 def features(problem: Problem) -> Contender:
     """Uint8 images in, features out, both in NumPy."""
     extractor = Extractor(
-        cfg.from_json(json.dumps(problem.config)),
+        config_of(problem),
         problem.classes,
         preparation(problem.preprocessing),
         problem.preprocessing,

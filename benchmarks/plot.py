@@ -5,11 +5,10 @@
 Reads the tables of the results file, so the figure shows what stands there and nothing else.
 """
 
-import argparse
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import cli, results
 from cnn_jax.errors import UserError
@@ -20,28 +19,18 @@ RATIOS = re.compile(rf'{results.OF_BEST}|of {OURS}')
 LONGEST = 5.0  # multiples; longer bars are cut and say so
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A column of ratios in the results.
+class Workload(NamedTuple):
+    """A column of ratios in the results: of each contender's time to the best peer's."""
 
-    Attributes:
-        title: The section's, and the column's if the section has several.
-        ratios: Of each contender's time to the best peer's; below 1 is faster.
-    """
-
-    title: str
+    title: str  # the section's, and the column's if the section has several
     ratios: dict[str, float]
 
 
 def main() -> None:
     """Draw."""
-    parser = argparse.ArgumentParser(
-        'python -m benchmarks.plot',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser('benchmarks.plot', __doc__)
     parser.add_argument('--results', type=Path, default=Path('benchmarks/RESULTS.md'))
-    parser.add_argument('--out', type=Path, default=Path('docs/speed.png'), help='.png or .svg')
+    parser.set_defaults(out=Path('docs/speed.png'))
     given = parser.parse_args()
     found = list(workloads(given.results.read_text())) if given.results.exists() else []
     if not found:

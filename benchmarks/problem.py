@@ -36,28 +36,16 @@ class Problem:
 
 def write(problem: Problem, path: Path) -> None:
     """Keep a problem as .npz."""
-    facts = {
-        'config': problem.config,
-        'preprocessing': problem.preprocessing,
-        'classes': problem.classes,
-    }
-    arrays: dict[str, Any] = {
-        'facts': json.dumps(facts),
-        'images': problem.images,
-        'labels': problem.labels,
-    }
-    arrays |= {f'weights/{name}': value for name, value in problem.weights.items()}
-    np.savez(path, **arrays)
+    facts = {name: getattr(problem, name) for name in ('config', 'preprocessing', 'classes')}
+    weights: dict[str, Any] = {f'weights/{name}': value for name, value in problem.weights.items()}
+    images = {'images': problem.images, 'labels': problem.labels}
+    np.savez(path, facts=json.dumps(facts), **images, **weights)
 
 
 def read(path: Path) -> Problem:
     """The problem that `write` kept."""
     with np.load(path) as file:
-        weights = {
-            name.removeprefix('weights/'): file[name]
-            for name in file
-            if name.startswith('weights/')
-        }
+        weights = _below(file, 'weights/')
         facts = json.loads(str(file['facts']))
         return Problem(images=file['images'], labels=file['labels'], weights=weights, **facts)
 
@@ -87,8 +75,19 @@ def kernels(problem: Problem) -> dict[str, np.ndarray]:
 
 def backbone_weights(problem: Problem) -> dict[str, np.ndarray]:
     """The initial weights of the frozen convolutions, without that prefix of their paths."""
-    return {
-        path.removeprefix('backbone/'): value
-        for path, value in problem.weights.items()
-        if path.startswith('backbone/')
-    }
+    return _below(problem.weights, 'backbone/')
+
+
+def _below(arrays, prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
+
+
+def photographs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels as VGG16 takes them, and labels, of a folder with one for each class."""
+    from PIL import Image
+
+    paths = sorted(folder.glob('*/*'))
+    names = sorted({path.parent.name for path in paths})
+    pixels = np.stack([np.asarray(Image.open(path).convert('RGB')) for path in paths])
+    labels = np.array([names.index(path.parent.name) for path in paths], np.float32)
+    return caffe(pixels.astype(np.float32)), labels

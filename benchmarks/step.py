@@ -10,13 +10,11 @@ turn. First the losses of all must agree.
 """
 
 import functools
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks import cli, contest, ours, problem, results, workloads
-from benchmarks.contest import Entrant, chosen, keras_on
+from benchmarks import cli, contest, ours, results, workloads
+from benchmarks.contest import Entrant, keras_on
 
 # Flax with this project's settings shows what these are worth; nobody has it so.
 OURS = {
@@ -35,6 +33,7 @@ PEERS = {
 }
 PEAK = 'matrix product'
 YARDSTICK = Entrant('benchmarks.ours:matmul', settings=True)
+COLUMNS = 'contender', 'ms a step', results.OF_BEST, 'of GEMM peak', 'first step, s', 'peak MB'
 GATE_STEPS = 20
 TOLERANCE = 1e-4  # half more of the learning rate is 4e-4 off, a tenth more of L2 6e-3
 
@@ -45,74 +44,42 @@ def main() -> None:
     parser.add_argument('--workload', choices=workloads.STEPS, default='strided96')
     parser.add_argument('--batch', type=int, default=0, help="0: the experiment's own")
     given = parser.parse_args()
-    body = measure(
-        given.workload, given.rounds, given.peers, cli.words(given.contenders), given.batch
+    made = workloads.step_problem(given.workload, given.batch)
+    entrants, left_out = contest.chosen(OURS | PEERS, given.contenders, given.peers)
+    found = contest.measure(
+        entrants | {PEAK: YARDSTICK},
+        made,
+        given.peers,
+        rounds=given.rounds,
+        numbers=GATE_STEPS,
+        check=functools.partial(contest.check, tolerance=TOLERANCE),
     )
-    cli.publish(f'Training step: {given.workload}', body, given.out)
-
-
-def measure(workload: str, rounds: int, peers: Path, words: list[str], batch: int = 0) -> str:
-    """The table of a workload, as Markdown.
-
-    Args:
-        workload: In `workloads.STEPS`.
-        rounds: How often each contender has its turn.
-        peers: The folder of the peers' environments.
-        words: Of the contenders' names; none for all.
-        batch: Examples a step; 0 is the experiment's own number.
-
-    Errors:
-        contest.Disagreement: The contenders' losses differ.
-    """
-    made = workloads.step_problem(workload, batch)
-    entrants, left_out = chosen(OURS | PEERS, words, peers)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'problem.npz'
-        problem.write(made, path)
-        found = contest.measure(
-            entrants | {PEAK: YARDSTICK},
-            path,
-            peers,
-            rounds=rounds,
-            numbers=GATE_STEPS,
-            check=functools.partial(contest.check, tolerance=TOLERANCE),
-        )
     flops = workloads.training_flops(made)
-    peak = ours.FLOPS / min(found.seconds[PEAK])
-    reference = contest.best(found.seconds, [n for n in entrants if n in PEERS] or [*entrants])
+    peak = ours.FLOPS / min(found.seconds.pop(PEAK))
+    reference = contest.best(found.seconds, PEERS)
     rows = [
         [
             name,
-            results.quartiles([1e3 * each for each in found.seconds[name]]),
-            results.quartiles(
-                contest.ratios(found.seconds[name], found.seconds[reference]), digits=2
-            ),
-            f'{flops / np.median(found.seconds[name]) / peak:.0%}',
-            f'{found.first_step[name]:.1f}',
-            f'{found.peak[name]:,.0f}',
+            results.quartiles([1e3 * each for each in seconds]),
+            contest.ratio(seconds, found.seconds[reference]),
+            f'{flops / np.median(seconds) / peak:.0%}',
+            *found.costs(name),
         ]
-        for name in entrants
+        for name, seconds in found.seconds.items()
     ]
-    columns = (
-        'contender',
-        'ms a step',
-        results.OF_BEST,
-        'of GEMM peak',
-        'first step, s',
-        'peak MB',
-    )
     _, size, *shape = made.images.shape
-    return f"""{results.conditions('jaxlib', 'optax')}, {', '.join(found.versions)}
+    body = f"""{results.conditions('jaxlib', 'optax')}, {', '.join(found.versions)}
 
 {'×'.join(map(str, shape))}, batch {size}, float32, Adam; {flops / 1e9:.2f} GFLOP a step.
-Median [quartiles] of {rounds} interleaved rounds. {results.of_best(reference)}
+Median [quartiles] of {given.rounds} interleaved rounds. {results.of_best(reference)}
 GEMM peak: {peak / 1e9:.0f} GFLOP/s, the best of a {ours.SIZE}² float32 product in the same rounds.
 First step: from the process's start, with nothing compiled before.
 The losses of the first {GATE_STEPS} steps without dropout agree within {found.checked:.0e} of their
 mean.
 {results.left_out(left_out)}
-{results.table(columns, rows)}
+{results.table(COLUMNS, rows)}
 """
+    cli.publish(f'Training step: {given.workload}', body, given.out)
 
 
 if __name__ == '__main__':

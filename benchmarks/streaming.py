@@ -5,11 +5,10 @@
 A source of random access computes its 224×224×3 images from their position, so 20 GB of them need
 no disk. Processes of their own read an epoch of 2 GB and one of 20 GB in random order through
 `data.batches.StreamBatches`, for `--seconds` at most, and say how much was read. Three more
-train a net with `train.loop.fit`: on the computed images, and on JPEGs decoded at each step.
+train a net with `cnn_jax.fit`: on the computed images, and on JPEGs decoded at each step.
 """
 
 import argparse
-import functools
 import io
 import itertools
 import json
@@ -17,9 +16,7 @@ import math
 import os
 import sys
 import tempfile
-import threading
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +39,8 @@ TRAINED = {
 
 def main() -> None:
     """Measure, and print and keep what was seen; or be one of the processes that do."""
-    parser = argparse.ArgumentParser(
-        'python -m benchmarks.streaming',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser('benchmarks.streaming', __doc__)
     parser.add_argument('--seconds', type=float, default=60, help='of reading each source (60)')
-    parser.add_argument('--out', type=Path, help='results file whose section is replaced')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -76,7 +68,6 @@ def section(seen: dict[str, dict[str, Any]]) -> str:
             f'{each["speed"]:,.0f}',
             ', '.join(f'{megabytes:,.0f}' for megabytes in each['memory']),
             f'{each["peak"]:,.0f}',
-            f'{each["alive"]:,} of {each["bound"]:,}',
         ]
         for each in reading
     ]
@@ -86,7 +77,6 @@ def section(seen: dict[str, dict[str, Any]]) -> str:
         'images/s',
         'memory at intervals, MB',
         'peak, MB',
-        'most images at once',
     )
     trained = [
         [*text, f'{seen[child]["speed"]:,.0f}', f'{seen[child]["share"]:.0%}']
@@ -99,8 +89,7 @@ Images of 224×224×3 in batches of {BATCH}, in random order; the machine's load
 first image of every batch was compared with its own. Ten times the images take
 {large['peak'] - small['peak']:+,.0f} MB at the peak; of what there is for every image (label, place
 in the epoch, and the draws that are ranked for it: 24 bytes) there are
-{24 * (large['images'] - small['images']) / 1e6:.1f} MB more. The last column is of the host; its
-second number is `StreamBatches.images_at_once`, which holds for any number of images.
+{24 * (large['images'] - small['images']) / 1e6:.1f} MB more.
 
 {results.table(header, rows)}
 
@@ -155,37 +144,8 @@ def _source(count: int, decode: Any, shape: tuple[int, ...]) -> Any:
     )
 
 
-class Alive:
-    """Counts the images of a stream's batches that exist on the host.
-
-    Args:
-        stream: A `StreamBatches`.
-    """
-
-    def __init__(self, stream: Any):
-        self.now = self.most = 0
-        self._lock, self._unread = threading.RLock(), stream._unread
-        stream._unread = self._begin
-
-    def _begin(self, *taken: Any) -> dict[str, np.ndarray]:
-        batch = self._unread(*taken)
-        weakref.finalize(batch['image'], self._count, -len(batch['image']))
-        self._count(len(batch['image']))
-        return batch
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self.now += change
-            self.most = max(self.most, self.now)
-
-
 def read(gigabytes: float, seconds: float) -> dict[str, Any]:
-    """Read an epoch of a computed source, or what of it there is time for.
-
-    Args:
-        gigabytes: Of all images, 10⁹ bytes.
-        seconds: After which to stop.
-    """
+    """Read an epoch of a computed source (10⁹ bytes), or what of it there is time for."""
     from cnn_jax import runtime
 
     runtime.configure()
@@ -194,7 +154,7 @@ def read(gigabytes: float, seconds: float) -> dict[str, Any]:
 
     count = round(gigabytes * 1e9 / math.prod(SHAPE))
     stream = StreamBatches(computed(count), batch=BATCH)
-    alive, times = Alive(stream), np.zeros(count, np.uint8)
+    times = np.zeros(count, np.uint8)
     steps = count // BATCH
     began, memory = time.perf_counter(), []
     took = 0.0
@@ -213,8 +173,6 @@ def read(gigabytes: float, seconds: float) -> dict[str, Any]:
         'read': int(times.sum()),
         'speed': float(times.sum() / took),
         'memory': memory,
-        'alive': alive.most,
-        'bound': stream.images_at_once,
     }
 
 
@@ -225,20 +183,9 @@ def resident() -> float:
 
 
 def train(images: str, net: str) -> dict[str, float]:
-    """Train a net on a source of 20 GB.
-
-    Args:
-        images: How they come to be.
-        net: Of `STEMS`.
-    """
-    from cnn_jax import runtime
-
-    runtime.configure()
-
+    """Train a net of `STEMS` on a source of 20 GB of `computed` images or of `JPEG`s."""
+    import cnn_jax as cj
     from cnn_jax import config as cfg
-    from cnn_jax.data.batches import StreamBatches
-    from cnn_jax.tools import profile
-    from cnn_jax.train import loop, setup
 
     count = round(20e9 / math.prod(SHAPE))
     kernel, stride = STEMS[net]
@@ -246,27 +193,13 @@ def train(images: str, net: str) -> dict[str, float]:
         model=cfg.Model(
             stem_width=4, stem_kernel=kernel, stem_stride=stride, widths=(4,), hidden=(8,)
         ),
-        data=cfg.Data(batch=BATCH),
+        data=cfg.Data(batch=BATCH, stream='always', resize='crop', size=SHAPE[0]),
         train=cfg.Train(epochs=(STEPS + 0.5) * BATCH / count, eval_every=STEPS / 3 * BATCH / count),
     )
     source = {'computed': computed, 'JPEG': photographs}[images]
-    opened = functools.partial(StreamBatches, resize='crop', size=SHAPE[0], batch=BATCH)
-    splits = opened(source(count)), opened(source(2 * BATCH))
-    description = setup.describe(config, *splits)
-    data = setup.Data(*splits, description, None)
-    description['preprocessing'] = {
-        'kind': 'standardize',
-        'mean': [0.5] * 3,
-        'std': [0.29] * 3,
-        'channels': 3,
-    }
-    spec = setup.make_spec(config, description)
-    phases, state = setup.open_phases(config, data, spec)
     with tempfile.TemporaryDirectory() as folder:
-        outcome = loop.train(config, spec, phases, state, Path(folder), live=False)
-    facts = profile.measure(
-        outcome.speeds, [0], config.model.dtype, profile.CompileClock(), stalls=outcome.stalls
-    )
+        cj.fit(config, folder, train=source(count), eval=source(2 * BATCH))
+        facts = json.loads(Path(folder, 'speed.json').read_text())
     return {'speed': facts['images_per_second'], 'share': facts['waiting_share']}
 
 

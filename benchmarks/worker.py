@@ -27,28 +27,17 @@ SETTINGS = ('XLA_FLAGS', 'LD_PRELOAD', 'NPROC', 'JAX_COMPILATION_CACHE_DIR')
 
 @dataclass(frozen=True)
 class Contender:
-    """What a contender does.
+    """What a contender does."""
 
-    Attributes:
-        losses: The numbers that must be the others': the losses of the first steps from the
-            problem's weights, without dropout; where nothing is trained, the first outputs.
-        run: Some more training steps with dropout; returns when they are done.
-        version: Of what it is made of.
-    """
-
+    # The numbers that must be the others': the losses of the first steps from the problem's
+    # weights, without dropout; where nothing is trained, the first outputs.
     losses: Callable[[int], list[float]]
-    run: Callable[[int], None]
-    version: str
+    run: Callable[[int], None]  # some more training steps with dropout; returns when they are done
+    version: str  # of what it is made of
 
 
 def forward(compute: Callable[[Any], Any], batches: list, version: str) -> Contender:
-    """A contender that computes outputs of batches in turn.
-
-    Args:
-        compute: A batch to its outputs as an array, computed when it returns.
-        batches: In the contender's own type.
-        version: Of what it is made of.
-    """
+    """A contender that computes outputs, an array, of batches of its own type in turn."""
     endless = itertools.cycle(batches)
 
     def run(count: int) -> None:
@@ -96,11 +85,7 @@ class Worker:
         self.first_step = time.perf_counter() - began
 
     def ask(self, **request: int) -> dict[str, Any]:
-        """Send a request and wait for its answer.
-
-        Errors:
-            RuntimeError: The process died.
-        """
+        """Send a request and wait for its answer; a `RuntimeError` if the process died."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(request) + '\n')

@@ -32,13 +32,9 @@ STEPS = {
 
 
 def step_problem(name: str, batch: int = 0) -> Problem:
-    """Random images of random classes for one of `STEPS`.
+    """Random images of random classes for one of `STEPS`, by default in the experiment's batches.
 
     Nothing is augmented and the learning rate is constant: the network's step alone is measured.
-
-    Args:
-        name: In `STEPS`.
-        batch: Examples a step; 0 is the experiment's own number.
     """
     make, shape, classes = STEPS[name]
     config = make()
@@ -48,23 +44,17 @@ def step_problem(name: str, batch: int = 0) -> Problem:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (BATCHES, config.data.batch, *shape), np.uint8)
     labels = rng.integers(0, classes, images.shape[:2], np.int32)
-    channels = shape[-1]
-    standardize = {
-        'kind': 'standardize',
-        'mean': [0.5] * channels,
-        'std': [0.29] * channels,
-        'channels': channels,
-    }
-    return problem(config, standardize, images, labels, classes)
+    return problem(config, standardize(shape[-1]), images, labels, classes)
+
+
+def standardize(channels: int) -> dict:
+    """The preprocessing of random images."""
+    facts = {'mean': [0.5] * channels, 'std': [0.29] * channels, 'channels': channels}
+    return {'kind': 'standardize', **facts}
 
 
 def features_problem(batch: int, weights: Pretrained) -> Problem:
-    """Two batches of crops of photographs for the frozen convolutions of VGG16.
-
-    Args:
-        batch: Images each.
-        weights: The convolutions'.
-    """
+    """Two batches of crops of photographs for the frozen convolutions of VGG16."""
     draw = np.random.default_rng(0)
     images = np.stack([each for name in PHOTOGRAPHS for each in crops(name, batch, draw)])
     return Problem(
@@ -78,18 +68,11 @@ def features_problem(batch: int, weights: Pretrained) -> Problem:
 
 
 def crops(name: str, count: int, draw: np.random.Generator) -> Iterator[np.ndarray]:
-    """Random parts, uint8 [224, 224, 3], of one of scikit-learn's photographs.
-
-    Errors:
-        UserError: scikit-learn is not installed.
-    """
+    """Random parts, uint8 [224, 224, 3], of one of scikit-learn's photographs."""
     try:
         from sklearn.datasets import load_sample_image
     except ImportError as error:
-        raise UserError(
-            'the photographs are those of scikit-learn; run `pip install scikit-learn`'
-        ) from error
-
+        raise UserError('scikit-learn has the photographs: `pip install scikit-learn`') from error
     whole = load_sample_image(f'{name}.jpg')
     for _ in range(count):
         top, left = (draw.integers(0, n - SIZE) for n in whole.shape[:2])

@@ -596,18 +596,28 @@ def phase_ends(config: Config, examples: int) -> tuple[int, ...]:
     return tuple(max(1, int(min(e * per_epoch, 2**53) + 1e-9)) for e in epochs)
 
 
-def short_average(config: Config, steps: int) -> str:
-    """The sentence that an exponential average of the weights has seen too few steps, or ''.
+def averaging_notes(config: Config, steps: int) -> list[str]:
+    """The sentences on what an average of the weights over so many steps is not.
 
-    After T steps with decay d, a share of d^T of the average is still the initial weights.
+    After T steps with decay d, a share of d^T of the average is still the initial weights. Batch
+    norm's running averages are those of the weights that were trained.
     """
+    notes = []
+    if config.train.ema or config.train.swa_from:
+        norms = {config.model.norm, config.model.head_norm} & {*BATCH_NORMS}
+        if norms and config.model.name != OWN and not config.train.precise_norm:
+            notes.append(
+                'the averaged weights are evaluated with the batch statistics of the others; '
+                'config.train.precise_norm=10 takes their own'
+            )
     share, enough = config.train.ema**steps, 0.1 ** (1 / steps)
     if not config.train.ema or share <= 0.1:
-        return ''
-    return (
+        return notes
+    start = (
         f'with config.train.ema={config.train.ema:g}, {share:.0%} of the averaged weights that are '
         f'evaluated after {steps:,} steps are the initial ones; {enough - 5e-7:.6f} leaves 10%'
     )
+    return [*notes, start]
 
 
 def without_length(config: Config) -> Config:
@@ -779,6 +789,11 @@ def _check_model(config: Config) -> None:
                 f'config.{path} is {value}, but only {reader} has it, so it would change '
                 f'nothing; leave it at {f.default}'
             )
+    if model.weight_standardization and model.norm == 'none':
+        raise UserError(
+            'config.model.weight_standardization without a norm would multiply activations tenfold '
+            'a layer; set config.model.norm, to group say'
+        )
     if model.residual and model.padding == 'VALID':
         raise UserError(
             'config.model.residual needs convolutions that keep the size of their input, and '

@@ -7,9 +7,12 @@ to test on. Every arm's learning rate is tuned.
 """
 
 from cnn_jax.ablation import log
-from cnn_jax.config import Config, Data, Loss, Model, Optimizer, Train
+from cnn_jax.config import Config, Data, Model, Optimizer, Train
 
 TUNE = {'optimizer.learning_rate': log(3e-4, 3e-2)}
+# Of Keras's 0.99, 13% of the running averages' initial values would be left after the 200 steps.
+MOMENTUM = {'model.norm_momentum': 0.9}
+BATCH_NORM = {'model.norm': 'batch', 'model.head_norm': 'batch'} | MOMENTUM
 
 
 def get_config() -> Config:
@@ -19,9 +22,6 @@ def get_config() -> Config:
             widths=(16, 32),
             hidden=(128,),
             norm='none',
-            # For the arms with batch norm: of Keras's 0.99, 13% of the running averages' initial
-            # values would be left after the 200 steps.
-            norm_momentum=0.9,
             head_norm='none',
             dropout=0.0,
             head_dropout=0.0,
@@ -35,7 +35,6 @@ def get_config() -> Config:
             batch=50,
             eval_batch=500,
         ),
-        loss=Loss(l1_on=('*/kernel',), l2_on=('*/kernel',)),
         optimizer=Optimizer(learning_rate=3e-3, schedule='cosine'),
         train=Train(epochs=20),
     )

@@ -3,10 +3,9 @@
 python -m launch.ablate --config=experiments/batchnorm_placement.py --workdir=runs/placement
 """
 
+from experiments.baseline import BATCH_NORM
 from experiments.baseline import TUNE as TUNE
 from experiments.baseline import get_config as get_config
-
-BATCH_NORM = {'model.norm': 'batch', 'model.head_norm': 'batch'}
 
 ARMS = {
     'after': BATCH_NORM | {'model.norm_position': 'after'},

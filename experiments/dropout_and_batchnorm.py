@@ -6,10 +6,11 @@ A grid of both: the effect of each over the levels of the other, and their inter
   python -m launch.ablate --config=experiments/dropout_and_batchnorm.py --workdir=runs/grid
 """
 
+from experiments.baseline import BATCH_NORM
 from experiments.baseline import TUNE as TUNE
 from experiments.baseline import get_config as get_config
 
 FACTORS = {
     'dropout': {'no dropout': {}, 'dropout': {'model.dropout': 0.25, 'model.head_dropout': 0.5}},
-    'norm': {'no norm': {}, 'batch norm': {'model.norm': 'batch', 'model.head_norm': 'batch'}},
+    'norm': {'no norm': {}, 'batch norm': BATCH_NORM},
 }

@@ -21,4 +21,5 @@ ARMS = {
 def get_config() -> Config:
     config = baseline.get_config()
     config.optimizer.name = 'adamw'
+    config.loss.l2_on = ('*/kernel',)
     return config

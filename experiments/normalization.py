@@ -6,6 +6,7 @@ the head is left without.
   python -m launch.ablate --config=experiments/normalization.py --workdir=runs/normalization
 """
 
+from experiments.baseline import MOMENTUM
 from experiments.baseline import TUNE as TUNE
 from experiments.baseline import get_config as get_config
 
@@ -13,9 +14,9 @@ GROUP = {'model.norm': 'group', 'model.norm_groups': 8}
 
 ARMS = {
     'none': {},
-    'batch': {'model.norm': 'batch'},
-    'ghost batch of 10': {'model.norm': 'ghost', 'model.ghost_batch': 10},
-    'batch renormalization': {'model.norm': 'renorm'},
+    'batch': MOMENTUM | {'model.norm': 'batch'},
+    'ghost batch of 10': MOMENTUM | {'model.norm': 'ghost', 'model.ghost_batch': 10},
+    'batch renormalization': MOMENTUM | {'model.norm': 'renorm'},
     'group': GROUP,
     'layer': {'model.norm': 'layer'},
     'instance': {'model.norm': 'instance'},

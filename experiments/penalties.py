@@ -7,8 +7,9 @@ a strength that is tuned. Adam.
 """
 
 from cnn_jax.ablation import log
+from cnn_jax.config import Config
+from experiments import l2_vs_weight_decay
 from experiments.baseline import TUNE as TUNE
-from experiments.l2_vs_weight_decay import get_config as get_config
 
 L1 = {'loss.l1': log(1e-6, 1e-3)}
 L2 = {'loss.l2': log(1e-5, 1e-1)}
@@ -22,3 +23,9 @@ ARMS = {
     'orthogonality': {'loss.orthogonality': log(1e-4, 1.0)},
     'max-norm': {'optimizer.max_norm': log(0.3, 2.0)},
 }
+
+
+def get_config() -> Config:
+    config = l2_vs_weight_decay.get_config()
+    config.loss.l1_on = ('*/kernel',)
+    return config

@@ -8,13 +8,14 @@ L2 are tuned.
 """
 
 from cnn_jax.ablation import log
+from cnn_jax.config import Config
+from experiments import baseline
+from experiments.baseline import BATCH_NORM
 from experiments.baseline import TUNE as TUNE
-from experiments.baseline import get_config as get_config
 
 TRIALS = 6
 
 DROPOUT = {'model.dropout': 0.25, 'model.head_dropout': 0.5}
-BATCH_NORM = {'model.norm': 'batch', 'model.head_norm': 'batch'}
 L2 = {'loss.l2': log(1e-5, 1e-2)}
 
 ARMS = {
@@ -24,3 +25,9 @@ ARMS = {
     'L2': L2,
     'all': DROPOUT | BATCH_NORM | L2,
 }
+
+
+def get_config() -> Config:
+    config = baseline.get_config()
+    config.loss.l2_on = ('*/kernel',)
+    return config

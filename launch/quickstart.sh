@@ -8,17 +8,14 @@ OUT="${OUT:-runs/quickstart}"
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-say "1. What does each regularizer buy? A small net on 500 digits, 5 arms, 5 seeds"
+say "1. What does each regularizer buy? A small net on 500 digits: 5 arms, tuned, 10 replicates"
 python -m launch.ablate --config=experiments/regularization.py --workdir="$OUT/regularization"
 
-say "2. Frozen VGG16 on 200 digits 4 and 9: ImageNet's convolutions against random ones"
-for weights in imagenet random; do
-  python -m launch.train --config=experiments/finetune_digits.py \
-    --config.model.weights="$weights" --workdir="$OUT/$weights"
-  python -m launch.evaluate --workdir="$OUT/$weights" > /dev/null
-done
+say "2. What is pretraining worth? Frozen VGG16 on 200 digits 4 and 9, random or ImageNet's"
+python -m launch.ablate --config=experiments/finetune_digits.py --workdir="$OUT/pretraining"
 
 say "3. Is it a 4 or a 9?"
+python -m launch.train --config=experiments/finetune_digits.py --workdir="$OUT/imagenet"
 python -m launch.sample --source=mnist_5k --classes=4,9 --count=6 --out="$OUT/images"
 python -m launch.predict --workdir="$OUT/imagenet" "$OUT"/images/*.png
 
@@ -27,15 +24,17 @@ python - "$OUT" <<'END'
 import json, pathlib, sys
 
 out = pathlib.Path(sys.argv[1])
-ablation = json.loads((out / 'regularization' / 'summary.json').read_text())
-for name, arm in ablation['arms'].items():
-    verdict = arm['verdict']['kind'] if arm['verdict'] else 'the baseline'
-    print(f"  small net, {name:<32} test accuracy {arm['eval']['accuracy']['mean']:.1%}  {verdict}")
-for name in 'imagenet', 'random':
-    accuracy = json.loads((out / name / 'evaluation.json').read_text())['accuracy']
-    print(f'  VGG16 head, 4 or 9, {name:<23} test accuracy {accuracy:.1%}')
+for study in 'regularization', 'pretraining':
+    summary = json.loads((out / study / 'summary.json').read_text())
+    print(f'  {study}')
+    for name, arm in summary['arms'].items():
+        accuracy, loss = (arm['test'][measure]['mean'] for measure in ('accuracy', 'loss'))
+        verdict = arm['verdict']['kind'] if arm['verdict'] else 'the baseline'
+        print(f'    {name:<14} test accuracy {accuracy:.1%}, loss {loss:.3f} nats  {verdict}')
+    pixels = summary['floor']['accuracy']['mean']
+    print(f'    {"SVM on pixels":<14} test accuracy {pixels:.1%}')
 print(f"""
   {out}/regularization/report.html   open it in a browser: verdicts, figures, how to reproduce
-  {out}/imagenet/curves.png          learning curves of the fine-tuning
-  {out}/imagenet/metrics.jsonl       the numbers behind them""")
+  {out}/pretraining/report.html      the same of VGG16
+  {out}/imagenet/curves.png          learning curves of the fine-tuning""")
 END

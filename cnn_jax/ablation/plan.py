@@ -21,7 +21,7 @@ TRAINING = ('ablation/training.py', 'ablation/floor.py')  # what decides a resul
 MOST_SEEDS = 10_000
 SEEDS = 10
 LOOKS = (5, 10, 20, 30)
-TRIALS = 12
+TRIALS = 8
 TUNING_REPLICATES = 2
 
 
@@ -425,9 +425,9 @@ def budget(config: cfg.Config, examples: int) -> str:
     """The training budget of an arm on so many images, in words."""
     epochs = config.train.epochs + config.unfreeze.epochs
     steps = cfg.phase_ends(config, examples)[-1]
-    short = cfg.short_average(config, steps)
+    notes = cfg.averaging_notes(config, steps)
     text = f'{epochs:g} epochs of {examples:,} images = {steps:,} steps of {config.data.batch}'
-    return f'{text}; note: {short}' if short else text
+    return '; note: '.join([text, *notes])
 
 
 def code_digest() -> str:

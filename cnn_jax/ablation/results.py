@@ -181,10 +181,10 @@ class Store:
             results = [self.result(run) for run in runs]
             if not all(results):
                 return None
-            values = [value_of(each, 'validation', 'loss') for each in results if each]
-            losses.append(float(np.mean(values)) if all(map(_is_number, values)) else None)
-        known = [math.inf if loss is None else loss for loss in losses]
-        best = int(np.argmin(known))
+            found = [value_of(each, 'validation', 'loss') for each in results if each]
+            known = [each for each in found if each is not None]
+            losses.append(float(np.mean(known)) if len(known) == len(found) else None)
+        best = int(np.argmin([math.inf if loss is None else loss for loss in losses]))
         at_edge = [
             path
             for path, value in points[best].items()

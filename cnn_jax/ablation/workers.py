@@ -238,8 +238,11 @@ def _notes(folder: Path, plan: Plan, data: Any, components: Components) -> list[
         for phrase in (*cfg.unread(config, channels), *components.unread(config)):
             silent.setdefault(phrase, []).append(arm)
     for phrase, arms in silent.items():
-        where = 'in every arm' if len(arms) == len(plan.configs) else f'in {", ".join(arms)}'
-        notes.append(f'note: without effect {where}: {phrase}')
+        where = 'every arm'
+        if len(arms) < len(plan.configs):  # what they share is for the others
+            where = ', '.join(a for a in arms if any(p in phrase for p in plan.changes[a]))
+        if where:
+            notes.append(f'note: without effect in {where}: {phrase}')
     return notes
 
 

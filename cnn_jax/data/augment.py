@@ -3,8 +3,8 @@
 The key of an example depends on its index in the source, not on its position in a batch: an image
 is changed in the same way whatever the batch size, the process or the device.
 
-Functions that take an `Augment` take a bound one: a field that is off is the number 0 and is not
-compiled in; one that is on may be traced, and then 0 changes no bit (`cnn_jax.config.is_on`).
+An `Augment` is a bound one: a field that is off is the number 0 and is not compiled in; one that is
+on may be traced, and then 0 changes no bit (`cnn_jax.config.is_on`).
 """
 
 from collections.abc import Callable
@@ -46,9 +46,8 @@ def augment_and_normalize(
 
     Args:
         augment: The bound settings.
-        key: The key of the seed and the step, without anything of the batch.
-        images: The source's images.
-        index: The examples' positions in the source.
+        key: The key of the seed and the step.
+        images, index: The examples, and their positions in the source.
         normalize: The function from uint8 images to the network's floats.
     """
     images = augment_uint8(augment, key, images, index)
@@ -98,15 +97,11 @@ def augment_plane(
       borders, becomes `fill` (DeVries & Taylor 2017, Improved regularization of CNNs with cutout).
     - erasing: see `erase`.
 
-    Args:
-        augment, key, index: As in `augment_and_normalize`.
-        images: uint8 or float; normalized ones for the published zero padding.
-        fill: The channel means in the images' units; 0 for normalized images.
+    Other arguments than `fill`, the channel means in the images' units: `augment_and_normalize`.
     """
     fill = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (1, 1, images.shape[-1]))
 
     def one(image, index):
-        # Each change has bits of its own, so none depends on whether the others are on.
         bits = jax.random.bits(jax.random.fold_in(key, index), (5,))
         if augment.flip:
             image = jnp.where(bits[0] % 2 == 1, image[:, ::-1], image)
@@ -163,9 +158,8 @@ def erase(
     log a ~ U(log erase_aspect, −log erase_aspect), its position uniform over where it fits
 
     Deviations: the paper draws again until the rectangle fits, here a is drawn from where it
-    does; a is log-uniform as in torchvision, so that tall and wide are equally likely; the
-    paper's variant RE-M (the mean), for random pixels have no right scale in all
-    preprocessings.
+    does; a is log-uniform as in torchvision, so that tall and wide are equally likely. Of the
+    paper's variants this is RE-M.
 
     Source: Zhong et al. 2020, "Random erasing data augmentation".
     """
@@ -212,11 +206,8 @@ def mix(
 
     λ ~ Beta(α, α) for mixup; for CutMix it is what is left after a rectangle of about 1 − λ of
     the pixels. With α = 0 nothing changes, not a bit, and λ is 1. Where both are on, a coin
-    decides for each example.
-
-    λ is drawn for each example, as the equations of both papers have it; their code draws one
-    for a batch, which has the same mean and more noise. It follows from the example's index; the
-    partner follows from the batch's examples, not from their order.
+    decides for each example. λ is drawn for each example, as the equations of both papers have
+    it; their code draws one for a batch. The partner does not depend on the batch's order.
 
     Args:
         augment: The bound settings; `mixup` and `cutmix` are α.
@@ -248,10 +239,7 @@ def mix(
 
 
 def partners(keys: Key[Array, ' b']) -> Int32[Array, ' b']:
-    """Another example for each: the next in a random cycle through the whole batch.
-
-    A permutation without fixed points, from two examples on.
-    """
+    """Another example for each: the next in a random cycle through the whole batch."""
     bits = jax.vmap(jax.random.bits)(keys)
     order = jnp.argsort(bits)
     return jnp.zeros_like(order).at[order].set(jnp.roll(order, -1))
@@ -292,10 +280,7 @@ def cutmix(
     """Replace a rectangle of each image by the other's pixels.
 
     Its sides are ⌊h·√(1 − λ)⌋ and ⌊w·√(1 − λ)⌋, its centre uniform over the image, and it is cut
-    off at the borders.
-
-    Returns:
-        The images, and the exact fraction of pixels that each keeps, in place of λ.
+    off at the borders. Also returned is the exact fraction of pixels that each keeps.
     """
     _, height, width, _ = images.shape
 

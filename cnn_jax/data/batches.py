@@ -1,9 +1,8 @@
 """Batches on the device, from arrays that live there or streamed from a source.
 
 The order is a pure function of (seed, step), so nothing has to be saved. Training reads the
-endless concatenation of the epochs' permutations, `batch` examples a step: no batch is partial,
-each example comes once an epoch, and the position in the data *is* the step. Evaluation reads
-the examples in order and pads the last batch.
+endless concatenation of the epochs' permutations, `batch` examples a step; no batch is partial.
+Evaluation reads the examples in order and pads the last batch.
 
 Both providers yield the same batches in the same order:
 `{'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B], 'mask': bool [B]}`, where
@@ -12,15 +11,11 @@ Both providers yield the same batches in the same order:
 
 import contextlib
 import copy
-import dataclasses
 import functools
-import itertools
 import math
 import os
 import sys
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -30,7 +25,7 @@ from jaxtyping import Array, Bool, Float64, Int32, UInt8
 
 from cnn_jax import config
 from cnn_jax.data.decode import RULE, image_shape, parallel_map, resize_image
-from cnn_jax.data.source import Skipped, Source, digest
+from cnn_jax.data.source import Source, digest
 from cnn_jax.data.sources import open_split
 from cnn_jax.data.splits import subset
 from cnn_jax.errors import UserError
@@ -105,53 +100,40 @@ def local_size(batch: int, process_count: int) -> int:
     return batch // process_count
 
 
-@dataclass(frozen=True, eq=False)
-class Arrays:
-    """A decoded set, with the fingerprint of its source: of the content before any resizing."""
-
-    images: UInt8[np.ndarray, 'n h w c']
-    labels: Int32[np.ndarray, ' n']
-    class_names: tuple[str, ...]
-    fingerprint: str
-    skipped: Skipped = ()
-    notes: tuple[str, ...] = ()
-
-
-def load(source: Source, resize: str = 'none', size: int = 0, channels: int = 0) -> Arrays:
+def load(
+    source: Source, resize: str = 'none', size: int = 0, channels: int = 0
+) -> UInt8[np.ndarray, 'n h w c']:
     """Decode and resize every image of `source`, on all cores.
 
-    Sources that decode are decoded once: the pixels are kept in the user's cache folder, keyed
-    by content, `resize`, `size`, `channels`, the rule of decoding and Pillow's version, and
-    mapped from there. Damaged files there are made again.
+    Sources that decode are decoded once: the pixels are kept in the user's cache folder, by the
+    content, the other arguments, the rule of decoding and Pillow's version, and mapped from there.
+    Damaged files there are made again.
     """
     import PIL
 
-    height, width, channels = image_shape(source, resize, size, channels)
-    shape = (len(source), height, width, channels)
+    shape = (len(source), *image_shape(source, resize, size, channels))
 
     def fill(images: np.ndarray) -> None:
         def one(i: int) -> None:
-            images[i] = resize_image(source.read(i), resize, size, channels)
+            images[i] = resize_image(source.read(i), resize, size, shape[-1])
 
         parallel_map(one, len(source), 'Decoding images')
 
     if source.encoded:
         key = digest(source.fingerprint, resize, str(shape), f'{RULE}', PIL.__version__)
-        images = cached_array(cache_folder() / 'images' / f'{key}.npy', shape, fill)
-    else:
-        images = np.empty(shape, np.uint8)
-        fill(images)
-    facts = source.class_names, source.fingerprint, source.skipped, source.notes
-    return Arrays(images, source.labels, *facts)
+        return cached_array(cache_folder() / 'images' / f'{key}.npy', shape, fill)
+    images = np.empty(shape, np.uint8)
+    fill(images)
+    return images
 
 
 def statistics(batches: Any) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
     """Mean and standard deviation of each channel, of pixels in [0, 1].
 
     Computed from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
-    224×224×3), else from the first that do, in a fixed shuffled order: the same numbers whether
-    the set streams or not, whatever the seed, the batch or the machine. Sums of integers are
-    exact. A channel that hardly varies has a standard deviation of one grey level, 1/255.
+    224×224×3), else from the first that do, in a fixed shuffled order, whether the set streams or
+    not. Sums of integers are exact. A channel that hardly varies has a standard deviation of one
+    grey level, 1/255.
     """
     height, width, channels = batches.image_shape
     count = min(batches.n, max(1, SAMPLE_BYTES // (height * width * channels)))
@@ -181,17 +163,15 @@ def open_batches(
 
     Args:
         data: Sets larger than `memory_gb` (10⁹ bytes, decoded) stream, unless `stream` decides.
-        which: train or eval.
-        source: The examples of this split, as `as_source` accepts them, instead of `data.source`;
-            the slice and the classes that `data` names are selected from them.
+        which, source: As in `open_split`.
         seed: The seed of the training order.
         process_index, process_count: The contiguous part of every batch that this process reads.
         sharding: The layout of batches that are global arrays; without it, a batch is the
             process's own part, on the default device.
 
     Errors:
-        UserError: The training batch is larger than the data, `process_count` does not divide
-            it, or `open_split` refuses the data.
+        UserError: A batch is larger than the data or the machine's memory, or `process_count`
+            does not divide it.
     """
     source = open_split(data, which, source)
     batch = data.batch if which == 'train' else data.eval_batch or data.batch
@@ -208,17 +188,17 @@ def open_batches(
             f'{batch} images of {"×".join(map(str, shape))} take {needed / 1e9:,.0f} GB, and this '
             f'machine has {has / 1e9:,.0f}; lower config.data.size or config.data.batch'
         )
-    options = {
-        'batch': batch,
-        'seed': seed,
-        'process_index': process_index,
-        'process_count': process_count,
-        'sharding': sharding,
-    }
     fits = len(source) * math.prod(shape) <= data.memory_gb * 1e9
-    if data.stream == 'never' or (data.stream == 'auto' and fits):
-        return DeviceBatches(load(source, *size), **options)
-    return StreamBatches(source, *size, **options)
+    on_device = data.stream == 'never' or (data.stream == 'auto' and fits)
+    return (DeviceBatches if on_device else StreamBatches)(
+        source,
+        *size,
+        batch=batch,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+        sharding=sharding,
+    )
 
 
 def chosen(batches: Any, rows: np.ndarray) -> Any:
@@ -229,26 +209,26 @@ def chosen(batches: Any, rows: np.ndarray) -> Any:
 
 
 def with_order(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: int = 0) -> Any:
-    """The same images in batches of another size and in the order of another seed.
-
-    The images are shared with `batches`, on the device, too.
-    """
+    """The same images, shared, in batches of another size and in the order of another seed."""
     other = copy.copy(batches)
     other._batch, other._seed = batch, seed
     return other
 
 
 class Batches:
-    """The facts and options that both providers have in common.
+    """The facts and options that all providers have in common.
 
-    Other arguments than the source and the shape of its images are those of `open_batches`.
+    Args:
+        data: What has the labels and facts of a `Source`.
+        image_shape: Height, width and channels.
+        batch, seed, process_index, process_count, sharding: As in `open_batches`.
     """
 
     streams: bool  # whether the next batch may have to be waited for
 
     def __init__(
         self,
-        data: Source | Arrays,
+        data: Any,
         image_shape: tuple[int, ...],
         *,
         batch: int,
@@ -258,115 +238,16 @@ class Batches:
         sharding: NamedSharding | None = None,
     ):
         local_size(batch, process_count)  # refuses a batch that cannot be divided
-        self.n = len(data.labels)
-        self.labels = data.labels
+        self._take(data)
         self.class_names = data.class_names
         self.image_shape = image_shape
-        self.fingerprint = data.fingerprint
         self.skipped, self.notes = data.skipped, data.notes
         self._batch, self._seed, self._process = batch, seed, (process_index, process_count)
         self._sharding = sharding
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        index, count = self._process
-        return {
-            'batch': self._batch,
-            'seed': self._seed,
-            'process_index': index,
-            'process_count': count,
-            'sharding': self._sharding,
-        }
-
-    def _train_indices(self, step: int) -> Indices:
-        index = train_indices(self.n, self._batch, self._seed, step, *self._process)
-        return index, np.ones(len(index), bool)
-
-    def _eval_indices(self) -> Iterator[Indices]:
-        return eval_batches(self.n, self._batch, *self._process)
-
-
-class DeviceBatches(Batches):
-    """Batches gathered from arrays that were put on the device once: only indices cross.
-
-    With `sharding`, every device holds all images and gathers its own part of a batch.
-    """
-
-    streams = False
-
-    def __init__(self, arrays: Arrays, **options: Any):
-        super().__init__(arrays, arrays.images.shape[1:], **options)
-        self._arrays = arrays
-        sharding, gather, everywhere = self._sharding, _gather, None
-        if sharding:
-            gather = _gather_on_each_device(sharding)
-            everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        self._images, self._labels = put((arrays.images, arrays.labels), everywhere)
-        self._gather = jax.jit(gather)
-
-    def at(self, rows: np.ndarray) -> 'DeviceBatches':
-        """The batches of the examples at `rows`."""
-        whole = self._arrays
-        part = dataclasses.replace(
-            whole,
-            images=whole.images[rows],
-            labels=whole.labels[rows],
-            fingerprint=digest(whole.fingerprint, rows.astype('<i8').tobytes()),
-        )
-        return DeviceBatches(part, **self._options)
-
-    def train(self, start_step: int = 0) -> Iterator[Batch]:
-        """The endless training batches from step `start_step` on."""
-        return self._batches(map(self._train_indices, itertools.count(start_step)))
-
-    def evaluate(self) -> Iterator[Batch]:
-        """Each example once, the last batch padded."""
-        return self._batches(self._eval_indices())
-
-    def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
-        """The images at the given positions, on the host."""
-        return self._arrays.images[index]
-
-    def _batches(self, indices: Iterable[Indices]) -> Iterator[Batch]:
-        for index_and_mask in indices:
-            if self._sharding:  # else the jitted call takes them over, in a tenth of the time
-                index_and_mask = put(index_and_mask, self._sharding)
-            yield self._gather(self._images, self._labels, *index_and_mask)
-
-
-class StreamBatches(Batches):
-    """Batches read, decoded and resized by Grain's threads, ahead of the step that needs them.
-
-    The threads share the work in parts of `PART` images, written to where the batch is put
-    together. So a first batch takes all cores, and what is alive at once depends on the batch
-    and the cores, not on the source (see `images_at_once`).
-    """
-
-    streams = True
-
-    def __init__(
-        self, source: Source, resize: str = 'none', size: int = 0, channels: int = 0, **options: Any
-    ):
-        super().__init__(source, image_shape(source, resize, size, channels), **options)
-        self._source, self._resizing = source, (resize, size, channels)
-        self._read_image = lambda i: resize_image(
-            source.read(int(i)), resize, size, self.image_shape[-1]
-        )
-
-    def at(self, rows: np.ndarray) -> 'StreamBatches':
-        """The batches of the examples at `rows`."""
-        part = subset(self._source, rows, self._source.name)
-        return StreamBatches(part, *self._resizing, **self._options)
-
-    @property
-    def images_at_once(self) -> int:
-        """The largest number of this process's images, on the host and its devices, at any time.
-
-        They belong to the batches that threads fill or have ready, to one on its way to the device
-        and to one in use.
-        """
-        local, parts, ahead = self._plan()
-        return (-(-ahead // parts) + 1 + 2) * local
+    def _take(self, data: Any) -> None:
+        """Serve the examples of `data`."""
+        self.n, self.labels, self.fingerprint = len(data.labels), data.labels, data.fingerprint
 
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training batches from step `start_step` on."""
@@ -377,23 +258,99 @@ class StreamBatches(Batches):
         indices = list(self._eval_indices())
         return self._batches(indices.__getitem__, len(indices))
 
+    def _batches(self, indices: Callable[[int], Indices], count: int) -> Iterator[Batch]:
+        """The batches of `indices(0)`, …, `indices(count − 1)`."""
+        raise NotImplementedError
+
+    def _train_indices(self, step: int) -> Indices:
+        index = train_indices(self.n, self._batch, self._seed, step, *self._process)
+        return index, np.ones(len(index), bool)
+
+    def _eval_indices(self) -> Iterator[Indices]:
+        return eval_batches(self.n, self._batch, *self._process)
+
+
+class DeviceBatches(Batches):
+    """Batches gathered from images that were put on the device once: only indices cross.
+
+    With `sharding`, every device holds all images and gathers its own part of a batch.
+    """
+
+    streams = False
+
+    def __init__(
+        self, source: Source, resize: str = 'none', size: int = 0, channels: int = 0, **options: Any
+    ):
+        self._source, self._on_host = source, load(source, resize, size, channels)
+        super().__init__(source, self._on_host.shape[1:], **options)
+        sharding, gather = self._sharding, _gather
+        if sharding:  # every device for itself: all images, its part of the indices
+            whole, part = PartitionSpec(), sharding.spec
+            in_specs = (whole, whole, part, part)
+            gather = jax.shard_map(_gather, mesh=sharding.mesh, in_specs=in_specs, out_specs=part)
+        self._gather = jax.jit(gather)
+        self._put()
+
+    def _put(self) -> None:
+        mesh = self._sharding and self._sharding.mesh
+        everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
+        self._images, self._labels = put((self._on_host, self.labels), everywhere)
+
+    def at(self, rows: np.ndarray) -> 'DeviceBatches':
+        """The batches of the examples at `rows`, which are not decoded again."""
+        part = copy.copy(self)
+        part._source = subset(self._source, rows, self._source.name)
+        part._on_host = self._on_host[rows]
+        part._take(part._source)
+        part._put()
+        return part
+
+    def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
+        """The images at the given positions, on the host."""
+        return self._on_host[index]
+
+    def _batches(self, indices: Callable[[int], Indices], count: int) -> Iterator[Batch]:
+        for number in range(count):
+            index_and_mask = indices(number)
+            if self._sharding:  # else the jitted call takes them over, in a tenth of the time
+                index_and_mask = put(index_and_mask, self._sharding)
+            yield self._gather(self._images, self._labels, *index_and_mask)
+
+
+class StreamBatches(Batches):
+    """Batches read, decoded and resized by Grain's threads, ahead of the step that needs them.
+
+    The threads share the work in parts of `PART` images. So a first batch takes all cores, and what
+    is alive at once depends on the batch and the cores, not on the source: what is read ahead, the
+    batch that is put together of it, one on its way to the device and one in use.
+    """
+
+    streams = True
+
+    def __init__(
+        self, source: Source, resize: str = 'none', size: int = 0, channels: int = 0, **options: Any
+    ):
+        super().__init__(source, image_shape(source, resize, size, channels), **options)
+        self._source, self._resize = source, (resize, size, self.image_shape[-1])
+
+    def at(self, rows: np.ndarray) -> 'StreamBatches':
+        """The batches of the examples at `rows`."""
+        part = copy.copy(self)
+        part._source = subset(self._source, rows, self._source.name)
+        part._take(part._source)
+        return part
+
+    def _read_image(self, i: int) -> UInt8[np.ndarray, 'h w c']:
+        return resize_image(self._source.read(int(i)), *self._resize)
+
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
         """The images at the given positions, on the host."""
         return np.stack(
             parallel_map(lambda k: self._read_image(index[k]), len(index), 'Decoding images')
         )
 
-    def _plan(self) -> tuple[int, int, int]:
-        """The images of a batch here, the parts that they make, and the parts read ahead."""
-        local = local_size(self._batch, self._process[1])
-        parts = -(-local // PART)
-        return local, parts, max(cores() + 1, 2 * parts)
-
     def _batches(self, indices: Callable[[int], Indices], count: int) -> Iterator[Batch]:
-        """The batches of `indices(0)`, …, `indices(count − 1)`.
-
-        One is on its way to the device while the one before it is in use.
-        """
+        # One is on its way to the device while the one before it is in use.
         following = None
         with contextlib.closing(self._read_ahead(indices, count)) as batches:
             for batch in batches:
@@ -409,33 +366,27 @@ class StreamBatches(Batches):
     ) -> Generator[dict[str, np.ndarray], None, None]:
         from grain import MapDataset, ReadOptions
 
-        local, parts, ahead = self._plan()
-        begun: dict[int, dict[str, np.ndarray]] = {}
-        lock = threading.Lock()
+        parts = -(-local_size(self._batch, self._process[1]) // PART)  # of a batch
 
-        def read(part: int) -> int:
-            number, first = part // parts, part % parts * PART
-            with lock:
-                if number not in begun:
-                    begun[number] = self._empty(*indices(number))
-                batch = begun[number]
-            for row in range(first, min(first + PART, local)):
-                batch['image'][row] = self._read_image(batch['index'][row])
-            return part  # Grain takes None for an element that was filtered out
+        def read(part: int) -> np.ndarray:
+            index, first = indices(part // parts)[0], part % parts * PART
+            return np.stack([self._read_image(i) for i in index[first : first + PART]])
 
         whole = MapDataset.range(min(count * parts, sys.maxsize)).map(read)
+        ahead = max(cores() + 1, 2 * parts)
         options = ReadOptions(num_threads=cores(), prefetch_buffer_size=ahead)
         done = iter(whole.to_iter_dataset(options))
         try:
-            for part, _ in enumerate(done):  # in order, in whatever order they are read
-                if (part + 1) % parts == 0:
-                    yield begun.pop(part // parts)
+            for number in range(count):
+                yield self._filled(done, *indices(number))
         finally:
             done.close()
 
-    def _empty(self, index: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """A batch with room for its images."""
+    def _filled(self, parts: Iterator, index: np.ndarray, mask: np.ndarray) -> dict:
+        """The batch whose images the next parts are."""
         images = np.empty((len(index), *self.image_shape), np.uint8)
+        for first in range(0, len(index), PART):
+            images[first : first + PART] = next(parts)
         return {'image': images, 'label': self.labels[index], 'index': index, 'mask': mask}
 
 
@@ -446,13 +397,6 @@ def _gather(images: Array, labels: Array, index: Array, mask: Array) -> Batch:
         'index': index,
         'mask': mask,
     }
-
-
-def _gather_on_each_device(sharding: NamedSharding) -> Callable:
-    """`_gather` on every device for itself: all images, its part of the indices."""
-    whole, part = PartitionSpec(), sharding.spec
-    in_specs = (whole, whole, part, part)
-    return jax.shard_map(_gather, mesh=sharding.mesh, in_specs=in_specs, out_specs=part)
 
 
 def put(tree: Any, sharding: NamedSharding | None) -> Any:

@@ -56,11 +56,10 @@ class CorruptImage(ValueError):
 
 
 def read_file(path: Path) -> bytes:
-    """Read an image file; a link is followed to whatever file it names.
+    """Read an image file, or the one that a link names.
 
     Errors:
-        CorruptImage: It is a pipe, a device or a folder, which might never end, or is larger
-            than `MAX_BYTES`; nothing is read then.
+        CorruptImage: It is no regular file, or larger than `MAX_BYTES`; nothing is read then.
         OSError: It cannot be read.
     """
     status = os.stat(path)
@@ -82,11 +81,7 @@ def decode(data: bytes) -> UInt8[np.ndarray, 'h w c']:
 
 
 def examine(data: bytes) -> tuple[int, int, int]:
-    """Return `decode(data).shape`, or raise its error; few pixels of a JPEG are made.
-
-    Anything that `decode` refuses is refused here, too, so that a set leaves out the same images
-    whether it is streamed or decoded at once.
-    """
+    """Return `decode(data).shape`, or raise its error; few pixels of a JPEG are made."""
     return _read(data, _shape)
 
 
@@ -105,7 +100,7 @@ def with_channels(
 
 @functools.cache
 def _pillow():
-    """Pillow, silent: the bounds are those above, and what cannot be read is listed."""
+    """Pillow with the bounds above, and silent: what cannot be read is listed."""
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
@@ -134,8 +129,6 @@ def _read(data: bytes, then: Callable[[Any], T]) -> T:
         raise
     except Image.UnidentifiedImageError:
         raise CorruptImage(f'not an image in {", ".join(FORMATS)} format') from None
-    except Image.DecompressionBombError:
-        raise CorruptImage(f'more than {MAX_JPEG_PIXELS:,} pixels') from None
     except Exception as error:  # damaged bytes make decoders raise anything
         raise CorruptImage(' '.join(str(error).split()) or type(error).__name__) from error
 
@@ -190,10 +183,7 @@ def _shape(image) -> tuple[int, int, int]:
 def resize_image(
     image: UInt8[np.ndarray, 'h w c'], resize: str = 'none', size: int = 0, channels: int = 0
 ) -> UInt8[np.ndarray, 'size size channels']:
-    """Convert one image to the wanted channels and size.
-
-    Scaling is Pillow's bilinear filter, whose support grows with the reduction, so that nothing
-    aliases.
+    """Convert one image to the wanted channels and size, by Pillow's bilinear filter.
 
     Args:
         image: An image of any size, with 1 or 3 channels.
@@ -251,11 +241,7 @@ class Finding(NamedTuple):
 
 
 def scan(data: bytes) -> Finding:
-    """Examine one encoded image.
-
-    The findings make a streamed set and a decoded one the same: both leave out the same images,
-    and both know their number and sizes before the first batch.
-    """
+    """Examine one encoded image: streamed or decoded at once, a set leaves out the same."""
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         return Finding(*examine(data), '', sha256)
@@ -303,10 +289,7 @@ def _location(key: str) -> Path:
 
 
 def parallel_map(function: Callable[[int], T], n: int, label: str) -> list[T]:
-    """Compute `[function(0), …, function(n − 1)]` by threads; Pillow releases the GIL.
-
-    The first error ends the work and is raised here. `label` stands before the progress bar.
-    """
+    """Compute `[function(0), …, function(n − 1)]` by threads; the first error ends the work."""
     chunks = [range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
     with ThreadPoolExecutor(cores()) as pool:
         done = pool.map(lambda chunk: [function(i) for i in chunk], chunks)

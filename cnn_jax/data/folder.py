@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,47 +25,35 @@ from cnn_jax.data.decode import (
 from cnn_jax.data.source import Source, count_left_out, digest
 from cnn_jax.errors import UserError
 
-
-class File(NamedTuple):
-    """An image file: its path, the stamp of its last change, and its content."""
-
-    path: str  # below the root, with slashes
-    stamp: tuple[int, int, int]  # size, and times of the last change of content and of inode
-    finding: Finding
+Stamp = tuple[int, int, int]  # size, and times of the last change of content and of inode
 
 
-def examine_files(root: Path, paths: Sequence[str]) -> dict[str, File]:
-    """The given files, each with its `Finding`; `{path: File}` in the same order.
+def examine_files(root: Path, paths: Sequence[str]) -> dict[str, Finding]:
+    """The `Finding` of each file, by its path below the root, in the same order.
 
     The findings are kept in an index in the cache. A file is read when its stamp differs from the
     one there, as in git. One that could not be read at all is not indexed: the obstacle may be gone
     the next time.
     """
     key = digest(os.fsencode(root.resolve()))
-    rows = (File(path, tuple(stamp), Finding(*row)) for path, stamp, row in load_findings(key))
-    known = {file.path: file for file in rows}
-    stamps = [_stamp(root / path) for path in paths]
-    stale = [
-        (path, stamp)
-        for path, stamp in zip(paths, stamps)
-        if path not in known or known[path].stamp != stamp
-    ]
-    read = parallel_map(lambda i: _examine(root, *stale[i]), len(stale), 'Examining images')
-    known |= {file.path: file for file in read}
+    known = {path: (tuple(stamp), Finding(*row)) for path, stamp, row in load_findings(key)}
+    stamps = {path: _stamp(root / path) for path in paths}
+    stale = [path for path in paths if path not in known or known[path][0] != stamps[path]]
+    read = parallel_map(lambda i: _examine(root / stale[i]), len(stale), 'Examining images')
+    known |= {path: (stamps[path], finding) for path, finding in zip(stale, read)}
     if stale:
-        store_findings(key, [known[path] for path in paths if known[path].finding.sha256])
-    return {path: known[path] for path in paths}
+        store_findings(key, [(path, *known[path]) for path in paths if known[path][1].sha256])
+    return {path: known[path][1] for path in paths}
 
 
-def _examine(root: Path, path: str, stamp: tuple[int, int, int]) -> File:
+def _examine(path: Path) -> Finding:
     try:
-        return File(path, stamp, scan(read_file(root / path)))
+        return scan(read_file(path))
     except (OSError, CorruptImage) as error:
-        reason = getattr(error, 'strerror', None) or str(error)
-        return File(path, stamp, Finding(0, 0, 0, reason, ''))
+        return Finding(0, 0, 0, getattr(error, 'strerror', None) or str(error), '')
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> Stamp:
     try:
         stat = os.stat(path)
     except OSError:  # a link to nowhere, which `_examine` reports
@@ -82,7 +69,7 @@ PARTS = {
 }
 LIKE_PARTS = {*PARTS, 'training', 'testing', 'tests'}
 COMPANIONS = ('@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN')  # of file servers and systems
-Listing = list[tuple[str, int]]  # path below the root, with slashes, and label
+Listing = dict[str, int]  # path below the root, with slashes, and label
 LeftOut = list[tuple[str, str]]  # path, and kind of file
 NO_CLASS = 'in no class folder'
 
@@ -122,10 +109,8 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
             f'{error.filename} cannot be listed: {error.strerror}; make it readable or remove it'
         ) from error
     # All parts are read for any of them: that the images are grey or RGB is decided by all.
-    files = examine_files(root, [path for listing in listings.values() for path, _ in listing])
-    findings = [file.finding for file in files.values()]
-    unreadable = skipped(name, list(files), findings, max_corrupt)
-    channels = max(file.finding.channels for file in files.values())
+    files = examine_files(root, [path for listing in listings.values() for path in listing])
+    unreadable = skipped(name, list(files), list(files.values()), max_corrupt)
 
     def open_part(part: str) -> Source:
         loose = [path for path, kind in left_out if kind == NO_CLASS]
@@ -134,11 +119,10 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
                 f'the images in {layout[part]} are {NO_CLASS}; classify them with launch.predict, '
                 "and set --config.data.train='train[:80%]' --config.data.eval='train[80%:]'"
             )
-        part_name = name if part == 'all' else f'{name} {part}'
-        labelled = [(files[path], label) for path, label in listings[part]]
-        own = {file.path for file, _ in labelled}
+        own = listings[part]
         left = [*(row for row in unreadable if row[0] in own), *left_out]
-        return _source(part_name, root, labelled, class_names, channels, left)
+        part_name = name if part == 'all' else f'{name} {part}'
+        return _source(part_name, root, own, files, class_names, left)
 
     return {part: functools.partial(open_part, part) for part in layout}
 
@@ -241,7 +225,7 @@ def _list_part(
     root: Path, part: str, below: Path, class_names: tuple[str, ...]
 ) -> tuple[Listing, LeftOut]:
     """The images of a part with their labels, and what is left out."""
-    folders, listing = _class_folders(below), []
+    folders, listing = _class_folders(below), {}
     left_out = _aside(root, below, [name for names in folders.values() for name in names])
     for label, class_name in enumerate(class_names):
         images: list[Path] = []
@@ -257,7 +241,7 @@ def _list_part(
                 f'{below / class_name} holds no images{others_too}; add some that end in '
                 f'{", ".join(decode.SUFFIXES)}, or remove the folder'
             )
-        listing += [(path.relative_to(root).as_posix(), label) for path in images]
+        listing |= {path.relative_to(root).as_posix(): label for path in images}
         left_out += _below(root, others)
     return listing, left_out
 
@@ -284,21 +268,22 @@ def _sub_folders(folder: Path) -> list[str]:
 def _source(
     name: str,
     root: Path,
-    labelled: list[tuple[File, int]],
+    labels: Listing,
+    files: dict[str, Finding],
     class_names: tuple[str, ...],
-    channels: int,
     left_out: LeftOut,
 ) -> Source:
-    readable = [(file, label) for file, label in labelled if not file.finding.reason]
-    for label in sorted({k for _, k in labelled} - {k for _, k in readable}):
+    paths = [path for path in labels if not files[path].reason]
+    for label in sorted({*labels.values()} - {labels[path] for path in paths}):
         raise UserError(f'{name} has no readable image of class {class_names[label]}; add some')
-    files = [file for file, _ in readable]
+    found = [files[path] for path in paths]
+    channels = max(finding.channels for finding in files.values())
 
     def read(i: int) -> np.ndarray:
-        path = root / files[i].path
+        path = root / paths[i]
         try:
             data = read_file(path)
-            if hashlib.sha256(data).hexdigest() != files[i].finding.sha256:
+            if hashlib.sha256(data).hexdigest() != found[i].sha256:
                 raise CorruptImage('it holds other bytes')
             return decode.with_channels(decode.decode(data), channels)
         except (OSError, CorruptImage) as error:
@@ -308,15 +293,16 @@ def _source(
                 'a run uses them, and start it again'
             ) from error
 
+    content = [part for path in paths for part in (path, files[path].sha256)]
     return Source(
         name=name,
         class_names=class_names,
-        labels=np.array([label for _, label in readable], np.int32),
-        sizes=np.array([file.finding[:2] for file in files], np.int32).reshape(-1, 2),
+        labels=np.array([labels[path] for path in paths], np.int32),
+        sizes=np.array([finding[:2] for finding in found], np.int32).reshape(-1, 2),
         channels=channels,
         read=read,
-        describe=lambda i: str(root / files[i].path),
-        fingerprint=digest(*class_names, *(p for f in files for p in (f.path, f.finding.sha256))),
+        describe=lambda i: str(root / paths[i]),
+        fingerprint=digest(*class_names, *content),
         encoded=True,
         skipped=tuple(left_out),
     )

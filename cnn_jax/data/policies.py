@@ -27,16 +27,10 @@ def affine(
 ) -> Num[Array, 'h w c']:
     """Resample an image along an affine map about its centre.
 
-    y[r, c] = x(centre + M·(r, c, 1)ᵀ), with r and c measured from the centre
+    y[r, c] = x(centre + M·(r, c, 1)ᵀ), with r and c measured from the centre, in pixels
 
     Between pixels x is bilinear; beyond the image it is `fill`, which the border pixels fade to
-    over the width of a pixel. The identity changes no bit.
-
-    Args:
-        image: The image; integers are rounded to the nearest.
-        matrix: The map from positions in the result to positions in the image, (row, column), in
-            pixels.
-        fill: A value for each channel, in the image's units.
+    over the width of a pixel. The identity changes no bit; integers are rounded to the nearest.
     """
     height, width, channels = image.shape
     x = image.astype(jnp.float32)
@@ -101,12 +95,10 @@ def jitter(
     contrast: Float[Array, ''] | float | None = None,
     saturation: Float[Array, ''] | float | None = None,
 ) -> Pixels:
-    """Random brightness, contrast and saturation, in this order.
+    """Random brightness, contrast and saturation, in this order (torchvision's is drawn, too).
 
     The factor of each is uniform in [max(0, 1 − strength), 1 + strength]; strength 0 changes no
     bit. Grey images have no saturation.
-
-    Source: torchvision's `ColorJitter`, which draws the order, too.
     """
     draws = jax.random.uniform(key, (3,))
     changes = [(black, brightness), (mean_grey, contrast), (grey, saturation)]
@@ -123,10 +115,9 @@ def blend(x: Pixels, without: Pixels, factor: Float[Array, ''] | float) -> Pixel
     """f·x + (1 − f)·without, clipped to 0…255; f = 1 is the identity, f > 1 exaggerates.
 
     `without` is the image without brightness (`black`), contrast (`mean_grey`), saturation (`grey`)
-    or sharpness (`smooth`). The bounds and the black mean nothing in normalized units.
+    or sharpness (`smooth`).
 
-    Source: torchvision's `adjust_brightness`, `adjust_contrast`, `adjust_saturation` and
-    `adjust_sharpness` on float images; Pillow's `ImageEnhance` for all four.
+    Source: torchvision's `adjust_brightness` etc. on float images; Pillow's `ImageEnhance`.
     """
     return jnp.clip(factor * x + (1 - factor) * without, 0, 255)
 
@@ -276,14 +267,9 @@ def _apply_random(key, image: Image, level: Number, rate: Number, space: Space) 
 def operate(
     image: Image, chosen: Int[Array, ''], level: Number, sign: Number, space: Space
 ) -> Image:
-    """Apply one operation.
+    """Apply the operation of that position in `operations`.
 
-    Args:
-        image: 8-bit pixels.
-        chosen: The position of the operation in `operations`.
-        level: Its strength, 0 to 1.
-        sign: 1 or −1: the direction in the plane, or more or less of a property.
-        space: The strengths at level 1.
+    Its strength is `level`, 0 to 1, of the `space`; a sign of −1 reverses its direction.
     """
     height, width, channels = image.shape
     number = {name: i for i, name in enumerate(operations(channels))}

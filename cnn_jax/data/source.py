@@ -19,8 +19,7 @@ UNREADABLE = 'unreadable'  # the kind of reason of an image that cannot be read
 class Source:
     """Labelled images: `source[i]` is `(image uint8 [h, w, channels], label int)`.
 
-    Everything but the pixels is known without decoding. Images may be read or computed when they
-    are needed; arrays are made a source by `as_source`.
+    Images may be read or computed when they are needed; arrays are made a source by `as_source`.
 
     Errors:
         UserError: No examples, fewer than two classes, or a label that is no index of
@@ -126,9 +125,6 @@ def as_source(data: Any, name: str = 'the data', class_names: Sequence[str] = ()
         class_names: The names of classes 0, 1, … of data that bring none, such as those of the
             training data for the evaluation data; by default '0', '1', … up to the largest label.
 
-    Returns:
-        A source whose fingerprint is of all pixels and labels.
-
     Errors:
         UserError: A wrong type, shape, length or range; see also `Source`.
 
@@ -157,12 +153,10 @@ def as_source(data: Any, name: str = 'the data', class_names: Sequence[str] = ()
 def _pixels(images: Any, name: str) -> UInt8[np.ndarray, 'n h w c']:
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        hint = 'use images[..., None] if they are grey and lack the last axis'
-        if images.ndim == 4 and images.shape[1] in (1, 3):
-            hint = 'use images.transpose(0, 2, 3, 1) to move the channels there'
         raise UserError(
             f'the images of {name} have the shape {list(images.shape)}; they must be '
-            f'[n, height, width, channels] with 1 or 3 channels; {hint}'
+            '[n, height, width, channels] with 1 or 3 channels: images[..., None] adds the channel '
+            'of grey ones, and images.transpose(0, 2, 3, 1) moves channels to the end'
         )
     if images.dtype == np.uint8:
         return images

@@ -78,19 +78,15 @@ def _table(content: bytes, dtype) -> np.ndarray:
 
 
 def open_split(data: config.Data, which: str, source: Any = None) -> Source:
-    """Open the training or evaluation examples that a config names.
+    """Open the `train` or `eval` examples that a config names.
 
-    Args:
-        data: The config.
-        which: train or eval.
-        source: The examples, as `as_source` accepts them, instead of `data.source`; the slice and
-            the classes that `data` names are selected from them.
+    `source` replaces those of `data.source`: what `as_source` accepts, of which the slice and the
+    classes that `data` names are selected.
     """
     split = {'train': data.train, 'eval': data.eval}[which]
     if source is not None:
         name = {'train': 'the training data', 'eval': 'the evaluation data'}[which]
-        whole = as_source(source, name)
-        return splits.cut(splits.of_classes(whole, data.classes) if data.classes else whole, split)
+        return splits.cut(splits.of_classes(as_source(source, name), data.classes), split)
     return open_source(
         data.source,
         split=split,
@@ -108,14 +104,11 @@ def open_source(
     classes: tuple[str, ...] = (),
     max_corrupt: float = config.Data.max_corrupt,
 ) -> Source:
-    """Open the examples of one split of a named source.
+    """Open the examples of one split of a source of one of `KINDS`.
 
     Args:
-        name: One of `KINDS`.
+        name, data_dir, classes, max_corrupt: As in `cnn_jax.config.Data`.
         split: A part or a slice of one, see `cnn_jax.data.splits.select`.
-        data_dir: The folder of TFDS's prepared sets; '' is its default.
-        classes: The classes to select, renumbered in this order; () is all.
-        max_corrupt: The fraction of unreadable images, from 0 to 1, above which it is an error.
 
     Errors:
         UserError: The name is unknown, or the source cannot be read.
@@ -131,19 +124,12 @@ def open_source(
         parts = tfds.parts(argument, data_dir, max_corrupt)
     else:
         raise UserError(f'config.data.source is {name!r}; it can be {", ".join(KINDS)}')
-    if classes:
-        parts = {part: _only(classes, open_part) for part, open_part in parts.items()}
-    return splits.select(name, parts, split)
+    return splits.select(name, parts, split, classes)
 
 
+IDX_PARTS = {'train': 'train', 'test': 't10k|test'}  # as files name them
 # Deflate makes at most 1,032 bytes of one. Of sets beyond 1 GiB, photographs stay far below 100.
 PACKED, LARGE, PACKED_LARGE = 1032, 1 << 30, 100
-IDX_PARTS = {'train': 'train', 'test': 't10k|test'}  # as files name them
-
-
-def _only(classes: tuple[str, ...], open_part: Callable[[], Source]) -> Callable[[], Source]:
-    """A function that opens a part with some of its classes."""
-    return lambda: splits.of_classes(open_part(), classes)
 
 
 def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
@@ -151,9 +137,8 @@ def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
 
     IDX is the format of MNIST and its successors, gzipped or not: big-endian, two zero bytes,
     the type (8: uint8), the number of dimensions, each dimension as uint32, then the values
-    (http://yann.lecun.com/exdb/mnist).
-
-    Classes are the numbers from 0 to the largest training label.
+    (http://yann.lecun.com/exdb/mnist). Classes are the numbers from 0 to the largest training
+    label.
 
     Errors:
         UserError: A file is missing or damaged, or there are files of several sets.
@@ -203,34 +188,25 @@ def _read_idx(root: Path, part: str, what: str, dims: int) -> np.ndarray:
         with open(path, 'rb') as file:
             gzipped = file.read(2) == b'\x1f\x8b'
             file.seek(0)
-            return _idx_array(path, gzip.open(file) if gzipped else file, what, dims, gzipped)
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f'{path} is not whole ({error}); fetch it again') from error
+            size = os.path.getsize(path)
+            most = min(PACKED * size, max(LARGE, PACKED_LARGE * size)) if gzipped else size
+            return _idx_array(gzip.open(file) if gzipped else file, dims, most)
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise UserError(
+            f'{path} is not a whole IDX file of {what} ({error}); fetch it again'
+        ) from error
 
 
-def _idx_array(
-    path: Path, file: IO[bytes] | gzip.GzipFile, what: str, dims: int, gzipped: bool
-) -> np.ndarray:
+def _idx_array(file: IO[bytes] | gzip.GzipFile, dims: int, most: int) -> np.ndarray:
     """The values in an open file; a header that lies about their number costs no memory."""
-    head = file.read(4 + 4 * dims)
-    if head[:4] != bytes([0, 0, 8, dims]):
-        raise UserError(
-            f'{path} is not an IDX file of {what}: it starts with {head[:4].hex(" ")}, '
-            f'not 00 00 08 {dims:02x}'
-        )
-    if len(head) < 4 + 4 * dims:
-        raise EOFError('the header is cut off')
-    shape = tuple(int.from_bytes(head[i : i + 4], 'big') for i in range(4, 4 + 4 * dims, 4))
-    count, size = math.prod(shape), path.stat().st_size
-    says = f'it says {"×".join(map(str, shape))} values'
-    if 0 in shape or math.prod(shape[1:]) > MAX_PIXELS:
-        raise UserError(f'{path} has no {what} of a usable size: {says}; fetch it again')
-    if count > (min(PACKED * size, max(LARGE, PACKED_LARGE * size)) if gzipped else size):
-        raise UserError(
-            f'{path} is not read: {says} in {size:,} bytes; fetch it again or unpack it'
-        )
+    head, magic = file.read(4 + 4 * dims), bytes([0, 0, 8, dims])
+    if head[:4] != magic or len(head) < 4 + 4 * dims:
+        raise ValueError(f'it starts with {head[:4].hex(" ")}, not {magic.hex(" ")}, or ends there')
+    shape = tuple(int(n) for n in np.frombuffer(head, '>u4', offset=4))
+    count, says = math.prod(shape), f'its header says {"×".join(map(str, shape))} values'
+    if 0 in shape or math.prod(shape[1:]) > MAX_PIXELS or count > most:
+        raise ValueError(f'{says}, which cannot be')
     values = file.read(count + 1)
     if len(values) != count:
-        has = len(values) if len(values) < count else 'more'
-        raise UserError(f'{path} is not whole: {says} and has {has}; fetch it again')
+        raise ValueError(f'{says}, and there are {"fewer" if len(values) < count else "more"}')
     return np.frombuffer(values, np.uint8).reshape(shape)

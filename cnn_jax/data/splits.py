@@ -1,13 +1,14 @@
 """Splits of a source: its own parts, a fixed division where it has none, and slices of them.
 
 `train[:80%]`, `train[80%:]`, `train[10%:20%]` and `train[:500]` mean the same for every source:
-slices of one fixed order of the part, shuffled, and interleaved by class (`interleaved`). So
-slices that share a border are disjoint and complete, longer ones contain shorter ones, and every
-`[:n]` and `[n:]` holds each class in proportion, to within one example.
+slices of one fixed order of the part, shuffled, and `interleaved` by class. So slices that share a
+border are disjoint and complete, and every `[:n]` and `[n:]` holds each class in proportion, to
+within one example.
 """
 
 import dataclasses
 import heapq
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -25,7 +26,12 @@ IS_VALIDATION = ('val', 'valid', 'dev', 'test')  # names of `validation`, where 
 ORDER_KEY = 0x5EED_0F_5A11CE
 
 
-def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> Source:
+def select(
+    name: str,
+    parts: Mapping[str, Callable[[], Source]],
+    split: str,
+    classes: tuple[str, ...] = (),
+) -> Source:
     """Select the examples that `split` names.
 
     Args:
@@ -34,6 +40,7 @@ def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> 
             class, into `train` (80%) and `test` (20%).
         split: A part, or `all`, or a slice of either, `NAME[from:to]`: numbers of examples or
             whole percents, each of them optional.
+        classes: As in `of_classes`.
 
     Returns:
         A source. Where there is no part `test` but a `validation`, this is tested on, with a note.
@@ -49,7 +56,15 @@ def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> 
     if part not in names:
         near = nearest(asked, names)
         raise UserError(f'{name} has no split {asked!r}; it has {", ".join(names)}{near}')
-    source = cut(_part(name, parts, part), split, name)
+    opened = parts.values() if part == 'all' or len(parts) == 1 else [parts[part]]
+    sources = [of_classes(open_part(), classes) for open_part in opened]
+    whole = joined(sources, name) if len(sources) > 1 else sources[0]
+    if len(parts) == 1 and part != 'all':
+        by_class, rank, size = _shuffled_classes(whole.labels)
+        in_train = rank < np.maximum(1, size * TRAIN_PERCENT // 100)
+        chosen = by_class[in_train if part == 'train' else ~in_train]
+        whole = subset(whole, np.sort(chosen), f'{name} {part}')
+    source = cut(whole, split, name)
     if asked == 'test' and part == 'validation':
         note = f'{name} has no test part, so it is evaluated on its validation part'
         source = dataclasses.replace(source, notes=(*source.notes, note))
@@ -57,13 +72,7 @@ def select(name: str, parts: Mapping[str, Callable[[], Source]], split: str) -> 
 
 
 def cut(source: Source, split: str, name: str = '') -> Source:
-    """The slice, if any, that `split` names of a part.
-
-    Args:
-        source: The whole part.
-        split: `NAME` or `NAME[from:to]`; else, or of an empty or too long slice, a `UserError`.
-        name: The name of the part's source, for messages; by default that of `source`.
-    """
+    """The slice, if any, that `split` names of a part; `name` is the source's, for messages."""
     _, first, last = _parse(split)
     if first is None and last is None:
         return source
@@ -107,19 +116,6 @@ def _refuse_short(labels: np.ndarray, count: int, field: str) -> None:
         )
 
 
-def _part(name: str, parts: Mapping[str, Callable[[], Source]], part: str) -> Source:
-    if len(parts) > 1:
-        return parts[part]() if part != 'all' else joined([open() for open in parts.values()], name)
-    (open_whole,) = parts.values()
-    whole = open_whole()
-    if part == 'all':
-        return whole
-    by_class, rank, size = _shuffled_classes(whole.labels)
-    in_train = rank < np.maximum(1, size * TRAIN_PERCENT // 100)
-    chosen = by_class[in_train if part == 'train' else ~in_train]
-    return subset(whole, np.sort(chosen), f'{name} {part}')
-
-
 def _parse(split: str) -> tuple[str, str | None, str | None]:
     match = re.fullmatch(r'([\w.-]+)(?:\[(\d+%?)?:(\d+%?)?\])?', split)
     if not match:
@@ -147,21 +143,19 @@ def interleaved(labels: Int32[np.ndarray, ' n'], key: int = ORDER_KEY) -> Int64[
 
     Of the first m of n examples, class c with n_c in all has x_c, and |x_c − m·n_c/n| < 1.
 
-    To that end the r-th example of a class stands between ⌊r·n/n_c⌋ and ⌈(r+1)·n/n_c⌉ − 1. Giving
-    each position to the example whose deadline is the earliest always succeeds (Baruah et al. 1996,
+    The r-th example of a class stands between ⌊r·n/n_c⌋ and ⌈(r+1)·n/n_c⌉ − 1. To give each
+    position to the example whose deadline is the earliest always succeeds (Baruah et al. 1996,
     Proportionate progress; Tijdeman 1980, The chairman assignment problem).
     """
     n = len(labels)
     by_class, rank, size = _shuffled_classes(labels, key)
     release, deadline = rank * n // size, -(-(rank + 1) * n // size)
-    by_release = np.argsort(release, kind='stable').tolist()
-    release, deadline = release.tolist(), deadline.tolist()
-    order, waiting, coming = [], [], 0
-    for position in range(n):
-        while coming < n and release[by_release[coming]] <= position:
-            job = by_release[coming]
+    order, waiting, jobs = [], [], np.argsort(release, kind='stable')
+    starts = np.searchsorted(release[jobs], np.arange(n + 1)).tolist()
+    jobs, deadline = jobs.tolist(), deadline.tolist()
+    for first, last in itertools.pairwise(starts):
+        for job in jobs[first:last]:  # those that may stand here for the first time
             heapq.heappush(waiting, (deadline[job], job))
-            coming += 1
         order.append(heapq.heappop(waiting)[1])
     return by_class[order]
 
@@ -196,10 +190,13 @@ def subset(source: Source, indices: np.ndarray, name: str) -> Source:
 
 
 def of_classes(source: Source, classes: tuple[str, ...]) -> Source:
-    """The examples of some classes only, renumbered in the given order.
+    """The examples of some classes only, renumbered in the given order; for () all.
 
-    Raises `UserError` for a class that the source does not have, or one named twice.
+    Errors:
+        UserError: The source does not have a class, or one is named twice.
     """
+    if not classes:
+        return source
     by_form = {unicodedata.normalize('NFC', name): name for name in source.class_names}
     classes = tuple(by_form.get(unicodedata.normalize('NFC', name), name) for name in classes)
     for name in classes:

@@ -28,9 +28,8 @@ def parts(name: str, data_dir: str, max_corrupt: float) -> dict[str, Callable[[]
         max_corrupt: The largest fraction of a split's images that may be unreadable.
 
     Errors:
-        UserError: The set is unknown, lacks an image or a class label, cannot be prepared here,
-            is prepared in another format than ArrayRecord, or its files are damaged; more than
-            `max_corrupt` of the images cannot be read.
+        UserError: The set is unknown, is none of images and class labels, cannot be prepared or
+            read here, or is damaged.
     """
     builder = _builder(name, data_dir)
     image, label = _feature_keys(name, builder)
@@ -129,7 +128,8 @@ def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: 
     where = [f'tfds:{name} {part} record {i}' for i in range(len(records))]
     wrong = skipped(f'tfds:{name} {part}', where, [finding for _, finding in rows], max_corrupt)
     readable = [i for i, (_, finding) in enumerate(rows) if not finding.reason]
-    content = [value for i in readable for value in (str(rows[i][0]), rows[i][1].sha256)]
+    found = [rows[i] for i in readable]
+    content = [value for number, finding in found for value in (str(number), finding.sha256)]
 
     def read(i: int) -> np.ndarray:
         with _refusing_damage(where[readable[i]], builder.data_path):
@@ -138,8 +138,8 @@ def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: 
     return Source(
         name=f'tfds:{name} {part}',
         class_names=class_names,
-        labels=np.array([rows[i][0] for i in readable], np.int32),
-        sizes=np.array([rows[i][1][:2] for i in readable], np.int32).reshape(-1, 2),
+        labels=np.array([number for number, _ in found], np.int32),
+        sizes=np.array([finding[:2] for _, finding in found], np.int32).reshape(-1, 2),
         channels=channels,
         read=read,
         describe=lambda i: where[readable[i]],

@@ -1,6 +1,7 @@
 """Two-dimensional convolution and pooling, NHWC images and HWIO kernels."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.cpu import broadcast_channels, convolve, on_cpu
+from cnn_jax.nn.cpu import Window, broadcast_channels, convolve
 from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
 
 _PAD_MODE = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
@@ -59,18 +60,8 @@ def conv2d(
     if isinstance(padding, str) and padding in _PAD_MODE:
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode=_PAD_MODE[padding])
         pads = (0, 0), (0, 0)
-    strides, dilations = pair(stride), pair(dilation)
-    if on_cpu():
-        return convolve(x, kernel, strides, pads, dilations, groups, winograd)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=strides,
-        padding=pads,
-        rhs_dilation=dilations,
-        feature_group_count=groups,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    )
+    sizes = pair(x.shape[1:3]), pair(kernel.shape[:2]), pair(stride)
+    return convolve(x, kernel, Window(*sizes, pads, pair(dilation), groups, winograd))
 
 
 class Conv(nn.Module):
@@ -148,11 +139,7 @@ def standardize_kernel(kernel: Float[Array, 'kh kw c f']) -> Float[Array, 'kh kw
 
     ŵ[…,f] = (w[…,f] − μ_f) / √(σ_f² + ε), μ_f and σ_f² the mean and biased variance of filter f
 
-    The gradient passes through μ and σ: what it would do to them, it does not do to w. Scale and
-    mean of w lose their meaning, those of the output are left to the norm that follows.
-
-    Args:
-        kernel: HWIO. ε is 1e-5, so that a constant filter becomes 0.
+    The gradient passes through μ and σ. ε is 1e-5, so that a constant filter becomes 0.
 
     Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization".
@@ -200,9 +187,19 @@ def max_pool(
     >>> nn.max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).item()
     3.0
     """
-    stride = stride or window
-    output_shape(x.shape[1:3], window, stride, 1, padding, layer='max_pool')
-    return _max_of_shifts(x, pair(window), pair(stride), padding)
+    size, stride = x.shape[1:3], pair(stride or window)
+    height, width = output_shape(size, window, stride, 1, padding, layer='max_pool')
+    pads = resolve_padding(padding, size, window, stride)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    end, steps = ((height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1), (1, *stride, 1)
+    # One strided slice for each pixel of the window: XLA's own window reduction is three times
+    # slower on a CPU, its gradient, a scatter, fifty times, and jaxlib 0.12 computes it wrongly for
+    # bfloat16 (3e38 where 8 is right, after two convolutions).
+    shifts = [
+        lax.slice(x, (0, i, j, 0), (len(x), i + end[0], j + end[1], x.shape[3]), steps)
+        for i, j in itertools.product(*map(range, pair(window)))
+    ]
+    return functools.reduce(lambda a, b: jnp.where((a >= b) | jnp.isnan(a), a, b), shifts)
 
 
 def avg_pool(
@@ -230,23 +227,3 @@ def global_avg_pool(x: Float[Array, 'b h w c']) -> Float[Array, 'b c']:
     [[1.5]]
     """
     return jnp.mean(x, axis=(1, 2))
-
-
-def _max_of_shifts(x, window, stride, padding):
-    """The maximum of one strided slice for each pixel of the window.
-
-    XLA's own window reduction is three times slower on a CPU, its gradient fifty times (a scatter
-    that visits one window after the other), and jaxlib 0.12 computes it wrongly for bfloat16
-    (3e38 where 8 is right, after two convolutions).
-    """
-    size, channels = x.shape[1:3], x.shape[3]
-    pads = resolve_padding(padding, size, window, stride)
-    height, width = output_shape(size, window, stride, 1, padding)
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    end = (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1
-    shifts = [
-        lax.slice(x, (0, i, j, 0), (x.shape[0], i + end[0], j + end[1], channels), (1, *stride, 1))
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
-    return functools.reduce(lambda a, b: jnp.where((a >= b) | jnp.isnan(a), a, b), shifts)

@@ -43,17 +43,14 @@ def compiling_for(platform: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-# XLA compiles loops over little data in a way of their own, which knows no barriers; and there is
-# nothing to win.
-_LEAST_BYTES = 2**16
+_LEAST_BYTES = 2**16  # in loops over less XLA knows no barriers, and there is nothing to win
 
 
 def materialize(x):
     """x, computed once and kept in memory, on a CPU.
 
-    XLA's CPU compiler computes cheap arithmetic again in every loop that reads its result, also
-    in a transposition or a sum, where it is not cheap. `runtime.configure` makes it respect
-    barriers; without that this does nothing.
+    XLA's CPU compiler else computes arithmetic again in every loop that reads its result. Barriers
+    are respected where `runtime.configure` has been called.
     """
     if not on_cpu() or x.size * x.dtype.itemsize < _LEAST_BYTES:
         return x
@@ -68,9 +65,8 @@ def compute_type(x: Array) -> jnp.dtype:
 def broadcast_channels(b: Float[Array, ' c'], shape: tuple[int, ...]) -> Float[Array, '... c']:
     """b along the last axis of an array of this shape.
 
-    Its transpose, the gradient of a bias, is the sum over every axis but the last: on a CPU down
-    whole rows of images first, since XLA adds up long contiguous rows 2 to 10 times faster than
-    channels, one by one.
+    Its transpose is the gradient of a bias: on a CPU a sum down whole rows of images first, which
+    XLA adds up 2 to 10 times faster than channels, one by one.
     """
     wide = b.astype(compute_type(b))  # in which the sum adds up
     if len(shape) < 3 or not on_cpu():
@@ -85,9 +81,8 @@ def sum_pair(
 ) -> tuple[Float[Array, '...'], Float[Array, '...']]:
     """Sums of two arrays of one shape over the same axes, ascending.
 
-    On a CPU read together, which takes half the time. Elsewhere as two plain sums: those XLA adds
-    up among devices, whereas of a reduction of two arrays it gathers every device's part to add
-    them up on each, n times the bytes on n devices.
+    On a CPU read together, which takes half the time. Elsewhere as two plain sums, which XLA adds
+    up among devices; of a reduction of two arrays it gathers every device's part on each.
     """
     if not on_cpu():
         return jnp.sum(u, axis=axes), jnp.sum(v, axis=axes)
@@ -237,25 +232,38 @@ class Window(NamedTuple):
     winograd: bool
 
 
-def convolve(
-    x: Any,
-    kernel: Any,
-    stride: Pair,
-    pads: tuple[Pair, Pair],
-    dilation: Pair,
-    groups: int,
-    winograd: bool,
-) -> Any:
+def convolve(x: Any, kernel: Any, window: Window) -> Any:
     """`nn.conv.conv2d`, its padding resolved; differentiable in every mode."""
-    shapes = x.shape[1:3], kernel.shape[:2]
-    window = Window(*shapes, stride, pads, dilation, groups, winograd)
-    return _CONV.bind(x, kernel, window=window, mapped=())
+    if on_cpu():
+        return _CONV.bind(x, kernel, window=window, mapped=())
+    return _by_xla(x, kernel, *window[2:6])
+
+
+def _by_xla(x, kernel, stride, pads, dilation, groups=1):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=stride,
+        padding=pads,
+        rhs_dilation=dilation,
+        feature_group_count=groups,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+
+def _direct(x, kernel, *settings):
+    """XLA's convolution; of many models one after the other.
+
+    As groups of one convolution they take 2 to 3 times as long.
+    """
+    one = jax.custom_batching.sequential_vmap(lambda x, kernel: _by_xla(x, kernel, *settings))
+    return one(x, kernel)
 
 
 def _conv(x, kernel, window):
     if _as_defined(window):
         return _definition(x, kernel, window)
-    return direct(x, kernel, window.stride, window.pads, window.dilation)
+    return _direct(x, kernel, *window[2:5])
 
 
 def _as_defined(window):
@@ -270,33 +278,7 @@ def _definition(x, kernel, window):
     # Eigen is 5 to 100 times slower where the kernel outgrows the image.
     if window.groups == 1 and any(k > n for k, n in zip(window.taps, window.size)):
         return _by_matmul(x, kernel, window)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=window.stride,
-        padding=window.pads,
-        rhs_dilation=window.dilation,
-        feature_group_count=window.groups,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    )
-
-
-def direct(x, kernel, stride=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1)):
-    """XLA's convolution."""
-
-    # Many models one after the other: as groups of one convolution they take 2 to 3 times as long.
-    @jax.custom_batching.sequential_vmap
-    def one(x, kernel):
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=stride,
-            padding=pads,
-            rhs_dilation=dilation,
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        )
-
-    return one(x, kernel)
+    return _by_xla(x, kernel, *window[2:6])
 
 
 def _kernel_gradient(x, dy, window):
@@ -312,14 +294,8 @@ def _kernel_gradient(x, dy, window):
     axes = zip(*window[:2], dy.shape[1:3], *window[2:5])
     # So that exactly `taps` positions of dy fit.
     pads = [(lo, (k - 1) * d + (o - 1) * s + 1 - n - lo) for n, k, o, s, (lo, _), d in axes]
-    result = direct(
-        materialize(x).transpose(3, 1, 2, 0),
-        dy.transpose(1, 2, 0, 3),
-        window.dilation,
-        pads,
-        dilation=window.stride,
-    )
-    return result.transpose(1, 2, 0, 3)
+    x, dy = materialize(x).transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
+    return _direct(x, dy, window.dilation, pads, window.stride).transpose(1, 2, 0, 3)
 
 
 def _input_gradient(dy, kernel, window):
@@ -343,7 +319,7 @@ def _input_gradient(dy, kernel, window):
             return jnp.zeros((dy.shape[0], *count, kernel.shape[2]), dy.dtype)
         reach = [(k - 1) * d for k, d in zip(taps.shape[:2], dilation)]
         around = [(r - m, n + m - o) for r, m, n, o in zip(reach, first, count, dy.shape[1:3])]
-        return direct(dy, taps[::-1, ::-1].swapaxes(2, 3), pads=around, dilation=dilation)
+        return _direct(dy, taps[::-1, ::-1].swapaxes(2, 3), (1, 1), around, dilation)
 
     if stride == (1, 1):
         return phase(0, 0)

@@ -23,10 +23,10 @@ _PARITY = 0x1BD11BDA
 def random_bits(key: Key[Array, ''], shape: tuple[int, ...]) -> UInt32[Array, '...']:
     """Return 32 random bits for each element; with a Threefry key by arithmetic that XLA fuses.
 
-    They are the first word of Threefry-2x32(key, (0, position)). `jax.random.bits` draws its bits
-    in compiled loops; here they are plain arithmetic, and a network with dropout compiles in about
-    half the time. A CPU draws them once and stores them, an accelerator where they are used. Keys
-    of other kinds (`rbg`, `unsafe_rbg`) give what `jax.random.bits` gives.
+    They are the first word of Threefry-2x32(key, (0, position)). `jax.random.bits` draws in loops;
+    without, a network with dropout compiles in about half the time. A CPU draws them once and
+    stores them, an accelerator where they are used. Keys of other kinds (`rbg`, `unsafe_rbg`) give
+    what `jax.random.bits` gives.
 
     Args:
         key: A random key of any kind, typed or raw.
@@ -82,11 +82,12 @@ def dropout(
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     kept = jnp.round((1 - jnp.asarray(rate, jnp.float32)) * _LEVELS).astype(jnp.uint32)
-
-    compute = compute_type(x)
-    scale = _LEVELS / jnp.maximum(kept, 1).astype(compute)
     is_kept = random_bits(key, shape or x.shape) >> 16 < kept
-    return jnp.where(is_kept, x.astype(compute) * scale, 0).astype(x.dtype)
+    return _kept(x, is_kept, _LEVELS / jnp.maximum(kept, 1).astype(compute_type(x)))
+
+
+def _kept(x, is_kept, scale):
+    return jnp.where(is_kept, x.astype(scale.dtype) * scale, 0).astype(x.dtype)
 
 
 def is_training(train: bool | None, inference: bool | None, name: str) -> bool:
@@ -136,8 +137,7 @@ def channel_dropout(
 
     y[b,…,c] = x[b,…,c] · m[b,c] / (1 − r), m ~ Bernoulli(1 − r)
 
-    Neighbouring pixels are alike, so that dropping them one by one removes little; a channel goes
-    as a whole. Arguments and exactness as in `dropout`.
+    Arguments and exactness as in `dropout`.
 
     Source: Tompson et al. 2015, "Efficient Object Localization Using Convolutional Networks",
     where it is called spatial dropout.
@@ -157,9 +157,8 @@ def stochastic_depth(
 
     y[b] = x[b] · m[b] / (1 − r), m ~ Bernoulli(1 − r); the layer's output is shortcut + y.
 
-    Huang et al. do not divide in training and multiply by 1 − r at inference. Divided, the branch
-    has the same mean in training and inference needs no rate; the two are the same but for the
-    scale in which the branch's last layer learns. Arguments and exactness as in `dropout`.
+    Huang et al. do not divide in training and multiply by 1 − r at inference, which is the same but
+    for the scale in which the branch's last layer learns. Arguments and exactness as in `dropout`.
 
     Source: Huang et al. 2016, "Deep Networks with Stochastic Depth".
 
@@ -194,9 +193,7 @@ def drop_block(
     (1 − γ)ⁿ. Rate 0 is the identity, bit for bit; if all is dropped, y is 0.
 
     Args:
-        key: A random key; the same key gives the same mask.
-        x: Feature maps.
-        rate: r, 0 to 1; traced or not, the computation is the same. γ is at most 1.
+        key, x, rate: As in `dropout`; γ is at most 1.
         side: k, in pixels; clipped to the height and the width.
 
     Source: Ghiasi et al. 2018, "DropBlock", algorithm 1, with a mask for each channel. There a
@@ -215,32 +212,29 @@ def drop_block(
     corners = random_bits(key, (x.shape[0], *places, x.shape[3])) >> 8 < threshold
     dropped = _spread(materialize(_spread(materialize(corners), 1, sides[0])), 2, sides[1])
 
-    compute = compute_type(x)
-    kept = ~materialize(dropped)
-    scale = x.size / jnp.maximum(jnp.sum(kept, dtype=jnp.int32), 1).astype(compute)
-    return jnp.where(kept, x.astype(compute) * scale, 0).astype(x.dtype)
+    is_kept = ~materialize(dropped)
+    count = jnp.maximum(jnp.sum(is_kept, dtype=jnp.int32), 1)
+    return _kept(x, is_kept, x.size / count.astype(compute_type(x)))
 
 
 def _spread(mask: Bool[Array, 'b h w c'], axis: int, side: int) -> Bool[Array, 'b h2 w2 c']:
     """Let each True become a run of `side` from there on; the axis grows by side − 1."""
-    mask = _shift(mask, axis, 0, side - 1)
-    run = 1
+
+    def shift(before, after):
+        widths = [(before, after, 0) if a == axis else (0, 0, 0) for a in range(mask.ndim)]
+        return lax.pad(mask, False, widths)
+
+    mask, run = shift(0, side - 1), 1
     while run < side:  # runs of any length from few shifts: 1, 2, 4, … and what is left
         step = min(run, side - run)
-        mask, run = mask | _shift(mask, axis, step, -step), run + step
+        mask, run = mask | shift(step, -step), run + step
     return mask
-
-
-def _shift(mask: Array, axis: int, before: int, after: int) -> Array:
-    widths = [(before, after, 0) if a == axis else (0, 0, 0) for a in range(mask.ndim)]
-    return lax.pad(mask, False, widths)
 
 
 def normal(key: Key[Array, ''], shape: tuple[int, ...]) -> Float[Array, '...']:
     """Draw standard normal numbers by inversion, z = √2 · erf⁻¹(u), float32.
 
-    u takes 2²³ equidistant values that lie symmetrically in (−1, 1), so |z| is below 5.3. Made of
-    `random_bits`, for the reason given there; the same key gives the same numbers.
+    u takes 2²³ equidistant values that lie symmetrically in (−1, 1), so |z| is below 5.3.
     """
     steps = (random_bits(key, shape) >> 9).astype(jnp.float32)
     return jnp.sqrt(2.0).astype(jnp.float32) * lax.erf_inv((steps + 0.5) * 2.0**-22 - 1)
@@ -253,10 +247,7 @@ def gaussian_dropout(
 
     y = x · (1 + √(r/(1 − r)) · z), z ~ N(0, 1); so E[y] = x and Var[y] = x² · r / (1 − r).
 
-    Args:
-        key: A random key; the same key gives the same noise.
-        x: The input.
-        rate: r, 0 up to but not including 1; traced or not. 0 is the identity, bit for bit.
+    Arguments as in `dropout`, but r is below 1. 0 is the identity, bit for bit.
 
     Source: Srivastava et al. 2014, "Dropout", section 10; the variance as in Keras's
     `GaussianDropout`.
@@ -277,12 +268,11 @@ def add_noise(
 
     y = x + σ·z, z ~ N(0, 1)
 
-    At σ = 0, y is x and nothing is drawn: which it is, the running program decides, so that one
-    compilation serves every σ at no cost to runs without noise.
+    At σ = 0, y is x and nothing is drawn, as the running program decides: one compilation serves
+    every σ.
 
     Args:
-        key: A random key; the same key gives the same noise.
-        x: The input.
+        key, x: As in `dropout`.
         deviation: σ, at least 0, in units of x; traced or not.
 
     Source: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization".

@@ -32,9 +32,8 @@ class BatchNorm(nn.Module):
         dtype: Type of the result; None keeps that of x.
 
     Call it with `train`, or with Flax's `use_running_average`, its opposite. Collections: `params`
-    holds 'scale' and 'bias', `batch_stats` 'mean' and 'var', all float32 [c]. The arithmetic is
-    float32 for bfloat16 and float16 inputs, float64 for float64 ones. `init` leaves the averages
-    at 0 and 1.
+    holds 'scale' and 'bias', `batch_stats` 'mean' (at first 0) and 'var' (1), all float32 [c]. The
+    arithmetic is float32 for bfloat16 and float16 inputs, float64 for float64 ones.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization"; defaults are Keras's.
 
@@ -91,12 +90,14 @@ class GhostBatchNorm(BatchNorm):
     y = scale · (x − μ_g) / √(σ_g² + ε) + bias, g the group of the example
 
     The running averages follow the mean over the groups of μ_g and of σ_g², once a step. (Hoffer
-    et al. let them follow one group after the other.) Inference is that of `BatchNorm`, and so are
-    the other attributes and the collections. The statistics depend on the order of the examples
-    alone, not on how many devices share the batch.
+    et al. let them follow one group after the other.) All else is as in `BatchNorm`. How many
+    devices share the batch does not matter.
 
     Attributes:
-        group_size: n; divides the batch, else the call is a `UserError`.
+        group_size: n; must divide the batch.
+
+    Errors:
+        UserError: It does not.
 
     Source: Hoffer et al. 2017, "Train longer, generalize better", algorithm 1.
 
@@ -116,11 +117,9 @@ class GhostBatchNorm(BatchNorm):
                 f'examples must divide the batch of {len(x)}; choose another group size '
                 '(config.model.ghost_batch)'
             )
-        groups = x.reshape(-1, self.group_size, *x.shape[1:])
+        groups, axes = x.reshape(-1, self.group_size, *x.shape[1:]), tuple(a + 1 for a in axes)
         scale, bias = (jnp.broadcast_to(v, (len(groups), *v.shape)) for v in (scale, bias))
-        y, mu, sigma2 = batch_normalize(
-            groups, scale, bias, tuple(a + 1 for a in axes), self.epsilon
-        )
+        y, mu, sigma2 = batch_normalize(groups, scale, bias, axes, self.epsilon)
         return y.reshape(x.shape), mu.mean(axis=0), sigma2.mean(axis=0)
 
 
@@ -135,15 +134,14 @@ class BatchRenorm(BatchNorm):
 
     Averages that have seen little must not correct much: with w, the share of the averages that
     stems from data (0 at first, w ← m·w + (1 − m)), the limits in force are 1 + (r_max − 1)·w and
-    d_max·w. So training starts as batch normalization and opens at the averages' own pace; Ioffe
-    schedules both limits by step number instead. The averages are those of `BatchNorm`, of the
-    variance, where his algorithm 1 and Keras average the deviation, σ ← m·σ + (1 − m)·σ_B.
+    d_max·w, where Ioffe schedules both by step number. The averages are those of the variance; his
+    algorithm 1 and Keras average the deviation.
 
     Attributes:
         r_max: At least 1; may be a traced scalar. With 1 and d_max = 0 this is `BatchNorm`.
         d_max: At least 0; may be a traced scalar.
 
-    The others and the collections are those of `BatchNorm`; `batch_stats` also holds w, a scalar.
+    All else is as in `BatchNorm`, and `batch_stats` also holds w, a scalar, as 'share'.
 
     Source: Ioffe 2017, "Batch Renormalization"; defaults are its final limits.
 
@@ -198,9 +196,8 @@ def batch_normalize(
     μ = E[x], σ² = E[(x − μ)²], y = scale · (x − μ) / √(σ² + ε) + bias
 
     One pass over x gives μ and σ² from the sums of x − k and of (x − k)², k being a number near
-    the mean: however large the mean, σ² is exact to 1 + ((k − μ)/σ)² roundings of the
-    computation's type, as from two passes. Devices that share the batch add the same two sums
-    (Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3).
+    the mean: σ² is exact to 1 + ((k − μ)/σ)² roundings of the computation's type, as from two
+    passes (Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3).
 
     Args:
         x: The input.
@@ -301,13 +298,16 @@ class GroupNorm(nn.Module):
     group: no example sees another, and training and inference are the same.
 
     Attributes:
-        num_groups: 1 is layer normalization (Ba et al. 2016; over height, width and channels of an
-            image, as Wu & He have it), None one group a channel, instance normalization (Ulyanov
-            et al. 2016). Must divide the channels, else the call is a `UserError`.
+        num_groups: Must divide the channels. 1 is layer normalization (Ba et al. 2016; over
+            height, width and channels of an image, as Wu & He have it), None one group a channel,
+            instance normalization (Ulyanov et al. 2016).
         epsilon: ε.
 
-    Parameters 'scale' and 'bias' are float32 [c]. The arithmetic is float32 for bfloat16 and
-    float16 inputs; the result has the type of x. Accuracy as in `batch_normalize`.
+    Parameters 'scale' and 'bias' are float32 [c]. Arithmetic and accuracy as in `BatchNorm`; the
+    result has the type of x.
+
+    Errors:
+        UserError: The groups do not divide the channels.
 
     Source: Wu & He 2018, "Group Normalization"; ε as in Keras.
 
@@ -344,8 +344,7 @@ def group_normalize(
 ) -> Float[Array, 'b ... c']:
     """Apply `GroupNorm` as a function.
 
-    It sums over the pixels of each channel first and over the channels of a group then, so that
-    on a CPU it costs about as much as batch normalization.
+    It sums over pixels first and over a group's channels then: on a CPU as fast as `BatchNorm`.
 
     >>> x = jnp.array([[1.0, 3.0, 10.0, 30.0]])
     >>> nn.group_normalize(x, jnp.ones(4), jnp.zeros(4), groups=2, epsilon=0.0).tolist()

@@ -111,9 +111,8 @@ def read(path: Path) -> tuple[Params, tuple[str, ...], Contents]:
         tensors, such as a classifier's head; and the closed file's `Contents`.
 
     Errors:
-        UserError: The file cannot be read, is damaged, or does not hold VGG16: a tensor is
-            missing, duplicated, foreign, of another shape or dtype, or not finite. All mismatches
-            are listed.
+        UserError: The file is damaged, or holds another network or values that are not finite;
+            all mismatches are listed.
     """
     kind = _format(path)
     try:
@@ -247,11 +246,7 @@ def _keras_layer(groups: list[str]) -> str:
 
 @contextmanager
 def _open_onnx(path: Path) -> Iterator[Contents]:
-    """Open an ONNX graph.
-
-    Convolutions are identified by their position in the graph, since exporters rename tensors;
-    where a name tells the layer, it must agree.
-    """
+    """Open an ONNX graph; its convolutions count by their order, as exporters rename tensors."""
     import onnx
 
     # Tensors in files beside the model are refused below, not loaded.
@@ -268,7 +263,7 @@ def _open_onnx(path: Path) -> Iterator[Contents]:
     tensors = []
     layouts = set()
     for layer, node in zip(CONVOLUTIONS, nodes):
-        layouts.add(_onnx_layout(layer, list(node.input), path))
+        layouts.add(_onnx_layout(node.input[1], layer, path))
         for tensor, name in zip(('kernel', 'bias'), node.input[1:]):
             if name in initializers:
                 stored = _onnx_tensor(initializers.pop(name), path)
@@ -286,19 +281,15 @@ def _onnx_tensor(tensor, path: Path) -> LazyTensor:
     return LazyTensor(tuple(tensor.dims), dtype, partial(onnx.numpy_helper.to_array, tensor))
 
 
-def _onnx_layout(layer: str, names: list[str], path: Path) -> str:
-    """The naming scheme of a convolution's tensors: 'keras', 'torch' or ''."""
-    layout = ''
-    for name in names[1:]:
-        if match := _KERAS_CONVOLUTION.search(name):
-            layout, named = 'keras', match[0]
-        elif canonical_name(name) != name:
-            layout, named = 'torch', canonical_name(name).split('/')[0]
-        else:
-            continue
-        if named != layer:
-            raise UserError(f'{path} has {named} where VGG16 has {layer}; give a file of VGG16')
-    return layout
+def _onnx_layout(name: str, layer: str, path: Path) -> str:
+    """The naming scheme of a kernel, which must agree with its place: 'keras', 'torch' or ''."""
+    match, canonical = _KERAS_CONVOLUTION.search(name), canonical_name(name)
+    if not match and canonical == name:
+        return ''
+    named = match[0] if match else canonical.split('/')[0]
+    if named != layer:
+        raise UserError(f'{path} has {named} where VGG16 has {layer}; give a file of VGG16')
+    return 'keras' if match else 'torch'
 
 
 # safetensors: torchvision's and timm's names, or this project's own.

@@ -52,7 +52,7 @@ TORCH = Preprocessing('torch', divisor=255.0, mean=(0.485, 0.456, 0.406), std=(0
 PLAIN = Preprocessing('plain', divisor=255.0)
 
 PREPROCESSINGS = {p.name: p for p in (CAFFE, TORCH, PLAIN)}
-_OF_LAYOUT = {'keras': CAFFE, 'torch': TORCH}  # what the publishers of a layout train with
+_OF_LAYOUT = {'keras': 'caffe', 'torch': 'torch'}  # what the publishers of a layout train with
 
 
 class Weights(NamedTuple):
@@ -114,28 +114,20 @@ class Pretrained:
     unused: tuple[str, ...] = ()  # the file's other tensors, such as a head's
 
 
-def load(
-    source: str | Path = 'auto',
-    *,
-    preprocessing: Preprocessing | str | None = None,
-    sources: Mapping[str, File] = SOURCES,
-) -> Pretrained:
+def load(source: str | Path = 'auto', sources: Mapping[str, File] = SOURCES) -> Pretrained:
     """Load VGG16's weights and verify them.
 
     Args:
         source: 'auto' (the cache, then each of `sources` until one delivers), the name of one of
             `sources` (downloaded again), or a weights file.
-        preprocessing: Only for unpublished weights whose file does not name theirs, or whose
-            layout suggests another.
         sources: The sources of published weights to try.
 
     Errors:
-        UserError: The weights are not available (every attempt is listed), are not VGG16's, or
-            the preprocessing is unknown or contradicts what the weights were trained with.
+        UserError: The weights are not available (every attempt is listed) or not VGG16's, or
+            their preprocessing is unknown.
     """
     if isinstance(source, Path) or source not in ('auto', *sources):
-        return from_file(Path(source), preprocessing)
-    _resolve(preprocessing, IMAGENET.preprocessing, source)
+        return from_file(Path(source))
     return published(source, sources)[0]
 
 
@@ -176,29 +168,27 @@ def published(
     )
 
 
-def from_file(path: Path, preprocessing: Preprocessing | str | None = None) -> Pretrained:
+def from_file(path: Path) -> Pretrained:
     """Load weights from a file that `formats.read` can read.
 
     Published weights are recognized by their digest, in any file. The preprocessing of others is
-    the one that the file names, else the one given, else the usual one of the file's layout.
+    the one that the file names, else the usual one of its layout.
     """
     path = Path(local_path(str(path), 'config.model.weights'))
     params, unused, contents = read(path)
     params, is_published = _recognize(params)
     if is_published:
-        _resolve(preprocessing, IMAGENET.preprocessing, path)
         return _as_published(params, str(path), unused)
     metadata = contents.metadata
-    stated = metadata.get('preprocessing') or None
-    chosen = _resolve(preprocessing, stated, path) or _OF_LAYOUT.get(contents.layout)
-    if not chosen:
+    stated = metadata.get('preprocessing') or _OF_LAYOUT.get(contents.layout, 'none')
+    if stated not in PREPROCESSINGS:
         raise UserError(
             f'{path} does not say which preprocessing its weights were trained with; save '
             f'them as safetensors with the metadata preprocessing, {" or ".join(PREPROCESSINGS)}'
         )
     return Pretrained(
         params,
-        chosen,
+        PREPROCESSINGS[stated],
         digest(params),
         str(path),
         metadata.get('licence', 'unknown: ask the author of the weights'),
@@ -212,7 +202,7 @@ def insert(model_params: Mapping, pretrained: Pretrained) -> dict:
 
     Args:
         model_params: A VGG16's parameters, or their shapes as `eval_shape` returns them.
-        pretrained: The result of `load`; layers after the model's last one are left out.
+        pretrained: Layers after the model's last one are left out.
 
     Errors:
         UserError: Names or shapes differ; every mismatch is listed.
@@ -248,11 +238,7 @@ def cache_path() -> Path:
 
 
 def save_cached(params: Params, source: str) -> None:
-    """Write the published parameters and their `source` as safetensors, whole or not at all.
-
-    Errors:
-        UserError: The folder cannot be written, or the disk is full.
-    """
+    """Write the published parameters and their `source` as safetensors, or raise a `UserError`."""
     from safetensors.numpy import save
 
     about = IMAGENET._asdict() | {'preprocessing': IMAGENET.preprocessing.name}
@@ -268,11 +254,7 @@ def save_cached(params: Params, source: str) -> None:
 
 
 def load_cached() -> Pretrained:
-    """Load the cached copy, verified by its digest.
-
-    Errors:
-        UserError: There is no copy, or it is damaged.
-    """
+    """Load the cached copy, verified by its digest; a `UserError` if there is none."""
     path = cache_path()
     if not path.exists():
         raise UserError(f'{path} does not exist; fetch it')
@@ -321,22 +303,3 @@ def _download(source: str, file: File) -> Pretrained:
             f'{IMAGENET.digest}; use another source'
         )
     return _as_published(params, source, unused)
-
-
-def _resolve(
-    given: Preprocessing | str | None, required: Preprocessing | str | None, source: str | Path
-) -> Preprocessing | None:
-    """The preprocessing to use, if one is known; what the weights require cannot be overridden."""
-    for each in (given, required):
-        if isinstance(each, str) and each not in PREPROCESSINGS:
-            raise UserError(
-                f'there is no preprocessing {each!r}; it can be {", ".join(PREPROCESSINGS)}'
-            )
-    given = PREPROCESSINGS[given] if isinstance(given, str) else given
-    required = PREPROCESSINGS[required] if isinstance(required, str) else required
-    if required and given not in (None, required):
-        raise UserError(
-            f'the weights of {source} were trained with preprocessing {required.name}, not '
-            f'{given.name}; leave preprocessing out'
-        )
-    return required or given

@@ -318,8 +318,8 @@ class _Job:
             f'evaluation images, {setup.shape_text(spec.image_shape)}, {spec.num_classes} '
             f'classes; {spec.phase_ends[-1]:,} steps of {self.config.data.batch} on {devices}'
         )
-        if short := cfg.short_average(self.config, spec.phase_ends[-1]):
-            self.say(f'note: {short}')
+        for note in cfg.averaging_notes(self.config, spec.phase_ends[-1]):
+            self.say(f'note: {note}')
 
         unread = cfg.unread(self.config, spec.image_shape[-1])
         if unread := [*unread, *self.components.unread(self.config)]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation, plot, problem, results, workloads
+from benchmarks.regularization import ARMS
 from cnn_jax.train.setup import preparation
-from experiments.regularization import ARMS
 
 COMMANDS = [
     path.stem
@@ -54,7 +54,7 @@ def test_peers_prepare_images_as_this_project_does(spec):
 
 
 def test_the_ablations_gate_sees_each_combination_and_the_peers_all_that_an_arm_changes():
-    kinds = [(c.model.norm, c.model.head_norm, c.loss.l2) for c in ablation.gate_configs([*ARMS])]
+    kinds = [(c.model.norm, c.model.head_norm, c.loss.l2) for c in ablation.gate_configs()]
     assert len(set(kinds)) == len(kinds) == 4
     assert {path for changes in ARMS.values() for path in changes} <= {*ablation.OPTIONS}
 

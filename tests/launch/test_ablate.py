@@ -4,17 +4,20 @@ import shutil
 
 from PIL import Image
 
-from cnn_jax.files import write_json
+from cnn_jax.files import read_json, write_json
+
+# Of 5 arms 2 trials with 2 seeds, and 2 replicates; the baseline's first again, 2 of pixels.
+RUNS = 5 * 2 * 2 + 5 * 2 + 1 + 2
 
 
 def test_it_says_what_it_compares_and_what_it_found(study, summary):
     folder, printed = study
-    assert '5 arms × 2 seeds' in printed
+    assert '5 arms, 2 replicates' in printed
     assert 'budget of every arm: 2 epochs of 100 images = 10 steps of 20' in printed
     assert 'one compilation: none, dropout, L2' in printed
-    assert '[10/10]' in printed
-    assert printed.count('95% CI') == 4
-    assert len(list((folder / 'cells').glob('*.json'))) == 10
+    assert f'[{RUNS}/{RUNS}]' in printed
+    assert printed.count('against none, 2 replicates') == 4
+    assert len(list((folder / 'cells').glob('*.json'))) == RUNS
     for name in ('ablation.json', 'summary.json', 'summary.csv', 'report.html'):
         assert (folder / name).stat().st_size, name
 
@@ -23,22 +26,23 @@ def test_the_same_command_again_runs_nothing(launch, study, study_flags):
     folder, _ = study
     before = {path: path.stat().st_mtime_ns for path in (folder / 'cells').iterdir()}
     done = launch('ablate', *study_flags, f'--workdir={folder}', check=0)
-    assert '10 of 10 runs were done before' in done.stdout
+    assert f'{RUNS} runs were done before' in done.stdout
     assert {path: path.stat().st_mtime_ns for path in (folder / 'cells').iterdir()} == before
 
 
 def test_more_seeds_add_cells(launch, study, tmp_path, study_flags, summary):
     shutil.copytree(study[0], tmp_path / 'more')
     done = launch('ablate', *study_flags[:-1], '--seeds=3', f'--workdir={tmp_path}/more', check=0)
-    assert '10 of 15 runs were done before' in done.stdout
-    assert summary(tmp_path / 'more')['seeds'] == [0, 1, 2]
+    assert f'{RUNS} runs were done before' in done.stdout
+    found = summary(tmp_path / 'more')
+    assert (found['seeds'], found['looks']) == ([0, 1, 2], [2, 3])
 
 
 def test_a_failed_cell_is_run_again_on_request(launch, study, tmp_path, study_flags, summary):
     folder = tmp_path / 'failed'
     shutil.copytree(study[0], folder)
     cell = next((folder / 'cells').glob('L2-0-*.json'))
-    write_json(cell, {'arm': 'L2', 'seed': 0, 'status': 'failed', 'reason': 'made up'})
+    write_json(cell, read_json(cell) | {'status': 'failed', 'reason': 'made up'})
     done = launch('ablate', *study_flags, f'--workdir={folder}', check=1)
     assert '1 run failed; --retry_failed repeats them' in done.stdout
     launch('ablate', *study_flags, f'--workdir={folder}', '--retry_failed', check=0)

@@ -99,7 +99,7 @@ def test_on_ray_a_killed_worker_is_replaced_and_nothing_is_done_twice(
     assert process.returncode == 0, printed
     assert summary(folder) == summary(study[0])
     done = [line for line in printed.splitlines() if line.startswith('[')]
-    assert len(done) == len(set(done)) == 10
+    assert len(done) == len(set(done)) == 33
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_slurm_tasks_and_pods_share_one_ledger(study_flags, study, tmp_path, sum
     assert summary(tmp_path) == summary(study[0])
     totals = [json.loads(log.read_text().splitlines()[-1]) for log in tmp_path.glob('logs/*.log')]
     assert len(totals) == 3
-    assert sum(total['cells'] for total in totals) == 10
+    assert sum(total['cells'] for total in totals) == 33
 
 
 def test_a_signal_to_all_of_its_processes_is_a_request_to_stop(

@@ -1,4 +1,4 @@
-"""Convolution against a float64 NumPy loop, against Keras, and its derivatives of every order."""
+"""Convolution and pooling: NumPy in float64, Keras, and derivatives of every order."""
 
 import functools
 
@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn import Conv, conv2d, output_shape, resolve_padding, standardize_kernel
+from cnn_jax.nn import (
+    Conv,
+    avg_pool,
+    conv2d,
+    global_avg_pool,
+    max_pool,
+    output_shape,
+    resolve_padding,
+    standardize_kernel,
+)
 from cnn_jax.nn.conv import add_bias
 from cnn_jax.nn.cpu import compiling_for
 
@@ -101,20 +110,6 @@ def test_same_keeps_the_size_and_sees_zeros_at_the_edge():
 
 
 @pytest.mark.parametrize(
-    ('padding', 'expected'),
-    [
-        ('SAME_TORCH', [0 + 1 + 2, 1 + 2 + 3, 2 + 3 + 4, 3 + 4 + 0]),
-        ('CIRCULAR', [4 + 1 + 2, 1 + 2 + 3, 2 + 3 + 4, 3 + 4 + 1]),
-        ('REFLECT', [2 + 1 + 2, 1 + 2 + 3, 2 + 3 + 4, 3 + 4 + 3]),
-    ],
-)
-def test_what_lies_beyond_the_edge(padding, expected):
-    row = jnp.array([1.0, 2, 3, 4]).reshape(1, 1, 4, 1)
-    y = conv2d(row, jnp.ones((1, 3, 1, 1)), padding=padding)
-    np.testing.assert_array_equal(y.ravel(), expected)
-
-
-@pytest.mark.parametrize(
     ('platform', 'size', 'options'),
     [
         ('cpu', (5, 6), {'stride': 2, 'padding': 'SAME'}),
@@ -146,18 +141,24 @@ def plain(x, kernel, stride, padding, dilation):
     )
 
 
-windows = {
-    'size': axes(1, 9),
-    'kernel': axes(1, 4),
-    'stride': axes(1, 3),
-    'dilation': axes(1, 2),
-    'padding': st.sampled_from(['VALID', 'SAME', 'SAME_TORCH', 2]),
-    'channels': st.sampled_from([1, 4]),
-}
+@settings(max_examples=20, deadline=None)
+@given(
+    size=axes(1, 9),
+    kernel=axes(1, 4),
+    stride=axes(1, 3),
+    dilation=axes(1, 2),
+    padding=st.sampled_from(['VALID', 'SAME', 'SAME_TORCH', 2]),
+    channels=st.sampled_from([1, 4]),
+)
+def test_every_lowering_has_the_plain_ones_value_and_gradients(
+    size, kernel, stride, dilation, padding, channels
+):
+    """In float64 and float32, against the plain one in float64."""
 
+    def outcome(convolve, *args):
+        loss = jax.grad(lambda *args: jnp.sum(jnp.sin(convolve(*args))), (0, 1))
+        return convolve(*args), loss(*args)
 
-def compare(outcome, size, kernel, stride, dilation, padding, channels, dtypes):
-    """What a function makes of our convolution, and of the plain one in float64."""
     try:
         output_shape(size, kernel, stride, dilation, padding)
     except UserError:
@@ -168,57 +169,11 @@ def compare(outcome, size, kernel, stride, dilation, padding, channels, dtypes):
     theirs = functools.partial(plain, stride=stride, padding=padding, dilation=dilation)
     with jax.enable_x64(True):
         exact = jax.jit(functools.partial(outcome, theirs))(*arrays)
-        for dtype, tolerance in dtypes:
+        for dtype, tolerance in ((np.float64, 1e-11), (np.float32, 2e-4)):
             given = jax.jit(functools.partial(outcome, ours))(*(a.astype(dtype) for a in arrays))
             for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(exact), strict=True):
                 assert a.dtype == dtype
                 np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-def gradients(convolve, *args):
-    return jax.grad(lambda *args: jnp.sum(jnp.sin(convolve(*args))), (0, 1))(*args)
-
-
-@settings(max_examples=20, deadline=None)
-@given(**windows)
-def test_every_lowering_has_the_plain_ones_value_and_gradients(**window):
-    def outcome(convolve, *args):
-        return convolve(*args), gradients(convolve, *args)
-
-    compare(outcome, **window, dtypes=((np.float64, 1e-11), (np.float32, 2e-4)))
-
-
-@settings(max_examples=5, deadline=None)
-@given(**windows)
-def test_every_lowering_has_the_plain_ones_second_derivatives(**window):
-    """Reverse over reverse, forward over reverse, and forward over forward."""
-
-    def outcome(convolve, *args):
-        def bent(*args):
-            return sum(jnp.sum(g**2) for g in gradients(convolve, *args))
-
-        def tangent(*args):
-            return jax.jvp(functools.partial(gradients, convolve), args, args)[1]
-
-        def forward(*args):
-            return jax.jvp(lambda *args: jnp.sin(convolve(*args)), args, args)[1]
-
-        return jax.grad(bent, (0, 1))(*args), tangent(*args), jax.jvp(forward, args, args)
-
-    compare(outcome, **window, dtypes=((np.float64, 1e-9),))
-
-
-@pytest.mark.parametrize('stride', [1, 2])
-def test_many_models_at_once_and_steps_in_a_loop_agree_with_one_by_one(stride):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
-    kernels = rng.normal(size=(3, 3, 3, 4, 5)).astype(np.float32)
-    gradient = jax.grad(lambda k, x: jnp.sum(jnp.sin(conv2d(x, k, stride=stride))))
-    one_by_one = np.stack([gradient(k, x) for k in kernels])
-    at_once = jax.vmap(gradient, (0, None))(kernels, x)
-    in_a_loop = jax.lax.map(lambda k: gradient(k, x), kernels)
-    for found in (at_once, in_a_loop):
-        np.testing.assert_allclose(found, one_by_one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('axes', [(0, 0), (0, None), (None, 0)], ids=str)
@@ -325,19 +280,6 @@ def test_each_filter_has_mean_0_and_variance_1(shape):
     np.testing.assert_allclose(w.var((0, 1, 2)), np.ones(shape[-1]), rtol=1e-3)
 
 
-def test_shift_and_scale_of_a_filter_change_nothing():
-    w, shift, scale = (
-        draw_kernel(),
-        np.arange(5, dtype=np.float32),
-        np.arange(1, 6, dtype=np.float32),
-    )
-    np.testing.assert_allclose(
-        standardize_kernel(w * scale[None, None, None] + shift[None, None, None]),
-        standardize_kernel(w),
-        atol=1e-4,
-    )
-
-
 def test_a_constant_filter_becomes_zero_with_a_finite_gradient():
     w = jnp.full((3, 3, 4, 5), 0.25)
     np.testing.assert_array_equal(standardize_kernel(w), np.zeros_like(w))
@@ -363,3 +305,62 @@ def test_a_layer_convolves_with_it_and_draws_the_same_kernel():
     jax.tree.map(np.testing.assert_array_equal, variables, plain.init(jax.random.key(0), x))
     params = variables['params'] | {'kernel': standardize_kernel(variables['params']['kernel'])}
     np.testing.assert_allclose(layer.apply(variables, x), plain.apply({'params': params}, x))
+
+
+# Pooling.
+
+KERAS = {max_pool: keras.layers.MaxPooling2D, avg_pool: keras.layers.AveragePooling2D}
+
+
+@pytest.mark.parametrize('pool', KERAS)
+@pytest.mark.parametrize('padding', ['VALID', 'SAME'])
+@pytest.mark.parametrize(('window', 'stride'), [(2, None), (3, 2), ((2, 3), (1, 2))])
+def test_agrees_with_keras_and_with_the_shape_function(pool, padding, window, stride):
+    x = np.random.default_rng(0).normal(size=(2, 7, 8, 3)).astype(np.float32)
+    y = pool(x, window, stride, padding)
+    with jax.numpy_dtype_promotion('standard'), jax.numpy_rank_promotion('allow'):
+        theirs = KERAS[pool](window, stride, padding.lower())(x)
+    np.testing.assert_allclose(y, theirs, rtol=1e-5)
+    assert y.shape[1:3] == output_shape((7, 8), window, stride or window, 1, padding)
+
+
+@pytest.mark.parametrize('padding', ['VALID', 'SAME'])
+@pytest.mark.parametrize(('window', 'stride'), [(2, 2), (3, 2), ((2, 3), (1, 2))])
+def test_the_gradient_of_the_maximum_is_xla_s_own_ties_included(padding, window, stride):
+    x = np.random.default_rng(0).integers(0, 4, (2, 7, 8, 3)).astype(np.float32)
+    sizes = [(n, n) if isinstance(n, int) else n for n in (window, stride)]
+    ours, theirs = (
+        jax.grad(lambda x, pool=pool: jnp.sum(pool(x, *sizes, padding) ** 2))(x)
+        for pool in (max_pool, nn.max_pool)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize('padding', ['VALID', 'SAME'])
+@pytest.mark.parametrize('pool', [max_pool, avg_pool])
+def test_derivatives_of_both_modes_and_orders_also_of_many(pool, padding):
+    x = np.random.default_rng(0).permutation(2 * 5 * 4).reshape(2, 5, 4, 1) / 10
+
+    @jax.jit
+    def wavy(x):
+        return jnp.sin(pool(x, 2, 1, padding))
+
+    with jax.enable_x64(True):
+        check_grads(wavy, (x,), order=2, modes=['fwd', 'rev'], eps=1e-4, rtol=1e-3, atol=1e-3)
+        gradient = jax.jit(jax.grad(lambda x: wavy(x).sum()))
+        at_once = jax.jit(jax.vmap(gradient))(x[:, None])
+        np.testing.assert_allclose(at_once[:, 0], gradient(x), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize('pool', [max_pool, avg_pool])
+def test_a_window_larger_than_the_image_is_refused(pool):
+    with pytest.raises(UserError, match=rf'^{pool.__name__}: .*2×2.* input of 1×3'):
+        pool(jnp.ones((1, 1, 3, 1)), 2)
+
+
+def test_global_average():
+    x = jnp.arange(8.0).reshape(1, 2, 2, 2)
+    assert global_avg_pool(x).tolist() == [[3, 4]]
+    many = jnp.full((1, 64, 64, 1), 1.0, jnp.bfloat16)
+    assert global_avg_pool(many).dtype == jnp.bfloat16
+    assert global_avg_pool(many) == 1

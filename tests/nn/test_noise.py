@@ -103,11 +103,6 @@ def test_noise_is_affine_in_its_input_in_forward_and_reverse_mode(noise):
     np.testing.assert_array_equal(second, np.zeros_like(second))
 
 
-@pytest.mark.parametrize('shape', [(5, 1), (2, 3, 4, 7), (4,)])
-def test_any_shape(shape):
-    assert dropout(KEY, jnp.ones(shape), 0.5).shape == shape
-
-
 @pytest.mark.parametrize('noise', NOISES.values(), ids=NOISES)
 def test_as_a_layer_it_is_the_identity_at_inference_and_needs_no_key(noise):
     layer, x = nn.Dropout(0.5, noise), jnp.ones((8, 4, 4, 2))
@@ -178,17 +173,6 @@ def test_elements_channels_and_examples_are_dropped_independently():
         assert abs(correlation).max() < 6 / np.sqrt(rows.shape[1])
 
 
-@pytest.mark.parametrize('noise', [nn.dropout, nn.gaussian_dropout])
-def test_the_gradient_is_the_factor(noise):
-    y = noise(KEY, 3 * ONES, 0.25)
-    np.testing.assert_allclose(gradient(noise, 3 * ONES, 0.25), y / 3, rtol=1e-5, atol=1e-6)
-
-
-def test_the_rate_of_depth_grows_linearly_to_that_of_the_last_branch():
-    assert [nn.depth_rate(0.5, number, 4) for number in (1, 2, 3, 4)] == [0.125, 0.25, 0.375, 0.5]
-    assert nn.depth_rate(jnp.float32(0.5), 1, 2) == 0.25
-
-
 def share_dropped(rate, height, width, side):
     """The probability that `drop_block` drops each pixel, from the paper's γ."""
 
@@ -220,14 +204,6 @@ def test_what_drop_block_drops_is_a_union_of_squares(height, width, side, rate):
     np.testing.assert_array_equal(covered, dropped)
 
 
-@pytest.mark.parametrize('side', [1, 2, 3, 4, 7, 8])
-def test_a_single_seed_makes_a_single_square(side):
-    """At a rate so low that most maps lose nothing, those that lose something lose k² pixels."""
-    dropped = np.asarray(block(KEY, jnp.ones((50, 12, 12, 40)), 0.002 * side, side)) == 0
-    sizes = dropped.sum(axis=(1, 2)).ravel()
-    assert (sizes == side**2).sum() > 0.8 * (sizes > 0).sum() > 0
-
-
 @pytest.mark.parametrize(('height', 'width', 'side'), [(6, 6, 3), (5, 9, 4), (3, 4, 7), (4, 4, 1)])
 @pytest.mark.parametrize('rate', [0.1, 0.5, 1.0])
 def test_each_pixel_is_dropped_as_often_as_the_formula_says(height, width, side, rate):
@@ -244,12 +220,6 @@ def test_drop_block_keeps_the_mean_of_a_constant_batch_exactly():
     assert 0 < (np.asarray(y) == 0).mean() < 0.5
     np.testing.assert_allclose(np.asarray(y, np.float64).mean(), 3, rtol=1e-6)
     assert len(np.unique(y)) == 2
-
-
-def test_a_square_as_large_as_the_map_drops_channels_at_the_given_rate():
-    y = np.asarray(block(KEY, jnp.ones((100, 4, 5, 100)), 0.25, 7))
-    np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], y.shape))
-    assert abs((y[:, 0, 0] == 0).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1e4)
 
 
 def test_normal_numbers_have_the_moments_and_the_tails_of_a_normal():
@@ -277,17 +247,11 @@ def test_bits_are_the_first_words_that_jax_draws():
     counters = jnp.concatenate([jnp.zeros(count, jnp.uint32), jnp.arange(count, dtype=jnp.uint32)])
     expected = threefry_2x32(jax.random.key_data(key), counters)[:count]
     np.testing.assert_array_equal(nn.random_bits(key, (2, 3, 5)).ravel(), expected)
+    other = jax.random.key(7, impl='rbg')
+    np.testing.assert_array_equal(nn.random_bits(other, (9,)), jax.random.bits(other, (9,)))
 
 
 def test_salmons_known_answer():
     """From the authors' test vectors (kat_vectors, threefry2x32, 20 rounds, all zero)."""
     key = jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32), impl='threefry2x32')
     assert nn.random_bits(key, (1,)).item() == 0x6B200159
-
-
-@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
-def test_every_bit_is_fair_and_keys_are_independent(impl):
-    a, b = (nn.random_bits(jax.random.key(seed, impl=impl), (2**16,)) for seed in (0, 1))
-    for words in (a, a ^ b):
-        ones = np.unpackbits(np.asarray(words).view(np.uint8).reshape(-1, 4), axis=1).mean(axis=0)
-        assert np.all(abs(ones - 0.5) < 5 * 0.5 / 2**8)

@@ -4,8 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cnn_jax.errors import UserError
 from cnn_jax.nn.padding import output_shape, resolve_padding
@@ -81,25 +79,6 @@ def test_agrees_with_sliding_a_window(padding):
     assert (refused == 0) == (padding in ('SAME', 'SAME_TORCH'))
 
 
-def pairs(low, high):
-    return st.tuples(st.integers(low, high), st.integers(low, high))
-
-
-@given(
-    size=pairs(20, 99),
-    kernel=pairs(1, 6),
-    stride=pairs(1, 6),
-    dilation=pairs(1, 3),
-    padding=st.sampled_from(PADDINGS),
-)
-def test_axes_are_independent(size, kernel, stride, dilation, padding):
-    both = output_shape(size, kernel, stride, dilation, padding)
-    alone = [
-        output_shape(n, k, s, d, padding)[0] for n, k, s, d in zip(size, kernel, stride, dilation)
-    ]
-    assert list(both) == alone
-
-
 def test_stride_1_no_padding_takes_7_to_5():
     assert output_shape(7, 3, stride=1, padding='VALID') == (5, 5)
 
@@ -122,17 +101,6 @@ def test_stride_2_same_on_even_sizes_pads_only_the_end_in_tensorflow():
 def test_a_kernel_larger_than_its_padded_input_names_layer_and_sizes():
     with pytest.raises(UserError, match=r'^stem_conv: .*7×7.*input of 4×5, padded to 6×7'):
         output_shape((4, 5), 7, padding=1, layer='stem_conv')
-
-
-def test_dilation_counts_in_the_size_of_a_kernel():
-    with pytest.raises(UserError, match='spans 5×5'):
-        output_shape(4, 3, dilation=2, padding='VALID')
-
-
-def test_a_reflection_cannot_be_larger_than_the_image():
-    assert resolve_padding('REFLECT', 3, 5) == ((2, 2), (2, 2))
-    with pytest.raises(UserError, match=r'^b1: REFLECT padding of 2×2 .* 2×2 input'):
-        resolve_padding('REFLECT', 2, 5, layer='b1')
 
 
 def test_an_unknown_padding_lists_the_known_ones():

@@ -1,10 +1,11 @@
 """The real weights, fetched once by pip, and the file formats that carry them."""
 
+import contextlib
+import dataclasses
 import hashlib
+import socket
 import threading
-import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import h5py
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 
 from cnn_jax.fetch import File, fetch
 from cnn_jax.params import flatten
+from cnn_jax.pretrained import formats
 from cnn_jax.pretrained.formats import CONVOLUTIONS
 from cnn_jax.pretrained.weights import SOURCES, Pretrained, from_file
 
@@ -40,17 +42,29 @@ def imagenet(onnx_file) -> Pretrained:
     return from_file(onnx_file)
 
 
-@pytest.fixture(scope='session')
-def random_params() -> dict:
-    """Weights of the right names and shapes that nobody published."""
+def drawn(shapes: dict) -> dict:
     rng = np.random.default_rng(0)
     return {
         layer: {
             'kernel': rng.standard_normal(kernel, np.float32),
             'bias': rng.standard_normal(kernel[-1], np.float32),
         }
-        for layer, kernel in CONVOLUTIONS.items()
+        for layer, kernel in shapes.items()
     }
+
+
+@pytest.fixture(scope='session')
+def random_params() -> dict:
+    """Weights of the right names and shapes that nobody published."""
+    return drawn(CONVOLUTIONS)
+
+
+@pytest.fixture
+def small_params(monkeypatch) -> dict:
+    """Weights of the right names in a network of two filters a layer."""
+    shapes = {layer: (3, 3, min(kernel[2], 3), 2) for layer, kernel in CONVOLUTIONS.items()}
+    monkeypatch.setattr(formats, 'CONVOLUTIONS', shapes)
+    return drawn(shapes)
 
 
 def keras_h5(params: dict, path: Path) -> None:
@@ -92,45 +106,57 @@ def write(tmp_path) -> Callable[[str, dict], Path]:
     return write
 
 
+WAIT, SILENCE = b'x', b''  # sent with a pause before what follows; nothing more, but not the end
+OK = b'HTTP/1.1 200 OK\r\n'
+
+
 @pytest.fixture
-def serve():
-    """`serve(content, stop_after, then_wait)`: a file on a server of this machine.
+def answer():
+    """`answer(*parts)`: a file of 1,000 bytes on a server that answers with these bytes.
 
-    It sends `content` up to byte `stop_after`, waits `then_wait` seconds and hangs up. With
-    `together`, it answers nobody until that many have asked.
+    With `together`, it answers nobody until that many have asked.
     """
-    servers = []
+    stop, sockets = threading.Event(), []
 
-    def serve(content: bytes, stop_after=None, then_wait=0.0, together=1) -> File:
+    def answer(*parts: bytes, together: int = 1) -> File:
         everybody = threading.Barrier(together)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                if self.path != '/weights.h5':
-                    return self.send_error(404)
+        def send(connection):
+            with contextlib.suppress(OSError):
+                connection.recv(4096)
                 everybody.wait(timeout=30)
-                self.send_response(200)
-                self.send_header('Content-Length', str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[:stop_after])
-                self.wfile.flush()
-                time.sleep(then_wait)
+                for part in parts:
+                    connection.sendall(part)
+                    if part == WAIT:
+                        stop.wait(0.05)
+                if parts[-1] != SILENCE:
+                    connection.close()
 
-            def log_message(self, *_):
-                pass
+        def serve(server):
+            while not stop.is_set():
+                sockets.append(server.accept()[0])
+                threading.Thread(target=send, args=(sockets[-1],), daemon=True).start()
 
-        server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
-        return File(
-            kind='url',
-            location=f'http://127.0.0.1:{server.server_port}/weights.h5',
-            algorithm='md5',
-            hash=hashlib.md5(content).hexdigest(),
-            size=len(content),
-        )
+        server = socket.create_server(('127.0.0.1', 0))
+        sockets.append(server)
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        where = f'http://127.0.0.1:{server.getsockname()[1]}/weights.h5'
+        return File(kind='url', location=where, algorithm='md5', hash='0' * 32, size=1000)
 
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    yield answer
+    stop.set()
+    for each in sockets:
+        each.close()
+
+
+@pytest.fixture
+def serve(answer):
+    """`serve(content)`: a file on such a server, which may fall silent after some bytes."""
+
+    def serve(content: bytes, silent_after: int | None = None, together: int = 1) -> File:
+        head = OK + f'Content-Length: {len(content)}\r\n\r\n'.encode()
+        end = [] if silent_after is None else [SILENCE]
+        file = answer(head, content[:silent_after], *end, together=together)
+        return dataclasses.replace(file, hash=hashlib.md5(content).hexdigest(), size=len(content))
+
+    return serve

@@ -1,13 +1,10 @@
 """Downloads from a server of the test's own that does what servers do to one."""
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 
@@ -15,9 +12,10 @@ import pytest
 
 from cnn_jax import fetch as module
 from cnn_jax.errors import UserError
-from cnn_jax.fetch import File, fetch
+from cnn_jax.fetch import fetch
 from cnn_jax.pretrained.formats import digest, read
 from cnn_jax.pretrained.weights import IMAGENET, SOURCES
+from tests.pretrained.conftest import OK, SILENCE, WAIT
 
 CONTENT = bytes(range(256)) * 10_000
 
@@ -49,39 +47,6 @@ def test_wrong_hash(source, tmp_path):
         fetch(wrong, tmp_path)
 
 
-@pytest.fixture
-def answer():
-    """`answer(*parts)`: a file of 1,000 bytes on a server that answers with these bytes."""
-    stop, sockets = threading.Event(), []
-
-    def answer(*parts: bytes) -> File:
-        def serve(server):
-            while not stop.is_set():
-                connection, _ = server.accept()
-                sockets.append(connection)
-                connection.recv(4096)
-                with contextlib.suppress(OSError):
-                    for part in parts:
-                        connection.sendall(part)
-                        if part == WAIT:
-                            stop.wait(0.05)
-                    if parts[-1] != SILENCE:
-                        connection.close()
-
-        server = socket.create_server(('127.0.0.1', 0))
-        sockets.append(server)
-        threading.Thread(target=serve, args=(server,), daemon=True).start()
-        where = f'http://127.0.0.1:{server.getsockname()[1]}/weights.h5'
-        return File(kind='url', location=where, algorithm='md5', hash='0' * 32, size=1000)
-
-    yield answer
-    stop.set()
-    for each in sockets:
-        each.close()
-
-
-WAIT, SILENCE = b'x', b''  # sent with a pause before what follows; nothing more, but not the end
-OK = b'HTTP/1.1 200 OK\r\n'
 MOVED = b'HTTP/1.1 302 Found\r\nLocation: %s\r\n\r\n'
 HOSTILE = {
     'stops': ([OK, b'Content-Length: 1000\r\n\r\n', b'x' * 10], 'stopped after 10 of 1,000'),
@@ -117,8 +82,8 @@ def test_a_hostile_server_ends_with_a_sentence_in_time(answer, tmp_path, monkeyp
     assert '\n' not in str(caught.value)
 
 
-def test_not_there(source, tmp_path):
-    absent = dataclasses.replace(source, location=f'{source.location}.absent')
+def test_not_there(source, answer, tmp_path):
+    absent = answer(b'HTTP/1.1 404 Not Found\r\n\r\n')
     with pytest.raises(UserError, match=r'cannot be downloaded \(Not Found\)'):
         fetch(absent, tmp_path)
     closed = dataclasses.replace(source, location='http://127.0.0.1:9/weights.h5')

@@ -9,7 +9,8 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax import files
-from cnn_jax.data.batches import Arrays, DeviceBatches
+from cnn_jax.data.batches import DeviceBatches
+from cnn_jax.data.source import from_arrays
 from cnn_jax.train import loop, record, setup, step
 from cnn_jax.train.program import RunSpec, make_program, state_maker, traced_values
 from cnn_jax.train.run import claim_workdir
@@ -86,7 +87,7 @@ def made_up(seed, count, shape):
     labels = draw.integers(0, CLASSES, count).astype(np.int32)
     noise = draw.integers(0, 100, (count, *shape))
     images = (noise + labels[:, None, None, None] * 70).astype(np.uint8)
-    return Arrays(images, labels, tuple('abc'), f'made up {seed} {count} {shape}')
+    return from_arrays('made up', images, labels, tuple('abc'))
 
 
 def opened(config, shape=SHAPE, count=50):

@@ -234,14 +234,24 @@ def test_a_run_whose_steps_depend_on_its_length_keeps_it(small, tmp_path, change
 
 @pytest.mark.parametrize(('steps', 'decay'), [(1, 0.2), (18, 0.999), (20_000, 0.9999)])
 def test_an_average_that_is_mostly_its_start_is_told_with_the_decay_that_would_do(steps, decay):
-    config = make_config(train__ema=decay)
-    said = cfg.short_average(config, steps)
+    own = {'train__precise_norm': 10}  # else a second note
+    config = make_config(train__ema=decay, **own)
+    [said] = cfg.averaging_notes(config, steps)
     assert f'{decay**steps:.0%} of the averaged weights' in said
     enough = float(re.findall(r'([\d.]+) leaves 10%', said)[0])
-    assert not cfg.short_average(make_config(train__ema=enough), steps)
+    assert not cfg.averaging_notes(make_config(train__ema=enough, **own), steps)
     assert enough**steps == pytest.approx(0.1, abs=0.01)
-    assert not cfg.short_average(make_config(), steps)
+    assert not cfg.averaging_notes(make_config(), steps)
     assert said in budget(config, steps * config.data.batch / config.train.epochs)
+
+
+@pytest.mark.parametrize('average', [{'train__ema': 0.5}, {'train__swa_from': 0.1}])
+def test_averaged_weights_under_the_batch_statistics_of_others_are_told(average):
+    batch, none = {'model__norm': 'batch'}, {'model__norm': 'none', 'model__head_norm': 'none'}
+    [said] = cfg.averaging_notes(make_config(**average, **batch), 100)
+    assert 'precise_norm' in said
+    assert not cfg.averaging_notes(make_config(**average, **none), 100)
+    assert not cfg.averaging_notes(make_config(**average, **batch, train__precise_norm=10), 100)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(small, fit):

@@ -51,10 +51,7 @@ def library() -> Library:
 
 
 def find(again: bool = False) -> Library:
-    """Find or build the library.
-
-    Args:
-        again: Whether to try again what has failed before.
+    """Find or build the library; `again` what has failed before.
 
     Errors:
         UserError: CNN_JAX_NATIVE is neither 0 nor 1 nor a path.

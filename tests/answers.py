@@ -1,0 +1,177 @@
+"""Answers that are kept: written from finished ablations, and rerun in part by a test.
+
+python -m tests.answers runs/regularization runs/noise     # writes docs/answers/ and answers.md
+python -m tests.answers --rerun=docs/answers/noise.json    # prints two cells, trained again
+"""
+
+import argparse
+import datetime
+import hashlib
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / 'docs' / 'answers'
+HEAD = """# Answers
+
+Written by `python -m tests.answers` from finished ablations. Each answer names its commit, and a
+test trains two of its runs again (`tests/test_answers.py`). Differences in accuracy are in points,
+in negative log-likelihood in nats, each with the interval that holds at 95% for all of an
+experiment's arms and measures together. {margins}
+"""
+
+
+def digest(result: dict[str, Any]) -> str:
+    """SHA-256 of what a run has computed for each test image."""
+    return hashlib.sha256((result['correct'] + result['losses']).encode()).hexdigest()
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """What is kept of a finished ablation."""
+    from cnn_jax import config as cfg
+    from cnn_jax.ablation.report import Ablation
+
+    study = Ablation(folder)
+    summary, store = study.summary, study.store
+    if summary['runs']['missing'] or summary['runs']['failed'] or not summary['repeated']:
+        raise SystemExit(f'{folder} is not finished')
+    manifest = store.definition()['manifest']
+    cells = []
+    for arm in (store.plan.baseline, [*store.plan.against][-1]):
+        run = store.replicate(arm, 1 if store.plan.looks[-1] > 1 else 0)
+        result = run and store.result(run)
+        assert run
+        assert result
+        choice = store.choice(arm)
+        cells.append(
+            {
+                'arm': arm,
+                'seed': run.seed,
+                'point': choice.point if choice else {},
+                'config_hash': cfg.content_hash(run.config),
+                'test': {m: result['metrics']['test'][m] for m in ('accuracy', 'loss')},
+                'digest': digest(result),
+            }
+        )
+    arms = {
+        name: {
+            'sentence': arm['verdict']['sentence'] if arm['verdict'] else '',
+            'kind': arm['verdict']['kind'] if arm['verdict'] else 'baseline',
+            'tuned': arm['tuned'] and arm['tuned']['point'],
+            'at_edge': arm['tuned']['at_edge'] if arm['tuned'] else [],
+            **{m: arm['test'][m]['mean'] for m in ('accuracy', 'loss', 'calibration_error')},
+            'compared': arm['compared'],
+        }
+        for name, arm in summary['arms'].items()
+    }
+    return {
+        'experiment': f'experiments/{summary["name"]}.py',
+        'question': summary['question'].partition('\n')[0],
+        'date': str(datetime.date.today()),
+        'commit': manifest['code'].get('commit'),
+        'convolutions': manifest['machine']['convolutions'],  # their key, with the processor in it
+        'jaxlib': manifest['packages']['jaxlib'],
+        'population': summary['population'],
+        'replicates': summary['looks'],
+        'trials': summary['trials'],
+        'margins': summary['margins'],
+        'pixels': summary['floor'] and summary['floor']['accuracy'],
+        'arms': arms,
+        'cells': cells,
+    }
+
+
+def page() -> str:
+    """The page of all answers that are kept."""
+    answers = [json.loads(path.read_text()) for path in sorted(FOLDER.glob('*.json'))]
+    margins = answers[0]['margins']
+    equal = f'±{100 * margins["accuracy"]:g} point and ±{margins["loss"]:g} nats'
+    parts = [HEAD.format(margins=f'Equivalent: within {equal}.')]
+    for answer in answers:
+        baseline = next(iter(answer['arms']))
+        first = answer['arms'][baseline]
+        about = [
+            f'{baseline}: accuracy {first["accuracy"]:.1%}, negative log-likelihood '
+            f'{first["loss"]:.3f} nats.'
+        ]
+        about += [arm['sentence'] for arm in answer['arms'].values() if arm['sentence']]
+        if pixels := answer['pixels']:
+            about.append(f'An SVM on the pixels: accuracy {pixels["mean"]:.1%}.')
+        edges = [name for name, arm in answer['arms'].items() if arm['at_edge']]
+        if edges:
+            about.append(f'Chosen at an end of what was tried: {", ".join(edges)}.')
+        tuned = answer['trials']
+        how = f'{tuned["each"]} trials of each arm, ' if tuned else 'nothing tuned, '
+        parts.append(
+            f'## {answer["question"]}\n\n'
+            + '\n'.join(f'- {line}' for line in about)
+            + f'\n\n`{answer["experiment"]}`, {how}{answer["replicates"][-1]} replicates, '
+            f'{answer["date"]}, commit {answer["commit"][:10]}, jaxlib {answer["jaxlib"]}. '
+            f'{answer["population"]}\n'
+        )
+    return '\n'.join(parts)
+
+
+def rerun(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train the cells of an answer again, in this process, on one core."""
+    from cnn_jax import config as cfg
+    from cnn_jax import runtime
+    from cnn_jax.ablation.plan import plan_of
+    from cnn_jax.ablation.workers import pin
+
+    runtime.configure(1)
+    pin(0, runtime.cores(), 1)
+    from cnn_jax.ablation.training import compile_structure, train_runs
+    from cnn_jax.nn.native import library
+    from cnn_jax.train.setup import open_data
+
+    module = importlib.import_module(answer['experiment'].removesuffix('.py').replace('/', '.'))
+    config = cfg.replace(module.get_config(), {'train.threads': 1})
+    plan = plan_of(module, cfg.validate(config))
+    data, found = open_data(plan.configs[plan.baseline], test=True), []
+    key = library().key
+    for cell in answer['cells']:
+        config = plan.config(cell['arm'], cell['seed'], cell['point'])
+        [result] = train_runs([config], compile_structure(config, data), data, curves=False)
+        found.append(
+            {
+                'config_hash': cfg.content_hash(config),
+                'test': {m: result['metrics']['test'][m] for m in ('accuracy', 'loss')},
+                'digest': digest(result),
+                'convolutions': key,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    """Write answers, or rerun the cells of one."""
+    parser = argparse.ArgumentParser('python -m tests.answers', description=__doc__)
+    parser.add_argument('folders', nargs='*', type=Path, help='work directories')
+    parser.add_argument('--rerun', type=Path, help='a kept answer')
+    given = parser.parse_args()
+    if given.rerun:
+        json.dump(rerun(json.loads(given.rerun.read_text())), sys.stdout)
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for folder in given.folders:
+        answer = kept(folder)
+        text = json.dumps(answer, indent=1, ensure_ascii=False) + '\n'
+        (FOLDER / f'{Path(answer["experiment"]).stem}.json').write_text(text)
+    (ROOT / 'docs' / 'answers.md').write_text(page())
+
+
+def run_again(path: Path) -> list[dict[str, Any]]:
+    """`rerun` in a process of its own."""
+    command = [sys.executable, '-m', 'tests.answers', f'--rerun={path}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == '__main__':
+    main()
