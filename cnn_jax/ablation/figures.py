@@ -37,10 +37,8 @@ STYLE: Any = {
     **dict.fromkeys(('axes.grid', 'axes.axisbelow'), True),
 }
 VERDICT_MARKS = {  # colour, marker, colour inside
-    'better': (BLUE, 'o', BLUE),
-    'worse': (ORANGE, 'D', ORANGE),
-    'equivalent': (GREY, 's', GREY),
-    'undecided': (GREY, 'o', SURFACE),
+    **{'better': (BLUE, 'o', BLUE), 'worse': (ORANGE, 'D', ORANGE)},
+    **{'equivalent': (GREY, 's', GREY), 'undecided': (GREY, 'o', SURFACE)},
 }
 WIDTH = 5.0  # inches, at 72 points each
 

@@ -64,8 +64,20 @@ class Ablation:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row for each arm and primary measure, as in `summary.csv`, in natural units."""
-        return rows_of(self.summary)
+        """A row for each arm and primary measure, as in `summary.csv`, in natural units.
+
+        `mean` is of the replicates that finished; in `difference` a failed one counts as a guess.
+        """
+        rows, arms = [], self.summary['arms'].items()
+        for (name, arm), measure in itertools.product(arms, self.summary['primaries']):
+            compared, test = arm['compared'].get(measure) or {}, arm['test'].get(measure) or {}
+            verdict = compared.get('verdict', 'no claim') if arm['control'] else 'baseline'
+            row = {'arm': name, 'control': arm['control'], 'measure': measure, 'n': arm['n']}
+            row |= {'mean': test.get('mean'), 'difference': compared.get('mean')}
+            row |= {key: compared.get(key) for key in ('low', 'high', 'p')}
+            row |= {'verdict': verdict, 'decided': compared.get('decided')}
+            rows.append(row | {'failed': arm['failed']})
+        return rows
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -99,7 +111,7 @@ class Ablation:
         drawn, spent = figures.draw(self.summary), cost(self.store)
         return {
             'summary.json': to_json(self.summary),
-            'summary.csv': to_csv(self.summary),
+            'summary.csv': to_csv(self.table),
             'cost.json': to_json(spent),
             **{f'figures/{f}.{kind}': each[kind] for f, each in drawn.items() for kind in each},
             'report.html': render(self.store, self.summary, spent, drawn),
@@ -177,30 +189,9 @@ def _finite(content: Any) -> Any:
     return content
 
 
-def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each arm and primary measure, in natural units; what does not exist is None.
-
-    `mean` is of the replicates that finished; in `difference` a failed one counts as a guess.
-    """
-    rows = []
-    for (name, arm), measure in itertools.product(summary['arms'].items(), summary['primaries']):
-        compared = arm['compared'].get(measure) or {}
-        verdict = compared.get('verdict', 'no claim') if arm['control'] else 'baseline'
-        rows.append(
-            {
-                **{'arm': name, 'control': arm['control'], 'measure': measure, 'n': arm['n']},
-                'mean': arm['test'].get(measure, {}).get('mean'),
-                'difference': compared.get('mean'),
-                **{key: compared.get(key) for key in ('low', 'high', 'p')},
-                **{'verdict': verdict, 'decided': compared.get('decided'), 'failed': arm['failed']},
-            }
-        )
-    return rows
-
-
-def to_csv(summary: dict[str, Any]) -> str:
-    """The lines of `rows_of`; what does not exist, or is not finite, is empty."""
-    rows, text = _finite(rows_of(summary)), io.StringIO()
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """The lines of a table; what does not exist, or is not finite, is empty."""
+    text, rows = io.StringIO(), _finite(rows)
     writer = csv.writer(text, lineterminator='\n')
     writer.writerows([rows[0], *([csv_cell(value) for value in row.values()] for row in rows)])
     return text.getvalue()

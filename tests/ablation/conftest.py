@@ -11,8 +11,7 @@ from scipy import special
 
 from cnn_jax import config as cfg
 from cnn_jax.ablation.plan import log, make_plan
-from cnn_jax.ablation.results import AGAIN, FLOOR, Result, Run, Store, open_store, read_store
-from cnn_jax.files import read_json, write_json
+from cnn_jax.ablation.results import AGAIN, FLOOR, Result, Run, Store, open_store
 
 EXAMPLES, CLASSES = 400, 10
 IMAGES = cfg.Data(source='mnist_5k', train='train[:1000]', subset=200, validation=200)
@@ -50,7 +49,7 @@ def write_ablation() -> Callable[..., Path]:
             spread: Standard deviation of the replicates' accuracy; a third of it is not shared.
             change: As above.
             arms: The arms' changes; else each has a dropout of its own.
-            data: Changes to the data's config.
+            data: Changes to the config of the data, by field.
             command: The command that the report shows.
             study: Arguments of `make_plan`; 5 seeds and 4 trials of the learning rate by default.
         """
@@ -80,25 +79,6 @@ def write_ablation() -> Callable[..., Path]:
         return folder
 
     return write
-
-
-@pytest.fixture(scope='session')
-def finished() -> Callable[[float], Result]:
-    """Makes the result of a finished replicate of about this accuracy."""
-    return lambda accuracy: judged(accuracy, np.random.default_rng(0))
-
-
-@pytest.fixture(scope='session')
-def change_result() -> Callable[..., Path]:
-    """Overwrites fields of a replicate's result on disk; returns its file."""
-
-    def change(folder: Path, arm: str, number: int, **fields: Any) -> Path:
-        run = read_store(folder).replicate(arm, number)
-        assert run is not None
-        write_json(run.path, read_json(run.path) | fields)
-        return run.path
-
-    return change
 
 
 def result_of(store: Store, run: Run, accuracy: float, spread: float) -> Result:
