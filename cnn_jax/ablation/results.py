@@ -353,7 +353,7 @@ def decisions(store: Store, measure: str, look: int = 0) -> statistics.Decisions
     )
 
 
-def images_of(store: Store, arms: list[str], measure: str, known: np.ndarray) -> np.ndarray | None:
+def images_of(store: Store, arms: list[str], measure: str, known: Any) -> np.ndarray | None:
     """A measure of each arm's replicates on each test image, [a, n, e]; zeros where not `known`.
 
     None for measures that have no value on an image.

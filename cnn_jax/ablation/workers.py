@@ -360,7 +360,8 @@ class _Structure:
             if OUT_OF_MEMORY in str(error) and len(runs) > 1:
                 return self._train_fewer(runs)
             reason = f'{type(error).__name__}: {error}'
-            results = [{'status': 'failed', 'reason': reason} for _ in runs]
+            failed: Result = {'status': 'failed', 'reason': reason}
+            results = [dict(failed) for _ in runs]
         for result in results:
             result['wall_seconds'] = (time.perf_counter() - began) / len(runs)
             result['classes'] = len(self._data.description['class_names'])

@@ -104,7 +104,12 @@ def open_data(
 
 
 def for_arm(config: cfg.Config, data: Data) -> Data:
-    """The opened data as another config on the same images takes them: its weights, their input."""
+    """The opened data as another config on the same images takes them: its weights, their input.
+
+    Data without images are as they were described.
+    """
+    if data.pool is None:
+        return data
     weights = load_weights(config)
     facts = data.description | {'preprocessing': preprocessing(config, data.pool, weights)}
     return dataclasses.replace(data, description=facts, weights=weights)

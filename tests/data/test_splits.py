@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from cnn_jax.data.source import from_arrays
 from cnn_jax.data.sources import open_source
-from cnn_jax.data.splits import interleaved, joined, select, subset
+from cnn_jax.data.splits import drawn, held_out, interleaved, joined, select, subset
 from cnn_jax.errors import UserError
 
 labels_of_a_set = st.lists(st.integers(0, 5), min_size=5, max_size=120).map(np.array)
@@ -173,3 +173,40 @@ def test_a_class_that_is_not_there_or_twice_is_named():
         open_source('digits', split='all', classes=('1', 'seven'))
     with pytest.raises(UserError, match='twice'):
         open_source('digits', split='all', classes=('1', '1'))
+
+
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=60), st.integers(0, 9), st.data())
+def test_seeds_draw_disjoint_parts_while_there_are_any_and_never_what_is_held_out(
+    labels, validation, data
+):
+    labels = np.array(labels, np.int32)
+    assume(validation < len(labels))
+    rest = len(labels) - validation
+    count = data.draw(st.integers(1, rest))
+    held = {*held_out(labels, validation)}
+    assert len(held) == validation
+    seen = set()
+    for seed in range(rest // count + 3):
+        rows = drawn(labels, count, seed, validation)
+        assert len({*rows}) == len(rows) == count
+        assert not held & {*rows}
+        if seed < rest // count:
+            assert not seen & {*rows}
+            seen |= {*rows}
+        np.testing.assert_array_equal(rows, drawn(labels, count, seed, validation))
+    assert {*drawn(labels, 0, 5, validation)} == {*range(len(labels))} - held
+
+
+def test_a_seed_draws_each_class_in_proportion():
+    labels = np.repeat(np.arange(4, dtype=np.int32), 250)
+    for seed in (0, 3, 7, 8, 1000):  # 7 whole parts of 125 are there
+        counts = np.bincount(labels[drawn(labels, 125, seed, 50)], minlength=4)
+        assert counts.max() - counts.min() <= 3
+
+
+def test_more_than_there_is_cannot_be_drawn():
+    labels = np.zeros(10, np.int32)
+    with pytest.raises(UserError, match='subset asks for 11'):
+        drawn(labels, 8, 0, 3)
+    with pytest.raises(UserError, match='validation asks for 11'):
+        held_out(labels, 11)
