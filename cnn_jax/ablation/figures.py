@@ -145,7 +145,7 @@ def _panels(names: Any, columns: int, size: tuple[float, float], top: float, sha
     columns = math.ceil(count / rows)
     figsize = size[0] * columns, top + size[1] * rows
     figure = Figure(figsize=figsize, layout='constrained')
-    grid = figure.subplots(rows, columns, sharex=sharex, sharey=True, squeeze=False).flat
+    grid = [*figure.subplots(rows, columns, sharex=sharex, sharey=True, squeeze=False).flat]
     for axes, name in zip(grid, names):
         axes.set_title(_wrapped(name, 24), loc='left')
     for axes in grid[count:]:
