@@ -1,4 +1,4 @@
-"""The results of an ablation on disk, and the runs that are due.
+"""The results of an ablation on disk.
 
 A result is a file that appears whole, named by the arm, the seed and a digest of all that it
 depends on. A run is claimed by a lock that the operating system releases when its process ends,
@@ -9,7 +9,6 @@ processes on one folder never do the same run at once.
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -22,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation import statistics
-from cnn_jax.ablation.plan import METRICS, MOST_SEEDS, Plan, Range
+from cnn_jax.ablation.plan import MOST_SEEDS, Plan, Range
 from cnn_jax.errors import UserError, printable
 from cnn_jax.files import Corrupt, lock, read_json, write_json
 
@@ -122,7 +120,8 @@ class Store:
         return {}
 
     @functools.cached_property
-    def _undecided(self) -> dict[int, list[str]]:
+    def undecided(self) -> dict[int, list[str]]:
+        """The arms that each look has left undecided; filled by `decisions.replicates`."""
         return {}
 
     @functools.cached_property
@@ -197,56 +196,6 @@ class Store:
         choice = self.choice(arm)
         return choice and self.run('replicate', arm, self.plan.seeds[number], -1, choice.point)
 
-    def controls(self) -> list[Run]:
-        """The baseline's first replicate once more, and the classifier of pixels."""
-        plan, found = self.plan, []
-        if first := self.replicate(plan.baseline, 0):
-            point = self.choice(plan.baseline)
-            found.append(self.run(AGAIN, plan.baseline, first.seed, -1, point and point.point))
-        if plan.floor:
-            found += [self.run(FLOOR, plan.baseline, seed) for seed in plan.seeds[: plan.looks[0]]]
-        return found
-
-    def due(self) -> list[Run]:
-        """All runs that are known to be needed, finished or not.
-
-        They are the trials; for arms whose trials have finished the replicates up to the look that
-        decides them, first seed first, so that early results compare all arms; the controls.
-        """
-        plan, trials = self.plan, [self.trials(arm) for arm in self.plan.configs]
-        runs = [run for each in zip(*filter(None, trials)) for trial in each for run in trial]
-        needed = self.replicates()
-        for number in range(max(needed.values())):
-            for arm in plan.configs:
-                run = self.replicate(arm, number) if number < needed[arm] else None
-                runs += [run] if run else []
-        return runs + self.controls()
-
-    def waiting(self) -> int:
-        """The number of runs that will be due once all trials have finished."""
-        plan = self.plan
-        waiting = [arm for arm in plan.configs if not self.choice(arm)]
-        return len(waiting) * plan.looks[0] + (plan.baseline in waiting)
-
-    def replicates(self) -> dict[str, int]:
-        """The replicates of each arm, by the looks that have been taken."""
-        plan = self.plan
-        needed = dict.fromkeys(plan.configs, plan.looks[0])
-        for look, further in zip(plan.looks, plan.looks[1:]):
-            present = [self.replicate(arm, k) for arm, n in needed.items() for k in range(n)]
-            if not all(run and self.result(run) for run in present):
-                break
-            if look not in self._undecided:
-                self._undecided[look] = undecided(self, look)
-            for arm in self._undecided[look]:
-                for each in (arm, plan.against[arm]):
-                    needed[each] = further
-        return needed
-
-    def missing(self) -> list[Run]:
-        """The runs without a result that can be trained now."""
-        return [run for run in self.due() if self.result(run) is None]
-
     def definition(self) -> dict[str, Any]:
         """The definition that `open_store` wrote."""
         return read(self.folder / DEFINITION)
@@ -260,10 +209,9 @@ class Store:
 
     def retry_failed(self) -> None:
         """Set the results of failed runs aside, so that they run again."""
-        for run in self.due():
-            if (result := self.result(run)) and why_failed(result):
-                run.path.rename(run.path.with_suffix('.failed'))
-                del self._results[run]
+        for path in (self.folder / FOLDER).glob('*.json'):
+            if why_failed(read(path)):
+                path.rename(path.with_suffix('.failed'))
 
     @contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
@@ -290,102 +238,6 @@ def why_failed(result: Result) -> str:
     if result['status'] != 'done':
         return result.get('reason') or 'no reason was recorded'
     return ''
-
-
-def values(store: Store, arm: str, measure: str) -> np.ndarray:
-    """A measure of each replicate of an arm on the test images, [n]: NaN where it has not run.
-
-    A failed one has that of a guess.
-    """
-    found = np.full(store.plan.looks[-1], np.nan)
-    for number in range(len(found)):
-        run = store.replicate(arm, number)
-        result = run and store.result(run)
-        if result:
-            value = value_of(result, 'test', measure)
-            found[number] = statistics.guess(result['classes'])[measure] if value is None else value
-    return found
-
-
-def per_image(result: Result, measure: str) -> np.ndarray | None:
-    """Whether each test image was classified correctly, or its loss; None for other measures."""
-    if measure not in ('accuracy', 'loss'):
-        return None
-    if why_failed(result):
-        guess = statistics.guess(result['classes'])[measure]
-        return np.full(result['examples'], guess, np.float32)
-    count = result['metrics']['test']['count']
-    if measure == 'accuracy':
-        packed = np.frombuffer(bytes.fromhex(result['correct']), np.uint8)
-        return np.unpackbits(packed, count=count).astype(np.float32)
-    return np.frombuffer(bytes.fromhex(result['losses']), '<f2').astype(np.float32)
-
-
-def design(plan: Plan, comparisons: int = 0) -> statistics.Design:
-    """The rules by which the plan's family of comparisons, or another of this size, is decided."""
-    return statistics.Design(comparisons or len(plan.against) * len(plan.primaries), plan.looks)
-
-
-def decisions(store: Store, measure: str, look: int = 0) -> statistics.Decisions | None:
-    """Decide every arm against its control in a measure, in the order of the plan.
-
-    Args:
-        store: The results.
-        measure: A primary measure.
-        look: Take so many replicates for all there are; 0: all.
-    """
-    plan = store.plan
-    arms = list(plan.against)
-    if not arms or plan.looks[0] < 2:
-        return None
-    everyone = list(plan.configs)
-    pairs = np.array([[everyone.index(arm), everyone.index(plan.against[arm])] for arm in arms])
-    outcomes = np.array([values(store, arm, measure) for arm in everyone])
-    if look:
-        outcomes[:, look:] = np.nan
-    images = images_of(store, everyone, measure, np.isfinite(outcomes).any(0))
-    return statistics.decide(
-        outcomes[pairs[:, 0]] - outcomes[pairs[:, 1]],
-        design(plan),
-        margin=plan.margins[measure],
-        sign=METRICS[measure].sign,
-        per_image=None if images is None else images[pairs[:, 0]] - images[pairs[:, 1]],
-    )
-
-
-def images_of(store: Store, arms: list[str], measure: str, known: Any) -> np.ndarray | None:
-    """A measure of each arm's replicates on each test image, [a, n, e]; zeros where not `known`.
-
-    None for measures that have no value on an image.
-    """
-    if measure not in ('accuracy', 'loss') or not known.any():
-        return None
-    counts = {
-        result['examples']
-        for arm in arms
-        for number in np.flatnonzero(known)
-        if (run := store.replicate(arm, int(number))) and (result := store.result(run))
-    }
-    (count,) = counts
-    found = np.zeros((len(arms), len(known), count), np.float32)
-    for a, n in itertools.product(range(len(arms)), np.flatnonzero(known)):
-        run = store.replicate(arms[a], int(n))
-        result = run and store.result(run)
-        if result:
-            found[a, n] = per_image(result, measure)
-    return found
-
-
-def undecided(store: Store, look: int) -> list[str]:
-    """The arms that a look after so many replicates has left undecided in a primary measure."""
-    arms = list(store.plan.against)
-    open_ones = set()
-    for measure in store.plan.primaries:
-        found = decisions(store, measure, look)
-        if found is not None:
-            waiting = (found.verdict == 'undecided') & (found.replicates == look)
-            open_ones |= {arm for arm, waits in zip(arms, waiting) if waits}
-    return [arm for arm in arms if arm in open_ones]
 
 
 def refuse_links(folder: Path) -> None:

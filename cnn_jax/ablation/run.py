@@ -13,17 +13,10 @@ import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax import runtime
+from cnn_jax.ablation import decisions
 from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan, number
 from cnn_jax.ablation.report import Ablation
-from cnn_jax.ablation.results import (
-    DEFINITION,
-    Run,
-    Store,
-    read_store,
-    refuse_links,
-    values,
-    why_failed,
-)
+from cnn_jax.ablation.results import DEFINITION, Run, Store, read_store, refuse_links, why_failed
 from cnn_jax.ablation.workers import LocalWorkers, RayWorkers, Task, open_ablation, run_missing
 from cnn_jax.components import NO_COMPONENTS, Components, from_objects
 from cnn_jax.errors import UserError
@@ -230,7 +223,7 @@ class Progress:
         self._finished: set[Run] = set()
         self._chosen: set[str] = set()
         self._began = time.perf_counter()
-        self._before = len(self._new(store.due()))
+        self._before = len(self._new(decisions.due(store)))
 
     def __enter__(self):
         definition = self._store.definition()
@@ -254,8 +247,8 @@ class Progress:
 
     def update(self) -> None:
         """Print what was finished since the last call."""
-        due = self._store.due()
-        new, total = self._new(due), len(due) + self._store.waiting()
+        due = decisions.due(self._store)
+        new, total = self._new(due), len(due) + decisions.waiting(self._store)
         for count, run in enumerate(new, len(self._finished) - len(new) + 1):
             print(f'[{count}/{total}] {self._line(run)}, {self._left(total)}', flush=True)
         for arm in self._store.plan.configs:
@@ -295,11 +288,11 @@ class Progress:
     def _means(self, arm: str) -> str:
         """The mean of an arm's replicates so far, and of its differences from its control."""
         plan, metric = self._store.plan, self._metric
-        own = values(self._store, arm, metric.name)
+        own = decisions.values(self._store, arm, metric.name)
         text = f' (mean of {np.isfinite(own).sum()}: {_mean_sd(own, metric.scale)}'
         if arm in plan.against:
             control = plan.against[arm]
-            pairs = own - values(self._store, control, metric.name)
+            pairs = own - decisions.values(self._store, control, metric.name)
             if np.isfinite(pairs).any():
                 text += f', against {control}: {_mean_sd(pairs, metric.scale, signed=True)}'
         return text + ')'

@@ -12,21 +12,9 @@ from typing import Any
 import numpy as np
 
 from cnn_jax.ablation import statistics
+from cnn_jax.ablation.decisions import decisions, design, due, images_of, values
 from cnn_jax.ablation.plan import METRICS, Metric, number
-from cnn_jax.ablation.results import (
-    AGAIN,
-    FLOOR,
-    FOLDER,
-    Result,
-    Run,
-    Store,
-    decisions,
-    design,
-    images_of,
-    value_of,
-    values,
-    why_failed,
-)
+from cnn_jax.ablation.results import AGAIN, FLOOR, FOLDER, Result, Run, Store, value_of, why_failed
 
 CHECKS = {  # what a regularizer should move, and how it is printed
     'training_loss': ('loss in training', 3),
@@ -43,8 +31,8 @@ def summary_of(store: Store) -> dict[str, Any]:
     `p`, `verdict` and the number of replicates that decided it.
     """
     plan, definition = store.plan, store.definition()
-    due = store.due()
-    results = {run: found for run in due if (found := store.result(run))}
+    needed = due(store)
+    results = {run: found for run in needed if (found := store.result(run))}
     compared = {measure: _compared(store, measure) for measure in plan.primaries}
     arms = {
         arm: _arm(
@@ -69,15 +57,15 @@ def summary_of(store: Store) -> dict[str, Any]:
         'counts': counts,
         'population': _population(store, counts),
         'runs': {
-            'due': len(due),
+            'due': len(needed),
             'done': sum(not why_failed(each) for each in results.values()),
             'failed': [
                 {**run.label, 'reason': why_failed(each)}
                 for run, each in results.items()
                 if why_failed(each) and run.kind != FLOOR
             ],
-            'missing': [run.label for run in due if run not in results],
-            'other': len({*(store.folder / FOLDER).glob('*.json')} - {run.path for run in due}),
+            'missing': [run.label for run in needed if run not in results],
+            'other': len({*(store.folder / FOLDER).glob('*.json')} - {run.path for run in needed}),
         },
         'arms': arms,
         'chance': statistics.guess(counts['classes']),
@@ -313,7 +301,7 @@ def cost(store: Store) -> dict[str, Any]:
     }
     spent: dict[str, list[float]] = {arm: [] for arm in arms}
     other = 0.0
-    for run in store.due():
+    for run in due(store):
         seconds = (store.result(run) or {}).get('seconds', 0.0)
         if run.kind == 'trial':
             arms[run.arm]['trials'] += seconds

@@ -24,6 +24,7 @@ from typing import Any
 
 from cnn_jax import config as cfg
 from cnn_jax import runtime
+from cnn_jax.ablation import decisions
 from cnn_jax.ablation.plan import Plan, budget, by_structure, code_digest
 from cnn_jax.ablation.results import DEFINITION, FLOOR, Result, Run, Store, open_store
 from cnn_jax.components import NO_COMPONENTS, Components, from_experiment
@@ -300,7 +301,7 @@ def run_missing(
         for arms in groups[shift:] + groups[:shift]
     ]
     done, stopped = 0, False
-    while store.missing() and not stopped:
+    while decisions.missing(store) and not stopped:
         before = done
         for structure in structures:
             while not stopped and (count := structure.run_some()):
@@ -327,7 +328,7 @@ class _Structure:
 
         Runs of one kind are trained together; those of the classifier of pixels are one by one.
         """
-        missing = [run for run in self._store.missing() if run.arm in self._arms]
+        missing = [run for run in decisions.missing(self._store) if run.arm in self._arms]
         with ExitStack() as claims:
             runs: list[Run] = []
             for run in missing:

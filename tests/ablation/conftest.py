@@ -10,6 +10,7 @@ import pytest
 from scipy import special
 
 from cnn_jax import config as cfg
+from cnn_jax.ablation import decisions
 from cnn_jax.ablation.plan import log, make_plan
 from cnn_jax.ablation.results import AGAIN, FLOOR, Result, Run, Store, open_store
 
@@ -68,7 +69,7 @@ def write_ablation() -> Callable[..., Path]:
         }
         store = open_store(folder, plan, PROVENANCE, facts)
         left_out: set[Run] = set()
-        while runs := [run for run in store.missing() if run not in left_out]:
+        while runs := [run for run in decisions.missing(store) if run not in left_out]:
             for run in runs:
                 accuracy = 0.85 + gains.get(run.arm, 0.0)
                 result = change(run, result_of(store, run, accuracy, spread))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation import figures
+from cnn_jax.ablation import decisions, figures
 from cnn_jax.ablation.plan import log, make_plan
 from cnn_jax.ablation.report import Ablation
 from cnn_jax.ablation.results import AGAIN, FLOOR, FORMAT, open_store, read_store
@@ -51,7 +51,7 @@ FAILED = {'status': 'failed', 'reason': 'why', 'classes': 4, 'examples': 8}
 
 
 def due(store, *kinds):
-    return [run for run in store.due() if run.kind in (kinds or ('replicate',))]
+    return [run for run in decisions.due(store) if run.kind in (kinds or ('replicate',))]
 
 
 def status(store):
@@ -66,8 +66,8 @@ def test_runs_come_seed_by_seed_with_names_of_their_own(opened):
         (0, FLOOR),
         (1, FLOOR),
     ]
-    assert len({r.path for r in store.due()}) == 7
-    assert {r.path.parent.name for r in store.due()} == {'cells'}
+    assert len({r.path for r in decisions.due(store)}) == 7
+    assert {r.path.parent.name for r in decisions.due(store)} == {'cells'}
 
 
 def test_results_are_found_again_and_failed_ones_can_be_repeated(opened):
@@ -100,7 +100,7 @@ def test_replicates_are_due_once_the_arms_trials_have_chosen(opened):
     store = opened(tune=RATE, trials=4)
     losses = {'plain': [0.9, None, 0.3, 0.5], 'drop, 0.3/x': [0.2, 0.4, 0.6, 0.8]}
     assert not due(store)
-    assert store.waiting() == 5
+    assert decisions.waiting(store) == 5
     for arm, each in losses.items():
         for loss, runs in zip(each, store.trials(arm), strict=True):
             for number, run in enumerate(runs):
@@ -124,16 +124,16 @@ def test_only_undecided_arms_and_their_controls_get_the_replicates_of_the_next_l
     draw = np.random.default_rng(0)
     plan = make_plan(arms, cfg.Config(), until_decided=True, floor=False, primaries=('loss',))
     store, ended = open_store(tmp_path, plan, PROVENANCE, FACTS), 0
-    while missing := store.missing():
+    while missing := decisions.missing(store):
         for run in missing:
             gain = {'none': 0.0, 'clear': -1.0, 'unclear': -0.04}[run.arm]
             store.write(run, finished(loss=2 + gain + draw.normal(0, 0.1)))
         ended += 1
     assert ended > 1
-    needed = store.replicates()
+    needed = decisions.replicates(store)
     assert needed['clear'] < needed['unclear'] == needed['none'] == 30
     # Read again, at the end, the looks are what they were.
-    assert read_store(tmp_path).replicates() == needed
+    assert decisions.replicates(read_store(tmp_path)) == needed
     found = summary_of(open_again(tmp_path))['arms']['clear']['compared']['loss']
     assert (found['verdict'], found['decided']) == ('better', needed['clear'])
 

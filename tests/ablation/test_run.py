@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from cnn_jax import nn
+from cnn_jax.ablation import decisions
 from cnn_jax.ablation.plan import log, make_plan
 from cnn_jax.ablation.results import open_store
 from cnn_jax.ablation.run import Progress, ablate
@@ -89,7 +90,7 @@ def finished(accuracy):
 
 
 def test_progress_prints_each_run_once(store, capsys):
-    runs = store.due()
+    runs = decisions.due(store)
     store.write(runs[0], finished(0.9))
     with Progress(store) as progress:
         assert 'DIFFERENT budgets' in capsys.readouterr().out
@@ -113,7 +114,7 @@ def test_progress_names_trials_and_what_they_chose(tmp_path, capsys):
     plan = make_plan({'plain': {}}, config, seeds=2, floor=False, tune=tune, trials=2)
     store = open_store(tmp_path, plan, {'code': 'x'}, FACTS | {'budgets': {'plain': 'one epoch'}})
     with Progress(store) as progress:
-        for run in store.missing():
+        for run in decisions.missing(store):
             measures = {'loss': 1.0 - run.trial / 2}
             store.write(run, finished(0.5) | {'metrics': {'validation': measures}})
         progress.update()

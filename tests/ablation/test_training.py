@@ -12,9 +12,9 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax import params
-from cnn_jax.ablation import summary, training, workers
+from cnn_jax.ablation import decisions, summary, training, workers
 from cnn_jax.ablation.plan import log, make_plan
-from cnn_jax.ablation.results import open_store, per_image
+from cnn_jax.ablation.results import open_store
 from cnn_jax.ablation.training import compile_structure, train_runs
 from cnn_jax.components import from_objects
 from cnn_jax.files import read_json
@@ -123,14 +123,14 @@ def study(tmp_path_factory):
 def test_every_run_is_done_and_counted(study):
     """Two trials of two replicates, and two replicates, of each arm; the controls."""
     store, _, _, totals = study
-    assert [store.result(run)['status'] for run in store.due()] == ['done'] * (12 + 6 + 3)
+    assert [store.result(run)['status'] for run in decisions.due(store)] == ['done'] * (12 + 6 + 3)
     assert totals == 21
     assert summary.summary_of(store)['repeated']
 
 
 def test_a_trial_never_sees_a_test_image_nor_what_is_held_out(study):
     store, data, _, _ = study
-    for run in store.due():
+    for run in decisions.due(store):
         train = setup.draw(run.config, data.pool)
         seen = {image.tobytes() for image in train.read(np.arange(train.n))}
         held = {image.tobytes() for image in data.evaluate.read(np.arange(10))}
@@ -142,7 +142,7 @@ def test_a_trial_never_sees_a_test_image_nor_what_is_held_out(study):
 
 
 def replicates(store):
-    return [run for run in store.due() if run.kind == 'replicate']
+    return [run for run in decisions.due(store) if run.kind == 'replicate']
 
 
 def test_a_run_alone_gives_the_bits_it_gave_in_company(study):
@@ -175,7 +175,7 @@ def test_what_is_kept_of_each_image_adds_up_to_the_measures(study):
     for run in replicates(study[0]):
         result = study[0].result(run)
         for measure, error in (('accuracy', 1e-6), ('loss', 1e-3)):  # float16
-            kept = per_image(result, measure)
+            kept = decisions.per_image(result, measure)
             assert kept.shape == (21,)
             assert kept.mean() == pytest.approx(result['metrics']['test'][measure], rel=error)
 
@@ -273,7 +273,7 @@ def test_where_memory_is_short_fewer_are_trained_together(monkeypatch, tmp_path)
     totals = workers.run_missing(store, data, together=6, components=components)
     assert widths == [6, 3, *[1] * 11]
     assert totals == 11
-    assert [store.result(run)['status'] for run in store.due()] == ['done'] * 11
+    assert [store.result(run)['status'] for run in decisions.due(store)] == ['done'] * 11
 
 
 if __name__ == '__main__':  # by test_devices_share_the_runs
