@@ -186,7 +186,7 @@ MISTAKES = {
     'no files': ({}, 'has no train-images'),
     'no labels': ({'train images': TRAIN['train images']}, 'has no train-labels'),
     'other numbers': (TRAIN | {'train labels': LABELS[:11]}, '12 train images but 11 train labels'),
-    'no images': ({'train images': np.zeros((0, 5, 4)), 'train labels': np.zeros(0)}, 'no images'),
+    'no images': ({'train images': np.zeros((0, 5, 4)), 'train labels': np.zeros(0)}, '0×5×4'),
     'one class': (TRAIN | {'train labels': 0 * LABELS}, 'one class'),
     'a label that training lacks': (
         TRAIN | {'test images': np.ones((6, 5, 4)), 'test labels': np.array([0, 1, 2, 3, 0, 1])},
