@@ -228,7 +228,7 @@ def whole_images() -> list[bytes]:
 
 
 @pytest.mark.filterwarnings('ignore')  # Pillow's, of damage that it repairs
-@settings(derandomize=True, max_examples=400)
+@settings(derandomize=True, max_examples=200)
 @given(st.sampled_from(whole_images()).flatmap(damaged))
 def test_examine_agrees_with_decode_on_damaged_bytes(data):
     try:

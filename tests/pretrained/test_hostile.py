@@ -75,7 +75,7 @@ WRITERS = {
 @settings(
     derandomize=True,
     deadline=None,
-    max_examples=150,
+    max_examples=100,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
