@@ -6,6 +6,7 @@ import functools
 import hashlib
 import socket
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +134,30 @@ def write(tmp_path) -> Callable[[str, dict], Path]:
         return path
 
     return write
+
+
+def write_wheel(folder: Path, name: str, version: str, files: dict[str, bytes]) -> Path:
+    """A wheel with these files, in a new folder that pip may look in."""
+    folder.mkdir()
+    info = f'{name}-{version}.dist-info'
+    files = files | {
+        f'{info}/METADATA': f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'.encode(),
+        f'{info}/WHEEL': b'Wheel-Version: 1.0\nTag: py3-none-any\n',
+        f'{info}/RECORD': b'',
+    }
+    path = folder / f'{name}-{version}-py3-none-any.whl'
+    with zipfile.ZipFile(path, 'w') as archive:
+        for member, content in files.items():
+            archive.writestr(member, content)
+    return path
+
+
+def close_index(monkeypatch) -> None:
+    """Let pip's own index be a closed port."""
+    monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/simple')
+    monkeypatch.setenv('PIP_NO_INDEX', '0')
+    for name in ('PIP_EXTRA_INDEX_URL', 'PIP_FIND_LINKS'):
+        monkeypatch.setenv(name, '')
 
 
 WAIT, SILENCE = b'x', b''  # sent with a pause before what follows; nothing more, but not the end
