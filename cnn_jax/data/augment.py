@@ -147,10 +147,7 @@ def _below(n: int, bits: Array) -> Array:
 
 
 def erase(
-    augment: Augment,
-    key: Key[Array, ''],
-    image: Num[Array, 'h w c'],
-    fill: Num[Array, '1 1 c'],
+    augment: Augment, key: Key[Array, ''], image: Num[Array, 'h w c'], fill: Num[Array, '1 1 c']
 ) -> Num[Array, 'h w c']:
     """Set a random rectangle to the mean, with probability `augment.erasing`.
 

@@ -253,9 +253,7 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path, values, monkeypatch):
 
 
 @settings(
-    derandomize=True,
-    max_examples=100,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), zipped=st.booleans())
 def test_damage_is_found_or_does_not_matter(tmp_path, values, data, zipped):
