@@ -31,6 +31,19 @@ from cnn_jax import config as cfg
 from cnn_jax.config import OWN, Config, replace
 from cnn_jax.errors import UserError, nearest
 
+# Folders of installed packages, then of Python and of this package.
+LIBRARIES = (
+    *(sysconfig.get_paths()[key] for key in ('purelib', 'platlib', 'stdlib')),
+    str(Path(__file__).parent),
+    '<frozen',
+)
+# How the functions that the user brings are called.
+CALLED = {
+    'model': ('config', 'num_classes'),
+    'source': ('config', 'split'),
+    'optimizer': ('config',),
+}
+
 
 @dataclass(frozen=True)
 class Components:
@@ -49,6 +62,17 @@ class Components:
     optimizer: Callable[[Config], Any] | None = None
     regularizers: tuple[Any, ...] = ()
     experiment: str = ''
+
+    def __post_init__(self):
+        for name, arguments in CALLED.items():
+            try:
+                if getattr(self, name) is not None:
+                    inspect.signature(getattr(self, name)).bind(*arguments)
+            except TypeError as error:
+                call = f'{name}({", ".join(arguments)})'
+                raise UserError(f'the own {name} must take the call {call}: {error}') from error
+            except ValueError:  # C code does not say what it takes
+                pass
 
     def mark(self, config: Config) -> Config:
         """Return the config with `own` where these components stand, and with their digest.
@@ -74,7 +98,7 @@ class Components:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of each component: of its source code and the values that it closes over."""
-        parts = {name: getattr(self, name) for name in ('model', 'source', 'optimizer')}
+        parts = {name: getattr(self, name) for name in CALLED}
         brought = {name: part for name, part in parts.items() if part is not None}
         if self.regularizers:
             brought['regularizers'] = self.regularizers
@@ -216,6 +240,25 @@ def _blamed_on(path: Path) -> Iterator[None]:
         raise UserError(f'{where}: {told}') from error
 
 
+@contextlib.contextmanager
+def own_code(part: object) -> Iterator[None]:
+    """Turn an error inside code that the user brings into a `UserError` that names its line.
+
+    Args:
+        part: What is called, such as `model`; None where it is not the user's.
+    """
+    try:
+        yield
+    except Exception as error:
+        if part is None or isinstance(error, UserError):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [f for f in frames if not f.filename.startswith(LIBRARIES)]
+        where = f' in {theirs[-1].filename}, line {theirs[-1].lineno}' if theirs else ''
+        told = (f'{type(error).__name__}: {error}').splitlines()[0]
+        raise UserError(f'the own {part} fails{where}: {told}') from error
+
+
 def get_config(path: str | Path) -> Config:
     """The config of an experiment file; errors as for `load_experiment`."""
     module = load_experiment(path)
@@ -233,18 +276,14 @@ def get_config(path: str | Path) -> Config:
 def from_experiment(path: str | Path) -> Components:
     """The components that an experiment file defines; errors as for `load_experiment`."""
     module = load_experiment(path)
-    functions: dict[str, Any] = {
-        name: getattr(module, name, None) for name in ('model', 'source', 'optimizer')
-    }
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise UserError(f'{path}: {name} is no function; define it as `def {name}(config, …)`')
+    functions: dict[str, Any] = {name: getattr(module, name, None) for name in CALLED}
     regularizers = getattr(module, 'REGULARIZERS', ())
     if not isinstance(regularizers, (list, tuple)) or not all(
         hasattr(each, 'term') for each in regularizers
     ):
         raise UserError(f'{path}: REGULARIZERS must be a list of cnn_jax.Regularizer(…)')
-    brings = Components(regularizers=tuple(regularizers), **functions)
+    with _blamed_on(Path(path)):
+        brings = Components(regularizers=tuple(regularizers), **functions)
     if brings == NO_COMPONENTS:
         return brings
     return dataclasses.replace(brings, experiment=str(Path(path).resolve()))
@@ -379,6 +418,4 @@ def _is_installed(thing: Any) -> bool:
     name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
     if name.partition('.')[0] in ('cnn_jax', *sys.stdlib_module_names):
         return name != '__main__'
-    file = getattr(sys.modules.get(name), '__file__', None)
-    roots = [sysconfig.get_paths()[key] for key in ('purelib', 'platlib')]
-    return bool(file) and any(str(file).startswith(root) for root in roots)
+    return str(getattr(sys.modules.get(name), '__file__', None)).startswith(LIBRARIES[:2])

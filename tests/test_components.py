@@ -51,7 +51,10 @@ def test_a_mistake_is_one_sentence_with_its_line(experiment, text, words):
 @pytest.mark.parametrize(
     ('text', 'word'),
     [
-        ('model = 3', 'model'),
+        ('model = 3', 'own model must'),
+        ('def model(config): ...', r'must take the call model\(config, num_classes\)'),
+        ('def source(config): ...', r'must take the call source\(config, split\)'),
+        ('def optimizer(config, rate): ...', r'must take the call optimizer\(config\).*rate'),
         ('REGULARIZERS = 3', 'REGULARIZERS'),
         ('REGULARIZERS = [3]', 'REGULARIZERS'),
         (
@@ -63,6 +66,17 @@ def test_a_mistake_is_one_sentence_with_its_line(experiment, text, words):
 def test_what_a_file_brings_is_checked(experiment, text, word):
     with pytest.raises(UserError, match=word):
         components.from_experiment(experiment(GOOD + text))
+
+
+def test_an_error_inside_it_names_its_line(experiment):
+    """The last line that is no library's; what is ours is not blamed on the user."""
+    module = components.load_experiment(experiment('import json\ndef f(x):\n  json.loads(x)'))
+    where = r'own model fails in .*experiment\.py, line 3: JSONDecodeError'
+    with pytest.raises(UserError, match=where), components.own_code('model'):
+        module.f('{')
+    for part, error in ((None, KeyError), ('model', UserError)):
+        with pytest.raises(error, match='mended'), components.own_code(part):
+            raise error('to be mended')
 
 
 def test_what_is_no_python_file_is_said(experiment, tmp_path):

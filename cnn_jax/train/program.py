@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from cnn_jax import config as cfg
 from cnn_jax import freezing, optim, params, rng
+from cnn_jax.components import own_code
 from cnn_jax.errors import UserError
 from cnn_jax.models import build
 from cnn_jax.regularizers import REGULARIZERS, Regularizer
@@ -176,7 +177,9 @@ def make_program(
         UserError: A pattern matches nothing, the images are too small for the net, a frozen module
             cannot be held in inference, or a regularizer would change nothing.
     """
-    shapes = jax.eval_shape(functools.partial(_draw, config, spec), 0)
+    own_model = 'model' if spec.model else None
+    with own_code(own_model):
+        shapes = jax.eval_shape(functools.partial(_draw, config, spec), 0)
     if unknown := set(shapes) - {'params', 'batch_stats'}:
         raise UserError(
             f'the network keeps variables in {", ".join(sorted(unknown))}; only params and '
@@ -209,9 +212,20 @@ def make_program(
     frozen = freezing.frozen_modules(names, program.trainable, program.frozen_patterns)
     held = [path for path in params.flatten(statistics) if frozen(path.rpartition('/')[0])]
     if watching or spec.model or held:
-        layers = _checked_layers(program, frozen)
+        with own_code(own_model):
+            layers = _checked_layers(program, frozen)
         acted_on |= {field: _select_layers(program, layers, field) for field in watching}
-    return dataclasses.replace(program, acted_on=acted_on)
+    program = dataclasses.replace(program, acted_on=acted_on)
+    if spec.optimizer:
+        with own_code('optimizer'):
+            jax.eval_shape(functools.partial(_update, program), program.shapes)
+    return program
+
+
+def _update(program: Program, weights: Any) -> Any:
+    """The first update by the program's optimizer, with the weights for their gradients."""
+    optimizer = program.optimizer(program.config)
+    return optimizer.update(weights, optimizer.init(weights), weights, value=jnp.zeros(()))
 
 
 def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str, bool]:
