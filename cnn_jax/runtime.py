@@ -12,6 +12,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +100,7 @@ def configure(threads: int = 0) -> Settings:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
     threads = _default_threads()
     version, on_cpu = jaxlib_version(), runs_on_cpu()
+    _check_xla_flags()
     flags = add_xla_flags(default_flags(version, on_cpu))
     allocator = _keep_freed_memory() if on_cpu else 'the system default'
     cache = _set_compile_cache(version)
@@ -224,6 +227,23 @@ def add_xla_flags(wanted: dict[str, str]) -> str:
     if added:
         flags = os.environ['XLA_FLAGS'] = ' '.join([flags, *added]).strip()
     return flags
+
+
+def _check_xla_flags() -> None:
+    """Refuse XLA_FLAGS that XLA does not take: it ends a process that starts with them.
+
+    Errors:
+        UserError: The flags with which a child process, which only reads them, has ended.
+    """
+    flags = os.environ.get('XLA_FLAGS', '').strip()
+    if not flags:
+        return
+    if not flags.startswith('--'):  # XLA takes it for the name of a file
+        raise UserError(f'XLA_FLAGS is {flags!r} in the environment; give flags that begin with --')
+    command = [sys.executable, '-c', 'from jaxlib import _jax; _jax.CompileOptions()']
+    told = subprocess.run(command, capture_output=True, text=True).stderr
+    if found := re.search(r"(Unknown flag|Couldn't interpret)[^\n]*", told):
+        raise UserError(f'XLA does not take the XLA_FLAGS of the environment: {found[0]}')
 
 
 def _keep_freed_memory() -> str:
