@@ -31,18 +31,9 @@ from cnn_jax import config as cfg
 from cnn_jax.config import OWN, Config, replace
 from cnn_jax.errors import UserError, nearest
 
-# Folders of installed packages, then of Python and of this package.
-LIBRARIES = (
-    *(sysconfig.get_paths()[key] for key in ('purelib', 'platlib', 'stdlib')),
-    str(Path(__file__).parent),
-    '<frozen',
-)
-# How the functions that the user brings are called.
-CALLED = {
-    'model': ('config', 'num_classes'),
-    'source': ('config', 'split'),
-    'optimizer': ('config',),
-}
+# The folders of installed packages, of Python and of this package.
+PATHS = (sysconfig.get_paths()[key] for key in ('purelib', 'platlib', 'stdlib'))
+LIBRARIES = (*PATHS, str(Path(__file__).parent), '<frozen')
 
 
 @dataclass(frozen=True)
@@ -62,17 +53,6 @@ class Components:
     optimizer: Callable[[Config], Any] | None = None
     regularizers: tuple[Any, ...] = ()
     experiment: str = ''
-
-    def __post_init__(self):
-        for name, arguments in CALLED.items():
-            try:
-                if getattr(self, name) is not None:
-                    inspect.signature(getattr(self, name)).bind(*arguments)
-            except TypeError as error:
-                call = f'{name}({", ".join(arguments)})'
-                raise UserError(f'the own {name} must take the call {call}: {error}') from error
-            except ValueError:  # C code does not say what it takes
-                pass
 
     def mark(self, config: Config) -> Config:
         """Return the config with `own` where these components stand, and with their digest.
@@ -98,7 +78,7 @@ class Components:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of each component: of its source code and the values that it closes over."""
-        parts = {name: getattr(self, name) for name in CALLED}
+        parts = {name: getattr(self, name) for name in ('model', 'source', 'optimizer')}
         brought = {name: part for name, part in parts.items() if part is not None}
         if self.regularizers:
             brought['regularizers'] = self.regularizers
@@ -204,7 +184,7 @@ def load_experiment(path: str | Path) -> types.ModuleType:
         raise UserError(f'{path} is not a Python file; its name must end in .py')
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        with _blamed_on(path):
+        with blamed_on(path):
             spec.loader.exec_module(module)
     except UserError:
         del sys.modules[name]
@@ -213,22 +193,26 @@ def load_experiment(path: str | Path) -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def _blamed_on(path: Path) -> Iterator[None]:
-    """Turn what an experiment file raises into a `UserError` that names its line."""
+def blamed_on(what: object) -> Iterator[None]:
+    """Turn what the user's code raises into a `UserError` that names its last line.
+
+    Args:
+        what: What is said where no line of theirs was reached, such as `the own model`; None where
+            the code is not the user's.
+    """
     try:
         yield
     except (Exception, SystemExit) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(path)
-        ]
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines = [error.lineno]
-        where = f'{path}, line {lines[-1]}' if lines else str(path)
+        if what is None:
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [(f.filename, f.lineno) for f in frames if not f.filename.startswith(LIBRARIES)]
+        if isinstance(error, SyntaxError) and error.filename == str(what):
+            places = [(error.filename, error.lineno)]
+        where = '{}, line {}'.format(*places[-1]) if places else what
         if isinstance(error, UserError):
             raise UserError(f'{where}: {error}') from error
-        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        text = error.msg if isinstance(error, SyntaxError) else str(error).partition('\n')[0]
         told = f'{type(error).__name__}: {text}' if text else type(error).__name__
         if isinstance(error, SystemExit):
             told = 'it ends the program'
@@ -240,32 +224,13 @@ def _blamed_on(path: Path) -> Iterator[None]:
         raise UserError(f'{where}: {told}') from error
 
 
-@contextlib.contextmanager
-def own_code(part: object) -> Iterator[None]:
-    """Turn an error inside code that the user brings into a `UserError` that names its line.
-
-    Args:
-        part: What is called, such as `model`; None where it is not the user's.
-    """
-    try:
-        yield
-    except Exception as error:
-        if part is None or isinstance(error, UserError):
-            raise
-        frames = traceback.extract_tb(error.__traceback__)
-        theirs = [f for f in frames if not f.filename.startswith(LIBRARIES)]
-        where = f' in {theirs[-1].filename}, line {theirs[-1].lineno}' if theirs else ''
-        told = (f'{type(error).__name__}: {error}').splitlines()[0]
-        raise UserError(f'the own {part} fails{where}: {told}') from error
-
-
 def get_config(path: str | Path) -> Config:
     """The config of an experiment file; errors as for `load_experiment`."""
     module = load_experiment(path)
     function = getattr(module, 'get_config', None)
     if not callable(function):
         raise UserError(f'{path} has no function get_config(); an experiment file needs one')
-    with _blamed_on(Path(path)):
+    with blamed_on(Path(path)):
         config = function()
     if not isinstance(config, Config):
         kind = type(config).__name__
@@ -276,14 +241,18 @@ def get_config(path: str | Path) -> Config:
 def from_experiment(path: str | Path) -> Components:
     """The components that an experiment file defines; errors as for `load_experiment`."""
     module = load_experiment(path)
-    functions: dict[str, Any] = {name: getattr(module, name, None) for name in CALLED}
+    functions: dict[str, Any] = {
+        name: getattr(module, name, None) for name in ('model', 'source', 'optimizer')
+    }
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise UserError(f'{path}: {name} is no function; define it as `def {name}(config, …)`')
     regularizers = getattr(module, 'REGULARIZERS', ())
     if not isinstance(regularizers, (list, tuple)) or not all(
         hasattr(each, 'term') for each in regularizers
     ):
         raise UserError(f'{path}: REGULARIZERS must be a list of cnn_jax.Regularizer(…)')
-    with _blamed_on(Path(path)):
-        brings = Components(regularizers=tuple(regularizers), **functions)
+    brings = Components(regularizers=tuple(regularizers), **functions)
     if brings == NO_COMPONENTS:
         return brings
     return dataclasses.replace(brings, experiment=str(Path(path).resolve()))

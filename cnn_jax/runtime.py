@@ -100,8 +100,10 @@ def configure(threads: int = 0) -> Settings:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
     threads = _default_threads()
     version, on_cpu = jaxlib_version(), runs_on_cpu()
-    _check_xla_flags()
+    given = os.environ.get('XLA_FLAGS')
     flags = add_xla_flags(default_flags(version, on_cpu))
+    if given:
+        _check_xla_flags()
     allocator = _keep_freed_memory() if on_cpu else 'the system default'
     cache = _set_compile_cache(version)
     parallel = count(threads, 'thread')
@@ -230,19 +232,10 @@ def add_xla_flags(wanted: dict[str, str]) -> str:
 
 
 def _check_xla_flags() -> None:
-    """Refuse XLA_FLAGS that XLA does not take: it ends a process that starts with them.
-
-    Errors:
-        UserError: The flags with which a child process, which only reads them, has ended.
-    """
-    flags = os.environ.get('XLA_FLAGS', '').strip()
-    if not flags:
-        return
-    if not flags.startswith('--'):  # XLA takes it for the name of a file
-        raise UserError(f'XLA_FLAGS is {flags!r} in the environment; give flags that begin with --')
+    """Refuse XLA_FLAGS that XLA does not take: it would end this process, as it does a child."""
     command = [sys.executable, '-c', 'from jaxlib import _jax; _jax.CompileOptions()']
     told = subprocess.run(command, capture_output=True, text=True).stderr
-    if found := re.search(r"(Unknown flag|Couldn't interpret)[^\n]*", told):
+    if found := re.search(r"(Unknown flag|Couldn't interpret|Could not open file)[^\n]*", told):
         raise UserError(f'XLA does not take the XLA_FLAGS of the environment: {found[0]}')
 
 
@@ -348,6 +341,15 @@ def devices() -> str:
 
     kinds = [d.device_kind for d in jax.devices()]
     return ', '.join(f'{kinds.count(kind)} × {kind}' for kind in sorted(set(kinds)))
+
+
+def memory() -> int:
+    """The bytes that all devices of all processes have, alike in each process. Starts JAX."""
+    import jax
+
+    limits = [(each.memory_stats() or {}).get('bytes_limit', 0) for each in jax.local_devices()]
+    here = sum(limits) or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return here * jax.process_count()
 
 
 def machine(settings: Settings) -> dict[str, Any]:

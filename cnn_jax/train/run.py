@@ -327,7 +327,7 @@ class _Job:
 
     def _layers(self, spec: RunSpec) -> list[Layer]:
         """Print the table of layers, and return it."""
-        with own.own_code('model' if spec.model else None):
+        with own.blamed_on('the own model' if spec.model else None):
             net, shape = spec.network(self.config), setup.prepared_shape(spec)
             self.say(summary(net, shape))
             return layers(net, shape)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cnn_jax import config as cfg
-from cnn_jax.components import NO_COMPONENTS, Components, own_code
+from cnn_jax.components import NO_COMPONENTS, Components, blamed_on
 from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import open_batches, statistics
 from cnn_jax.data.source import as_source
@@ -66,7 +66,7 @@ def open_data(
 
     sources: dict[str, Any] = {}
     if components.source:
-        with own_code('source'):
+        with blamed_on('the own source'):
             given = [components.source(config, split) for split in ('train', 'eval')]
         sources['train'] = as_source(given[0], 'the training data')
         names = sources['train'].class_names
