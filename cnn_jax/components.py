@@ -194,11 +194,9 @@ def load_experiment(path: str | Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def blamed_on(what: object) -> Iterator[None]:
-    """Turn what the user's code raises into a `UserError` that names its last line.
+    """Turn what the user's code raises into a `UserError` that names its last line, else `what`.
 
-    Args:
-        what: What is said where no line of theirs was reached, such as `the own model`; None where
-            the code is not the user's.
+    Nothing is done where `what` is None: the code is not the user's.
     """
     try:
         yield

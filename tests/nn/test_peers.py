@@ -78,7 +78,7 @@ def convolve(x, kernel, strides=1, padding='valid', data_format=None, dilation_r
     return back(nn.conv2d(images.astype(kernel.dtype), taps, padding=padding.upper(), **options))
 
 
-def scale_and_bias(layer, size):
+def scale_and_bias(layer, size) -> tuple[jax.Array, jax.Array]:
     scale = layer.gamma.value.ravel() if layer.gamma is not None else jnp.ones(size)
     return scale, layer.beta.value.ravel() if layer.beta is not None else jnp.zeros(size)
 
@@ -87,7 +87,8 @@ def batch_norm(layer, x, training=None, mask=None):
     if mask is not None or layer.renorm:
         raise Left('renorm' if layer.renorm else 'mask')
     x = jnp.moveaxis(jnp.asarray(x), layer.axis, -1)
-    params = dict(zip(('scale', 'bias'), scale_and_bias(layer, x.shape[-1])))
+    scale, bias = scale_and_bias(layer, x.shape[-1])
+    params: dict[str, Any] = {'scale': scale, 'bias': bias}
     stats = {'mean': layer.moving_mean.value, 'var': layer.moving_variance.value}
     train = bool(training and layer.trainable)
     y, updated = nn.BatchNorm(layer.momentum, layer.epsilon, dtype=layer.compute_dtype).apply(
