@@ -12,9 +12,7 @@ from cnn_jax.errors import UserError
 def parser(module: str, doc: str | None, rounds: int = 0) -> argparse.ArgumentParser:
     """A command's options: its docstring is the help; with `rounds`, contenders take turns."""
     made = argparse.ArgumentParser(
-        f'python -m {module}',
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f'python -m {module}', description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument('--out', type=Path, help='file whose section or figure is replaced')
     if rounds:

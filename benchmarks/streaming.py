@@ -71,13 +71,7 @@ def section(seen: dict[str, dict[str, Any]]) -> str:
         ]
         for each in reading
     ]
-    header = (
-        'source',
-        'images read',
-        'images/s',
-        'memory at intervals, MB',
-        'peak, MB',
-    )
+    header = ('source', 'images read', 'images/s', 'memory at intervals, MB', 'peak, MB')
     trained = [
         [*text, f'{seen[child]["speed"]:,.0f}', f'{seen[child]["share"]:.0%}']
         for child, text in TRAINED.items()

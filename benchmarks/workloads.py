@@ -104,12 +104,7 @@ def problem(
 
     weights = {path: draw(path, leaf.shape) for path, leaf in params.flatten(shapes).items()}
     return Problem(
-        dataclasses.asdict(config),
-        preprocessing,
-        images,
-        labels,
-        classes,
-        weights | (known or {}),
+        dataclasses.asdict(config), preprocessing, images, labels, classes, weights | (known or {})
     )
 
 

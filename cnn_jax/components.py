@@ -31,6 +31,10 @@ from cnn_jax import config as cfg
 from cnn_jax.config import OWN, Config, replace
 from cnn_jax.errors import UserError, nearest
 
+# The folders of installed packages, of Python and of this package.
+PATHS = (sysconfig.get_paths()[key] for key in ('purelib', 'platlib', 'stdlib'))
+LIBRARIES = (*PATHS, str(Path(__file__).parent), '<frozen')
+
 
 @dataclass(frozen=True)
 class Components:
@@ -180,7 +184,7 @@ def load_experiment(path: str | Path) -> types.ModuleType:
         raise UserError(f'{path} is not a Python file; its name must end in .py')
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        with _blamed_on(path):
+        with blamed_on(path):
             spec.loader.exec_module(module)
     except UserError:
         del sys.modules[name]
@@ -189,22 +193,24 @@ def load_experiment(path: str | Path) -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def _blamed_on(path: Path) -> Iterator[None]:
-    """Turn what an experiment file raises into a `UserError` that names its line."""
+def blamed_on(what: object) -> Iterator[None]:
+    """Turn what the user's code raises into a `UserError` that names its last line, else `what`.
+
+    Nothing is done where `what` is None: the code is not the user's.
+    """
     try:
         yield
     except (Exception, SystemExit) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(path)
-        ]
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines = [error.lineno]
-        where = f'{path}, line {lines[-1]}' if lines else str(path)
+        if what is None:
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [(f.filename, f.lineno) for f in frames if not f.filename.startswith(LIBRARIES)]
+        if isinstance(error, SyntaxError) and error.filename == str(what):
+            places = [(error.filename, error.lineno)]
+        where = '{}, line {}'.format(*places[-1]) if places else what
         if isinstance(error, UserError):
             raise UserError(f'{where}: {error}') from error
-        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        text = error.msg if isinstance(error, SyntaxError) else str(error).partition('\n')[0]
         told = f'{type(error).__name__}: {text}' if text else type(error).__name__
         if isinstance(error, SystemExit):
             told = 'it ends the program'
@@ -222,7 +228,7 @@ def get_config(path: str | Path) -> Config:
     function = getattr(module, 'get_config', None)
     if not callable(function):
         raise UserError(f'{path} has no function get_config(); an experiment file needs one')
-    with _blamed_on(Path(path)):
+    with blamed_on(Path(path)):
         config = function()
     if not isinstance(config, Config):
         kind = type(config).__name__
@@ -379,6 +385,4 @@ def _is_installed(thing: Any) -> bool:
     name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
     if name.partition('.')[0] in ('cnn_jax', *sys.stdlib_module_names):
         return name != '__main__'
-    file = getattr(sys.modules.get(name), '__file__', None)
-    roots = [sysconfig.get_paths()[key] for key in ('purelib', 'platlib')]
-    return bool(file) and any(str(file).startswith(root) for root in roots)
+    return str(getattr(sys.modules.get(name), '__file__', None)).startswith(LIBRARIES[:2])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from cnn_jax.components import blamed_on
 from cnn_jax.config import Config, fields_by_path, get, is_on
 from cnn_jax.params import Flat
 
@@ -290,7 +291,9 @@ def add_terms(
     total = jnp.zeros((), jnp.float32)
     for regularizer in regularizers:
         seen = context(regularizer)
-        term = regularizer.term(get(seen.config, regularizer.field), seen)
+        own = None if regularizer in REGULARIZERS else f'the own regularizer of {regularizer.field}'
+        with blamed_on(own):
+            term = jnp.asarray(regularizer.term(get(seen.config, regularizer.field), seen))
         if term.ndim:
             each = each + term
         else:

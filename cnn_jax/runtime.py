@@ -12,6 +12,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +100,10 @@ def configure(threads: int = 0) -> Settings:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
     threads = _default_threads()
     version, on_cpu = jaxlib_version(), runs_on_cpu()
+    given = os.environ.get('XLA_FLAGS')
     flags = add_xla_flags(default_flags(version, on_cpu))
+    if given:
+        _check_xla_flags()
     allocator = _keep_freed_memory() if on_cpu else 'the system default'
     cache = _set_compile_cache(version)
     parallel = count(threads, 'thread')
@@ -226,6 +231,14 @@ def add_xla_flags(wanted: dict[str, str]) -> str:
     return flags
 
 
+def _check_xla_flags() -> None:
+    """Refuse XLA_FLAGS that XLA does not take: it would end this process, as it does a child."""
+    command = [sys.executable, '-c', 'from jaxlib import _jax; _jax.CompileOptions()']
+    told = subprocess.run(command, capture_output=True, text=True).stderr
+    if found := re.search(r"(Unknown flag|Couldn't interpret|Could not open file)[^\n]*", told):
+        raise UserError(f'XLA does not take the XLA_FLAGS of the environment: {found[0]}')
+
+
 def _keep_freed_memory() -> str:
     """Make glibc keep freed blocks; otherwise every step maps its large temporaries anew.
 
@@ -328,6 +341,15 @@ def devices() -> str:
 
     kinds = [d.device_kind for d in jax.devices()]
     return ', '.join(f'{kinds.count(kind)} × {kind}' for kind in sorted(set(kinds)))
+
+
+def memory() -> int:
+    """The bytes that all devices of all processes have, alike in each process. Starts JAX."""
+    import jax
+
+    limits = [(each.memory_stats() or {}).get('bytes_limit', 0) for each in jax.local_devices()]
+    here = sum(limits) or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return here * jax.process_count()
 
 
 def machine(settings: Settings) -> dict[str, Any]:

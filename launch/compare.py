@@ -8,12 +8,11 @@ is decided; the other arms in grey.
 
 from pathlib import Path
 
-from absl import flags
-
+from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from launch import cli
 
-OUT = flags.DEFINE_string('out', None, 'The PNG to write.', required=True)
+OUT = cli.define_path('out', 'The PNG to write.', required=True)
 MEASURE = flags.DEFINE_enum(
     'measure',
     'loss',
@@ -24,15 +23,15 @@ MEASURE = flags.DEFINE_enum(
 
 def main(arguments: list[str]) -> int:
     """Draw; returns the exit code."""
-    if not arguments[1:]:
+    folders = [Path(cfg.local_path(each, 'a work directory')) for each in arguments[1:]]
+    if not folders:
         raise UserError('no ablation; give the work directories of launch.ablate')
 
     from cnn_jax.ablation.figures import draw_against_n
     from cnn_jax.files import make_writable
     from cnn_jax.tools.figures import save
 
-    folders, path = [Path(each) for each in arguments[1:]], Path(OUT.value)
-    figure = draw_against_n(folders, MEASURE.value)
+    figure, path = draw_against_n(folders, MEASURE.value), Path(OUT.value)
     make_writable(path.parent, 'the folder of the picture', '--out')
     save(figure, path, dpi=200)
     print(f'written: {path}')

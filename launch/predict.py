@@ -38,8 +38,8 @@ CHECKPOINT = flags.DEFINE_enum(
     'has config.train.patience.',
 )
 
-HEATMAPS = flags.DEFINE_string(
-    'heatmaps', None, 'Folder for PNGs of the evidence for the predicted class (Grad-CAM).'
+HEATMAPS = cli.define_path(
+    'heatmaps', 'Folder for PNGs of the evidence for the predicted class (Grad-CAM).'
 )
 
 

@@ -65,6 +65,19 @@ def test_what_a_file_brings_is_checked(experiment, text, word):
         components.from_experiment(experiment(GOOD + text))
 
 
+def test_an_error_in_what_it_brings_names_its_line_and_ours_stay(experiment):
+    module = components.load_experiment(experiment('import json\ndef f(x):\n  json.loads(x)'))
+    for call, told in (
+        (lambda: module.f('{'), r'experiment\.py, line 3: JSONDecodeError'),
+        (lambda: experiment(), r'line \d+: TypeError.*argument'),
+        (lambda: components.get_config('none.py'), r'line \d+: none\.py: there is no such file'),
+    ):
+        with pytest.raises(UserError, match=told), components.blamed_on('the own model'):
+            call()
+    with pytest.raises(KeyError), components.blamed_on(None):
+        {}['x']
+
+
 def test_what_is_no_python_file_is_said(experiment, tmp_path):
     with pytest.raises(UserError, match='no such file'):
         components.get_config(tmp_path / 'none.py')

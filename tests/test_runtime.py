@@ -136,6 +136,24 @@ def test_the_settings_are_one_line(settings):
     assert not any('\n' in note for note in made['notes'])
 
 
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        ('--nope', 'Unknown flag.* --nope'),
+        (' --xla_cpu_enable_fast_math=false --xla_nope=3', 'Unknown flag.* --xla_nope'),
+        ('--xla_force_host_platform_device_count=x', 'value x for flag xla_force_host'),
+        ('xla_cpu_enable_fast_math=false', 'not start with'),
+        ('/etc/hosts', 'not start with'),
+    ],
+)
+def test_flags_that_end_the_process_are_refused_before(monkeypatch, flags, words):
+    monkeypatch.setattr(runtime, 'has_started', lambda: False)
+    monkeypatch.setenv('XLA_FLAGS', flags)
+    with pytest.raises(UserError, match=words) as raised:
+        runtime.configure()
+    assert '\n' not in str(raised.value)
+
+
 OTHERS = {
     'jax_default_prng_impl': 'rbg',
     'jax_default_matmul_precision': 'bfloat16',

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -413,7 +414,7 @@ def pin(number: int, workers: int, threads: int) -> None:
 
 
 def main() -> None:
-    """Be a worker; a `UserError` is one line on standard error and exit code 2."""
+    """Be a worker; an error's last line says what it was; a `UserError` is exit code 2."""
     options = dict(argument.lstrip('-').split('=', 1) for argument in sys.argv[1:])
     if 'parent' in options:
         end_with_parent(int(options['parent']))
@@ -423,6 +424,10 @@ def main() -> None:
     except UserError as error:
         print(f'error: {printable(error)}', file=sys.stderr)
         sys.exit(MISTAKE)
+    except Exception as error:
+        traceback.print_exc()  # whose last line is JAX's, about its frames
+        print(f'{type(error).__name__}: {printable(error)}', file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -97,7 +97,9 @@ def augment_plane(
       borders, becomes `fill` (DeVries & Taylor 2017, Improved regularization of CNNs with cutout).
     - erasing: see `erase`.
 
-    Other arguments than `fill`, the channel means in the images' units: `augment_and_normalize`.
+    Args:
+        augment, key, images, index: As in `augment_and_normalize`; floats, too.
+        fill: The channel means in the images' units; 0 for normalized images.
     """
     fill = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (1, 1, images.shape[-1]))
 
@@ -147,10 +149,7 @@ def _below(n: int, bits: Array) -> Array:
 
 
 def erase(
-    augment: Augment,
-    key: Key[Array, ''],
-    image: Num[Array, 'h w c'],
-    fill: Num[Array, '1 1 c'],
+    augment: Augment, key: Key[Array, ''], image: Num[Array, 'h w c'], fill: Num[Array, '1 1 c']
 ) -> Num[Array, 'h w c']:
     """Set a random rectangle to the mean, with probability `augment.erasing`.
 

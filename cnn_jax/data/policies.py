@@ -210,12 +210,7 @@ PLANE: dict[str, Callable] = {  # functions of the signed level, the space, and 
     'translate_x': lambda s, space, h, w: shift(0.0, s * _far(space, w)),
     'translate_y': lambda s, space, h, w: shift(s * _far(space, h), 0.0),
 }
-ENHANCE = {
-    'brightness': black,
-    'saturation': grey,
-    'contrast': mean_grey,
-    'sharpness': smooth,
-}
+ENHANCE = {'brightness': black, 'saturation': grey, 'contrast': mean_grey, 'sharpness': smooth}
 TONE: dict[str, Callable] = {  # functions of the image, the level and the space
     'posterize': lambda x, level, space: posterize(x, _rounded(level * space.bits)),
     'solarize': lambda x, level, space: solarize(x, 256 * (1 - level)),

@@ -27,10 +27,7 @@ ORDER_KEY = 0x5EED_0F_5A11CE
 
 
 def select(
-    name: str,
-    parts: Mapping[str, Callable[[], Source]],
-    split: str,
-    classes: tuple[str, ...] = (),
+    name: str, parts: Mapping[str, Callable[[], Source]], split: str, classes: tuple[str, ...] = ()
 ) -> Source:
     """Select the examples that `split` names.
 

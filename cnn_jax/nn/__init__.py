@@ -11,14 +11,7 @@ Flax's own `deterministic` and `use_running_average`). All of them differentiate
 order, and under `vmap`, on every backend. The examples below assume these imports.
 """
 
-from cnn_jax.nn.conv import (
-    Conv,
-    avg_pool,
-    conv2d,
-    global_avg_pool,
-    max_pool,
-    standardize_kernel,
-)
+from cnn_jax.nn.conv import Conv, avg_pool, conv2d, global_avg_pool, max_pool, standardize_kernel
 from cnn_jax.nn.noise import (
     Dropout,
     add_noise,

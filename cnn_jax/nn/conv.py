@@ -165,10 +165,7 @@ def _add_bias_jvp(primals, tangents):
 
 
 def max_pool(
-    x: Float[Array, 'b h w c'],
-    window: Size,
-    stride: Size | None = None,
-    padding: str = 'VALID',
+    x: Float[Array, 'b h w c'], window: Size, stride: Size | None = None, padding: str = 'VALID'
 ) -> Float[Array, 'b h2 w2 c']:
     """The largest value of each window; the first of equal ones receives the gradient.
 
@@ -203,10 +200,7 @@ def max_pool(
 
 
 def avg_pool(
-    x: Float[Array, 'b h w c'],
-    window: Size,
-    stride: Size | None = None,
-    padding: str = 'VALID',
+    x: Float[Array, 'b h w c'], window: Size, stride: Size | None = None, padding: str = 'VALID'
 ) -> Float[Array, 'b h2 w2 c']:
     """The mean of each window, over those of its pixels that lie in the image.
 

@@ -57,10 +57,7 @@ def _threefry(k0, k1, x0, x1):
 
 
 def dropout(
-    key: Key[Array, ''],
-    x: Float[Array, '... c'],
-    rate: Rate,
-    shape: tuple[int, ...] | None = None,
+    key: Key[Array, ''], x: Float[Array, '... c'], rate: Rate, shape: tuple[int, ...] | None = None
 ) -> Float[Array, '... c']:
     """Set each element to zero with probability r and divide the others by 1 − r.
 

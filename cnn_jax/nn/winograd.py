@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from cnn_jax.nn import native
 from cnn_jax.nn.conv import Conv
 from cnn_jax.nn.cpu import on_cpu
-from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
+from cnn_jax.nn.padding import output_shape, pair, resolve_padding
 from cnn_jax.params import Flat
 
 BLOCK = 16  # the library transforms kernels whose channels and filters it divides
@@ -26,7 +26,18 @@ def transform_kernels(params: Flat) -> Flat:
     """
     if not (on_cpu() and native.available()):
         return params
-    return {path: transform_kernel(leaf) if _fits(leaf) else leaf for path, leaf in params.items()}
+    return {path: _transformed(leaf) if _fits(leaf) else leaf for path, leaf in params.items()}
+
+
+def _fits(leaf: jax.Array) -> bool:
+    *size, channels, filters = leaf.shape if leaf.ndim == 4 else (0, 0, 0)
+    return size == [3, 3] and channels % BLOCK == 0 and filters % BLOCK == 0
+
+
+def _transformed(kernel: Float[Array, '3 3 c f']) -> Float[Array, '36 c f']:
+    # G k Gᵀ of each pair of channels (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural
+    # Networks"), in the library's order.
+    return native.call('transform', (36, *kernel.shape[2:]), kernel)
 
 
 def winograd_interceptor(call, args, kwargs, context):
@@ -41,50 +52,20 @@ def winograd_interceptor(call, args, kwargs, context):
     zeros = layer.padding not in ('CIRCULAR', 'REFLECT')
     if not (on_cpu() and native.available() and plain and floats and zeros):
         return call(*args, **kwargs)
-    window = layer.kernel_size, layer.strides, layer.kernel_dilation
     relu = layer.activation is nn.relu
-    y = frozen_conv2d(x, kernel, layer.get_variable('params', 'bias'), *window, layer.padding, relu)
+    y = _frozen(layer, x, kernel, layer.get_variable('params', 'bias'), relu)
     return y if relu or layer.activation is None else layer.activation(y)
 
 
-def transform_kernel(kernel: Float[Array, '3 3 c f']) -> Float[Array, '36 c f']:
-    """G k Gᵀ of each pair of channels, in the library's order; to be computed once.
-
-    Source: Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks".
-    """
-    return native.call('transform', (36, *kernel.shape[2:]), kernel)
-
-
-def frozen_conv2d(
-    x: Float[Array, 'b h w c'],
-    kernel: Float[Array, '*k c f'],
-    bias: Float[Array, ' f'],
-    size: Size,
-    stride: Size = 1,
-    dilation: Size = 1,
-    padding: Padding = 'SAME',
-    relu: bool = False,
-) -> Float[Array, 'b h2 w2 f']:
-    """`nn.conv.conv2d` plus a bias, then ReLU; not differentiable.
+def _frozen(layer: Conv, x: Array, kernel: Array, bias: Array, relu: bool) -> Array:
+    """The layer's convolution plus the bias, then ReLU; not differentiable.
 
     The rounding error of a transformed kernel is 1e-6 to 4e-6 of the result's norm, three to five
     times the direct sum's.
-
-    Args:
-        x: Images, float32.
-        kernel: The kernel, or what `transform_kernel` makes of it.
-        bias: A number for each filter.
-        size: Height and width of the kernel.
-        stride, dilation, padding: As those of `conv2d`, with zeros for padding.
-        relu: Whether negative numbers become 0.
     """
-    pads = resolve_padding(padding, x.shape[1:3], size, stride, dilation)
-    shape = x.shape[0], *output_shape(x.shape[1:3], size, stride, dilation, padding)
+    size, stride, dilation = layer.kernel_size, layer.strides, layer.kernel_dilation
+    pads = resolve_padding(layer.padding, x.shape[1:3], size, stride, dilation)
+    shape = output_shape(x.shape[1:3], size, stride, dilation, layer.padding)
     window = np.array([*pair(stride), pads[0][0], pads[1][0], *pair(dilation), 1], np.int64)
-    out = (*shape, kernel.shape[-1])
+    out = (len(x), *shape, kernel.shape[-1])
     return native.call('conv_frozen', out, x, kernel, bias, window=window, relu=relu)
-
-
-def _fits(leaf: jax.Array) -> bool:
-    *size, channels, filters = leaf.shape if leaf.ndim == 4 else (0, 0, 0)
-    return size == [3, 3] and channels % BLOCK == 0 and filters % BLOCK == 0

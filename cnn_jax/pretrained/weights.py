@@ -205,29 +205,19 @@ def insert(model_params: Mapping, pretrained: Pretrained) -> dict:
         pretrained: Layers after the model's last one are left out.
 
     Errors:
-        UserError: Names or shapes differ; every mismatch is listed.
+        UserError: Names or shapes differ; all that do are listed.
     """
     model, weights = flatten(model_params), flatten(pretrained.params)
-    order = list(CONVOLUTIONS)
-    layers = {name.split('/')[0] for name in model}
+    order, layers = list(CONVOLUTIONS), {name.split('/')[0] for name in model}
     last = max((order.index(layer) for layer in layers if layer in order), default=-1)
-    expected = set(order[: last + 1])
-    problems = [f'{name} has no pretrained tensor' for name in model if name not in weights]
-    problems += [
-        f'{name} is not in the model'
-        for name in weights
-        if name not in model and name.split('/')[0] in expected
-    ]
-    problems += [
-        f'{name} is {list(model[name].shape)} in the model and {list(weights[name].shape)} in the '
-        'weights'
-        for name in model
-        if name in weights and model[name].shape != weights[name].shape
-    ]
-    if problems or not model:
+    needed = [name for name in weights if name.split('/')[0] in order[: last + 1]]
+    shapes = {(name, leaf.shape) for name, leaf in model.items()}
+    stored = {(name, weights[name].shape) for name in needed}
+    if shapes != stored or not model:
+        differing = ', '.join(f'{name} {list(shape)}' for name, shape in sorted(shapes ^ stored))
         raise UserError(
-            f'the weights from {pretrained.source} do not fit the model: '
-            f'{"; ".join(problems) or "it has no parameters"}; use VGG16 with its own layers'
+            f'the weights from {pretrained.source} and the model differ in these tensors: '
+            f'{differing or "the model has none"}; use VGG16 with its own layers'
         )
     return unflatten({name: jnp.array(weights[name]) for name in model})
 

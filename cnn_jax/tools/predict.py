@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from scipy.special import entr
 
 from cnn_jax import regularizers, rng
+from cnn_jax.config import local_path
 from cnn_jax.data import decode
 from cnn_jax.data.folder import find_images
 from cnn_jax.data.source import count_left_out
@@ -65,11 +66,11 @@ def image_paths(names: Sequence[str], say: Callable[[str], object] = print) -> l
     Errors:
         UserError: Nothing is named, a folder holds no image, or a URL or a pattern is named.
     """
-    if not all(names) or not names:
+    if not names:
         raise UserError('no image is named; give files or folders after the flags')
     paths: list[Path] = []
     for name in names:
-        path = Path(name)
+        path = Path(local_path(name, 'the name of an image'))
         if path.is_dir():
             inside, others = find_images(path)
             counted = count_left_out(others)

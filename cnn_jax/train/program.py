@@ -19,7 +19,8 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from cnn_jax import config as cfg
-from cnn_jax import freezing, optim, params, rng
+from cnn_jax import freezing, optim, params, rng, runtime
+from cnn_jax.components import blamed_on
 from cnn_jax.errors import UserError
 from cnn_jax.models import build
 from cnn_jax.regularizers import REGULARIZERS, Regularizer
@@ -176,7 +177,9 @@ def make_program(
         UserError: A pattern matches nothing, the images are too small for the net, a frozen module
             cannot be held in inference, or a regularizer would change nothing.
     """
-    shapes = jax.eval_shape(functools.partial(_draw, config, spec), 0)
+    own_model = 'the own model' if spec.model else None
+    with blamed_on(own_model):
+        shapes = jax.eval_shape(functools.partial(_draw, config, spec), 0)
     if unknown := set(shapes) - {'params', 'batch_stats'}:
         raise UserError(
             f'the network keeps variables in {", ".join(sorted(unknown))}; only params and '
@@ -209,9 +212,16 @@ def make_program(
     frozen = freezing.frozen_modules(names, program.trainable, program.frozen_patterns)
     held = [path for path in params.flatten(statistics) if frozen(path.rpartition('/')[0])]
     if watching or spec.model or held:
-        layers = _checked_layers(program, frozen)
+        with blamed_on(own_model):
+            layers = _checked_layers(program, frozen)
         acted_on |= {field: _select_layers(program, layers, field) for field in watching}
-    return dataclasses.replace(program, acted_on=acted_on)
+    program = dataclasses.replace(program, acted_on=acted_on)
+    if spec.optimizer:
+        with blamed_on('the own optimizer'):
+            rule = program.optimizer(config)
+            begun = jax.eval_shape(rule.init, program.shapes)
+            jax.eval_shape(rule.update, program.shapes, begun, program.shapes, value=0.0)
+    return program
 
 
 def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str, bool]:
@@ -330,6 +340,11 @@ def state_maker(program: Program) -> Callable[[int], State]:
     Initial weights depend on the seed and the parameter's path alone, so arms share them.
     """
     config, spec = program.config, program.spec
+    trained = params.partition(program.shapes, program.trainable)[0]
+    least, there = params.nbytes((program.shapes, trained)), runtime.memory()
+    if least > there:
+        sizes = f'take {least / 1e9:,.0f} GB and the devices have {there / 1e9:,.0f} GB'
+        raise UserError(f'the weights and their gradients {sizes}; make the network smaller')
     given = params.flatten(spec.pretrained(program.shapes)) if spec.pretrained else {}
 
     # Compiled once, run once a seed: at this level it compiles in a third of the time.

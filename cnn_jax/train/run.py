@@ -327,9 +327,10 @@ class _Job:
 
     def _layers(self, spec: RunSpec) -> list[Layer]:
         """Print the table of layers, and return it."""
-        net, shape = spec.network(self.config), setup.prepared_shape(spec)
-        self.say(summary(net, shape))
-        return layers(net, shape)
+        with own.blamed_on('the own model' if spec.model else None):
+            net, shape = spec.network(self.config), setup.prepared_shape(spec)
+            self.say(summary(net, shape))
+            return layers(net, shape)
 
     def _begin(self, data: setup.Data, state: State, layout: mesh.Layout | None) -> None:
         """Write the manifest, or note what has changed since the run began."""

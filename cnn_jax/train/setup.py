@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cnn_jax import config as cfg
-from cnn_jax.components import NO_COMPONENTS, Components
+from cnn_jax.components import NO_COMPONENTS, Components, blamed_on
 from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import chosen, open_batches, statistics
 from cnn_jax.data.source import as_source
@@ -82,12 +82,11 @@ def open_data(
 
     sources: dict[str, Any] = {}
     if components.source:
-        sources['train'] = as_source(components.source(config, 'train'), 'the training data')
-        sources['eval'] = as_source(
-            components.source(config, 'eval'),
-            'the evaluation data',
-            class_names=sources['train'].class_names,
-        )
+        with blamed_on('the own source'):
+            given = [components.source(config, split) for split in ('train', 'eval')]
+        sources['train'] = as_source(given[0], 'the training data')
+        names = sources['train'].class_names
+        sources['eval'] = as_source(given[1], 'the evaluation data', class_names=names)
 
     def open_split(split: str, **options: Any) -> Any:
         return open_batches(config.data, split, source=sources.get(split), **part, **options)

@@ -99,6 +99,7 @@ def test_a_launcher_started_as_a_file_says_how(name):
         ('--config.train.epochs=1e308', 'it must be finite'),
         ('--config.train.epochs=1e7', 'it must be from 0 to 1,000,000'),
         ('--config.model.widths=100000000000', 'it must be from 1 to 1,048,576'),
+        ('--config.model.hidden=1000000,1000000', 'make the network smaller'),
         ('--config.augment.crop=9', 'config.augment.crop=9'),
         ('--config.features.views=4', 'only vgg16 has it'),
     ],

@@ -52,7 +52,7 @@ def axes(low, high):
     return st.tuples(st.integers(low, high), st.integers(low, high))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     size=axes(1, 9),
     kernel=axes(1, 4),
@@ -141,7 +141,7 @@ def plain(x, kernel, stride, padding, dilation):
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     size=axes(1, 9),
     kernel=axes(1, 4),

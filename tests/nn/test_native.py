@@ -70,13 +70,13 @@ def compare(g, winograd, error, bound):
         assert error(found - right) <= bound * error(right)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(st.data())
 def test_the_three_products_are_those_of_float64_whatever_the_window(data):
     compare(draw_case(data, False), False, lambda a: np.max(abs(a)), 4e-6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_the_error_of_winograds_form_is_below_1e_5_of_the_norm(data):
     compare(draw_case(data, True), True, np.linalg.norm, 1e-5)

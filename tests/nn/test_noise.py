@@ -116,7 +116,7 @@ def test_as_a_layer_it_is_the_identity_at_inference_and_needs_no_key(noise):
         layer.apply({}, x)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(rate=st.floats(0.01, 0.99), seed=st.integers(0, 2**31))
 def test_mean_and_variance_of_dropout(rate, seed):
     """E[y] = x and Var[y] = x²·r/(1−r), each within five standard errors of 2¹⁸ draws."""
@@ -186,7 +186,7 @@ def share_dropped(rate, height, width, side):
     return 1 - (1 - gamma) ** np.outer(positions(height, tall), positions(width, wide))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     height=st.integers(1, 9),
     width=st.integers(1, 9),

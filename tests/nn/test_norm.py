@@ -146,11 +146,7 @@ def test_derivatives_of_both_modes_and_orders(platform, shape, parameters, funct
 
 @pytest.mark.parametrize(
     ('function', 'axes'),
-    [
-        (along((0, 1, 2)), (0, 0)),
-        (along((0, 1, 2)), (0, None)),
-        (in_groups(3), (None, 0)),
-    ],
+    [(along((0, 1, 2)), (0, 0)), (along((0, 1, 2)), (0, None)), (in_groups(3), (None, 0))],
     ids=['batch', 'batch of one scale', 'group of one input'],
 )
 def test_every_derivative_of_many_models_at_once_is_that_of_each(function, axes):

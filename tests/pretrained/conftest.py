@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import socket
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import save_file
 
@@ -67,12 +70,33 @@ def small_params(monkeypatch) -> dict:
     return drawn(shapes)
 
 
-def keras_h5(params: dict, path: Path) -> None:
+def keras_h5(params: dict, path: Path, **options) -> None:
     """As Keras's published files are: /block1_conv1/block1_conv1_W_1:0."""
     with h5py.File(path, 'w') as file:
         for layer, tensors in params.items():
-            file[f'{layer}/{layer}_W_1:0'] = tensors['kernel']
-            file[f'{layer}/{layer}_b_1:0'] = tensors['bias']
+            for name, tensor in (('W', 'kernel'), ('b', 'bias')):
+                path_inside = f'{layer}/{layer}_{name}_1:0'
+                file.create_dataset(path_inside, data=tensors[tensor], **options)
+
+
+def onnx_tensors(params: dict) -> list[onnx.TensorProto]:
+    return [
+        onnx.numpy_helper.from_array(
+            np.ascontiguousarray(a.transpose(3, 2, 0, 1)) if a.ndim == 4 else a, f'{layer}/{name}'
+        )
+        for layer, tensors in params.items()
+        for name, a in tensors.items()
+    ]
+
+
+def onnx_graph(params: dict, path: Path, tensors=None) -> None:
+    """Convolutions whose tensors have our names."""
+    nodes = [
+        onnx.helper.make_node('Conv', ['x', f'{layer}/kernel', f'{layer}/bias'], ['y'])
+        for layer in params
+    ]
+    graph = onnx.helper.make_graph(nodes, 'g', [], [], tensors or onnx_tensors(params))
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
 
 
 def torchvision(params: dict, path: Path) -> None:
@@ -91,19 +115,49 @@ def cnn_jax(params: dict, path: Path) -> None:
     save_file(tensors | {'head/logits/bias': np.zeros(2, np.float32)}, path)
 
 
-WRITERS = {'weights.h5': keras_h5, 'torch.safetensors': torchvision, 'own.safetensors': cnn_jax}
+WRITERS = {
+    'weights.h5': keras_h5,
+    'packed.h5': functools.partial(keras_h5, compression='gzip', fletcher32=True),
+    'torch.safetensors': torchvision,
+    'own.safetensors': cnn_jax,
+    'graph.onnx': onnx_graph,
+}
 
 
 @pytest.fixture
 def write(tmp_path) -> Callable[[str, dict], Path]:
     """`write(name, params)`: a new file of one of `WRITERS`' kinds."""
 
-    def write(name: str, params: dict) -> Path:
+    def write(name: str, params: dict, **options) -> Path:
         path = tmp_path / name
-        WRITERS[name](params, path)
+        WRITERS[name](params, path, **options)
         return path
 
     return write
+
+
+def write_wheel(folder: Path, name: str, version: str, files: dict[str, bytes]) -> Path:
+    """A wheel with these files, in a new folder that pip may look in."""
+    folder.mkdir()
+    info = f'{name}-{version}.dist-info'
+    files = files | {
+        f'{info}/METADATA': f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'.encode(),
+        f'{info}/WHEEL': b'Wheel-Version: 1.0\nTag: py3-none-any\n',
+        f'{info}/RECORD': b'',
+    }
+    path = folder / f'{name}-{version}-py3-none-any.whl'
+    with zipfile.ZipFile(path, 'w') as archive:
+        for member, content in files.items():
+            archive.writestr(member, content)
+    return path
+
+
+def close_index(monkeypatch) -> None:
+    """Let pip's own index be a closed port."""
+    monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/simple')
+    monkeypatch.setenv('PIP_NO_INDEX', '0')
+    for name in ('PIP_EXTRA_INDEX_URL', 'PIP_FIND_LINKS'):
+        monkeypatch.setenv(name, '')
 
 
 WAIT, SILENCE = b'x', b''  # sent with a pause before what follows; nothing more, but not the end

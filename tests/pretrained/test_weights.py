@@ -265,15 +265,9 @@ def test_layers_beyond_the_cut_are_left_out(imagenet):
     ]
 
 
-@pytest.mark.parametrize(
-    ('model', 'problem'),
-    [
-        ({'stem': {'kernel': np.zeros(3)}}, 'stem/kernel has no pretrained tensor'),
-        ({}, 'has no parameters'),
-    ],
-)
-def test_another_model(imagenet, model, problem):
-    with pytest.raises(UserError, match=problem):
+@pytest.mark.parametrize('model', [{'stem': {'kernel': np.zeros(3)}}, {}])
+def test_another_model(imagenet, model):
+    with pytest.raises(UserError, match='own layers'):
         insert(model, imagenet)
 
 
@@ -284,14 +278,13 @@ def test_every_mismatch_is_listed(imagenet):
     model['block4_conv1']['scale'] = jnp.zeros(3)
     with pytest.raises(UserError) as error:
         insert(model, imagenet)
-    for problem in (
-        'block4_conv1/scale has no pretrained tensor',
-        'block2_conv1/kernel is not in the model',
-        'block2_conv1/bias is not in the model',
-        'block1_conv1/kernel is [3, 3, 1, 64] in the model and [3, 3, 3, 64] in the weights',
+    for tensor in (
+        'block1_conv1/kernel [3, 3, 1, 64]',
+        'block1_conv1/kernel [3, 3, 3, 64]',
+        'block2_conv1/kernel',
+        'block4_conv1/scale',
     ):
-        assert problem in str(error.value)
-    assert str(error.value).count(';') == 4
+        assert tensor in str(error.value)
 
 
 # Preprocessing, against NumPy in float64 and against Keras.

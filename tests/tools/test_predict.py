@@ -184,10 +184,14 @@ def test_files_are_read_batch_by_batch_as_they_are_asked_for(run, monkeypatch):
     assert [row.path for row in rest if row.error] == [7]
 
 
-@pytest.mark.parametrize('name', ['https://example.org/a.jpg', '*.jpg', 'img[0-9].png', ''])
+@pytest.mark.parametrize(
+    'name', ['https://example.org/a.jpg', '*.jpg', 'img[0-9].png', '', '~no_such/a']
+)
 def test_what_is_no_file_is_told_before_anything_is_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r'URL|matches|no image'):
+    with pytest.raises(UserError, match=r'URL|matches|empty|no such home'):
         image_paths([name])
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert image_paths(['~/a.png']) == [tmp_path / 'a.png']
     Path('a*[1].png').touch()
     assert image_paths(['a*[1].png', 'missing.png']) == [Path('a*[1].png'), Path('missing.png')]
