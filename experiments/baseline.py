@@ -9,7 +9,7 @@ to test on. Every arm's learning rate is tuned.
 from cnn_jax.ablation import log
 from cnn_jax.config import Config, Data, Model, Optimizer, Train
 
-TUNE = {'optimizer.learning_rate': log(3e-4, 3e-2)}
+TUNE = {'optimizer.learning_rate': log(1e-4, 1e-1)}
 # Of Keras's 0.99, 13% of the running averages' initial values would be left after the 200 steps.
 MOMENTUM = {'model.norm_momentum': 0.9}
 BATCH_NORM = {'model.norm': 'batch', 'model.head_norm': 'batch'} | MOMENTUM

@@ -8,6 +8,8 @@ is decided; the other arms in grey.
 
 from pathlib import Path
 
+from absl import flags
+
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from launch import cli

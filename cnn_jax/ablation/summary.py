@@ -78,7 +78,8 @@ def summary_of(store: Store) -> dict[str, Any]:
 def _population(store: Store, counts: dict[str, int]) -> str:
     """The sentence that says over what the answers generalize."""
     data = store.plan.configs[store.plan.baseline].data
-    train, pool, test = (f'{counts[name]:,}' for name in ('train', 'pool', 'test'))
+    train, test = f'{counts["train"]:,}', f'{counts["test"]:,}'
+    pool = f'{counts["pool"] - counts["validation"]:,}'
     if not data.subset:
         drawn = f'initial weights and order; all have the same {train} training images'
     else:
@@ -138,12 +139,14 @@ def _arm(
     usable = {seed: each for seed, each in own.items() if not why_failed(each)}
     first = next(iter(usable.values()), None)
     control = plan.against.get(arm)
+    shared = plan.ranges[plan.baseline]
+    tuned = {p: f'{each}, tuned' for p, each in plan.ranges[arm].items() if p not in shared}
     seeds = {str(seed): each for seed, each in own.items()}  # a failed one has None
     measured = [
         m for m in METRICS if all(value_of(r, 'test', m) is not None for r in usable.values())
     ]
     return {
-        'changes': plan.changes[arm],
+        'changes': {**plan.changes[arm], **tuned},
         'levels': plan.levels.get(arm),
         'control': control,
         'tuned': _tuned(store, arm),
