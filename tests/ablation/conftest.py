@@ -60,7 +60,7 @@ def write_ablation() -> Callable[..., Path]:
         study.setdefault('question', 'What does each regularizer buy?\n\nOn 200 images.\n\n    go')
         config = cfg.replace(cfg.Config(data=IMAGES), images)
         plan = make_plan({} if 'factors' in study else changes, config, **study)
-        counts = {'pool': 800, 'train': config.data.subset, 'validation': 200}
+        counts = {'pool': 1000, 'train': config.data.subset, 'validation': 200}
         facts = {
             'command': command,
             'manifest': {'packages': {'jax': '0.10.2'}},
