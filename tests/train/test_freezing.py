@@ -16,7 +16,14 @@ from cnn_jax import params
 from cnn_jax.errors import UserError
 from cnn_jax.freezing import MODES, check_statistics, freeze
 from cnn_jax.train import step
+from cnn_jax.train.program import parameter_table
 from tests.train.conftest import begin, compiled, equal, gradient_step, make_batch, make_config
+
+
+def nbytes(tree):
+    """Bytes of all arrays in a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'nbytes'))
+
 
 NORMED = {'train__frozen': ('block1_*',)}
 VGG = {
@@ -53,7 +60,7 @@ def test_freeze_gives_no_memory_no_update_and_no_decay(wrap):
     labels = jax.tree.map(lambda frozen: 'no' if frozen else 'yes', is_frozen)
     state = tx.init(tree)
     reference = optax.partition({'yes': rule, 'no': optax.set_to_zero()}, labels).init(tree)
-    assert params.nbytes(state) == params.nbytes(reference) < params.nbytes(rule.init(tree))
+    assert nbytes(state) == nbytes(reference) < nbytes(rule.init(tree))
     moved = tree
     for _ in range(2):
         updates, state = tx.update(jax.tree.map(jnp.ones_like, tree), state, moved)
@@ -79,8 +86,8 @@ def test_freeze_is_an_optimizer_of_a_train_state():
     after = train(train(state)).params
     assert bits(after['layers_0']) == bits(tree['layers_0'])
     assert not np.array_equal(after['layers_2']['kernel'], tree['layers_2']['kernel'])
-    moments = 2 * params.nbytes(tree['layers_2'])
-    assert moments <= params.nbytes(state.opt_state) <= moments + 16  # and counters
+    moments = 2 * nbytes(tree['layers_2'])
+    assert moments <= nbytes(state.opt_state) <= moments + 16  # and counters
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,7 @@ def test_frozen_leaves_cost_no_memory_in_a_run(changes, shape, name, moments):
     learned, fixed = params.partition(state.params, program.trainable)
     assert fixed
     counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0)
-    assert params.nbytes(state.opt_state) == moments * params.nbytes(learned) + counters
+    assert nbytes(state.opt_state) == moments * nbytes(learned) + counters
     assert counters <= 8
 
 
@@ -129,6 +136,20 @@ def test_frozen_leaves_keep_their_bits_in_a_run(changes, shape, optimizer):
     for path, leaf in after.items():
         assert (bits(leaf) == bits(before[path])) == path.startswith('block1_'), path
     assert set(last.averaged) == (set(program.trainable) if 'train__ema' in changes else set())
+
+
+def test_the_table_says_what_is_trained_and_decayed():
+    changes = NORMED | {'loss__l2': 0.1, 'optimizer__weight_decay': 0.1}
+    program, state, _ = begin(make_config(**changes))
+    rows = {line.split()[0]: line.split()[1:] for line in parameter_table(program).splitlines()}
+    for path, leaf in params.flatten(state.params).items():
+        shape, count, kind, *decay = rows[path]
+        assert (shape, count) == ('×'.join(map(str, leaf.shape)), f'{leaf.size:,}')
+        assert (kind == 'trained') == (path in program.trainable)
+        assert ('l2' in decay) == (path in program.acted_on['loss.l2_on'])
+        assert ('weight_decay' in decay) == (path in program.acted_on['optimizer.decay_on'])
+    for kind, part in zip(('trained', 'frozen'), params.partition(state.params, program.trainable)):
+        assert rows[kind][0] == f'{sum(leaf.size for leaf in part.values()):,}'
 
 
 def test_clipping_sees_only_the_trained():
