@@ -105,3 +105,9 @@ def partition(params: Mapping, names: Iterable[str]) -> tuple[Flat, Flat]:
 def merge(*parts: Flat) -> dict:
     """The nested tree whose leaves are in the given flat parts."""
     return unflatten(functools.reduce(operator.or_, parts, {}))
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays (or array shapes) in a tree."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'dtype')]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float
 from scipy.special import entr
 
 from cnn_jax import regularizers, rng
-from cnn_jax.config import local_path
 from cnn_jax.data import decode
 from cnn_jax.data.folder import find_images
 from cnn_jax.data.source import count_left_out
 from cnn_jax.errors import UserError, printable
+from cnn_jax.files import local_path
 from cnn_jax.models import Classifier
 from cnn_jax.nn import Dropout
 from cnn_jax.tools import heatmap

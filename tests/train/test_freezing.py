@@ -19,12 +19,6 @@ from cnn_jax.train import step
 from cnn_jax.train.program import parameter_table
 from tests.train.conftest import begin, compiled, equal, gradient_step, make_batch, make_config
 
-
-def nbytes(tree):
-    """Bytes of all arrays in a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'nbytes'))
-
-
 NORMED = {'train__frozen': ('block1_*',)}
 VGG = {
     'model__name': 'vgg16',
@@ -60,7 +54,7 @@ def test_freeze_gives_no_memory_no_update_and_no_decay(wrap):
     labels = jax.tree.map(lambda frozen: 'no' if frozen else 'yes', is_frozen)
     state = tx.init(tree)
     reference = optax.partition({'yes': rule, 'no': optax.set_to_zero()}, labels).init(tree)
-    assert nbytes(state) == nbytes(reference) < nbytes(rule.init(tree))
+    assert params.nbytes(state) == params.nbytes(reference) < params.nbytes(rule.init(tree))
     moved = tree
     for _ in range(2):
         updates, state = tx.update(jax.tree.map(jnp.ones_like, tree), state, moved)
@@ -86,8 +80,8 @@ def test_freeze_is_an_optimizer_of_a_train_state():
     after = train(train(state)).params
     assert bits(after['layers_0']) == bits(tree['layers_0'])
     assert not np.array_equal(after['layers_2']['kernel'], tree['layers_2']['kernel'])
-    moments = 2 * nbytes(tree['layers_2'])
-    assert moments <= nbytes(state.opt_state) <= moments + 16  # and counters
+    moments = 2 * params.nbytes(tree['layers_2'])
+    assert moments <= params.nbytes(state.opt_state) <= moments + 16  # and counters
 
 
 @pytest.mark.parametrize(
@@ -106,7 +100,7 @@ def test_frozen_leaves_cost_no_memory_in_a_run(changes, shape, name, moments):
     learned, fixed = params.partition(state.params, program.trainable)
     assert fixed
     counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0)
-    assert nbytes(state.opt_state) == moments * nbytes(learned) + counters
+    assert params.nbytes(state.opt_state) == moments * params.nbytes(learned) + counters
     assert counters <= 8
 
 
