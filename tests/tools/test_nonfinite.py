@@ -69,19 +69,6 @@ def test_a_rate_too_high_is_found_at_its_step_and_layer(small):
     assert text == f'block1_conv2 gave inf for all 8 examples{FINITE}'
 
 
-def test_a_repetition_begins_the_second_phase(small):
-    config = small(train__frozen=('block*',), unfreeze__epochs=1.0, unfreeze__frozen=('block1_*',))
-    phases, start, values = open_phases(config, (3, 8))
-    state = start()
-    for taken in steps(phases, state, 0, values, end=5):
-        state = taken.state
-    found = before_step(phases, start(), 0, 6, values)
-    expected = phases[1], state, next(phases[1].train.train(5))
-    assert found[0] is expected[0]
-    jax.tree.map(np.testing.assert_array_equal, found[1:], expected[1:])
-    assert locate(phases[1].program, *found[1:]).startswith('the step was finite')
-
-
 @pytest.mark.parametrize(
     ('pieces', 'spoilt', 'named'),
     [
