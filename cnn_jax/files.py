@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +58,18 @@ def _warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=3)
 
 
+def local_path(given: str, name: str) -> str:
+    """A path of this machine with its `~` expanded, or a UserError; a URL stays as it is."""
+    if not given.strip():
+        raise UserError(f'{name} is empty; give a path')
+    if '\0' in given:
+        raise UserError(f'{name} is {given!r}; a path holds no zero byte')
+    try:
+        return str(Path(given).expanduser()) if given.startswith('~') else given
+    except RuntimeError as error:
+        raise UserError(f'{name} is {given}, and there is no such home; give the path') from error
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and those above it, each on the disk when this returns."""
     if not folder.exists():
@@ -67,11 +79,7 @@ def make_folder(folder: Path) -> None:
 
 
 def make_writable(folder: Path, what: str = 'the work directory', flag: str = '--workdir') -> None:
-    """Create a folder, or check that files can be made in the one that is there.
-
-    Errors:
-        UserError: It cannot be written; names the folder as `what` and the `flag` to change.
-    """
+    """Create a folder, or check that files can be made there; UserError with the flag if not."""
     try:
         make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
@@ -142,15 +150,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a binary file that replaces `path` as `replacing` does."""
-    with replacing(path) as temporary, temporary.open('wb') as file:
-        write(file)
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file as `replacing` does."""
-    write_atomically(path, lambda file: file.write(content))
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -167,12 +170,7 @@ def digest(content: bytes | Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a regular file, or of the one that a link names.
-
-    Errors:
-        Corrupt: It is a pipe or a device, from which reading might never end.
-        OSError: It is missing or cannot be read.
-    """
+    """Return the content of a regular file; `Corrupt` if it is a pipe or a device."""
     with open(path, 'rb', opener=_open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise Corrupt('it is not a regular file')
@@ -196,12 +194,7 @@ def write_json(path: Path, content: dict[str, Any], indent: int | None = None) -
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what `write_json` wrote: any changed bit is found, or changes nothing.
-
-    Errors:
-        Corrupt: It is no JSON object, has no digest, or that of another content.
-        OSError: It is missing or cannot be read.
-    """
+    """Return what `write_json` wrote: any changed bit is `Corrupt`, or changes nothing."""
     text = read_text(path)
     try:
         content = json.loads(text)
@@ -221,11 +214,7 @@ def seal_folder(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed_folder(folder: Path) -> dict[str, Any]:
-    """Return the content of a sealed folder once all of its files have proved to be whole.
-
-    Errors:
-        Corrupt: The folder was not sealed, or a file is missing or has other bytes.
-    """
+    """Return the content of a sealed folder; `Corrupt` if a file is missing or has other bytes."""
     try:
         body = read_json(folder / SEAL)
         content, files = body['content'], body['files']
@@ -369,9 +358,9 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _ends_in_its_digest(path: Path) -> bool:
-    if not path.is_file():  # to open a pipe could take for ever
-        return False
     try:
+        if not path.is_file():  # to open a pipe could take for ever
+            return False
         whole = np.memmap(path, np.uint8, 'r')
     except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
         return False

@@ -56,19 +56,11 @@ def freeze(
     wanted = (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
     def labels(tree: Any) -> Any:
-        paths: list[str] = []
-        params.map_paths(lambda path, _: paths.append(path), tree)
-        for pattern in wanted:
-            if not any(params.matches(path, (pattern,)) for path in paths):
-                raise UserError(
-                    f'the pattern {pattern!r} to freeze matches no parameter; the parameters are '
-                    f'{", ".join(paths)}'
-                )
-        if all(params.matches(path, wanted) for path in paths):
+        paths = params.paths_of(tree)
+        frozen = params.select(paths, wanted, field='freeze')
+        if len(frozen) == len(paths):
             raise UserError(f'the patterns {wanted} freeze every parameter; loosen one')
-        return params.map_paths(
-            lambda path, _: FROZEN if params.matches(path, wanted) else 'trained', tree
-        )
+        return params.map_paths(lambda path, _: FROZEN if path in frozen else 'trained', tree)
 
     return optax.partition({'trained': optimizer, FROZEN: keep()}, labels)
 
@@ -86,13 +78,8 @@ def frozen_modules(
 ) -> Callable[[str], bool]:
     """The test that tells from a module's path whether it is frozen.
 
-    It is when it has parameters and none of them is trained, or when it has none (dropout) and
-    its own path matches a pattern.
-
-    Args:
-        names: All parameter paths.
-        trainable: The trained ones.
-        patterns: The patterns that name what is frozen.
+    It is when it has parameters (of all, `names`) and none of them is trained, or when it has none
+    (dropout) and its own path matches a pattern.
     """
     names, trained = list(names), set(trainable)
 
@@ -109,10 +96,7 @@ def in_inference(
     """A Linen interceptor that runs frozen modules in inference mode, their children included.
 
     They may call the mode `train`, `training`, `is_training`, `deterministic` or
-    `use_running_average`, as an argument or as an attribute.
-
-    Args:
-        names, trainable, patterns: As for `frozen_modules`.
+    `use_running_average`, as an argument or as an attribute. Arguments as of `frozen_modules`.
 
     Errors:
         UserError: When a frozen module draws random numbers all the same.
@@ -180,18 +164,11 @@ def mode_arguments(module: Any, train: bool) -> dict[str, bool]:
 def check_statistics(jaxpr: Any, before: Any, is_frozen: Callable[[str], bool]) -> None:
     """Check that a training pass leaves the statistics of frozen modules alone.
 
-    Args:
-        jaxpr: A traced pass whose first arguments, and first results, are the batch statistics.
-        before: The statistics, or their shapes.
-        is_frozen: Test of `frozen_modules`.
-
-    Errors:
-        UserError: A frozen module changes its statistics; the sentence names it.
+    The jaxpr is of a pass whose first arguments, and first results, are the batch statistics, of
+    shapes `before`.
     """
-    paths: list[str] = []
-    params.map_paths(lambda path, _: paths.append(path), before)
     # A statistic that is left alone is one and the same variable before and after.
-    for path, old, new in zip(paths, jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars):
+    for path, old, new in zip(params.paths_of(before), jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars):
         module, _, name = path.rpartition('/')
         if new is not old and is_frozen(module):
             raise UserError(

@@ -1,12 +1,9 @@
 """Devices and processes: the mesh, how arrays are sharded over it, and how processes cooperate.
 
 The computation is the same on any mesh: `jit` divides it by the sharding of its inputs and adds
-the communication. Batches are divided along the axis `data`; parameters are replicated, unless
-they are asked to be divided.
-
-Each of several processes holds some of the devices and computes its part of every step. Process 0
-alone reads and writes the work directory, and broadcasts what it reads or decides. With one
-process the functions of this module's second half do nothing.
+the communication. Each of several processes holds some of the devices and computes its part of
+every step. Process 0 alone reads and writes the work directory, and broadcasts what it reads or
+decides. With one process the functions of this module's second half do nothing.
 """
 
 import ctypes
@@ -45,12 +42,10 @@ _abort_handler: Any = None  # ctypes' callback, kept alive
 
 @dataclass(frozen=True)
 class Layout:
-    """The sharding of batches and state over a mesh.
+    """The sharding of batches and state over a mesh with the axes `data` and `model`.
 
-    Attributes:
-        mesh: Devices with the axes `data` and `model`.
-        fsdp: Divides large leaves of the state along `data`, too: each device keeps a part and
-            gathers the others when it needs them (Rajbhandari et al. 2020, "ZeRO", stage 3).
+    `fsdp` divides large leaves of the state along `data`, too: each device keeps a part and
+    gathers the others when it needs them (Rajbhandari et al. 2020, "ZeRO", stage 3).
     """
 
     mesh: Mesh
@@ -126,8 +121,7 @@ def make_mesh(
         fsdp: See `Layout`.
 
     Errors:
-        UserError: `model` does not divide the number of each process's devices, or several
-            processes cannot divide a batch.
+        UserError: `model` does not divide each process's devices, or they cannot divide a batch.
     """
     # In this order, each process has a part of every batch in one piece.
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -160,14 +154,11 @@ def initialize() -> None:
     Errors:
         UserError: The other processes are unknown or do not answer.
     """
-    number, count = (
-        int(text) if (text := os.environ.get(name)) else None
-        for name in ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES')
-    )
+    names = {'process_id': 'JAX_PROCESS_ID', 'num_processes': 'JAX_NUM_PROCESSES'}
+    given = {name: os.environ.get(variable) for name, variable in names.items()}
     try:
-        jax.distributed.initialize(
-            process_id=number, num_processes=count, heartbeat_timeout_seconds=HEARTBEAT
-        )
+        known: dict[str, Any] = {name: int(text) for name, text in given.items() if text}
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **known)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f'--distributed did not find the other processes ({error}); outside of Slurm, '
@@ -198,8 +189,7 @@ def is_process_zero() -> bool:
 def on_process_zero(function: Callable[[], Any]) -> Any:
     """Call a function in process 0 and return its value, which is JSON, in every process.
 
-    A collective: every process must call it, and waits for process 0. An error that the function
-    raises is raised in every process.
+    A collective; an error that the function raises is raised in every process.
     """
     if not is_multiprocess():
         return function()
@@ -212,18 +202,15 @@ def on_process_zero(function: Callable[[], Any]) -> Any:
             raised = error
             answer = {'error': str(error), 'usage': isinstance(error, UserError)}
     answer = json.loads(_broadcast_bytes(json.dumps(answer).encode()))
-    if raised:
-        raise raised
     if 'error' in answer:
-        raise (UserError if answer['usage'] else RunFailed)(answer['error'])
+        raise raised or (UserError if answer['usage'] else RunFailed)(answer['error'])
     return answer['value']
 
 
 def gather_to_host(tree: Any) -> Any:
     """Gather the arrays of a tree into process 0's memory; all other processes get None for each.
 
-    A collective, one array after the other: a device never holds more than one that is otherwise
-    divided.
+    A collective, array by array: a device holds no more than one that is otherwise divided.
     """
     from jax.experimental import multihost_utils
 
@@ -237,16 +224,11 @@ def gather_to_host(tree: Any) -> Any:
 
 
 def broadcast(tree: Any, like: Any) -> Any:
-    """Send the arrays of process 0 to every process, bit by bit. A collective.
-
-    Args:
-        tree: The arrays in process 0; ignored elsewhere.
-        like: Shapes and types of the arrays, in the same tree.
-    """
+    """Send the arrays of process 0, shaped as `like`, to every process, bit by bit. Collective."""
 
     def one(leaf, shape):
-        size = shape.size * shape.dtype.itemsize
-        content = np.asarray(leaf).tobytes() if is_process_zero() else bytes(size)
+        zeros = bytes(shape.size * shape.dtype.itemsize)
+        content = np.asarray(leaf).tobytes() if is_process_zero() else zeros
         return np.frombuffer(_broadcast_fixed(content), shape.dtype).reshape(shape.shape)
 
     return jax.tree.map(one, tree if is_process_zero() else like, like)

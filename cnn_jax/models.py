@@ -1,5 +1,6 @@
 """Networks from a config: the strided net, VGG16, and the head that both share."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -37,12 +38,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def make_dropout(config: Model, name: str) -> Dropout:
-    """Make the dropout layer that a config asks for, called as `layer(x, train=...)`.
-
-    Args:
-        config: Reads drop_kind, drop_block and dropout, which may be traced.
-        name: The layer's name.
-    """
+    """Make the dropout layer that a config asks for, called as `layer(x, train=...)`."""
     kinds = {
         'element': dropout,
         'channel': channel_dropout,
@@ -53,13 +49,7 @@ def make_dropout(config: Model, name: str) -> Dropout:
 
 
 def make_norm(config: Model, kind: str, name: str) -> nn.Module:
-    """Make a normalization layer by name, called as `layer(x, train=...)`.
-
-    Args:
-        config: Reads norm_momentum, norm_epsilon, norm_groups, ghost_batch, renorm_r and renorm_d.
-        kind: batch | ghost | renorm | group | layer | instance.
-        name: The layer's name.
-    """
+    """Make a normalization layer of a kind but `none`, called as `layer(x, train=...)`."""
     epsilon = config.norm_epsilon
     groups = {'group': config.norm_groups, 'layer': 1, 'instance': None}
     if kind in groups:
@@ -75,11 +65,6 @@ def make_norm(config: Model, kind: str, name: str) -> nn.Module:
 class Head(nn.Module):
     """Flatten or global average, then Dense → activation and norm → dropout for each hidden
     width, then the output Dense.
-
-    Attributes:
-        config: Reads pool, hidden, head_norm, head_dropout, dtype and the fields of
-            `activation_and_norm`. Dropout rate and momentum may be traced.
-        num_outputs: K.
 
     Layers: `dense1`, `norm1`, `drop1`, `dense2`, …, `logits`. Hidden kernels start He-normal,
     the output's Glorot-uniform. Returns float32 logits [b, K], computed in float32.
@@ -107,15 +92,7 @@ class Head(nn.Module):
 def activation_and_norm(
     x: Float[Array, '... c'], config: Model, *, norm: str, name: str, train: bool
 ) -> Float[Array, '... c']:
-    """Apply activation and normalization in the configured order, inside a compact module.
-
-    Args:
-        x: The output of a convolution or Dense layer.
-        config: Reads activation, norm_position and the fields of `make_norm`.
-        norm: `none`, or a kind that `make_norm` knows.
-        name: The normalization layer's name.
-        train: Whether the batch's own statistics are used; else the running averages.
-    """
+    """Apply activation and normalization (`norm`, perhaps `none`) in the configured order."""
     activation = ACTIVATIONS[config.activation]
     if norm == 'none':
         return activation(x)
@@ -143,10 +120,6 @@ class StridedNet(nn.Module):
     max_pool or avg_pool the second convolution has stride 1, and windows of s×s pixels, s apart
     and padded by SAME, shrink what the pair returns: to the very size that the stride gives, so
     that arms differing only in `downsample` share every kernel, the head's included.
-
-    Attributes:
-        config: The network's fields; its values (rates, noise, momentum, limits) may be traced.
-        num_outputs: K.
 
     Layers: `stem_conv`, `block1_conv1`, `block1_norm1`, `block1_conv2`, `block1_norm2`,
     `block1_drop`, `block2_conv1`, …, `head`; with `residual` also `block1_shortcut_conv` and
@@ -190,11 +163,7 @@ class StridedNet(nn.Module):
 
 
 def feature_map_size(config: Model, size: Size) -> Pair:
-    """Height and width of the feature map that the head reads, from those of the image.
-
-    Errors:
-        UserError: A convolution's kernel does not fit its input; the message names the layer.
-    """
+    """Height and width of the map that the head reads; UserError where a kernel is too large."""
     c, size = config, pair(size)
     if c.stem_width:
         stem = c.stem_kernel, c.stem_stride, 1, c.stem_padding
@@ -209,13 +178,11 @@ def feature_map_size(config: Model, size: Size) -> Pair:
 def minimum_size(config: Model) -> int:
     """Side of the smallest square image that the network accepts, in pixels."""
 
-    def fits(side):
-        try:
-            return feature_map_size(config, (side, side))
-        except UserError:
-            return None
-
-    return next(side for side in itertools.count(1) if fits(side))
+    for side in itertools.count(1):
+        with contextlib.suppress(UserError):
+            feature_map_size(config, (side, side))
+            return side
+    raise AssertionError
 
 
 def _check_size(config: Model, size: Size) -> None:
@@ -245,17 +212,11 @@ def vgg16_layers(include_top: bool = False) -> tuple[str, ...]:
 
 
 class VGG16(nn.Module):
-    """VGG16 from its input to the output of layer `cut`.
+    """VGG16 from its input to the output of layer `cut` (None: the last), perhaps with its top.
 
     Every convolution is 3×3, SAME, followed by ReLU, which belongs to the layer; every pool takes
     the maximum of 2×2 pixels and drops an odd last row or column. `fc1` and `fc2` end in ReLU,
-    `predictions` are logits.
-
-    Attributes:
-        cut: The last layer computed, one of `vgg16_layers`; None is the last there is.
-        include_top: Whether the fully connected layers are there; the input is 224×224 then.
-        dtype: Type of the computation; parameters are float32.
-        winograd: As that of `nn.conv2d`.
+    `predictions` are logits. `winograd` as that of `nn.conv2d`.
 
     Source: Simonyan and Zisserman 2015, arXiv:1409.1556, configuration D; layer names of
     `keras.applications.VGG16`.
@@ -268,11 +229,7 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, 'b h w 3'], *, train: bool = False) -> Array:
-        """Features of preprocessed images.
-
-        Args:
-            x: Images, preprocessed as the weights' `Preprocessing` does; 32 pixels or more a side.
-            train: Changes nothing: there is no dropout and no batch normalization here.
+        """Features of images, preprocessed as the weights' `Preprocessing` does.
 
         Returns:
             `[b, h', w', filters]` for a convolution or a pool, `[b, units]` from `flatten` on.
@@ -313,25 +270,19 @@ def _check_vgg16(shape: tuple[int, ...], cut: str, include_top: bool) -> None:
             f'VGG16 takes images of three channels [batch, height, width, 3], not {list(shape)}; '
             'repeat grey images to three channels'
         )
-    if min(shape[1:3]) < VGG16_MINIMUM_SIZE:
-        raise UserError(
-            f'VGG16 takes images of at least {VGG16_MINIMUM_SIZE}×{VGG16_MINIMUM_SIZE} pixels, not '
-            f'{shape[1]}×{shape[2]}; resize them (config.data.resize and config.data.size)'
+    least = VGG16_MINIMUM_SIZE
+    if min(shape[1:3]) < least or (include_top and shape[1:3] != (224, 224)):
+        wanted = (
+            '224×224 pixels with its top' if include_top else f'at least {least}×{least} pixels'
         )
-    if include_top and shape[1:3] != (224, 224):
         raise UserError(
-            f'VGG16 with its top takes 224×224 pixels, not {shape[1]}×{shape[2]}; resize the '
-            'images or leave the top out'
+            f'VGG16 takes images of {wanted}, not {shape[1]}×{shape[2]}; resize them '
+            '(config.data.resize and config.data.size)'
         )
 
 
 class Classifier(nn.Module):
-    """A backbone and the head that reads its output.
-
-    Attributes:
-        backbone: A module called as `backbone(x, train=...)`; its parameters are `backbone/...`.
-        head: The module that turns its output into logits; `head/...`.
-    """
+    """A backbone, called as `backbone(x, train=...)`, and the head that reads its output."""
 
     backbone: nn.Module
     head: nn.Module
@@ -349,28 +300,21 @@ class Classifier(nn.Module):
 
 
 def build(config: Model, num_classes: int) -> nn.Module:
-    """Build the network that a config describes, called as `model(images, train=...)`.
-
-    Args:
-        config: The network's fields. Values (rates, momentum) may be traced.
-        num_classes: Classes in the data, at least 2.
+    """Build the network that a config describes; its values (rates, momentum) may be traced.
 
     Returns:
-        A Linen module that maps prepared images [b, h, w, c] to float32 logits [b, outputs].
+        A Linen module, called as `model(prepared images [b, h, w, c], train=...)`, that returns
+        float32 logits [b, outputs].
 
     Errors:
         UserError: `config.outputs` does not fit the number of classes.
     """
     outputs = config.outputs or num_classes
-    if outputs == 1 and num_classes != 2:
+    if outputs != num_classes and (outputs, num_classes) != (1, 2):
+        sigmoid = ', a sigmoid for two classes,' if outputs == 1 else ''
         raise UserError(
-            f'config.model.outputs is 1, a sigmoid for two classes, but the data have '
-            f'{num_classes}; set it to 0'
-        )
-    if outputs not in (1, num_classes):
-        raise UserError(
-            f'config.model.outputs is {outputs}, but the data have {num_classes} classes; '
-            'set it to 0'
+            f'config.model.outputs is {outputs}{sigmoid} but the data have {num_classes} '
+            'classes; set it to 0'
         )
     if config.name == 'vgg16':
         winograd = config.winograd == 'always'

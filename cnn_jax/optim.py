@@ -27,11 +27,6 @@ LAST_STEP = 2**31 - 1  # that an int32 holds
 # These need more than a training step gives them, a rate without a schedule, or weights other than
 # the trained ones to evaluate.
 UNFIT = re.compile('sam|schedule_free.*|lbfgs|dpsgd|noisy_sgd|rprop|sophia|scale_by.*')
-# Fields that only the built-in rules read, and their defaults.
-OURS = {
-    name: getattr(Optimizer, name)
-    for name in ('momentum', 'nesterov', 'b1', 'b2', 'epsilon', 'weight_decay')
-}
 
 
 def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Callable:
@@ -43,15 +38,8 @@ def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Cal
     inverse_time:  lr / (1 + decay_rate · t / decay_steps)       (Keras's InverseTimeDecay)
 
     each multiplied by min(1, (t + 1)/W) during a linear warm-up of W steps; t counts from 0.
-    After the warm-up, the cosine runs over the T − W steps that are left.
-
-    Args:
-        config: `learning_rate`, `decay_rate` may be traced; epochs are converted to steps here.
-        steps_per_epoch: Updates an epoch; need not be whole.
-        total_steps: Updates of the whole run; any number.
-
-    Returns:
-        `step -> learning rate`, both scalar arrays.
+    After the warm-up, the cosine runs over the T − W steps that are left. Numbers of the config
+    may be traced; epochs are converted to steps here.
     """
     # A step is an int32, which no run reaches the end of: what lies beyond it is never.
     warmup, *boundaries = (
@@ -87,10 +75,7 @@ def sam_perturb(params: Flat, gradients: Flat, radius: float | Array) -> Flat:
 
     w + ρ·g/‖g‖, ‖g‖ over all parameters: the worst point within ρ of w, to first order
 
-    Args:
-        params: w.
-        gradients: g, of the whole objective at w; w itself is returned where it is 0.
-        radius: ρ ≥ 0; may be traced.
+    g is the gradient of the whole objective at w; w itself is returned where it is 0.
 
     Source: Foret et al. 2021, "Sharpness-Aware Minimization", equation 2 with p = 2.
     """
@@ -103,13 +88,9 @@ def add_gradient_noise(
 ) -> Flat:
     """The gradients plus Gaussian noise that fades as training goes on.
 
-    g + N(0, σ²), σ² = η/(1 + t)^0.55
+    g + N(0, σ²), σ² = η/(1 + t)^0.55, t from 0
 
-    Args:
-        key: The step's key; the noise of a parameter depends on it and on the path alone.
-        gradients: g.
-        strength: η ≥ 0; may be traced.
-        step: t, from 0.
+    The noise of a parameter depends on the key and on its path alone.
 
     Source: Neelakantan et al. 2015, "Adding Gradient Noise Improves Learning for Very Deep
         Networks", equations 1 and 2 with γ = 0.55.
@@ -126,13 +107,9 @@ def add_gradient_noise(
 def project_max_norm(kernel: Float[Array, '... o'], bound: float | Array) -> Float[Array, '... o']:
     """Max-norm constraint: the weights into an output unit, scaled down to a norm they may have.
 
-    w_j ← w_j · min(1, c/‖w_j‖₂), over all axes but the last
+    w_j ← w_j · min(1, c/‖w_j‖₂), over all axes but the last; c > 0
 
     Units within the bound keep their bits.
-
-    Args:
-        kernel: Convolution or Dense; a unit is a filter.
-        bound: c > 0; may be traced.
 
     Source: Srivastava et al. 2014, "Dropout", section 5.1 (c of 3 to 4 with dropout).
     """
@@ -142,13 +119,7 @@ def project_max_norm(kernel: Float[Array, '... o'], bound: float | Array) -> Flo
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that one rule updates, with a state and a step count of its own.
-
-    Attributes:
-        paths: The parameters.
-        rate: Learning rate at the group's own step.
-        scales: Factor of the rate for single parameters; 1 where there is none.
-    """
+    """Parameters that one rule updates, with a state of their own; `scales` multiply the rate."""
 
     paths: Sequence[str]
     rate: Callable
@@ -171,38 +142,19 @@ def make_optimizer(
     Adam's m̂ and v̂ are without their bias toward 0, as in PyTorch and Optax. Keras adds epsilon to
     √v before that correction, which at step t is ε here of epsilon/√(1 − b2^t): 32 times its 1e-7
     at the first step. Any other name is one of `optax` or `optax.contrib`, made with
-    `config.arguments`.
-
-    Args:
-        config: Names and numbers; the numbers may be traced.
-        groups: The trained parameters.
-        frozen: The others.
-        decayed: Paths that decoupled decay applies to.
-        own: A transformation in the place of the rule that the config names.
-
-    Returns:
-        A transformation of any tree that has these paths. Frozen leaves have no state and no
-        update. Like Optax's own, a rule that reads the parameters asks for them in `update`.
+    `config.arguments`; `own` takes the place of the rule that the config names.
 
     Errors:
-        ValueError: A parameter is in two groups; when it is initialized or updates: in none.
+        ValueError: A parameter is in two groups.
     """
     label = dict.fromkeys(frozen, FROZEN)
     parts: dict[Any, optax.GradientTransformation] = {FROZEN: keep()}
     for number, group in enumerate(groups):
         if twice := label.keys() & group.paths:
-            raise ValueError(
-                f'{min(twice)} is in two groups of the optimizer, or frozen and in one'
-            )
+            raise ValueError(f'{min(twice)} is in two groups, or frozen and in one')
         label |= dict.fromkeys(group.paths, f'group {number}')
         parts[f'group {number}'] = own or _rule(config, group, decayed)
-
-    def label_of(path: str, _: Any) -> str:
-        if path not in label:
-            raise ValueError(f'{path} is in no group of the optimizer and not frozen')
-        return label[path]
-
-    return optax.partition(parts, lambda tree: map_paths(label_of, tree))
+    return optax.partition(parts, lambda tree: map_paths(lambda path, _: label[path], tree))
 
 
 def _rule(config: Optimizer, group: Group, decayed: Iterable[str]) -> optax.GradientTransformation:
@@ -232,12 +184,7 @@ def _scaled(scales: Mapping[str, float | Array]) -> optax.GradientTransformation
 
 
 def _from_optax(config: Optimizer, rate: Callable) -> optax.GradientTransformation:
-    """The optimizer that Optax has under `config.name`.
-
-    Errors:
-        UserError: There is none, it needs what a training step does not have, or its arguments
-            are not right.
-    """
+    """The optimizer that Optax has under `config.name`, or a `UserError`."""
     named = f'config.optimizer.name is {config.name}'
     factory = getattr(optax, config.name, None) or getattr(optax.contrib, config.name, None)
     try:
@@ -249,12 +196,6 @@ def _from_optax(config: Optimizer, rate: Callable) -> optax.GradientTransformati
             f'{named}; it can be adam, sgd, adamw or an optimizer of optax or optax.contrib that '
             'takes a learning_rate and needs no more than gradients and parameters, such as lion'
         )
-    for name, default in OURS.items():
-        if not isinstance(value := getattr(config, name), jax.Array) and value != default:
-            raise UserError(
-                f'{named}, which does not read config.optimizer.{name}; give its own arguments '
-                f"as config.optimizer.arguments, e.g. ('b1=0.95',)"
-            )
     arguments = dict(_argument(each, parameters, named) for each in config.arguments)
     try:
         return factory(rate, **arguments)  # pyright: ignore

@@ -4,13 +4,14 @@ A path joins the names of the modules and of the parameter: `block1_conv1/kernel
 a shell wildcard over the whole path, in which `*` also crosses slashes: `backbone/*`.
 """
 
+import functools
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-import numpy as np
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -38,6 +39,13 @@ def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(at, tree)
 
 
+def paths_of(tree: Any) -> list[str]:
+    """The paths of any tree's leaves."""
+    paths: list[str] = []
+    map_paths(lambda path, _: paths.append(path), tree)
+    return paths
+
+
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Return whether any pattern matches the whole path."""
     return any(fnmatchcase(path, pattern) for pattern in patterns)
@@ -46,35 +54,25 @@ def matches(path: str, patterns: Iterable[str]) -> bool:
 def select(
     paths: Iterable[str], patterns: Iterable[str], *, field: str, called: str = 'parameter'
 ) -> list[str]:
-    """The paths that match any pattern.
-
-    Args:
-        paths: Parameter paths.
-        patterns: Shell wildcards.
-        field: The config field that the patterns come from, for the error.
-        called: The noun for what has the paths, for the error.
+    """The paths that match any pattern, a shell wildcard.
 
     Errors:
-        UserError: A pattern matches nothing, which is nearly always a typo.
+        UserError: A pattern matches nothing, which is nearly always a typo; `field` says whose.
     """
     paths = list(paths)
     for pattern in patterns:
         if not any(matches(path, [pattern]) for path in paths):
             raise UserError(
-                f'config.{field} has the pattern {pattern!r}, which matches no {called}; '
+                f'{field} has the pattern {pattern!r}, which matches no {called}; '
                 f'the {called}s are {", ".join(paths)}'
             )
     return [path for path in paths if matches(path, patterns)]
 
 
 def trainable(paths: Iterable[str], frozen: Iterable[str]) -> list[str]:
-    """The paths that no `frozen` pattern matches.
-
-    Errors:
-        UserError: A pattern matches nothing, or everything is frozen.
-    """
+    """The paths that no `frozen` pattern matches; UserError if none is left."""
     paths = list(paths)
-    fixed = set(select(paths, frozen, field='train.frozen'))
+    fixed = set(select(paths, frozen, field='config.train.frozen'))
     left = [path for path in paths if path not in fixed]
     if not left:
         raise UserError(
@@ -90,17 +88,11 @@ def depths(paths: Iterable[str]) -> dict[str, int]:
     0 for the head, 1 for the last block (`blockN`), …, and one more than the first block for
     what comes before it (a stem).
     """
-    paths = list(paths)
-    numbers = {path: re.search(r'block(\d+)', path) for path in paths}
-    last = max((int(found[1]) for found in numbers.values() if found), default=0)
-
-    def depth(path: str) -> int:
-        found = numbers[path]
-        if found:
-            return last - int(found[1]) + 1
-        return 0 if path.startswith('head/') else last + 1
-
-    return {path: depth(path) for path in paths}
+    found = {path: re.search(r'block(\d+)', path) for path in paths}
+    blocks = {path: int(block[1]) for path, block in found.items() if block}
+    last = max(blocks.values(), default=0)
+    heads = {path: last + 1 for path in found if path.startswith('head/')}
+    return {path: last + 1 - (blocks | heads).get(path, 0) for path in found}
 
 
 def partition(params: Mapping, names: Iterable[str]) -> tuple[Flat, Flat]:
@@ -112,36 +104,10 @@ def partition(params: Mapping, names: Iterable[str]) -> tuple[Flat, Flat]:
 
 def merge(*parts: Flat) -> dict:
     """The nested tree whose leaves are in the given flat parts."""
-    whole: Flat = {}
-    for part in parts:
-        whole |= part
-    return unflatten(whole)
+    return unflatten(functools.reduce(operator.or_, parts, {}))
 
 
 def nbytes(tree: Any) -> int:
     """Bytes of all arrays (or array shapes) in a tree."""
-    return sum(
-        int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if hasattr(leaf, 'dtype')
-    )
-
-
-def overview(
-    params: Mapping, *, train: Iterable[str], l2: Iterable[str] = (), decay: Iterable[str] = ()
-) -> str:
-    """A table of the parameters: shape, count, bytes, trained or frozen, decayed or not."""
-    flat, train, l2, decay = flatten(params), set(train), set(l2), set(decay)
-    width = max(map(len, flat))
-    lines = [f'{"parameter":<{width}}  {"shape":<18} {"count":>12}  state     decay']
-    for path, leaf in flat.items():
-        marks = [name for name, group in (('l2', l2), ('weight_decay', decay)) if path in group]
-        lines.append(
-            f'{path:<{width}}  {"×".join(map(str, leaf.shape)):<18} {leaf.size:>12,}  '
-            f'{"trained" if path in train else "frozen":<9} {" ".join(marks)}'.rstrip()
-        )
-    trained, fixed = partition(params, train)
-    for name, part in (('trained', trained), ('frozen', fixed)):
-        count = sum(leaf.size for leaf in part.values())
-        lines.append(f'{name:<{width}}  {"":<18} {count:>12,}  {nbytes(part) / 1e6:,.2f} MB')
-    return '\n'.join(lines)
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, 'dtype')]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

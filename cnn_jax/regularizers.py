@@ -24,27 +24,16 @@ Term = Float[Array, ''] | Float[Array, ' b']
 
 @dataclass(frozen=True)
 class Context:
-    """Everything that a regularizer may look at in a training step.
+    """Everything that a regularizer may look at in a training step."""
 
-    Attributes:
-        config: The run's config, its numbers perhaps traced.
-        params: The parameters that it acts on, by path: those that are trained and match its
-            patterns.
-        initial: The same as their training began; only where `needs_initial`.
-        activations: Outputs of the layers that match its patterns, by path; only where
-            `needs_activations`.
-        log_probs: Log class probabilities.
-        batch: `image` (prepared and augmented, or cached features), `label`, `index`, `mask`.
-        forward: Another pass of the network in training: `forward(images)` with the same dropout
-            mask, `forward(images, mask=1)` with another one; returns log class probabilities.
-    """
-
-    config: Config
-    params: Flat
-    initial: Flat
-    activations: Flat
-    log_probs: Float[Array, 'b k']
-    batch: Mapping[str, Any]
+    config: Config  # its numbers perhaps traced
+    params: Flat  # by path those that it acts on: trained, and matching its patterns
+    initial: Flat  # the same as their training began; only where `needs_initial`
+    activations: Flat  # outputs of the layers that match, by path; only where `needs_activations`
+    log_probs: Float[Array, 'b k']  # log class probabilities
+    batch: Mapping[str, Any]  # `image` (prepared, or cached features), `label`, `index`, `mask`
+    # Another pass of the network in training: `forward(images)` with the same dropout mask,
+    # `forward(images, mask=1)` with another one; returns log class probabilities.
     forward: Callable[..., Float[Array, 'b k']]
 
 
@@ -52,29 +41,20 @@ class Context:
 class Regularizer:
     """A term of what a training step minimizes.
 
-    Attributes:
-        field: The config field of the strength, e.g. `loss.l2`; a regularizer with strength 0 is
-            not compiled in.
-        term: `(strength, context) -> a scalar`, added to the mean loss; or one number an example,
-            added to its loss.
-        on: The config field with the patterns of the parameters (of the layers, with
-            `needs_activations`) that it acts on; '' for all.
-        needs_initial: Whether the state must keep the weights that training began with.
-        needs_activations: Whether it looks at the outputs of layers.
-        needs_images: Whether it cannot do with a frozen backbone's features in their place.
-
     >>> Regularizer('loss.own', lambda strength, c: strength * jnp.mean(jnp.exp(c.log_probs) ** 2))
     ... # doctest: +ELLIPSIS
     Regularizer(field='loss.own', ...
     """
 
-    field: str
+    field: str  # of the strength, e.g. `loss.l2`; with strength 0 it is not compiled in
+    # `(strength, context) -> a scalar`, added to the mean loss; or one number an example, added to
+    # its loss.
     term: Callable[[Any, Context], Term]
-    on: str = ''
+    on: str = ''  # the field with the patterns of what it acts on; '': all parameters
     _: KW_ONLY
-    needs_initial: bool = False
-    needs_activations: bool = False
-    needs_images: bool = False
+    needs_initial: bool = False  # the state must keep the weights that training began with
+    needs_activations: bool = False  # it looks at outputs of layers, which `on` then names
+    needs_images: bool = False  # it cannot do with a frozen backbone's features
 
     def __post_init__(self) -> None:
         for path in (self.field, self.on):
@@ -91,9 +71,6 @@ def log_probabilities(logits: Float[Array, 'b o']) -> Float[Array, 'b k']:
     """Log class probabilities: log-softmax, or both sides of a sigmoid for a single output.
 
     o = 1: [log σ(−z), log σ(z)];   o > 1: z − log Σ exp z
-
-    Args:
-        logits: Outputs of the network, one row an example.
 
     Returns:
         float32; K = 2 classes for one output, else K = o.
@@ -155,9 +132,7 @@ def confidence_penalty(strength: float | Array, context: Context) -> Float[Array
 
 
 def l2(strength: float | Array, context: Context) -> Float[Array, '']:
-    """Keras's L2 penalty.
-
-    λ · Σ w²
+    """Keras's L2 penalty, λ · Σ w².
 
     Its gradient is 2λw. Under plain SGD it equals decoupled decay with `weight_decay` = 2λ; under
     Adam it does not, since the gradient is rescaled (Loshchilov & Hutter 2019).
@@ -166,9 +141,7 @@ def l2(strength: float | Array, context: Context) -> Float[Array, '']:
 
 
 def l1(strength: float | Array, context: Context) -> Float[Array, '']:
-    """Lasso; with `l2` the elastic net.
-
-    λ · Σ |w|,  gradient λ·sign(w), 0 at w = 0
+    """Lasso, λ · Σ |w|, with gradient λ·sign(w), 0 at w = 0; with `l2` the elastic net.
 
     Source: Tibshirani 1996, "Regression Shrinkage and Selection via the Lasso"; Zou & Hastie 2005,
         "Regularization and Variable Selection via the Elastic Net".
@@ -190,7 +163,7 @@ def orthogonality(strength: float | Array, context: Context) -> Float[Array, '']
     """
 
     def deviation(kernel: Array) -> Array:
-        matrix = _as_float32(kernel).reshape(-1, kernel.shape[-1])
+        matrix = kernel.astype(jnp.float32).reshape(-1, kernel.shape[-1])
         if matrix.shape[0] < matrix.shape[1]:
             matrix = matrix.T
         return jnp.sum(jnp.square(matrix.T @ matrix - jnp.eye(matrix.shape[1])))
@@ -237,8 +210,8 @@ def input_gradient(strength: float | Array, context: Context) -> Float[Array, ''
     def loss(images: Array) -> Array:
         return jnp.sum(example_losses(context.config, context.forward(images), batch))
 
-    gradients = _as_float32(jax.grad(loss)(batch['image']))
-    return strength * jnp.sum(jnp.square(gradients)) / gradients.shape[0]
+    gradients = jax.grad(loss)(batch['image'])
+    return strength * _sum_squares([gradients]) / gradients.shape[0]
 
 
 def r_drop(strength: float | Array, context: Context) -> Float[Array, ' b']:
@@ -278,11 +251,10 @@ def add_terms(
     context: Callable[[Regularizer], Context],
     each: Float[Array, ' b'],
 ) -> tuple[Float[Array, ' b'], Float[Array, '']]:
-    """Add up what the regularizers cost.
+    """Add up what the regularizers that are on cost.
 
     Args:
-        regularizers: Those that are on.
-        context: Gives the context of each.
+        regularizers, context: The regularizers, and a function to the context of each.
         each: Task loss of each example.
 
     Returns:
@@ -301,18 +273,14 @@ def add_terms(
     return each, total
 
 
-def _as_float32(leaf: Array) -> Array:
-    return leaf.astype(jnp.float32)
-
-
 def _magnitude(leaf: Array) -> Array:
     """Σ|w|, with the gradient sign(w): that of `jnp.abs` is 1 at 0."""
-    leaf = _as_float32(leaf)
+    leaf = leaf.astype(jnp.float32)
     return jnp.sum(leaf * lax.stop_gradient(jnp.sign(leaf)))
 
 
 def _sum_squares(leaves: Any) -> Array:
-    return _total(jnp.sum(jnp.square(_as_float32(leaf))) for leaf in leaves)
+    return _total(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves)
 
 
 def _total(terms: Any) -> Array:

@@ -15,7 +15,7 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,25 @@ ACCELERATOR_PLUGINS = (*CUDA_PLUGINS, 'jax_rocm7_plugin', 'libtpu')
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that `configure` chose; `notes` describes them, one phrase each."""
+    """The settings that `configure` chose."""
 
     xla_flags: str
     threads: int
     allocator: str
     compile_cache: str
-    notes: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        """The notes, and what computes convolutions on a CPU; imports JAX."""
-        return ' · '.join((*self.notes, *map(str, _native())))
+        """The settings, and what computes convolutions on a CPU, in one line; imports JAX."""
+        parallel = count(self.threads, 'thread')
+        if self.threads > cores():
+            parallel += f' on {count(cores(), "core")}'
+        return ' · '.join(
+            [
+                *(f'jaxlib {jaxlib_version()}', parallel, f'XLA_FLAGS {self.xla_flags or "unset"}'),
+                *(f'allocator {self.allocator}', f'compile cache {self.compile_cache}'),
+                *map(str, _native()),
+            ]
+        )
 
 
 _in_force: Settings | None = None  # what `configure` chose in this process
@@ -85,38 +93,25 @@ _in_force: Settings | None = None  # what `configure` chose in this process
 def configure(threads: int = 0) -> Settings:
     """Configure the process for JAX; call once, before JAX is first used.
 
-    Args:
-        threads: CPU threads of one computation; 0 takes as many as this process may use cores.
-            XLA's results on a CPU depend on the number of threads and not on that of the cores, so
-            it belongs to a run's record; more threads than cores are slow, but correct.
+    XLA's results on a CPU depend on the number of threads of a computation and not on that of the
+    cores, so it belongs to a run's record; 0 takes as many as this process may use cores.
 
     Returns:
         The settings in force: where JAX has started already, those that it started with.
     """
     global _in_force
     if has_started():
-        return _in_force or _unconfigured()
+        others = 'not set, for JAX had started before cnn_jax was used'
+        flags = os.environ.get('XLA_FLAGS', '')
+        return _in_force or Settings(flags, _default_threads(), others, others)
     if threads:
         os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
-    threads = _default_threads()
-    version, on_cpu = jaxlib_version(), runs_on_cpu()
     given = os.environ.get('XLA_FLAGS')
-    flags = add_xla_flags(default_flags(version, on_cpu))
+    flags = add_xla_flags(default_flags(jaxlib_version(), runs_on_cpu()))
     if given:
         _check_xla_flags()
-    allocator = _keep_freed_memory() if on_cpu else 'the system default'
-    cache = _set_compile_cache(version)
-    parallel = count(threads, 'thread')
-    if threads > cores():
-        parallel += f' on {count(cores(), "core")}'
-    notes = (
-        f'jaxlib {version}',
-        parallel,
-        f'XLA_FLAGS {flags or "unset"}',
-        f'allocator {allocator}',
-        f'compile cache {cache}',
-    )
-    _in_force = Settings(flags, threads, allocator, cache, notes)
+    allocator = _keep_freed_memory() if runs_on_cpu() else 'the system default'
+    _in_force = Settings(flags, _default_threads(), allocator, _set_compile_cache())
     return _in_force
 
 
@@ -124,18 +119,6 @@ def has_started() -> bool:
     """Return whether JAX has started its devices, after which most settings have no effect."""
     bridge = sys.modules.get('jax._src.xla_bridge')
     return bridge is not None and bridge.backends_are_initialized()
-
-
-def _unconfigured() -> Settings:
-    """The settings of a process that used JAX before this package could configure it."""
-    flags, threads = os.environ.get('XLA_FLAGS', ''), _default_threads()
-    notes = (
-        f'jaxlib {jaxlib_version()}',
-        count(threads, 'thread'),
-        f'XLA_FLAGS {flags or "unset"}',
-        'JAX had started before cnn_jax was used, so nothing else is set',
-    )
-    return Settings(flags, threads, 'the system default', 'as JAX has it', notes)
 
 
 def start_jax() -> None:
@@ -182,11 +165,7 @@ def _default_threads() -> int:
 
 def _native() -> list[Any]:
     """The library of native convolutions, on a CPU; builds it if need be. Imports JAX."""
-    if not runs_on_cpu():
-        return []
-    from cnn_jax.nn.native import library
-
-    return [library()]
+    return [importlib.import_module('cnn_jax.nn.native').library()] if runs_on_cpu() else []
 
 
 def cores() -> int:
@@ -252,22 +231,18 @@ def _keep_freed_memory() -> str:
         return 'the system default'
     libc = ctypes.CDLL(None)
     m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
-    done = [
-        libc.mallopt(m_arena_max, 1),
-        libc.mallopt(m_mmap_max, 0),
-        libc.mallopt(m_trim_threshold, 2**31 - 1),
-        libc.mallopt(m_top_pad, 256 << 20),
-    ]
+    wanted = {m_arena_max: 1, m_mmap_max: 0, m_trim_threshold: 2**31 - 1, m_top_pad: 256 << 20}
+    done = [libc.mallopt(*each) for each in wanted.items()]
     return 'glibc, freed memory kept' if all(done) else 'glibc default (mallopt refused)'
 
 
-def _set_compile_cache(version: str) -> str:
+def _set_compile_cache() -> str:
     """Point JAX's persistent compilation cache at a folder of this jaxlib and processor.
 
     Whoever may write there may run code, so that it is this user's alone.
     """
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        folder = _own_cache() / f'jaxlib-{version}-{processor()}'
+        folder = _own_cache() / f'jaxlib-{jaxlib_version()}-{processor()}'
         try:
             folder.parent.parent.mkdir(parents=True, exist_ok=True)
             folder.parent.mkdir(mode=0o700, exist_ok=True)
@@ -326,12 +301,10 @@ def _guard_compile_cache() -> None:
 
 def processor() -> str:
     """A short digest of the processor: code compiled for another one may not run here."""
-    info = Path('/proc/cpuinfo')
-    fields = ('model name', 'flags', 'Features', 'CPU part')
-    text = platform.processor() + platform.machine()
-    if info.exists():
-        lines = info.read_text(errors='replace').split('\n\n')[0].splitlines()
-        text += ''.join(line for line in lines if line.startswith(fields))
+    text, fields = platform.processor() + platform.machine(), 'model name|flags|Features|CPU part'
+    with contextlib.suppress(OSError):
+        first = Path('/proc/cpuinfo').read_text(errors='replace').split('\n\n')[0]
+        text += ''.join(line for line in first.splitlines() if re.match(fields, line))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -355,10 +328,8 @@ def memory() -> int:
 def machine(settings: Settings) -> dict[str, Any]:
     """The machine for a run's record: devices, interpreter and settings. Starts JAX."""
     python = f'{platform.python_implementation()} {sys.version.split()[0]}'
-    native = ''.join(library.key for library in _native())
+    convolutions = ''.join(library.key for library in _native()) or 'XLA'
     return {
-        'devices': devices(),
-        'python': python,
-        'convolutions': native or 'XLA',
+        **{'devices': devices(), 'python': python, 'convolutions': convolutions},
         **vars(settings),
     }

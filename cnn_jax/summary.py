@@ -23,18 +23,15 @@ class Layer:
 
 
 def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
-    """The layers that a forward pass calls, in the order of their calls.
+    """The layers that a forward pass calls, in that order: each module that calls no other.
 
     FLOPs are 2 · (positions) · (kernel elements), position meaning a pixel of a convolution's
     output or a Dense layer's example: every multiplication and addition of the products, padding
     included, as the literature counts them. Bias, norm and activation are left out (about 1%).
 
     Args:
-        model: Any Linen module that maps images to logits.
+        model: Any Linen module that maps images to logits; only shapes are computed.
         input_shape: Shape of one example: height, width, channels.
-
-    Returns:
-        One `Layer` for each module that calls no other. Nothing is computed, only shapes are.
     """
     rows: dict[tuple[str, ...], Layer] = {}
 
@@ -62,10 +59,7 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
 
 
 def summary(model: nn.Module, input_shape: tuple[int, ...]) -> str:
-    """The network as a table of at most 100 columns, its totals in the last line.
-
-    Arguments and counts as in `layers`.
-    """
+    """The network as a table of at most 100 columns, its totals in the last line."""
     rows = layers(model, input_shape)
     name = max(len(row.path) for row in rows)
     line = f'{{:{name}}}  {{:<10}}  {{:>14}}  {{:>12}}  {{:>10}}'

@@ -21,6 +21,8 @@ from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.components import Components, from_experiment, get_config
 from cnn_jax.errors import RunFailed, UserError, nearest, printable
+from cnn_jax.fields import field_at, from_text
+from cnn_jax.files import local_path
 
 PRINT = print  # as Python has it
 _overrides: dict[str, Any] = {}  # the values of --config.KEY=VALUE
@@ -45,7 +47,7 @@ class _Path(flags.ArgumentParser):
                 f'--{self.name} is {argument}, but an object store cannot be used here; give a '
                 'path of this machine'
             )
-        return cfg.local_path(argument, f'--{self.name}')
+        return local_path(argument, f'--{self.name}')
 
 
 def define_path(
@@ -69,6 +71,17 @@ def define_path(
 def define_workdir(text: str, url: bool = False) -> flags.FlagHolder:
     """The --workdir flag, required."""
     return define_path('workdir', text, required=True, url=url)
+
+
+def define_checkpoint() -> flags.FlagHolder:
+    """The --checkpoint flag of what opens a run."""
+    return flags.DEFINE_enum(
+        'checkpoint',
+        None,
+        ['latest', 'best'],
+        'Which checkpoint; best is by config.train.best. By default the latest, or the best if the '
+        'run has config.train.patience.',
+    )
 
 
 def define_layout() -> tuple[flags.FlagHolder, flags.FlagHolder]:
@@ -222,8 +235,7 @@ def _parse(arguments: list[str]) -> list[str]:
 
 def _take_overrides(arguments: list[str]) -> list[str]:
     """Move `--config.KEY=VALUE` from the arguments to `_overrides`; return the others."""
-    known, others = cfg.fields_by_path(cfg.Config()), []
-    words = iter(arguments)
+    words, others = iter(arguments), []
     for word in words:
         if word == '--':
             return [*others, word, *words]
@@ -233,14 +245,12 @@ def _take_overrides(arguments: list[str]) -> list[str]:
             others.append(word)
             continue
         off, path = is_flag.groups()
-        if path not in known:
-            raise UserError(cfg.unknown_key(path, known))
-        is_switch = known[path].type is bool
-        if off and (equals or not is_switch):
+        kind = field_at(cfg.Config(), path).type
+        if off and (equals or kind is not bool):
             raise UserError(f'{word} is no flag; write --config.{path}=VALUE')
         if not equals:
-            text = str(not off) if is_switch else next(words, '')
-        _overrides[path] = cfg.from_text(path, known[path].type, text)
+            text = str(not off) if kind is bool else next(words, '')
+        _overrides[path] = from_text(path, kind, text)
     return others
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
+from cnn_jax.files import local_path
 from launch import cli
 
 OUT = cli.define_path('out', 'The PNG to write.', required=True)
@@ -25,7 +25,7 @@ MEASURE = flags.DEFINE_enum(
 
 def main(arguments: list[str]) -> int:
     """Draw; returns the exit code."""
-    folders = [Path(cfg.local_path(each, 'a work directory')) for each in arguments[1:]]
+    folders = [Path(local_path(each, 'a work directory')) for each in arguments[1:]]
     if not folders:
         raise UserError('no ablation; give the work directories of launch.ablate')
 

@@ -14,13 +14,7 @@ from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
 SPLIT = flags.DEFINE_string('split', None, "The split; by default the run's config.data.eval.")
-CHECKPOINT = flags.DEFINE_enum(
-    'checkpoint',
-    None,
-    ['latest', 'best'],
-    'Which checkpoint; best is by config.train.best. By default the latest, or the best if the run '
-    'has config.train.patience.',
-)
+CHECKPOINT = cli.define_checkpoint()
 
 
 def main(_) -> int:

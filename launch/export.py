@@ -11,20 +11,12 @@ empty is refused.
 
 from pathlib import Path
 
-from absl import flags
-
 from cnn_jax import runtime
 from launch import cli
 
 WORKDIR = cli.define_workdir('Folder of a run of launch.train, or its gs:// URL.', url=True)
 OUT = cli.define_path('out', 'Folder to create.', required=True)
-CHECKPOINT = flags.DEFINE_enum(
-    'checkpoint',
-    None,
-    ['latest', 'best'],
-    'Which checkpoint; best is by config.train.best. By default the latest, or the best if the run '
-    'has config.train.patience.',
-)
+CHECKPOINT = cli.define_checkpoint()
 
 
 def main(_) -> int:

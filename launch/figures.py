@@ -25,27 +25,16 @@ PADDINGS = ('VALID', 'SAME', 'SAME_TORCH', 'REFLECT', 'CIRCULAR')
 def main(_) -> int:
     """Draw; returns the exit code."""
     cli.start()
-    from cnn_jax.files import make_writable, write_atomically
+    from cnn_jax.files import make_writable
+    from cnn_jax.tools.figures import save
 
     folder = Path(OUT.value)
     make_writable(folder, 'the folder of the figures', '--out')
     for draw in (draw_stride, draw_padding, draw_dropout, draw_batch_norm, draw_fine_tuning):
-        figure, path = draw(), folder / f'{draw.__name__.removeprefix("draw_")}.png'
-        write_atomically(path, lambda file, f=figure: f.savefig(file, format='png', dpi=100))
+        path = folder / f'{draw.__name__.removeprefix("draw_")}.png'
+        save(draw(), path, dpi=100)
         print(path)
     return cli.OK
-
-
-def strided(stride: int):
-    """A 7×7 image of small numbers, and its sums over 3×3 windows `stride` apart."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from cnn_jax.nn.conv import conv2d
-
-    image = np.add.outer(np.arange(7), 2 * np.arange(7)) % 5
-    x, ones = jnp.asarray(image, jnp.float32)[None, ..., None], jnp.ones((3, 3, 1, 1))
-    return image, np.asarray(conv2d(x, ones, stride=stride, padding='VALID'))[0, ..., 0]
 
 
 def padded(padding: str, size: int = 4, kernel: int = 3, stride: int = 2):
@@ -60,23 +49,6 @@ def padded(padding: str, size: int = 4, kernel: int = 3, stride: int = 2):
     inside = np.pad(np.ones((size, size), bool), pads)
     whole = np.pad(image, pads, mode=modes.get(padding, 'constant'))
     return whole, inside, output_shape(size, kernel, stride, padding=padding)
-
-
-def dropout_masks(kind: str, seed: int, step: int):
-    """Four 12×12 channels after dropout of rate 0.3, as one picture of 2×2 of them."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from cnn_jax import rng
-    from cnn_jax.nn.noise import channel_dropout, drop_block, dropout
-
-    key, ones = rng.key(seed, 'dropout', step), jnp.ones((1, 12, 12, 4))
-    if kind == 'block':
-        kept = drop_block(key, ones, 0.3, 3)
-    else:
-        kept = {'element': dropout, 'channel': channel_dropout}[kind](key, ones, 0.3)
-    a, b, c, d = np.moveaxis(np.asarray(kept)[0] > 0, -1, 0)
-    return np.block([[a, b], [c, d]])
 
 
 def norm_activations(steps: int = 100, layer: str = 'block2_norm1'):
@@ -124,28 +96,6 @@ def norm_activations(steps: int = 100, layer: str = 'block2_norm1'):
     return tuple(np.asarray(x).reshape(-1, x.shape[-1]) for x in (seen['before'], normalized))
 
 
-def fine_tuning() -> tuple[list[tuple[str, int]], list[list[str]]]:
-    """VGG16's layers with their parameters, and the layers trained in each of two phases."""
-    import jax
-    import numpy as np
-
-    from cnn_jax import params
-    from cnn_jax.models import build
-
-    frozen = (('backbone/*',), ('backbone/block[1-4]*',))
-    model = cfg.Model(name='vgg16', outputs=1, hidden=(1024,), head_norm='none')
-    images = np.zeros((1, 224, 224, 3), np.float32)
-    net = build(model, 2)
-    drawn = jax.eval_shape(lambda: net.init(jax.random.key(0), images, train=False))
-    flat = params.flatten(drawn['params'])
-    layers: dict[str, int] = {}
-    for path, leaf in flat.items():
-        layer = path.rsplit('/', 1)[0]
-        layers[layer] = layers.get(layer, 0) + leaf.size
-    phases = [{p.rsplit('/', 1)[0] for p in params.trainable(flat, names)} for names in frozen]
-    return list(layers.items()), [sorted(phase) for phase in phases]
-
-
 def new_figure(width: float, height: float):
     from matplotlib.figure import Figure
 
@@ -179,9 +129,16 @@ def box(axes, row: float, column: float, side: float, colour: str) -> None:
 
 def draw_stride():
     """Two windows of the input and their sums in the output, at stride 1 and 2."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from cnn_jax.nn.conv import conv2d
+
+    image = np.add.outer(np.arange(7), 2 * np.arange(7)) % 5
+    x, ones = jnp.asarray(image, jnp.float32)[None, ..., None], jnp.ones((3, 3, 1, 1))
     figure = new_figure(7.6, 4.6)
     for left, right, stride in zip(*figure.subplots(2, 2).T, (1, 2)):
-        image, output = strided(stride)
+        output = np.asarray(conv2d(x, ones, stride=stride, padding='VALID'))[0, ..., 0]
         grid(left, image)
         grid(right, output, colour=ORANGE)
         for place, colour in ((0, BLUE), (1, '#D55E00')):
@@ -209,11 +166,21 @@ def draw_padding():
 
 def draw_dropout():
     """Masks of three kinds of dropout: the same for the same seed and step, else others."""
-    figure = new_figure(8.4, 5.6)
+    import jax.numpy as jnp
+    import numpy as np
+
+    from cnn_jax import rng
+    from cnn_jax.nn.noise import channel_dropout, drop_block, dropout
+
+    figure, ones = new_figure(8.4, 5.6), jnp.ones((1, 12, 12, 4))
     moments = ((0, 0), (0, 1), (0, 2), (0, 1), (1, 1))
-    for row, kind in zip(figure.subplots(3, len(moments)), ('element', 'channel', 'block')):
+    block = functools.partial(drop_block, side=3)
+    kinds = {'element': dropout, 'channel': channel_dropout, 'block': block}
+    for row, (kind, drop) in zip(figure.subplots(3, len(moments)), kinds.items()):
         for number, (axes, (seed, step)) in enumerate(zip(row, moments)):
-            axes.imshow(dropout_masks(kind, seed, step), cmap='cividis', vmin=0, vmax=1)
+            kept = drop(rng.key(seed, 'dropout', step), ones, 0.3)
+            a, b, c, d = np.moveaxis(np.asarray(kept)[0] > 0, -1, 0)
+            axes.imshow(np.block([[a, b], [c, d]]), cmap='cividis', vmin=0, vmax=1)
             axes.axhline(11.5, color='white', linewidth=2)
             axes.axvline(11.5, color='white', linewidth=2)
             axes.set(xticks=[], yticks=[])
@@ -249,15 +216,22 @@ def draw_fine_tuning():
     """VGG16's layers by their parameters: frozen or trained, in two phases."""
     from matplotlib.patches import Patch
 
-    layers, phases = fine_tuning()
-    names, sizes = zip(*layers)
+    from cnn_jax import params
+    from cnn_jax.models import build
+    from cnn_jax.summary import layers
+
+    model = cfg.Model(name='vgg16', outputs=1, hidden=(1024,), head_norm='none')
+    rows = [row for row in layers(build(model, 2), (224, 224, 3)) if row.parameters]
+    names, sizes = [row.path for row in rows], [row.parameters for row in rows]
     figure = new_figure(9.2, 4.6)
-    for number, (axes, trained) in enumerate(zip(figure.subplots(1, 2, sharey=True), phases), 1):
+    phases = ('backbone/*',), ('backbone/block[1-4]*',)
+    for number, (axes, frozen) in enumerate(zip(figure.subplots(1, 2, sharey=True), phases), 1):
+        trained = params.trainable(names, frozen)
         colours = [ORANGE if name in trained else SKY for name in names]
         axes.barh(range(len(names)), sizes, color=colours)
         axes.set(xscale='log', xlabel='parameters', xlim=(3e2, 1e8))
         axes.set_yticks(range(len(names)), names, fontsize=9)
-        total = sum(size for name, size in layers if name in trained)
+        total = sum(size for name, size in zip(names, sizes) if name in trained)
         axes.set_title(f'phase {number}: {total:,} of {sum(sizes):,} trained', fontsize=10)
         axes.grid(axis='x', alpha=0.3)
     figure.axes[0].invert_yaxis()

@@ -34,7 +34,7 @@ def main(_) -> int:
     print(cli.start(config.train.threads))
 
     import numpy as np
-    from rich.progress import track
+    from tqdm import tqdm
 
     from cnn_jax.files import make_writable
     from cnn_jax.tools import lr_finder
@@ -48,13 +48,8 @@ def main(_) -> int:
     spec = setup.make_spec(config, data.description, data.weights, components)
     phases, state = setup.open_phases(config, data, spec, layout)
     rates = np.geomspace(LOWEST.value, HIGHEST.value, STEPS.value)
-    losses = lr_finder.losses(
-        config,
-        phases[0],
-        shard_state(state, layout),
-        rates,
-        lambda tried: track(tried, 'learning rates'),
-    )
+    bar = tqdm(rates, 'learning rates', disable=None)
+    losses = lr_finder.losses(config, phases[0], shard_state(state, layout), bar)
     lr_finder.write_csv(rates, losses, folder / 'lr_finder.csv')
     suggested = lr_finder.suggestion(rates, losses)
     lr_finder.draw(rates, losses, suggested, folder / 'lr_finder.png')

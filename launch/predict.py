@@ -30,13 +30,7 @@ TOP = flags.DEFINE_integer('top', 3, 'Number of classes to print for each image.
 MC = flags.DEFINE_integer(
     'mc', 0, 'Draws of Monte-Carlo dropout; 0 predicts once, without dropout.', lower_bound=0
 )
-CHECKPOINT = flags.DEFINE_enum(
-    'checkpoint',
-    None,
-    ['latest', 'best'],
-    'Which checkpoint; best is by config.train.best. By default the latest, or the best if the run '
-    'has config.train.patience.',
-)
+CHECKPOINT = cli.define_checkpoint()
 
 HEATMAPS = cli.define_path(
     'heatmaps', 'Folder for PNGs of the evidence for the predicted class (Grad-CAM).'
@@ -47,8 +41,7 @@ def main(arguments: list[str]) -> int:
     """Predict; returns the exit code."""
     runtime.configure()  # before JAX is imported
 
-    from rich.console import Console
-    from rich.progress import Progress
+    from tqdm import tqdm
 
     from cnn_jax.files import make_writable
     from cnn_jax.tools import predict
@@ -63,16 +56,14 @@ def main(arguments: list[str]) -> int:
     read = drawn = 0
     rows = predict.predict_files(run, paths, draws=MC.value, top=TOP.value)
     shown = sys.stderr.isatty() and not sys.stdout.isatty()  # else the lines show how far it is
-    bar = Progress(console=Console(stderr=True), disable=not shown, redirect_stdout=False)
-    with bar:
-        for row in bar.track(rows, len(paths)):
-            if JSON.value:
-                print(json.dumps(row.as_json()), flush=True)
-            else:
-                print(row.as_text(), file=sys.stderr if row.error else sys.stdout, flush=True)
-            read += not row.error
-            if draw:
-                drawn += draw(row)
+    for row in tqdm(rows, total=len(paths), disable=not shown):
+        if JSON.value:
+            print(json.dumps(row.as_json()), flush=True)
+        else:
+            print(row.as_text(), file=sys.stderr if row.error else sys.stdout, flush=True)
+        read += not row.error
+        if draw:
+            drawn += draw(row)
     if maps:
         print(f'{drawn} heat maps in {maps}', file=sys.stderr)
     return cli.OK if read else cli.FAILED

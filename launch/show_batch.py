@@ -122,7 +122,7 @@ def draw(columns: list[dict[str, Any]], class_names: Any, path: Path) -> None:
     """Draw a pair of columns for each step, an image a row: original and augmented."""
     from matplotlib.figure import Figure
 
-    from cnn_jax.files import write_atomically
+    from cnn_jax.tools.figures import save
 
     rows = len(columns[0]['label'])
     figure = Figure(figsize=(2.9 * len(columns), 1.55 * rows + 0.5), layout='constrained')
@@ -136,7 +136,7 @@ def draw(columns: list[dict[str, Any]], class_names: Any, path: Path) -> None:
                 axes.imshow(picture[..., 0] if grey else picture, cmap='gray', vmin=0, vmax=1)
                 axes.set_title(title, fontsize=8, parse_math=False)
                 axes.set_axis_off()
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=100))
+    save(figure, path, dpi=100)
 
 
 def label_text(column: dict[str, Any], row: int, class_names: Any) -> str:

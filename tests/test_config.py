@@ -67,14 +67,53 @@ def test_unknown_and_mistyped_fields_are_named(changes, sentence):
             'decay_rate is 0; say the factor',
         ),
         ({'train.patience': float('inf')}, 'train.patience is inf; it must be finite'),
-        ({'train.ema': 1.0}, 'the average stays the first weights'),
+        ({'train.ema': 1.0}, 'train.ema is 1.0; it must be from 0'),
         ({'data.batch': 1}, 'make all examples equal'),
+        ({'optimizer.name': 'own', 'unfreeze.epochs': 1.0}, 'second phase'),
+        ({'train.patience': 1.0, 'train.eval_every': 0.0}, 'needs evaluations'),
+        ({'train.patience': 1.0, 'unfreeze.epochs': 1.0}, 'a run of one phase'),
+        ({'train.ema': 0.9, 'train.swa_from': 1.0}, 'both average the weights'),
+        ({'train.swa_from': 10.0}, 'nothing would be averaged'),
         ({'augment.erase_least': 0.5}, 'is above config.augment.erase_most'),
     ],
 )
 def test_validation_says_what_is_wrong_and_what_would_do(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         cfg.validate(cfg.replace(cfg.Config(), changes))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'field'),
+    [
+        ({'residual': True, 'padding': 'VALID'}, 'residual'),
+        ({'stochastic_depth': 0.1}, 'residual'),
+        ({'drop_kind': 'gaussian', 'dropout': 1.0}, 'dropout'),
+        ({'name': 'vgg16', 'input_noise': 0.1}, 'input_noise'),
+        ({'name': 'vgg16', 'dropout': 0.4}, 'dropout'),
+        ({'name': 'vgg16', 'residual': True}, 'residual'),
+        ({'head_norm': 'ghost', 'ghost_batch': 1}, 'ghost_batch'),
+        ({'widths': (8, 0)}, 'widths'),
+        ({'hidden': (-4,)}, 'hidden'),
+        ({'norm': 'group', 'norm_groups': 5}, 'norm_groups'),
+        ({'head_norm': 'group', 'hidden': (12,)}, 'norm_groups'),
+        ({'norm': 'ghost', 'ghost_batch': 5}, 'ghost_batch'),
+        ({'head_norm': 'instance'}, 'head_norm'),
+        ({'renorm_r': 0.5}, 'renorm_r'),
+        ({'residual': True, 'stochastic_depth': 0.5}, None),
+        ({'drop_kind': 'gaussian', 'dropout': 0.99}, None),
+        ({'drop_kind': 'block', 'dropout': 1.0}, None),
+        ({'norm': 'ghost', 'head_norm': 'ghost'}, None),
+        ({'norm': 'group', 'head_norm': 'group'}, None),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_names_its_field(changes, field):
+    config = cfg.replace(cfg.Config(), {f'model.{name}': v for name, v in changes.items()})
+    if field is None:
+        cfg.validate(config)
+        return
+    with pytest.raises(UserError, match=f'config.model.{field}'):
+        cfg.validate(config)
 
 
 def test_every_number_has_a_range_or_choices():

@@ -89,9 +89,11 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, 
 
     if call != 'write':
         monkeypatch.setattr(os, call, full)
-    write = full if call == 'write' else (lambda file: file.write(b'new'))
-    with pytest.raises(OSError, match='No space left on device') as caught:
-        files.write_atomically(path, write)
+    with (
+        pytest.raises(OSError, match='No space left on device') as caught,
+        files.replacing(path) as temporary,
+    ):
+        (full if call == 'write' else temporary.write_text)('new')
     assert caught.value.filename == str(path)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {'file': 'old'}
 
@@ -138,24 +140,12 @@ def test_what_json_writes_otherwise_keeps_its_digest(tmp_path):
     assert files.read_json(tmp_path / 'a.json') == content
 
 
-TEXTS = (
-    '',
-    '[1]',
-    '[' * 100_000,
-    '{"a": 1, "sha256": "0"}',
-    '{"a": ',
-    '{"a": 1}',
-    '1' * 5000,
-    '\x80',
-)
-
-
-@pytest.mark.parametrize('text', TEXTS)
-def test_what_is_not_what_was_written_is_corrupt(tmp_path, text):
+def test_what_is_not_what_was_written_is_corrupt(tmp_path):
     path = tmp_path / 'a.json'
-    path.write_text(text, encoding='latin-1')
-    with pytest.raises(files.Corrupt):
-        files.read_json(path)
+    for text in ('', '[1]', '[' * 100_000, '{"sha256": "0"}', '{"a": ', '{}', '1' * 5000, '\x80'):
+        path.write_text(text, encoding='latin-1')
+        with pytest.raises(files.Corrupt):
+            files.read_json(path)
 
 
 @pytest.mark.parametrize('kind', ['pipe', 'link to a device'])

@@ -137,30 +137,6 @@ def test_bad_parts_are_user_errors(tmp_path, parts, word):
         cj.fit(cj.Config(data=cj.Data(batch=20)), tmp_path, **parts, say=lambda line: None)
 
 
-def test_a_second_phase_needs_an_optimizer_that_the_config_names(tmp_path):
-    config = cj.replace(CONFIG, {'unfreeze.epochs': 1.0})
-    with pytest.raises(cj.UserError, match='second phase'):
-        cj.fit(config, tmp_path, model=Net(), **PARTS, say=lambda line: None)
-
-
-def test_a_module_that_cannot_be_held_in_inference_is_refused_by_name(tmp_path):
-    class Drifting(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            seen = self.variable('batch_stats', 'seen', lambda: np.zeros((), np.float32))
-            seen.value += 1
-            return x * self.param('scale', nn.initializers.ones, ())
-
-    class Whole(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(3)(Drifting(name='drifting')(x).mean((1, 2)))
-
-    config = cj.Config(data=cj.Data(batch=20), train=cj.Train(frozen=('drifting/*',)))
-    with pytest.raises(cj.UserError, match='drifting is frozen'):
-        cj.fit(config, tmp_path, model=Whole(), **PARTS, say=lambda line: None)
-
-
 def test_ablate_compares_on_own_parts(tmp_path):
     def model(config, classes):
         return Net(config.model.head_dropout)

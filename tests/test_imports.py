@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up: a module may import its own layer and those below. The longest name counts.
 LAYERS = [
-    {'errors', 'fetch', 'files', 'rng', 'config', 'components', 'params', 'mesh', 'runtime'}
+    {
+        'errors',
+        'fetch',
+        'files',
+        'rng',
+        'config',
+        'fields',
+        'validation',
+        'components',
+        'params',
+        'mesh',
+        'runtime',
+    }
     | {'nn.native'},
     {'nn', 'regularizers', 'freezing', 'data', 'pretrained', 'summary'},
     {'models', 'optim', 'tools.profile', 'tools.progress', 'tools.selfcheck'},

@@ -31,27 +31,29 @@ def updates(config, gradients, weights, decayed=()):
     return weights, state
 
 
-def test_constant():
-    np.testing.assert_allclose(rates(Optimizer(learning_rate=0.3)), 0.3, rtol=1e-6)
-
-
-def test_cosine_with_warmup():
-    got = rates(Optimizer(learning_rate=1.0, schedule='cosine', warmup_epochs=1))
-    np.testing.assert_allclose(got[:10], np.arange(1, 11) / 10, rtol=1e-6)
-    after = np.arange(30)
-    np.testing.assert_allclose(got[10:], (1 + np.cos(np.pi * after / 30)) / 2, atol=1e-6)
-
-
-def test_step_multiplies_at_each_boundary():
-    config = Optimizer(learning_rate=1.0, schedule='step', decay_rate=0.1, boundaries=(1.0, 2.5))
-    expected = np.repeat([1.0, 0.1, 0.01], [10, 15, 15])
-    np.testing.assert_allclose(rates(config), expected, rtol=1e-5)
-
-
-def test_inverse_time_equals_keras():
-    config = Optimizer(learning_rate=1e-3, schedule='inverse_time', decay_rate=0.5, decay_steps=7)
-    theirs = keras.optimizers.schedules.InverseTimeDecay(1e-3, 7, 0.5)
-    np.testing.assert_allclose(rates(config), [theirs(step) for step in STEPS], rtol=1e-6)
+@pytest.mark.parametrize(
+    ('fields', 'expected'),
+    [
+        ({}, np.ones(40)),
+        ({'warmup_epochs': 1}, np.minimum(1, np.arange(1, 41) / 10)),
+        (
+            {'schedule': 'cosine', 'warmup_epochs': 1},
+            np.append(np.arange(1, 11) / 10, (1 + np.cos(np.pi * np.arange(30) / 30)) / 2),
+        ),
+        (
+            {'schedule': 'step', 'decay_rate': 0.1, 'boundaries': (1.0, 2.5)},
+            np.repeat([1.0, 0.1, 0.01], [10, 15, 15]),
+        ),
+        (
+            {'schedule': 'inverse_time', 'decay_rate': 0.5, 'decay_steps': 7},
+            [keras.optimizers.schedules.InverseTimeDecay(1.0, 7, 0.5)(step) for step in STEPS],
+        ),
+    ],
+    ids=str,
+)
+def test_schedules_are_their_formulas(fields, expected):
+    got = rates(Optimizer(learning_rate=0.3, **fields))
+    np.testing.assert_allclose(got, 0.3 * np.asarray(expected), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +67,7 @@ def test_inverse_time_equals_keras():
             Optimizer(name='sgd', learning_rate=0.1, momentum=0.9, nesterov=True),
             lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
         ),
-        (
-            Optimizer(name='adam', learning_rate=0.1),
-            lambda: keras.optimizers.Adam(0.1),
-        ),
+        (Optimizer(name='adam', learning_rate=0.1), lambda: keras.optimizers.Adam(0.1)),
         (
             Optimizer(name='adamw', learning_rate=0.1, weight_decay=0.05),
             lambda: keras.optimizers.AdamW(0.1, weight_decay=0.05),
@@ -135,14 +134,14 @@ def test_each_parameter_is_in_one_group_or_frozen_and_what_a_rule_reads_is_given
     config, rate = Optimizer(weight_decay=0.1), lambda step: 0.1
     weights = {name: jnp.ones(2) for name in 'abc'}
     a, ab = (optim.Group(paths, rate) for paths in (['a'], ['a', 'b']))
-    with pytest.raises(ValueError, match='c is in no group'):
+    with pytest.raises(KeyError, match='c'):
         optim.make_optimizer(config, [ab]).init(weights)
     for groups, frozen in (([a, ab], ['c']), ([ab], ['a', 'c'])):
         with pytest.raises(ValueError, match='a is in two groups'):
             optim.make_optimizer(config, groups, frozen)
     rule = optim.make_optimizer(config, [ab], frozen=['c'])
     state = rule.init(weights)
-    with pytest.raises(ValueError, match='no group'):
+    with pytest.raises(KeyError, match='d'):
         rule.update({**weights, 'd': weights['a']}, state, {**weights, 'd': weights['a']})
     with pytest.raises(ValueError, match='params'):
         rule.update(weights, state)
@@ -165,17 +164,6 @@ def test_under_plain_sgd_l2_equals_decoupled_decay_of_twice_the_strength():
     decay = Optimizer(name='sgd', learning_rate=0.1, momentum=0.0, weight_decay=0.06)
     by_decay, _ = updates(decay, [gradient], start, decayed=['w'])
     np.testing.assert_allclose(by_loss['w'], by_decay['w'], rtol=1e-6)
-
-
-def test_numbers_may_be_traced():
-    @jax.jit
-    def rate_at(learning_rate, decay_rate, step):
-        config = Optimizer(
-            learning_rate=learning_rate, decay_rate=decay_rate, schedule='inverse_time'
-        )
-        return optim.schedule(config, 10, 100)(step)
-
-    assert rate_at(0.5, 1.0, 3) == pytest.approx(0.125)
 
 
 def test_groups_have_rates_scales_and_step_counts_of_their_own():

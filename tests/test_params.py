@@ -57,16 +57,3 @@ def test_depth_counts_blocks_from_the_head():
     paths = ['stem_conv/kernel', 'block1_conv1/kernel', 'block2_norm1/scale', 'head/logits/bias']
     assert list(params.depths(paths).values()) == [3, 2, 1, 0]
     assert params.depths(PATHS)['backbone/conv1/kernel'] == 1
-
-
-def test_nbytes_counts_float32_and_bfloat16():
-    assert params.nbytes({'a': jnp.ones((2, 3)), 'b': jnp.ones(4, jnp.bfloat16)}) == 32
-
-
-def test_overview_states_what_is_trained_frozen_and_decayed():
-    text = params.overview(TREE, train=PATHS[2:], l2=PATHS[3:], decay=PATHS[3:])
-    rows = {line.split()[0]: line for line in text.splitlines()}
-    assert rows['backbone/conv1/kernel'].split()[1:] == ['3×3×1×4', '36', 'frozen']
-    assert rows['head/logits/kernel'].split()[1:] == ['4×2', '8', 'trained', 'l2', 'weight_decay']
-    assert rows['trained'].split()[1] == '10'
-    assert rows['frozen'].split()[1] == '40'

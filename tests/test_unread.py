@@ -19,6 +19,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.train import setup
 from cnn_jax.train.program import begin_phase, make_program, state_maker, traced_values
 from cnn_jax.train.step import train_step
+from tests.train.conftest import gradient_step
 
 FIELDS = cfg.fields_by_path(cfg.Config())
 # What a step does not compute with: read where images, weights and features are opened, or by the
@@ -28,16 +29,20 @@ HOST = {path for path in FIELDS if path.startswith(('data.', 'features.'))} | {
     *('train.checkpoint_every', 'train.keep', 'train.best', 'train.patience'),
 }
 SMALL = {'model.stem_width': 0, 'model.widths': (8,), 'model.hidden': (8,), 'data.batch': 4}
+BARE = {'model.hidden': (), 'model.norm': 'none', 'model.dropout': 0.0}
 BASES = {
     'plain': {'model.head_dropout': 0.0, 'model.dropout': 0.0},
-    'bare': {'model.hidden': (), 'model.norm': 'none', 'model.dropout': 0.0},
+    'bare': BARE,
     'rich': {
         **{'model.stem_width': 4, 'model.residual': True, 'model.drop_kind': 'block'},
         **{'model.norm': 'ghost', 'model.head_norm': 'renorm', 'model.ghost_batch': 2},
-        **{'augment.erasing': 0.5, 'augment.randaugment': 9.0, 'optimizer.max_norm': 1.0},
-        **{'optimizer.weight_decay': 0.1, 'optimizer.schedule': 'inverse_time'},
-        **{'optimizer.decay_rate': 0.5, 'loss.l1': 0.1, 'loss.l2': 0.1, 'loss.l2_sp': 0.1},
-        **{'loss.orthogonality': 0.1, 'loss.activity_l1': 0.1},
+    },
+    'augmented': BARE | {'augment.erasing': 0.5, 'augment.randaugment': 9.0},
+    'penalized': {
+        **{'model.norm': 'none', 'model.head_norm': 'none', 'model.dropout': 0.0},
+        **{'loss.l1': 0.1, 'loss.l2': 0.1, 'loss.l2_sp': 0.1, 'optimizer.max_norm': 1.0},
+        **{'loss.orthogonality': 0.1, 'loss.activity_l1': 0.1, 'optimizer.weight_decay': 0.1},
+        **{'optimizer.schedule': 'inverse_time', 'optimizer.decay_rate': 0.5},
     },
     'sgd': {
         **{'model.norm': 'group', 'optimizer.name': 'sgd', 'optimizer.schedule': 'step'},
@@ -93,21 +98,27 @@ def side_of(config):
 
 
 def last_phase(config):
-    """The program of the last phase and its first state."""
+    """The program of the last phase and the function that draws its first state."""
     description = {
         'train': {'count': 64},
         'class_names': ['a', 'b'],
         'image_shape': [side_of(config), side_of(config), 3],
-        'preprocessing': {'kind': 'standardize', 'mean': [0.5] * 3, 'std': [1.0] * 3},
+        'preprocessing': {
+            'kind': 'standardize',
+            'mean': [0.5] * 3,
+            'std': [1.0] * 3,
+            'channels': 3,
+        },
     }
-    description['preprocessing']['channels'] = 3
     spec = setup.make_spec(config, description)
-    state = state_maker(make_program(config, spec))(0)
-    for phase in range(len(spec.phase_ends)):
-        program = make_program(config, spec, phase)
-        if phase:
-            state = begin_phase(program, state)
-    return program, state
+    first, *later = (make_program(config, spec, phase) for phase in range(len(spec.phase_ends)))
+
+    def draw():
+        return functools.reduce(
+            lambda state, program: begin_phase(program, state), later, state_maker(first)(0)
+        )
+
+    return [first, *later][-1], draw
 
 
 def batch_of(config):
@@ -117,58 +128,78 @@ def batch_of(config):
     return {'image': image, 'label': label % 2, 'index': label, 'mask': label >= 0}
 
 
-@functools.cache
-def step(key):
-    """What the last phase's training step computes, and the traced fields that it uses."""
-    config = cfg.from_json(key)
-    program, state = last_phase(config)
-    values, shapes = traced_values(config), jax.eval_shape(lambda: state)
-    trace = jax.make_jaxpr(functools.partial(train_step, program))
-    closed = trace(shapes, batch_of(config), values)
-    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    names = sorted(values)  # in which order JAX flattens them, behind the others
-    tail = used[-len(names) :]
-    constants = [str(jnp.asarray(x)) for x in closed.consts]
-    return f'{jaxpr} {constants} {shapes}', {name for name, u in zip(names, tail) if u}
+TRACED = {}
+
+
+def step(config, function):
+    """What a function of the last phase's step computes, and the traced fields that it uses.
+
+    Configs of one structure share their program (as `tests.train.test_step` holds), so one trace.
+    """
+    key = function, str(cfg.structure(config))
+    if key not in TRACED:
+        program, draw = last_phase(config)
+        values = traced_values(config)
+        with jax.disable_jit():  # the draw has compiler options, which inner functions may not have
+            shapes = jax.eval_shape(draw)
+        trace = jax.make_jaxpr(functools.partial(function, program))
+        closed = trace(shapes, batch_of(config), values)
+        jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+        names = sorted(values)  # in which order JAX flattens them, behind the others
+        used = {name for name, u in zip(names, used[-len(names) :]) if u}
+        TRACED[key] = f'{jaxpr} {[str(jnp.asarray(x)) for x in closed.consts]} {shapes}', used
+    return TRACED[key]
 
 
 def matters(config, other, path):
     """Whether the step of another config computes otherwise, or with that field."""
-    program, used = step(cfg.to_json(other))
+    # Nothing of these reaches the optimizer but by the gradients, which are traced sooner.
+    early = path.startswith(('model.', 'augment.', 'loss.'))
+    function = gradient_step if early else train_step
+    program, used = step(other, function)
     if FIELDS[path].metadata.get('traced') and path not in used:
         return False
-    return program != step(cfg.to_json(config))[0] or path in used
+    return program != step(config, function)[0] or path in used
 
 
 @functools.cache
 def weights(key):
     """The weights after a step of the last phase."""
     config = cfg.from_json(key)
-    program, state = last_phase(config)
-    train = jax.jit(functools.partial(train_step, program))
-    state, _ = train(state, batch_of(config), traced_values(config))
+    program, draw = last_phase(config)
+    fast = {'xla_backend_optimization_level': 0}
+    train = jax.jit(functools.partial(train_step, program), compiler_options=fast)
+    state, _ = train(draw(), batch_of(config), traced_values(config))
     return jax.tree.leaves(state.params)
 
 
-@pytest.mark.parametrize('path', sorted(set(FIELDS) - HOST - {'loss.own', 'model.name'}))
-def test_a_setting_matters_or_is_refused_or_told(path):
+def verdicts(path):
+    """Whether a field that is not at its default is told, on bases of both kinds, each proved."""
     found = set()
     for name in BASES:
         config = base(name)
         try:
             other = changed(config, path)
-            step(cfg.to_json(other))
+            told = any(phrase.startswith(f'config.{path} is ') for phrase in cfg.unread(other))
+            if told in found or cfg.get(other, path) == FIELDS[path].default:
+                continue
+            compiled_in = matters(config, other, path)
         except UserError:  # refused, by the config or by the program
             continue
-        told = any(phrase.startswith(f'config.{path} is ') for phrase in cfg.unread(other))
-        if told not in found and cfg.get(other, path) != FIELDS[path].default:
-            found.add(told)
-            if not told:
-                assert matters(config, other, path), name
-            elif matters(config, other, path):  # compiled in, at a strength of 0
-                pairs = zip(weights(cfg.to_json(config)), weights(cfg.to_json(other)))
-                assert all(np.allclose(a, b, rtol=0, atol=1e-6) for a, b in pairs), name
-    assert False in found  # a field that never matters has no place
+        found.add(told)
+        if not told:
+            assert compiled_in, (name, path)
+        elif compiled_in:  # at a strength of 0
+            pairs = zip(weights(cfg.to_json(config)), weights(cfg.to_json(other)))
+            assert all(np.allclose(a, b, rtol=0, atol=1e-6) for a, b in pairs), (name, path)
+    return found
+
+
+@pytest.mark.parametrize('group', ['model', 'augment', 'loss', 'optimizer', 'train', 'unfreeze'])
+def test_a_setting_matters_or_is_refused_or_told(group):
+    paths = [path for path in FIELDS if path.startswith(f'{group}.')]
+    for path in sorted({*paths} - HOST - {'loss.own', 'model.name'}):
+        assert False in verdicts(path), path  # a field that never matters has no place
 
 
 @pytest.mark.parametrize(

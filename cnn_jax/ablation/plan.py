@@ -365,15 +365,14 @@ def _arm_config(
     arm: str, changes: Changes, ranges: Mapping[str, Range], config: cfg.Config, where: str
 ) -> cfg.Config:
     """The config of an arm, whose runs must see the same images as those of other arms."""
-    middle = {path: each.at(0.5) for path, each in ranges.items()}
     try:
+        for share in (0.0, 1.0, 0.5):
+            tuned = {path: each.at(share) for path, each in ranges.items()}
+            changed = cfg.validate(cfg.replace(config, {**changes, **tuned}))
         fields = cfg.fields_by_path(config)
-        for path, each in ranges.items():
-            for end in (each.low, each.high):
-                cfg.check_fields(cfg.replace(config, {path: end}))
+        for path in ranges:
             if not fields[path].metadata.get('traced'):
                 raise UserError(f'config.{path} is no number that can be tuned; give it a value')
-        changed = cfg.validate(cfg.replace(config, {**changes, **middle}))
     except UserError as error:
         raise UserError(f'arm {arm!r}{where}: {error}') from error
     for path in (*changes, *ranges):

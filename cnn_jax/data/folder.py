@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.config import local_path
 from cnn_jax.data import decode
 from cnn_jax.data.decode import (
     CorruptImage,
@@ -24,6 +23,7 @@ from cnn_jax.data.decode import (
 )
 from cnn_jax.data.source import Source, count_left_out, digest
 from cnn_jax.errors import UserError
+from cnn_jax.files import local_path
 
 Stamp = tuple[int, int, int]  # size, and times of the last change of content and of inode
 

@@ -19,7 +19,7 @@ from cnn_jax.data.decode import MAX_PIXELS
 from cnn_jax.data.source import Source, as_source, from_arrays
 from cnn_jax.errors import UserError
 from cnn_jax.fetch import File, fetch
-from cnn_jax.files import cache_folder, cached_array
+from cnn_jax.files import cache_folder, cached_array, local_path
 
 KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH')
 TEN_DIGITS = tuple('0123456789')
@@ -143,7 +143,7 @@ def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
     Errors:
         UserError: A file is missing or damaged, or there are files of several sets.
     """
-    root = Path(config.local_path(folder, 'config.data.source'))
+    root = Path(local_path(folder, 'config.data.source'))
     if not os.path.isdir(root):
         raise UserError(f'{root} is not a folder; give the folder that holds the IDX files')
 

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from cnn_jax.config import local_path
 from cnn_jax.errors import UserError
 from cnn_jax.fetch import File, fetch
-from cnn_jax.files import cache_folder, write_atomically
+from cnn_jax.files import cache_folder, local_path, write_bytes
 from cnn_jax.params import flatten, unflatten
 from cnn_jax.pretrained.formats import CONVOLUTIONS, Params, digest, read
 
@@ -235,7 +234,7 @@ def save_cached(params: Params, source: str) -> None:
     metadata = {**about, 'source': source}
     path, content = cache_path(), save(flatten(params), metadata)
     try:
-        write_atomically(path, lambda file: file.write(content))
+        write_bytes(path, content)
     except OSError as error:
         raise UserError(
             f'{path} cannot be written: {error.strerror}; make room, or set CNN_JAX_CACHE to '

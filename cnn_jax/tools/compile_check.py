@@ -119,11 +119,7 @@ def parse_target(name: str) -> Target:
 
 
 def prepare(targets: list[Target]) -> None:
-    """Set up this process to compile for chips and to run on its CPU; call it before JAX starts.
-
-    Errors:
-        UserError: A compiler is not installed.
-    """
+    """Set up this process to compile for chips and run on its CPU; call it before JAX starts."""
     families = {target.chip.family for target in targets}
     for family in families:
         module, requirements = COMPILERS[family]
@@ -168,12 +164,7 @@ def devices(target: Target) -> list[Any]:
 
 
 def describe_data(config: cfg.Config, components: Components, classes: int = 0) -> dict[str, Any]:
-    """Describe data like `train.setup.describe`; if their shape is given, they need not exist.
-
-    Args:
-        config, components: The run.
-        classes: Number of classes of data that are not opened; 0 assumes 10, or 2 with one output.
-    """
+    """Describe data like `setup.describe`; if their shape is given, they need not exist."""
     data, model = config.data, config.model
     if data.resize == 'none' or not (data.size and data.channels):
         return setup.open_data(config, components=components).description
@@ -198,12 +189,8 @@ def compile_steps(
 ) -> Iterator[dict[str, Any]]:
     """Compile the training step of each phase and yield its cost, as JSON.
 
-    Args:
-        config: A validated config; its batch is that of all chips together.
-        components: Own parts of the run.
-        description: As `describe_data` returns it.
-        target: The chips.
-        layout_options: `model` and `fsdp` of `mesh.make_mesh`.
+    The config's batch is that of all chips together; `layout_options` are `model` and `fsdp` of
+    `mesh.make_mesh`.
 
     Errors:
         UserError: The batch or the layout does not fit the chips.
@@ -239,10 +226,7 @@ def compile_steps(
 
 
 def cost(compiled: Any, flops: float, chip: Chip, dtype: str) -> dict[str, Any]:
-    """Return the cost on one chip of a program with so many FLOPs, as JSON; seconds are estimates.
-
-    `dtype` is the type of its matrix products.
-    """
+    """The cost of a program with so many FLOPs on one chip, as JSON; seconds are estimates."""
     memory, found = compiled.memory_analysis(), kernels(compiled.as_text())
     held = {
         'arguments': memory.argument_size_in_bytes,
@@ -300,13 +284,10 @@ class Kernel(NamedTuple):
 
 
 def kernels(hlo: str) -> list[Kernel]:
-    """Find what a program gives a chip to do, in order; loops and branches count once.
+    """Find what a compiled program's text gives a chip to do, in order; loops, branches count once.
 
     Bytes are those of operands and results, but for the memory that is on the chip. What a kernel
     reads a part of counts whole.
-
-    Args:
-        hlo: The compiled program, as text.
     """
     computations: dict[str, list[tuple[str, str, str, str]]] = {}
     lines: list = []

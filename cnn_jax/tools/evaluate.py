@@ -26,12 +26,8 @@ FILES = ('evaluation.json', 'confusion.png', 'reliability.png')
 class Evaluation:
     """The result of `evaluate`.
 
-    Attributes:
-        split: The split's name.
-        sums: The sums that the metrics follow from.
-        metrics: The metrics, as `metrics.result` returns them.
-        seen: Whether these are the images that the run itself was evaluated on.
-        notes: What there is to say of the data.
+    `seen` is whether these are the images that the run itself was evaluated on; `notes` say what
+    there is to say of the data.
     """
 
     split: str

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cnn_jax.files import write_atomically
+from cnn_jax.files import replacing
 from cnn_jax.train.metrics import BINS, Sums
 
 
@@ -16,7 +16,8 @@ def save(figure: Any, file: Path | BinaryIO, **options: Any) -> None:
     A letter that its font lacks becomes a box, which needs no warning.
     """
     if isinstance(file, Path):
-        write_atomically(file, lambda opened: save(figure, opened, **options))
+        with replacing(file) as temporary, temporary.open('wb') as opened:
+            save(figure, opened, **options)
         return
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing from')

@@ -1,6 +1,6 @@
 """Grad-CAM: where in an image the evidence for a class is."""
 
-import warnings
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from cnn_jax.errors import UserError
-from cnn_jax.files import write_atomically
+from cnn_jax.tools.figures import save
 
 
 def grad_cam(
@@ -25,18 +25,9 @@ def grad_cam(
 
     L = ReLU(Σ_k α_k A_k),  α_k = mean over positions of ∂z_class/∂A_k
 
-    with A the output of `layer` and z the class's logit (of a single output: z, or −z for class
-    0). Each map is scaled to a maximum of 1 (an all-zero one stays) and enlarged to the image.
-
-    Args:
-        model, variables: Called as `model(images, train=False)`.
-        images: Prepared as the network expects them.
-        classes: Class numbers.
-        layer: Path of a module whose output is [b, i, j, k], e.g. `backbone/block4_conv3`; by
-            default the last of `image_layers`, which the head reads.
-
-    Returns:
-        Heat in [0, 1], of the images' height and width.
+    with A the output [b, i, j, k] of `layer` (default: the last of `image_layers`, which the head
+    reads) and z the class's logit (of a single output: z, or −z for class 0). Each map is scaled
+    to a maximum of 1 (an all-zero one stays) and enlarged to the image.
 
     Errors:
         UserError: The network has no such layer.
@@ -51,9 +42,7 @@ def grad_cam(
             f'{", ".join(known)}'
         )
 
-    def score(shift):
-        return _score(model, variables, images, classes, layer, shift)
-
+    score = functools.partial(_score, model, variables, images, classes, layer)
     shape = jax.eval_shape(lambda: score(None)[1])
     gradient, features = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape, shape.dtype))
     gradient, features = gradient.astype(jnp.float32), features.astype(jnp.float32)
@@ -124,7 +113,4 @@ def draw_heatmap(
     for axes in (left, right):
         axes.set_axis_off()
     figure.suptitle(title, parse_math=False)  # a file's name may hold dollars
-    with warnings.catch_warnings():
-        # A letter of the title that the font lacks becomes a box, which needs no warning.
-        warnings.filterwarnings('ignore', 'Glyph .* missing from font')
-        write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=110))
+    save(figure, path)

@@ -8,7 +8,7 @@ exponential sweep and the smoothing of fastai's `lr_find`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from jaxtyping import Float64
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-from cnn_jax.files import write_atomically, write_text
+from cnn_jax.files import write_text
+from cnn_jax.tools.figures import save
 from cnn_jax.train.loop import Phase, steps
 from cnn_jax.train.program import State, traced_values
 
@@ -37,24 +38,21 @@ def losses(
     config: cfg.Config,
     phase: Phase,
     state: State,
-    rates: Curve,
-    track: Callable[[Iterable], Iterable] = iter,
+    rates: Iterable[float],
 ) -> Curve:
     """The training loss at each rate, until it is no longer finite or far above its lowest.
 
     Args:
-        config: A config of `constant_rate`.
-        phase: The first phase, made with that config.
+        config, phase: A config of `constant_rate`, and the first phase, made with it.
         state: The state before the first step; its memory is given away.
         rates: The rates to try.
-        track: Wraps what is iterated over, to show progress.
 
     Returns:
         The mean loss of the batch before each step, in nats; perhaps shorter than `rates`.
     """
     values, tried = traced_values(config), []
-    sweep = steps([dataclasses.replace(phase, end=len(rates))], state, 0, values)
-    for rate in track(rates):
+    sweep = steps([dataclasses.replace(phase, end=2**31)], state, 0, values)
+    for rate in rates:
         values['optimizer.learning_rate'] = float(rate)
         sums = next(sweep).sums
         tried.append(float(sums['loss']) / float(sums['count']))
@@ -79,10 +77,6 @@ def smoothed(losses: Curve) -> Curve:
 
 def suggestion(rates: Curve, losses: Curve) -> float:
     """A tenth of the rate at which the smoothed loss is lowest: it still falls fast there.
-
-    Args:
-        rates: Those that were tried.
-        losses: At each.
 
     Errors:
         UserError: The loss did not fall, or too few rates were tried to tell.
@@ -118,4 +112,4 @@ def draw(rates: Curve, losses: Curve, suggested: float, path: Path) -> None:
     axes.set(xscale='log', xlabel='learning rate', ylabel='training loss (nats)', ylim=(None, top))
     axes.grid(alpha=0.3)
     axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120))
+    save(figure, path)

@@ -103,7 +103,6 @@ def _repeat(program: Program, state: State, batch: Batch) -> tuple[list[Output],
 
 def _kind(x: Any) -> str:
     """`nan` or `inf` if the array is not finite, else nothing."""
-    x = np.asarray(x)
     if np.isfinite(x).all():
         return ''
     return 'inf' if np.isinf(x).any() else 'nan'
@@ -115,4 +114,4 @@ def _examples(index: np.ndarray, size: int) -> str:
         return f'all {size} examples'
     names = ', '.join(map(str, index[:LISTED]))
     more = f' and {len(index) - LISTED} more' if len(index) > LISTED else ''
-    return f'example{"s" * (len(index) > 1)} {names}{more}'
+    return f'{"example" if len(index) == 1 else "examples"} {names}{more}'

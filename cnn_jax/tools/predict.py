@@ -1,7 +1,8 @@
 """Class probabilities of image files, with Monte-Carlo dropout and heat maps on request."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from jaxtyping import Array, Float
 from scipy.special import entr
 
 from cnn_jax import regularizers, rng
-from cnn_jax.config import local_path
 from cnn_jax.data import decode
 from cnn_jax.data.folder import find_images
 from cnn_jax.data.source import count_left_out
 from cnn_jax.errors import UserError, printable
+from cnn_jax.files import local_path
 from cnn_jax.models import Classifier
 from cnn_jax.nn import Dropout
 from cnn_jax.tools import heatmap
@@ -38,10 +39,7 @@ class Prediction:
     uncertainty: dict[str, float] = field(default_factory=dict)  # in nats, of several draws
 
     def as_json(self) -> dict[str, Any]:
-        """`{"file", "class", "probability", "top"}` or `{"file", "error"}`.
-
-        With several draws also `"entropy"` and `"mutual_information"`.
-        """
+        """`{"file", "class", "probability", "top"}` and uncertainty, or `{"file", "error"}`."""
         if self.error:
             return {'file': str(self.path), 'error': self.error}
         top = [{'class': c, 'probability': p} for c, p in self.classes]
@@ -57,11 +55,7 @@ class Prediction:
 
 
 def image_paths(names: Sequence[str], say: Callable[[str], object] = print) -> list[Path]:
-    """The named files, and the images in the named folders, sorted.
-
-    Args:
-        names: Files and folders.
-        say: Called with a line of what is left out of each folder.
+    """The named files, and the images in the named folders, sorted; `say` tells what is left out.
 
     Errors:
         UserError: Nothing is named, a folder holds no image, or a URL or a pattern is named.
@@ -73,13 +67,9 @@ def image_paths(names: Sequence[str], say: Callable[[str], object] = print) -> l
         path = Path(local_path(name, 'the name of an image'))
         if path.is_dir():
             inside, others = find_images(path)
-            counted = count_left_out(others)
             if not inside:
-                but = f' but {counted}' if counted else ''
-                raise UserError(
-                    f'the folder {path} holds no image ({", ".join(decode.SUFFIXES)}){but}'
-                )
-            if counted:
+                raise UserError(f'the folder {path} holds no image ({", ".join(decode.SUFFIXES)})')
+            if counted := count_left_out(others):
                 say(f'left out of {path}: {counted}')
             paths += inside
         elif '://' in name and not path.exists():
@@ -97,7 +87,7 @@ def predict_files(
     """Classify files with the network of a run, batch by batch; nothing is kept.
 
     Args:
-        run: Opened run.
+        run: An opened run.
         paths: Image files; those that cannot be read become predictions with an error.
         batch_size: Images computed at once.
         draws: Draws of Monte-Carlo dropout, whose mean is predicted; 0 predicts without dropout.
@@ -106,9 +96,17 @@ def predict_files(
     Errors:
         UserError: Draws are asked for, but the network has no dropout.
     """
-    size = min(batch_size, max(len(paths), 1))
-    predict = _mc_predictor(run, draws) if draws else _predictor(run)
-    names = run.manifest['data']['class_names']
+    size, names = min(batch_size, max(len(paths), 1)), run.class_names
+    prepare = mc_dropout(run) if draws else None
+
+    def predict(images: np.ndarray) -> Iterator[Answer]:
+        if not prepare:
+            yield from ((probabilities, {}) for probabilities in run.predict(images))
+            return
+        draw = prepare(images)
+        log_probs = np.stack([draw(number) for number in range(draws)])
+        for mean, entropy, information in zip(*uncertainty(log_probs)):
+            yield mean, {'entropy': float(entropy), 'mutual_information': float(information)}
 
     def classify(part: Sequence[Path]) -> Iterator[Prediction]:
         read = [read_image(run, path) for path in part]
@@ -116,7 +114,7 @@ def predict_files(
         answers: Iterator[Answer] = iter(())
         if images:  # padded to one size, so that one compilation serves all
             blank = np.zeros_like(images[0])
-            answers = iter(predict(np.stack(images + [blank] * (size - len(images)))))
+            answers = predict(np.stack(images + [blank] * (size - len(images))))
         for path, image in zip(part, read):
             if isinstance(image, str):
                 yield Prediction(path, error=image)
@@ -150,7 +148,7 @@ def heatmap_drawer(run: Run, folder: Path) -> Callable[[Prediction], bool]:
 
     The function returns whether it could; PNGs are named `NNN_FILE.png` in the order of its calls.
     """
-    names = run.manifest['data']['class_names']
+    names = run.class_names
     blank = np.zeros((1, *run.spec.image_shape), np.uint8)
     layer = heatmap.image_layers(run.model, run.spec.prepare(jnp.asarray(blank)))[-1]
     numbers = itertools.count()
@@ -172,22 +170,6 @@ def heatmap_drawer(run: Run, folder: Path) -> Callable[[Prediction], bool]:
         return True
 
     return draw
-
-
-def _predictor(run: Run) -> Callable[[np.ndarray], Iterable[Answer]]:
-    return lambda images: ((probabilities, {}) for probabilities in run.predict(images))
-
-
-def _mc_predictor(run: Run, draws: int) -> Callable[[np.ndarray], Iterable[Answer]]:
-    prepare = mc_dropout(run)
-
-    def predict(images: np.ndarray) -> Iterator[Answer]:
-        draw = prepare(images)
-        log_probs = np.stack([draw(number) for number in range(draws)])
-        for mean, entropy, information in zip(*uncertainty(log_probs)):
-            yield mean, {'entropy': float(entropy), 'mutual_information': float(information)}
-
-    return predict
 
 
 def mc_dropout(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float[Array, 'b k']]]:
@@ -227,7 +209,7 @@ def mc_dropout(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float
 
     def prepare(images):
         x = features(run.variables, jnp.asarray(images))
-        return lambda number: sample(run.variables, x, number)
+        return functools.partial(sample, run.variables, x)
 
     return prepare
 
@@ -246,16 +228,13 @@ def with_dropout(call, args, kwargs, context):
 def uncertainty(
     log_probs: Float[np.ndarray, 's b k'],
 ) -> tuple[Float[np.ndarray, 'b k'], Float[np.ndarray, ' b'], Float[np.ndarray, ' b']]:
-    """Mean, predictive entropy and mutual information of a network's draws, in nats.
+    """Mean, predictive entropy and mutual information of a network's draws [s], in nats.
 
     p̄ = mean_s p_s,   H = −Σ_k p̄ log p̄,   I = H − mean_s(−Σ_k p_s log p_s)
 
     H is the uncertainty of the answer for whatever reason, I the part of it on which the draws
     disagree: of two images with the same H, more data of its kind would help the one with the
     larger I.
-
-    Args:
-        log_probs: Log class probabilities, one answer a draw.
 
     Source: Gal 2016, "Uncertainty in Deep Learning", section 3.3.1.
     """

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,8 @@ LOOP = re.compile(r'(while|conditional)(\.\d+)?')
 class Stopwatch:
     """Training throughput and input stalls; the loop says what happens.
 
-    Args:
-        batch_size: Images a step.
-        streams: The batches are read while training, so they may have to be waited for.
-
-    Attributes:
-        laps: Images a second of each lap.
-        stalls: The fraction of each lap in which the device waited for a batch.
-        stalled: That of the last lap; 0 where nothing was timed.
+    Batches that `streams` may have to be waited for. Of each lap, `laps` holds the images a
+    second, `stalls` the fraction in which the device waited for a batch, `stalled` the last one.
     """
 
     def __init__(self, batch_size: int, streams: bool = False):
@@ -54,9 +48,11 @@ class Stopwatch:
         self._created, self._compiling = time.perf_counter(), 0.0
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._began: float | None = None
+        self._pending: Any = None  # results of the last step
 
     def step(self, results: Any) -> None:
         """Count a dispatched step; the first one compiles, and its end starts the clock."""
+        self._pending = results
         if self._began is None:
             jax.block_until_ready(results)
             self._began, self._waited = time.perf_counter(), 0.0
@@ -64,24 +60,21 @@ class Stopwatch:
         else:
             self._steps += 1
 
-    @contextlib.contextmanager
-    def waiting(self, pending: Any) -> Iterator[None]:
-        """Surround the taking of a batch: measures for how long the device had nothing to do.
+    def feed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Pass on batches, and measure for how long the device had nothing to do meanwhile.
 
-        That is from when `pending`, an array of the last step (None before the first), is ready. A
-        thread waits for it, some milliseconds late if Python is busy: what is told is at most too
-        little.
+        That is from when the results of the last step are ready. A thread waits for them, some
+        milliseconds late if Python is busy: what is told is at most too little.
         """
-        ready: Future[float] | None = None
-        if self._pool and pending is not None and not pending.is_ready():
-            ready = self._pool.submit(_ready_time, pending)
-        idle = began = time.perf_counter()
-        yield
-        ended = time.perf_counter()
-        if ready:
-            idle = max(began, ready.result()) if ready.done() else ended
-        if self._pool:
-            self._waited += max(ended - idle, 0.0)
+        if not self._pool:
+            yield from batches
+            return
+        while True:
+            began, ready = time.perf_counter(), self._pool.submit(_ready_time, self._pending)
+            batch = next(batches)
+            if ready.done():
+                self._waited += time.perf_counter() - max(began, ready.result())
+            yield batch
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -111,44 +104,29 @@ class Stopwatch:
         return self._seconds + running
 
 
-def _ready_time(array: Any) -> float:
-    jax.block_until_ready(array)
+def _ready_time(arrays: Any) -> float:
+    jax.block_until_ready(arrays)
     return time.perf_counter()
 
 
 class CompileClock:
-    """What JAX spends on lowering and compiling from now on.
-
-    Attributes:
-        seconds: Wall time.
-        hits: Programs found in the persistent cache.
-        misses: Programs compiled and put there; the quickest to compile are never kept.
-    """
+    """The `seconds` that JAX spends on lowering and compiling from now on."""
 
     def __init__(self):
-        self.seconds, self.hits, self.misses = 0.0, 0, 0
+        self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._duration)
-        jax.monitoring.register_event_listener(self._event)
 
     def _duration(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith(COMPILING):
             self.seconds += duration_secs
-
-    def _event(self, event: str, **_: Any) -> None:
-        self.hits += event == '/jax/compilation_cache/cache_hits'
-        self.misses += event == '/jax/compilation_cache/cache_misses'
 
 
 def training_flops(rows: Iterable[Layer], trainable: Collection[str], cached: bool = False) -> int:
     """Multiplications and additions of a training step's matrix products, for one example.
 
     Σ f·(1 + [its kernel is trained] + [a layer before it is trained]), f those of a layer's
-    forward pass: a kernel's gradient and an input's cost as much each.
-
-    Args:
-        rows: Layers in the order of their calls (`summary.layers`).
-        trainable: Paths of the trained parameters.
-        cached: The backbone's features are cached, so that it computes nothing.
+    forward pass (`summary.layers`): a kernel's gradient and an input's cost as much each. A
+    backbone whose features are `cached` computes nothing.
     """
     total, before = 0, False
     for row in rows:
@@ -183,47 +161,36 @@ def _peak_memory() -> tuple[int, str]:
 
 
 def measure(
-    speeds: Sequence[Sequence[float]],
+    watches: Sequence[Stopwatch],
     flops: Sequence[int],
     dtype: str,
     clock: CompileClock,
-    *,
-    stalls: Sequence[Sequence[float]] = (),
     layout: Layout | None = None,
 ) -> dict[str, Any]:
     """The facts about a run's speed; measures the machine's peak, so call it after training.
 
     They are medians over the last phase that was timed; of the stalls without the first lap, in
-    which files are read for the first time, where there are others.
-
-    Args:
-        speeds, flops, stalls: `Stopwatch.laps`, `training_flops`, `Stopwatch.stalls` of each phase.
-        dtype, layout: Type of the net's computation; layout of the run on several devices.
-        clock: Clock that has been running since the process began.
+    which files are read for the first time, where there are others. `flops` are the phases'
+    `training_flops`; the clock has been running since the process began.
     """
-    facts: dict[str, Any] = {
-        'compile_seconds': clock.seconds,
-        'programs_from_cache': clock.hits,
-        'programs_compiled': clock.misses,
-    }
+    facts: dict[str, Any] = {'compile_seconds': clock.seconds}
     facts['peak_memory_bytes'], facts['peak_memory_of'] = _peak_memory()
-    timed = [phase for phase, laps in enumerate(speeds) if laps]
+    timed = [(watch, count) for watch, count in zip(watches, flops) if watch.laps]
     if not timed:
         return facts
-    last = timed[-1]
-    if stalls and stalls[last]:
-        facts['waiting_share'] = statistics.median(stalls[last][1:] or stalls[last])
+    watch, each = timed[-1]
+    facts['waiting_share'] = statistics.median(watch.stalls[1:] or watch.stalls)
     owners = [device.process_index for device in layout.mesh.devices.flat] if layout else [0]
     if jax.default_backend() == 'cpu':
         # CPU devices of a process share its threads; bfloat16 is computed in float32 at best.
         owners, dtype = set(owners), 'float32'
-    images, peak = statistics.median(speeds[last]), measure_peak(dtype) * len(owners)
+    images, peak = statistics.median(watch.laps), measure_peak(dtype) * len(owners)
     return facts | {
         'images_per_second': images,
-        'flops_per_image': flops[last],
-        'flops_per_second': images * flops[last],
+        'flops_per_image': each,
+        'flops_per_second': images * each,
         'peak_flops_per_second': peak,
-        'fraction_of_peak': images * flops[last] / peak,
+        'fraction_of_peak': images * each / peak,
         'peak_dtype': dtype,
     }
 
@@ -245,10 +212,8 @@ def speed_line(facts: dict[str, Any]) -> str:
             'the images at the size that the net takes, or set config.data.memory_gb above the '
             'size of the decoded images, which are then decoded once and stay on the device\n'
         )
-    cached = facts['programs_from_cache'] and not facts['programs_compiled']
     return (
-        f'{advice}speed: {speed} · compiling {facts["compile_seconds"]:.1f} s'
-        f'{", all from the compile cache" if cached else ""} · '
+        f'{advice}speed: {speed} · compiling {facts["compile_seconds"]:.1f} s · '
         f'peak memory {facts["peak_memory_bytes"] / 1e9:.2f} GB ({facts["peak_memory_of"]})'
     )
 
@@ -269,14 +234,9 @@ def trace(
 ) -> Iterator[Any]:
     """Pass on the steps of `train.loop.steps`, and `say` which layers the time of some went to.
 
-    `STEPS` of one phase are traced, after `WARM` of it: the first compiles.
-
-    Args:
-        folder: Folder of the traces, one in it for each run.
-        layers: Paths of the network's layers (`summary.layers`).
-        steps, values: The steps, and the config's numbers.
-        watch: From a phase to its stopwatch.
-        say: Called with the report, or with why there is none.
+    `STEPS` of one phase are traced, after `WARM` of it: the first compiles. Each run has its own
+    subfolder of `folder`; `layers` are paths in the network, `watch` leads from a phase to its
+    stopwatch.
     """
     done, began, traced = 0, 0.0, False
     try:
@@ -290,15 +250,14 @@ def trace(
                     session = max(folder.glob('plugins/profile/*'))
                     program = taken.phase.train_step.lower(taken.state, taken.batch, values)
                     rows = layer_times(session, program.compile().as_text(), layers)
-                    each, total = wall / count * 1e3, rows.total()
-                    first = f'{taken.number - count + 1} to {taken.number}'
-                    say(f'profile of steps {first}, {each:,.1f} ms a step; the largest parts, ms:')
-                    for name, spent in rows.most_common(ROWS):
-                        say(f'  {name:<40} {spent / count * 1e3:9.2f}  {spent / total:6.1%}')
+                    first, each = taken.number - count + 1, wall / count * 1e3
                     say(
-                        f'  trace: open {session}/perfetto_trace.json.gz in https://ui.perfetto.dev'
+                        f'profile of steps {first} to {taken.number}, {each:,.1f} ms a step; the '
+                        'largest parts, ms:'
                     )
-                    say(f'  or xprof --logdir={folder} (pip install xprof)')
+                    for name, spent in rows.most_common(ROWS):
+                        say(f'  {name:<40} {spent / count * 1e3:9.2f}  {spent / rows.total():6.1%}')
+                    say(f'  trace: open {session}/perfetto_trace.json.gz in ui.perfetto.dev')
             yield taken
             if last:
                 done = 0
@@ -313,20 +272,20 @@ def trace(
         say('no profile: it needs three steps, the first two of which are not traced')
 
 
-def operations(session: Path) -> list[tuple[str, float, float, str]]:
-    """The operations in a trace's folder by their start: program, start and end in s, name.
+def _operations(session: Path, program: str) -> list[tuple[float, float, str]]:
+    """The operations of a program in a trace's folder by their start: start and end in s, name.
 
     A loop spans its body's operations, which are listed themselves, so it is left out.
     """
+    planes = (jax.profiler.ProfileData.from_file(str(p)).planes for p in session.glob('*.pb'))
     found = []
-    for path in session.glob('*.xplane.pb'):
-        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            for event in itertools.chain.from_iterable(line.events for line in plane.lines):
-                stats: dict[str, Any] = {name: value for name, value in event.stats if name}
-                module, op = stats.get('hlo_module', '').split('(')[0], stats.get('hlo_op', '')
-                if module and not LOOP.fullmatch(op):
-                    found.append((module, event.start_ns / 1e9, event.end_ns / 1e9, op))
-    return sorted(found, key=lambda each: each[1:])
+    for line in (line for each in planes for plane in each for line in plane.lines):
+        for event in line.events:
+            stats: dict[str, Any] = {name: value for name, value in event.stats if name}
+            op = stats.get('hlo_op', '')
+            if stats.get('hlo_module', '').split('(')[0] == program and not LOOP.fullmatch(op):
+                found.append((event.start_ns / 1e9, event.end_ns / 1e9, op))
+    return sorted(found)
 
 
 def layer_times(session: Path, program: str, layers: Sequence[str]) -> collections.Counter[str]:
@@ -338,7 +297,7 @@ def layer_times(session: Path, program: str, layers: Sequence[str]) -> collectio
     operation starts. Of operations that overlap, the one that started last has the time.
     """
     [module], names = re.findall(r'\AHloModule ([\w.-]+)', program), dict(OP_NAME.findall(program))
-    events = [each[1:] for each in operations(session) if each[0] == module]
+    events = _operations(session, module)
     rows: Any = collections.Counter()
     for (start, end, op), following in itertools.zip_longest(events, events[1:]):
         if following and (end > following[0] or re.match('convolution|dot', op)):

@@ -2,112 +2,68 @@
 it is interrupted.
 """
 
-import io
 import os
 import signal
 import sys
-import time
 from typing import Any
+
+from tqdm import tqdm
 
 from cnn_jax import mesh
 from cnn_jax.errors import printable
 
-REDRAWN = 0.2  # seconds between two views of a notebook's bar
-
 
 class Progress:
-    """Shows a run's progress; use as a context manager.
+    """A run's progress from its `first` update on; use as a context manager.
 
-    Args:
-        total, first: Updates of the whole run, and those done before it was resumed.
-        batch_size: Images a step.
-        per_epoch: Updates an epoch.
-        live: Draw a bar; by default when standard output is a terminal or a notebook's cell.
+    By default a bar is drawn when standard output is a terminal or a notebook's cell.
     """
 
     def __init__(
         self, total: int, first: int, batch_size: int, per_epoch: float, live: bool | None = None
     ):
-        self._total, self._first, self._batch_size = total, first, batch_size
-        self._per_epoch, self._began = per_epoch, time.perf_counter()
-        self._notebook = in_notebook()
-        self._bar, self._view, self._drawn = None, None, 0.0
-        if live or (live is None and (self._notebook or sys.stdout.isatty())):
-            self._bar, self._task = _bar(total, first)
+        if live is None:
+            live = in_notebook() or sys.stdout.isatty()
+        # In images and epochs of them: tqdm shows images/s.
+        self._batch_size, self._per_epoch = batch_size, per_epoch
+        self._bar: Any = tqdm(
+            total=total * batch_size,
+            initial=first * batch_size,
+            unit=' images',
+            unit_scale=True,
+            file=sys.stdout,
+            disable=not live,
+            dynamic_ncols=True,
+        )
+        self._epochs = total / per_epoch
 
     def __enter__(self):
-        if self._bar and not self._notebook:
-            self._bar.start()
         return self
 
     def __exit__(self, *_):
-        if self._bar and self._notebook:
-            self._draw()
-        elif self._bar:
-            self._bar.stop()
+        self._bar.close()
 
     def step(self, step: int, loss: float, accuracy: float) -> None:
         """Show the running training metrics after a step."""
-        if not self._bar:
+        if self._bar.disable:
             return
-        now = time.perf_counter()
-        speed = (step - self._first) * self._batch_size / max(now - self._began, 1e-9)
-        self._bar.update(
-            self._task,
-            completed=step,
-            epoch=f'{step / self._per_epoch:.1f}/{self._total / self._per_epoch:.3g}',
-            loss=f'{loss:.4f}',
-            accuracy=f'{accuracy:.4f}',
-            speed=f'{speed:,.0f}',
-        )
-        if self._notebook and now - self._drawn > REDRAWN:
-            self._draw()
+        epoch = f'epoch {step / self._per_epoch:.1f}/{self._epochs:.3g}'
+        self._bar.set_description_str(epoch, refresh=False)
+        self._bar.set_postfix_str(f'loss {loss:.4f}  accuracy {accuracy:.4f}', refresh=False)
+        self._bar.update(step * self._batch_size - self._bar.n)
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
-        if self._bar and not self._notebook:
-            self._bar.console.print(printable(line, keep='\n\t'), markup=False)
-        else:
+        if self._bar.disable:
             print(line, flush=True)
-
-    def _draw(self) -> None:
-        """Update the bar's view in a notebook: plain text, which needs no widget library."""
-        from IPython.display import display  # pyright: ignore[reportMissingImports]
-        from rich.console import Console
-
-        assert self._bar
-        shown = io.StringIO()
-        console = Console(file=shown, width=100, force_terminal=False, force_jupyter=False)
-        console.print(self._bar.get_renderable())
-        text = {'text/plain': shown.getvalue().rstrip()}
-        self._drawn = time.perf_counter()
-        if self._view:
-            self._view.update(text, raw=True)
         else:
-            self._view = display(text, raw=True, display_id=True)
+            self._bar.write(printable(line, keep='\n\t'))
 
 
 def in_notebook() -> bool:
     """Return whether this code runs in a notebook's kernel."""
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     return type(shell).__name__ in ('ZMQInteractiveShell', 'Shell')  # Jupyter, Colab
-
-
-def _bar(total: int, first: int):
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(
-        TextColumn('epoch {task.fields[epoch]}'),
-        BarColumn(),
-        TextColumn(
-            'loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  '
-            '{task.fields[speed]} images/s'
-        ),
-        TimeRemainingColumn(),
-    )
-    blank: dict[str, Any] = {'epoch': '', 'loss': '…', 'accuracy': '…', 'speed': '…'}
-    return bar, bar.add_task('', total=total, completed=first, **blank)
 
 
 class Interruption:

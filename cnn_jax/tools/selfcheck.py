@@ -36,12 +36,7 @@ Results = dict[str, Any]
 
 
 def self_check() -> None:
-    """Start JAX; compare reductions, convolutions, gradients and random numbers with NumPy's.
-
-    Errors:
-        UserError: A result is wrong (the message says which, by how much, and what fixes it), or
-            JAX cannot start as a run needs it.
-    """
+    """Start JAX; compare reductions, convolutions, gradients, random numbers with NumPy's."""
     runtime.start_jax()
     given = inputs()
     # As arguments: XLA folds constants while it compiles, by other code than at run time.

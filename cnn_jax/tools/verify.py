@@ -21,20 +21,14 @@ Tell = Callable[[str, str], object]  # what was compared, and how it differs (''
 
 
 def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list[str]]:
-    """Train the first steps again, and those after the newest checkpoint that has some after it.
+    """Train `count` steps again at the start, and after the newest checkpoint with steps after it.
 
     The objective and the gradient norm of each step must have the bits that `steps.f32` keeps; the
     first state, and that at each checkpoint passed, the digest of what was saved; the data must be
     what predictions take them for. Every file that decides anything is compared with its digest.
 
-    Args:
-        workdir: The folder of the run, or its URL.
-        count: The number of steps to train again, in both places.
-        tell: Called with each comparison.
-
     Returns:
-        Whether nothing differs; the names of the conditions that have changed since the run began,
-        which are printed.
+        Whether nothing differs; the names of the conditions that have changed, which are printed.
 
     Errors:
         UserError: There is no run or no recorded step, a file is damaged, the data cannot be had,

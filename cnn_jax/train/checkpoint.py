@@ -17,7 +17,7 @@ import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax import mesh
-from cnn_jax.errors import RunFailed, UserError
+from cnn_jax.errors import RunFailed, UserError, first_line
 from cnn_jax.files import (
     SEAL,
     Corrupt,
@@ -48,10 +48,6 @@ class Checkpoints:
     at once. Process 0 alone reads and writes. The state is gathered into its memory, array by
     array, when it is saved, and broadcast when it is restored. So no file system need be shared,
     any number of processes can resume, and the files are those of a run with one process.
-
-    Args:
-        folder: Their folder in the work directory; created when the first one is saved.
-        config, layout: The run's; a restored state lies as the layout says.
     """
 
     def __init__(self, folder: Path, config: cfg.Config, layout: Layout | None = None):
@@ -72,11 +68,7 @@ class Checkpoints:
         return mesh.on_process_zero(lambda: next(iter(self.steps()), None))
 
     def best(self) -> int | None:
-        """Return the step of the best checkpoint saved with metrics; a tie: the last.
-
-        Errors:
-            UserError: The newest one, which names it, is damaged.
-        """
+        """Return the step of the best checkpoint with metrics (of equals the last), if any."""
 
         def best() -> int | None:
             latest = next(iter(self.steps()), None)
@@ -100,16 +92,13 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint, and remove those that are no longer wanted once it is on the disk.
 
-        One that is there is left as it is.
+        One that is there is left as it is; a full disk is a `RunFailed`.
 
         Args:
             state: The training state.
             progress: The facts with which the loop resumes in the middle of an epoch; JSON.
             metrics: The evaluation at this step, if there was one.
             files: More files to hold, by name.
-
-        Errors:
-            RunFailed: The disk is full, or cannot be written for another reason.
         """
         step, parts = int(state.step), mesh.gather_to_host(_parts(state))
         content = {'format': FORMAT, 'progress': progress, 'structure': _structure(_parts(state))}
@@ -119,23 +108,15 @@ class Checkpoints:
         """Return the newest whole checkpoint's step and its progress; None without any.
 
         Damaged ones are moved to the folder `damaged` beside this one, with a sentence to `say`, so
-        only the process that holds the work directory may call it.
-
-        Errors:
-            UserError: There are checkpoints, but none that can be used.
+        only the process that holds the work directory may call it. UserError if all are damaged.
         """
         return mesh.on_process_zero(lambda: self._resumable(say))
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """Return the state and the progress saved at a step.
+        """Return the state and the progress saved at a step that another method returned.
 
-        Args:
-            step: One that `latest`, `best` or `resumable` returned.
-            like: A state (or its shapes) of the same structure; where its optimizer state is None,
-                that is not read.
-
-        Errors:
-            UserError: The checkpoint is damaged or belongs to another run.
+        `like` is a state (or its shapes) of the same structure; what is None is not read. A damaged
+        checkpoint, or that of another run, is a UserError.
         """
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _parts(like))
         parts: dict[str, Any] = {}
@@ -252,12 +233,7 @@ class Checkpoints:
         )
 
     def _content(self, step: int) -> dict[str, Any]:
-        """Return what was sealed into a checkpoint that is whole and this run's.
-
-        Errors:
-            Corrupt: It is damaged.
-            UserError: Another version of cnn_jax wrote it, or the manifest was another.
-        """
+        """Return what was sealed into a checkpoint that is whole (else `Corrupt`) and the run's."""
         content = read_sealed_folder(self.place(step))
         if content['format'] != FORMAT:
             raise UserError(
@@ -341,11 +317,9 @@ def _structure(parts: dict[str, Any]) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """The short text of an error of the file system or of TensorStore."""
+    """The short text of an error of the file system, or of TensorStore, whose report buries it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = str(error)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):  # buried in a report
-        if os.strerror(number) in text:
-            return os.strerror(number)
-    return text.splitlines()[0] if text else type(error).__name__
+    numbers = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
+    buried = [text for text in map(os.strerror, numbers) if text in str(error)]
+    return buried[0] if buried else first_line(error)

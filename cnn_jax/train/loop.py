@@ -38,19 +38,15 @@ from cnn_jax.train.program import (
     state_maker,
     traced_values,
 )
-from cnn_jax.train.record import open_record
+from cnn_jax.train.record import NullRecord, Record
 
 
 @dataclass(frozen=True)
 class Phase:
     """A part of a run in which the same parameters are trained: its functions and its batches.
 
-    Attributes:
-        program: Everything static about its steps.
-        end: The step after which it is over.
-        begin: From the last state of the phase before to the first of this one.
-        train_step, eval_step, estimate, predict: As in `train.step`, compiled.
-        train, evaluate: The batches of both splits.
+    `end` is the step after which it is over; `begin` goes from the last state of the phase before
+    to the first of this one; the other functions are those of `train.step`, compiled.
     """
 
     program: Program
@@ -76,11 +72,8 @@ def compile_phase(
 ) -> Phase:
     """Jit the functions of a phase.
 
-    Args:
-        program, end: The phase.
-        state: A state of the phase, or its shapes: on several devices, the results lie as it does.
-        layout: The layout of batches and state on several devices; metrics are on each of them.
-        batches: `train` and `evaluate`.
+    On several devices the new state lies as `layout` says, and metrics on each of them. `state`
+    is one of the phase, or its shapes; `batches` are `train` and `evaluate`.
     """
     copies = layout.replicated if layout else None
     of_step = (layout.state_sharding(state), copies) if layout else None
@@ -118,33 +111,29 @@ def steps(
     values: Values,
     *,
     end: int | None = None,
-    take: Callable[[Phase, Iterator[Batch], metrics.Sums | None], Batch] = (
-        lambda phase, batches, sums: next(batches)
-    ),
+    feed: Callable[[Phase, Iterator[Batch]], Iterator[Batch]] = lambda phase, batches: batches,
 ) -> Iterator[Step]:
     """Train from step `start` on, beginning phases as they come.
 
     Args:
-        phases: All phases of the run, in order.
+        phases, values: The run, and its config's numbers, which may be changed between steps.
         state: The state after step `start`; its memory is given away.
-        start: 0 for the start of the run.
-        values: The config's numbers; they may be changed between steps.
         end: The last step; None for the end of the run.
-        take: Takes the next batch, given the sums of the step before; the loop times it.
+        feed: Passes on the batches of a phase; the loop times them.
 
     Yields:
         Each step once it is dispatched; the device may still be computing it.
     """
     last = phases[-1].end if end is None else end
-    first, number, sums = phase_at(phases, start), start, None
+    first, number = phase_at(phases, start), start
     for i, phase in enumerate(phases[first:]):
         if number >= last:
             return
         if i:
             state = phase.begin(state)
-        batches = phase.train.train(number)
+        batches = feed(phase, phase.train.train(number))
         while number < min(phase.end, last):
-            batch = take(phase, batches, sums)
+            batch = next(batches)
             state, sums = phase.train_step(state, batch, values)
             number += 1
             yield Step(number, phase, batch, state, sums)
@@ -179,25 +168,17 @@ def with_eval_statistics(config: cfg.Config, phase: Phase, state: State, values:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a call of `train`.
+    """The outcome of a call of `train`: the last state, or with `train.patience` the best.
 
-    With `train.patience`, the state and its evaluation are the best of the run.
-
-    Attributes:
-        state: The last state.
-        metrics: The final evaluation; None if the run was interrupted before it.
-        stopped: Whether it was interrupted, and saved.
-        compilations: The number of compilations of each function of each phase.
-        speeds: Images/s of the training steps of each phase, between evaluations.
-        stalls: The fraction of that time in which the device waited for data.
+    `metrics` are None if the run was interrupted (`stopped`) before its final evaluation.
+    `compilations` are those of each function of each phase; `watches` hold the phases' speeds.
     """
 
     state: State
     metrics: dict[str, Any] | None
     stopped: bool
     compilations: list[dict[str, int]]
-    speeds: list[list[float]]
-    stalls: list[list[float]]
+    watches: list[Stopwatch]
 
 
 def train(
@@ -212,15 +193,13 @@ def train(
     profile: Callable[..., Iterator[Step]] | None = None,
     saved: Callable[[], object] | None = None,
 ) -> Outcome:
-    """Train from the latest checkpoint in `folder`, or from the start, to the last step.
+    """Train from the latest checkpoint in `folder`, or from `state`, to the last step.
 
     Args:
-        config, spec: The run.
-        phases: Its phases in order.
+        config, spec, phases, layout: The run.
         state: The state before the first step.
         folder: The work directory; process 0 uses it.
-        layout: The layout of batches and state on several devices.
-        live: Whether to draw a progress bar; by default on a terminal and in a notebook.
+        live: As for `run.fit`.
         profile: `tools.profile.trace` with its first two arguments, to trace some of the steps.
         saved: Called after each checkpoint, in every process.
 
@@ -232,9 +211,8 @@ def train(
     start, before, notes = run.resume(state)
     stopped, over = False, run.is_over(start)
 
-    def take(phase: Phase, batches: Iterator[Batch], sums: metrics.Sums | None) -> Batch:
-        with run.watch(phase).waiting(sums and sums['objective']):
-            return next(batches)
+    def feed(phase: Phase, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return run.watch(phase).feed(batches)
 
     with (
         Interruption() as interruption,
@@ -243,7 +221,7 @@ def train(
         for note in notes:
             progress.say(note)
         state, end = before, start if over else None
-        taking = steps(phases, before, start, run.values, end=end, take=take)
+        taking = steps(phases, before, start, run.values, end=end, feed=feed)
         if profile:
             taking = profile(taking, run.values, run.watch, progress.say)
         for taken in taking:
@@ -277,18 +255,14 @@ class _Session:
         self.config, self.spec, self.phases, self.layout = config, spec, phases, layout
         self.values, self._saved = traced_values(config), saved
         self.checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
-        self.record = open_record(folder)
+        self.record = Record(folder) if mesh.is_process_zero() else NullRecord()
         self.watches = [Stopwatch(config.data.batch, phase.train.streams) for phase in phases]
         self.best = EarlyStopping()
         self.result: dict[str, Any] | None = None  # of the last evaluation
         self.best_result: dict[str, Any] | None = None
 
     def resume(self, state: State) -> tuple[int, State, list[str]]:
-        """Go to the newest checkpoint, or stay at the state before the first step.
-
-        Returns:
-            The step, the state after it, and what the user should know.
-        """
+        """The newest checkpoint's step and state, or the first, and what the user should know."""
         notes: list[str] = []
         found = self.checkpoints.resumable(notes.append)
         if found is None:
@@ -323,8 +297,7 @@ class _Session:
         """Wait for the steps, then evaluate and save as it is due.
 
         Returns:
-            The state with the statistics of the evaluated weights; whether early stopping ends
-            the run.
+            The state with the statistics of the evaluated weights; whether the run is over.
         """
         number, phase = taken.number, taken.phase
         with self.explained(progress):
@@ -343,11 +316,11 @@ class _Session:
     ) -> dict[str, float]:
         """Evaluate, write down and print the metrics of both splits; return the evaluation's."""
         watch = self.watch(phase)
-        speed, began = watch.lap(), time.perf_counter()
+        timing = {'images_per_second': watch.lap(), 'waiting_share': watch.stalled}
+        speed, began = timing['images_per_second'], time.perf_counter()
         result = phase.metrics(state, self.values)
-        seconds = time.perf_counter() - began
-        timing = {'images_per_second': speed, 'evaluation_seconds': seconds}
-        self.record.timing(number, timing | {'waiting_share': watch.stalled})
+        timing['evaluation_seconds'] = time.perf_counter() - began
+        self.record.timing(number, timing)
         training = metrics.result(self.meter.pop())
         epoch = round(number / self.spec.steps_per_epoch, 6)
         for split, each in (('train', training), ('eval', result)):
@@ -405,9 +378,7 @@ class _Session:
             {'train': compilations(phase.train_step), 'eval': compilations(phase.eval_step)}
             for phase in self.phases
         ]
-        laps = [watch.laps for watch in self.watches]
-        stalls = [watch.stalls for watch in self.watches]
-        return Outcome(state, self.result, stopped, counts, laps, stalls)
+        return Outcome(state, self.result, stopped, counts, self.watches)
 
     @contextlib.contextmanager
     def explained(self, progress: Progress) -> Iterator[None]:
@@ -441,13 +412,7 @@ class _Session:
 def before_step(
     phases: Sequence[Phase], state: State, start: int, step: int, values: Values
 ) -> tuple[Phase, State, Batch]:
-    """Repeat a run up to one of its steps, which is not taken any more.
-
-    Arguments are as for `steps`; `start` is less than `step`.
-
-    Returns:
-        The phase of the step, the state before it, and its batch.
-    """
+    """Repeat a run (as `steps`) up to a step: its phase, the state before it, and its batch."""
     for taken in steps(phases, state, start, values, end=step - 1):
         state = taken.state
     old, new = phase_at(phases, step - 1), phase_at(phases, step)

@@ -75,11 +75,7 @@ def code_version() -> dict[str, Any]:
 
 
 def read(folder: Path) -> tuple[cfg.Config, dict[str, Any]]:
-    """The config and the manifest of the run in a work directory.
-
-    Errors:
-        UserError: The folder holds no run, one that never started to train, or a damaged file.
-    """
+    """The config and the manifest of the run in a work directory; UserError if there is none."""
     found, path = stored(folder), folder / 'config.json'
     if found is None:
         if not path.exists():
@@ -91,21 +87,15 @@ def read(folder: Path) -> tuple[cfg.Config, dict[str, Any]]:
     mend = 'run launch.train again with the same command, which restores it'
     try:
         config = cfg.from_json(read_text(path))
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing; {mend}') from None
-    except (Corrupt, UserError) as error:
-        raise UserError(f'{path} is damaged ({error}); {mend}') from error
+    except (FileNotFoundError, Corrupt, UserError) as error:
+        raise UserError(f'{path} is missing or damaged ({error}); {mend}') from error
     if cfg.content_hash(config) != found['config_hash']:
         raise UserError(f'{path} is not the config that the run began with; {mend}')
     return config, found
 
 
 def stored(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a work directory; None in one without checkpoints, where none may be yet.
-
-    Errors:
-        UserError: It is damaged or missing.
-    """
+    """The manifest in a work directory; None if there is none yet, UserError if it is damaged."""
     path = folder / NAME
     try:
         found = read_json(path)
@@ -138,16 +128,8 @@ def threads(folder: Path, config: cfg.Config) -> int:
 
 
 def check_data(folder: Path, description: dict[str, Any]) -> None:
-    """Compare the data as they are now, from `setup.describe`, with those the run began with.
-
-    Errors:
-        UserError: The images, the labels, their order, their preprocessing or the pretrained
-            weights have changed.
-    """
-    found = stored(folder)
-    if found is None:
-        return
-    before = found['data']
+    """Compare the data (`setup.describe`) with those the run began with; UserError if changed."""
+    before = (stored(folder) or {}).get('data', description)
     for split in ('train', 'eval'):
         if before[split] != description[split]:
             raise UserError(
@@ -163,11 +145,7 @@ def check_data(folder: Path, description: dict[str, Any]) -> None:
 
 
 def begin(folder: Path, now: dict[str, Any]) -> list[str]:
-    """Write the manifest of a run that starts; of one that goes on, keep what has changed.
-
-    Returns:
-        A sentence about the changes, if they may change the numbers from here on.
-    """
+    """Write a new run's manifest; of one that goes on, keep and say what may change the numbers."""
     before = stored(folder)
     if before is None:
         write_json(folder / NAME, now, indent=2)

@@ -142,9 +142,8 @@ class NotFinite(Exception):
 class StepMetrics:
     """Sums of the steps since the last report, two steps behind the device so it need not wait.
 
-    Args:
-        record: Called with each step's objective and gradient norm, in order.
-        sums: The result of `pending` before the run was interrupted, if it was.
+    `record` is called with each step's objective and gradient norm, in order; `sums` are the
+    result of `pending` before the run was interrupted, if it was.
     """
 
     def __init__(self, record: Callable[[float, float], object], sums: dict[str, Any] | None):
@@ -154,12 +153,7 @@ class StepMetrics:
         self.latest: tuple[float, float] | None = None  # mean loss and accuracy so far
 
     def add(self, step: int, sums: Sums) -> None:
-        """Add the sums of a step that may still be running.
-
-        Errors:
-            NotFinite: A step, perhaps one of the two before, had a loss or gradient norm that is
-                not finite.
-        """
+        """Add the sums of a step that may still be running; it or one before may be `NotFinite`."""
         self._waiting.append((step, sums))
         while len(self._waiting) > 2:
             self._consume()
@@ -196,15 +190,11 @@ class EarlyStopping:
 
     The run leaves the weights of its best evaluation, the last one of equals.
 
-    Attributes:
-        score: The best score; higher is better.
-        step: Step of the first evaluation that had it.
-
     Source: Prechelt 1998, "Early Stopping — But When?"; patience as in Keras's `EarlyStopping`.
     """
 
-    score: float = float('-inf')
-    step: int = 0
+    score: float = float('-inf')  # higher is better
+    step: int = 0  # of the first evaluation that had it
 
     def after(self, step: int, score: float) -> 'EarlyStopping':
         """Return what holds after another evaluation; a NaN is never better."""

@@ -32,23 +32,16 @@ Values = dict[str, Any]  # dotted config path -> number, and 'seed'
 class State:
     """Everything that changes in a run.
 
-    `opt_state`, `averaged` and `init_params` have leaves for trained parameters only.
-
-    Attributes:
-        step: Updates done.
-        params: All parameters, as Flax nests them.
-        batch_stats: Running statistics of batch normalization as training has them.
-        opt_state: State of `optim.make_optimizer`.
-        averaged: Averaged weights by path; {} without averaging.
-        init_params: Weights that L2-SP pulls toward, by path; {} without it.
-        eval_batch_stats: Statistics of the evaluated weights (`pool_statistics`); {} if not wanted.
+    `opt_state`, `averaged` and `init_params` have leaves for trained parameters only; {} stands
+    for what a run does not use.
     """
 
-    step: Int[Array, '']
-    params: dict[str, Any]
-    batch_stats: dict[str, Any]
-    opt_state: Any
-    averaged: dict[str, Array]
+    step: Int[Array, '']  # updates done
+    params: dict[str, Any]  # all, as Flax nests them
+    batch_stats: dict[str, Any]  # running statistics of batch normalization as training has them
+    opt_state: Any  # of `optim.make_optimizer`
+    averaged: dict[str, Array]  # averaged weights by path
+    # Weights that L2-SP pulls toward, by path; statistics of the evaluated weights.
     init_params: dict[str, Array] = flax.struct.field(default_factory=dict)
     eval_batch_stats: dict[str, Any] = flax.struct.field(default_factory=dict)
 
@@ -64,26 +57,16 @@ class State:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that a step must know of the data, the run's length, and what the user brings.
+    """Everything that a step must know of the data, the run's length, and what the user brings."""
 
-    Attributes:
-        image_shape: Height, width and channels of the images, in uint8.
-        num_classes: Classes in the data.
-        prepare: Maps uint8 images to the floats that the network takes.
-        steps_per_epoch: Need not be whole.
-        phase_ends: The step after which each phase is over.
-        pretrained: Maps the shapes of the parameters to those that are not drawn; None: all are.
-        model: `(config, num_classes) -> module` in the place of the network that the config names.
-        optimizer: `config -> transformation` in the place of the one that the config names.
-        regularizers: More of them.
-    """
-
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]  # height, width and channels, in uint8
     num_classes: int
-    prepare: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']]
-    steps_per_epoch: float
-    phase_ends: tuple[int, ...]
+    prepare: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']]  # for the network
+    steps_per_epoch: float  # need not be whole
+    phase_ends: tuple[int, ...]  # the step after which each phase is over
+    # From the shapes of the parameters to those that are not drawn.
     pretrained: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    # In the place of what the config names, and more.
     model: Callable[[cfg.Config, int], nn.Module] | None = None
     optimizer: Callable[[cfg.Config], optax.GradientTransformation] | None = None
     regularizers: tuple[Regularizer, ...] = ()
@@ -104,30 +87,17 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Program:
-    """Everything static about the steps of one phase of a run.
+    """Everything static about the steps of one phase of a run."""
 
-    Attributes:
-        config: The run's config; of its traced fields only whether the optional ones are on.
-        spec: The rest of the run.
-        phase: 0, or 1 for the one that `config.unfreeze` describes.
-        cached: Whether batches hold features of the frozen backbone in the place of images.
-        shapes: Shapes of the parameters.
-        statistics: Shapes of the batch statistics.
-        members: The parameters that each phase up to this one trains for the first time.
-        acted_on: The trained parameters that each patterned field acts on, by that field, e.g.
-            `loss.l2_on`.
-        regularizers: Those that are on.
-    """
-
-    config: cfg.Config
-    spec: RunSpec
-    phase: int
-    cached: bool
-    shapes: dict[str, Any]
-    statistics: dict[str, Any]
-    members: tuple[tuple[str, ...], ...]
-    acted_on: dict[str, list[str]]
-    regularizers: tuple[Regularizer, ...]
+    config: cfg.Config  # of its traced fields only whether the optional ones are on
+    spec: RunSpec  # the rest of the run
+    phase: int  # 0, or 1 for the one that `config.unfreeze` describes
+    cached: bool  # batches hold features of the frozen backbone in the place of images
+    shapes: dict[str, Any]  # of the parameters
+    statistics: dict[str, Any]  # shapes of the batch statistics
+    members: tuple[tuple[str, ...], ...]  # what each phase up to this one trains for the first time
+    acted_on: dict[str, list[str]]  # trained parameters by the patterned field, e.g. `loss.l2_on`
+    regularizers: tuple[Regularizer, ...]  # those that are on
 
     @functools.cached_property
     def trainable(self) -> list[str]:
@@ -146,9 +116,40 @@ class Program:
     @property
     def interceptor(self) -> Callable:
         """Holds frozen modules in inference."""
-        return freezing.in_inference(
-            params.flatten(self.shapes), self.trainable, self.frozen_patterns
-        )
+        names = params.flatten(self.shapes)
+        return freezing.in_inference(names, self.trainable, self.frozen_patterns)
+
+    def forward(
+        self, config: cfg.Config, variables: dict[str, Any], images: Array, key: Array
+    ) -> tuple[Array, dict[str, Any], params.Flat]:
+        """A pass of the network in training over prepared images, frozen modules in inference.
+
+        Returns:
+            Logits; the new batch statistics; the outputs of the layers that a regularizer looks
+            at, by path.
+        """
+        watching = [each.on for each in self.regularizers if each.needs_activations]
+        watched = {path for on in watching for path in self.acted_on.get(on, [])}
+
+        def capture(module: nn.Module, method: str) -> bool:
+            return method == '__call__' and '/'.join(module.path) in watched
+
+        net = self.spec.network(config)
+        mode: dict[str, Any] = freezing.mode_arguments(net, train=True)
+        with nn.intercept_methods(self.interceptor):
+            applied: Any = net.apply(
+                variables,
+                images,
+                **mode,
+                rngs={'dropout': key},
+                mutable=['batch_stats', 'intermediates'] if watched else ['batch_stats'],
+                capture_intermediates=capture if watched else False,
+                method='classify' if self.cached else None,
+            )
+        logits, updated = applied
+        activations = params.flatten(updated.get('intermediates', {}))
+        outputs = {path.removesuffix('/__call__'): calls[0] for path, calls in activations.items()}
+        return logits, updated.get('batch_stats', variables['batch_stats']), outputs
 
     def optimizer(self, config: cfg.Config, phases: int | None = None):
         """The optimizer with a config's numbers, for the first `phases` phases (default: all)."""
@@ -169,10 +170,6 @@ def make_program(
 ) -> Program:
     """Work out everything static about one phase of a run, and check it.
 
-    Args:
-        config: A validated config.
-        spec, phase, cached: As in `Program`.
-
     Errors:
         UserError: A pattern matches nothing, the images are too small for the net, a frozen module
             cannot be held in inference, or a regularizer would change nothing.
@@ -185,30 +182,29 @@ def make_program(
             f'the network keeps variables in {", ".join(sorted(unknown))}; only params and '
             'batch_stats can be trained and saved here'
         )
-    names = list(params.flatten(shapes['params']))
+    weights, statistics = shapes['params'], shapes.get('batch_stats', {})
+    names = list(params.flatten(weights))
     by_phase = trainable_by_phase(config, names)
     members = tuple(tuple(member) for member in by_phase[: phase + 1])
     ever = {name for member in by_phase for name in member}
     known = (*REGULARIZERS, *spec.regularizers)
-    regularizers = tuple(r for r in known if r.is_on(config))
-    statistics = shapes.get('batch_stats', {})
-    program = Program(
-        config, spec, phase, cached, shapes['params'], statistics, members, {}, regularizers
-    )
+    on = tuple(r for r in known if r.is_on(config))
+    program = Program(config, spec, phase, cached, weights, statistics, members, {}, on)
     strengths = {r.on: cfg.get(config, r.field) for r in known if r.on and not r.needs_activations}
     strengths['optimizer.decay_on'] = config.optimizer.weight_decay
     strengths['optimizer.max_norm_on'] = config.optimizer.max_norm
     acted_on = {}
     for field, strength in strengths.items():
         patterns: Sequence[str] = cfg.get(config, field)
-        if strength and not ever.intersection(params.select(names, patterns, field=field)):
+        matched = params.select(names, patterns, field=f'config.{field}') if strength else ever
+        if not ever.intersection(matched):
             raise UserError(
                 f'config.{field} is {tuple(patterns)}, which matches frozen parameters alone, so '
                 'that it would change nothing; name some that are trained'
             )
         # Whatever the strength: a compiled step serves every one, 0 included.
         acted_on[field] = [name for name in program.trainable if params.matches(name, patterns)]
-    watching = [r.on for r in regularizers if r.needs_activations]
+    watching = [r.on for r in on if r.needs_activations]
     frozen = freezing.frozen_modules(names, program.trainable, program.frozen_patterns)
     held = [path for path in params.flatten(statistics) if frozen(path.rpartition('/')[0])]
     if watching or spec.model or held:
@@ -231,7 +227,7 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
         The layers in the order of their calls, and whether training changes their outputs.
     """
     spec, trained = program.spec, {name.rpartition('/')[0] for name in program.trainable}
-    net, layers = spec.network(program.config), {}
+    whole, layers = dataclasses.replace(program, cached=False), {}
 
     def note(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
         path = '/'.join(context.module.path)
@@ -239,18 +235,11 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
             layers[path] = any(layers.values()) or path in trained
         return call(*args, **kwargs)
 
-    mode: dict[str, Any] = freezing.mode_arguments(net, train=True)
-
     def run(batch_stats: Any, weights: Any, images: Any, key: Any) -> Any:
-        with nn.intercept_methods(note), nn.intercept_methods(program.interceptor):
-            logits, updated = net.apply(
-                {'params': weights, 'batch_stats': batch_stats},
-                images,
-                **mode,
-                rngs={'dropout': key},
-                mutable=['batch_stats'],
-            )
-        return updated.get('batch_stats', batch_stats), logits
+        variables = {'params': weights, 'batch_stats': batch_stats}
+        with nn.intercept_methods(note):
+            logits, statistics, _ = whole.forward(program.config, variables, images, key)
+        return statistics, logits
 
     # As many as there are at once: ghost norm and its like take no other number.
     number = program.config.data.batch // program.config.optimizer.accumulate
@@ -270,14 +259,10 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
 
 
 def _select_layers(program: Program, layers: dict[str, bool], field: str) -> list[str]:
-    """The layers that a regularizer of activations looks at.
-
-    Errors:
-        UserError: No layer matches, or training changes the outputs of none that does.
-    """
+    """The layers that a regularizer of activations looks at, of which training must reach one."""
     patterns = cfg.get(program.config, field)
     there = [path for path in layers if not (program.cached and path.startswith('backbone/'))]
-    matched = params.select(layers, patterns, field=field, called='layer')
+    matched = params.select(layers, patterns, field=f'config.{field}', called='layer')
     useful = [path for path in matched if path in there and layers[path]]
     if not useful:
         raise UserError(
@@ -288,16 +273,11 @@ def _select_layers(program: Program, layers: dict[str, bool], field: str) -> lis
 
 
 def trainable_by_phase(config: cfg.Config, names: list[str]) -> list[list[str]]:
-    """The parameters that each phase trains for the first time.
-
-    Errors:
-        UserError: A pattern matches nothing, the first phase trains nothing, or the second
-            freezes what the first trained.
-    """
+    """The parameters that each phase trains first; UserError if the second freezes any of them."""
     first = params.trainable(names, config.train.frozen)
     if not config.unfreeze.epochs:
         return [first]
-    frozen = params.select(names, config.unfreeze.frozen, field='unfreeze.frozen')
+    frozen = params.select(names, config.unfreeze.frozen, field='config.unfreeze.frozen')
     if lost := sorted(set(first) & set(frozen)):
         raise UserError(
             f'config.unfreeze.frozen freezes {lost[0]}, which the first phase trains; '
@@ -420,10 +400,20 @@ def _copies(flat: params.Flat, names: Sequence[str]) -> params.Flat:
 
 def parameter_table(program: Program) -> str:
     """Which parameters a phase trains, freezes and penalizes, with counts and bytes."""
-    config, acted_on = program.config, program.acted_on
-    return params.overview(
-        program.shapes,
-        train=program.trainable,
-        l2=acted_on['loss.l2_on'] if config.loss.l2 else (),
-        decay=acted_on['optimizer.decay_on'] if config.optimizer.weight_decay else (),
-    )
+    config, acted_on, train = program.config, program.acted_on, set(program.trainable)
+    marks = {
+        'l2': acted_on['loss.l2_on'] if config.loss.l2 else (),
+        'weight_decay': acted_on['optimizer.decay_on'] if config.optimizer.weight_decay else (),
+    }
+    flat = params.flatten(program.shapes)
+    width = max(map(len, flat))
+    lines = [f'{"parameter":<{width}}  {"shape":<18} {"count":>12}  state     decay']
+    for path, leaf in flat.items():
+        decay = ' '.join(name for name, paths in marks.items() if path in paths)
+        state = 'trained' if path in train else 'frozen'
+        shape = '×'.join(map(str, leaf.shape))
+        lines.append(f'{path:<{width}}  {shape:<18} {leaf.size:>12,}  {state:<9} {decay}'.rstrip())
+    for name, part in zip(('trained', 'frozen'), params.partition(program.shapes, train)):
+        count = sum(leaf.size for leaf in part.values())
+        lines.append(f'{name:<{width}}  {"":<18} {count:>12,}  {4 * count / 1e6:,.2f} MB')
+    return '\n'.join(lines)

@@ -16,17 +16,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from cnn_jax import mesh
 from cnn_jax.errors import FORMULA
 from cnn_jax.files import Corrupt, read_bytes, sync, write_bytes
 from cnn_jax.tools.figures import draw_curves
 
 METRICS, STEPS, TIMING = 'metrics.jsonl', 'steps.f32', 'timing.jsonl'
-
-
-def open_record(folder: Path) -> 'Record | NullRecorder':
-    """Return the record in a work directory; in processes other than the first, one of nothing."""
-    return Record(folder) if mesh.is_process_zero() else NullRecorder()
 
 
 class Record:
@@ -39,11 +33,7 @@ class Record:
         self._events: Any = None
 
     def resume(self, step: int, checkpoint: Path | None) -> list[str]:
-        """Restore the record of a step from its checkpoint's folder; with None, start anew.
-
-        Returns:
-            A sentence about each file that was damaged, or about what is lost.
-        """
+        """Restore the record from a checkpoint's folder, or start anew; return what was damaged."""
         from tensorboardX import SummaryWriter
 
         damaged = damaged_files(self._folder, checkpoint) if checkpoint else []
@@ -101,21 +91,13 @@ class Record:
             file.write(data)
 
 
-class NullRecorder:
+class NullRecord:
     """The record of the processes other than the first, which compute the same numbers."""
 
-    def snapshot(self) -> dict[str, bytes]:
-        """Return no files."""
-        return {}
+    def _ignore(self, *_: Any) -> Any:
+        return {}  # no notes, and no files
 
-    def resume(self, *_: Any) -> list[str]:
-        """Do nothing."""
-        return []
-
-    def _ignore(self, *_: Any) -> None:
-        pass
-
-    step = metrics = timing = close = _ignore
+    resume = step = metrics = timing = snapshot = close = _ignore
 
 
 def damaged_files(folder: Path, checkpoint: Path) -> list[str]:
@@ -148,14 +130,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_skipped(folder: Path, batches: dict[str, Any]) -> int:
-    """Write `skipped.csv` into `folder`: split, path and reason of each image left out.
+    """Write `skipped.csv`: split, path and reason of each image left out; return their number.
 
     It is CSV as of RFC 4180 in UTF-8; bytes of a name that are not UTF-8 are written as they are
     (`errors='surrogateescape'` reads them back). A path that a spreadsheet would take for a formula
     begins with `./`. Without such images there is no file.
-
-    Returns:
-        The number of images left out; one that is listed for several splits counts once.
     """
     rows = [
         (split, f'./{path}' if path.startswith(FORMULA) else path, reason)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.errors import RunFailed, UserError
+from cnn_jax.errors import RunFailed, UserError, first_line
 from cnn_jax.files import SEAL, Corrupt, cache_folder, digest, inside, lock, read_sealed_folder
 
 CONFIG = 'config.json'
@@ -58,17 +58,9 @@ def upload(workdir: str, names: Iterable[str]) -> None:
 class Mirror:
     """A remote work directory and the local folder that stands for it.
 
-    Args:
-        url: The remote folder, by fsspec: gs:// (gcsfs), s3:// (s3fs), memory://, file://.
-        use: Different uses have different local folders.
-
-    Attributes:
-        base: In the cache, the same for the same URL and use; to be locked by whoever uses it.
-        folder: The local work directory, in `base`.
-
-    Errors:
-        UserError: A package is missing; the URL, the network or the credentials are wrong; the
-            folder holds other files or another run. Any method may raise it.
+    The URL is fsspec's: gs:// (gcsfs), s3:// (s3fs), memory://, file://. Different uses have
+    different local folders: `folder`, in `base`, which whoever uses it must lock. What any method
+    cannot do, or finds there that is no run of its own, is a `UserError`.
     """
 
     def __init__(self, url: str, use: str = 'train'):
@@ -115,7 +107,7 @@ class Mirror:
         except RunFailed:
             raise
         except Exception as error:
-            what = f'{self.url} cannot be written ({_reason(error)}); it is all in {self.folder}'
+            what = f'{self.url} cannot be written ({first_line(error)}); it is all in {self.folder}'
             if last:
                 raise RunFailed(f'{what}; rerun the same command here to upload it') from error
             print(f'warning: {what}; the next checkpoint tries again', file=sys.stderr)
@@ -129,8 +121,8 @@ class Mirror:
             raise
         except Exception as error:
             raise UserError(
-                f'{self.url} cannot be used ({_reason(error)}); check the name of the bucket, the '
-                'network, and that your credentials allow reading and writing (for gs://: gcloud '
+                f'{self.url} cannot be used ({first_line(error)}); check the name of the bucket, '
+                'the network, and that your credentials allow reading and writing (gs://: gcloud '
                 'auth application-default login)'
             ) from error
 
@@ -221,15 +213,10 @@ def _open(url: str) -> tuple[Any, str]:
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
         raise UserError(
-            f'{url} needs a package ({_reason(error)}); install it (for gs://: pip install -r '
+            f'{url} needs a package ({first_line(error)}); install it (for gs://: pip install -r '
             'requirements-gcs.txt)'
         ) from error
     return fs, root.rstrip('/')
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _step(name: str) -> int | None:
@@ -255,10 +242,10 @@ def _files(folder: Path) -> list[str]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    with contextlib.suppress(Corrupt):
-        read_sealed_folder(checkpoint)
-        return True
-    return False
+    try:
+        return bool(read_sealed_folder(checkpoint))
+    except Corrupt:
+        return False
 
 
 def _newest_whole(folder: Path) -> int:

@@ -43,25 +43,14 @@ from cnn_jax.train.step import predict_step
 
 
 class Curves(dict):
-    """Learning curves: `curves['eval']['accuracy']` is an array with one number an evaluation.
-
-    Splits are `train` (with regularization on) and `eval`; among the names are `step`, `epoch`,
-    `loss` and `accuracy`.
-    """
+    """Learning curves by split and name: `curves['eval']['accuracy']`, a number an evaluation."""
 
     def __init__(self, lines: list[dict[str, Any]]):
-        splits = {line['split']: line for line in lines}
-        super().__init__(
-            {
-                split: {
-                    name: np.array([line[name] for line in lines if line['split'] == split])
-                    for name, value in last.items()
-                    if isinstance(value, (int, float))
-                }
-                for split, last in splits.items()
-            }
-        )
         self._lines = lines
+        for split in {line['split']: None for line in lines}:
+            of_split = [line for line in lines if line['split'] == split]
+            numbers = [k for k, value in of_split[-1].items() if isinstance(value, (int, float))]
+            self[split] = {name: np.array([line[name] for line in of_split]) for name in numbers}
 
     def plot(self) -> Any:
         """Return a Matplotlib figure of loss and accuracy against epochs."""
@@ -72,34 +61,21 @@ class Curves(dict):
 class Run:
     """A run that `fit` trained, or that `load_run` opened: enough to evaluate and to predict.
 
-    Attributes:
-        workdir: Its folder, or the URL that was given.
-        config: The run's config.
-        manifest: Its origin: code, packages, machine, data.
-        spec: Shapes, preprocessing and length.
-        program: The phase of the state.
-        state: The state at `step`; of a run that was opened again, without the optimizer's.
-        step: The steps done; with early stopping those of the best evaluation.
-        metrics: Loss, accuracy, … on the evaluation split at that step; {} where there was no
-            evaluation.
-        stopped: Whether `fit` was interrupted, and saved; the same call resumes.
-        folder: The local folder: `workdir`, or the copy of a remote one.
-
     >>> run = load_run('runs/small')  # doctest: +SKIP
     >>> run.predict(images).argmax(axis=-1)  # doctest: +SKIP
     """
 
-    workdir: str
+    workdir: str  # its folder, or the URL that was given
     config: cfg.Config
-    manifest: dict[str, Any]
-    spec: RunSpec
-    program: Program
-    state: State
-    step: int
-    metrics: dict[str, Any]
+    manifest: dict[str, Any]  # its origin: code, packages, machine, data
+    spec: RunSpec  # shapes, preprocessing and length
+    program: Program  # the phase of the state
+    state: State  # at `step`; of a run that was opened again, without the optimizer's
+    step: int  # the steps done; with early stopping those of the best evaluation
+    metrics: dict[str, Any]  # loss, accuracy, … on the evaluation split at that step; {} if none
     curves: Curves
-    stopped: bool = False
-    folder: Path = Path()
+    stopped: bool = False  # whether `fit` was interrupted, and saved; the same call resumes
+    folder: Path = Path()  # `workdir`, or the local copy of a remote one
 
     def __repr__(self) -> str:
         scores = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(self.metrics).items())
@@ -133,11 +109,8 @@ class Run:
         """Return the class probabilities of images.
 
         Args:
-            images: uint8 pixels of the size that the run was trained on; one image may come
-                without its first axis.
-
-        Errors:
-            UserError: They have another type or shape.
+            images: uint8 pixels of the size that the run was trained on; one may come without its
+                first axis. Others are a UserError.
         """
         images = np.asarray(images)
         if images.shape == self.spec.image_shape:
@@ -227,11 +200,11 @@ def fit(
         else:
             settings = start(claim())
         say(str(settings))
-        job = _Job(config, components, str(workdir), folder, settings, say)
-        options = {'model': model_parallel, 'fsdp': fsdp}
+        layout = setup.layout_of(config, model=model_parallel, fsdp=fsdp)
+        job = _Job(config, components, str(workdir), folder, settings, layout, say)
         if not copy:
-            return job.train(options, live, trace)
-        run = job.train(options, live, trace, lambda: mesh.on_process_zero(copy.push))
+            return job.train(live, trace)
+        run = job.train(live, trace, lambda: mesh.on_process_zero(copy.push))
         mesh.on_process_zero(lambda: copy.push(last=True))
         return run
 
@@ -245,44 +218,35 @@ class _Job:
     workdir: str
     folder: Path
     settings: runtime.Settings
+    layout: mesh.Layout | None
     say: Callable[[str], object]
 
     def train(
-        self,
-        options: dict[str, Any],
-        live: bool | None,
-        trace: bool,
-        saved: Callable[[], object] | None = None,
+        self, live: bool | None, trace: bool, saved: Callable[[], object] | None = None
     ) -> Run:
-        config, folder, clock = self.config, self.folder, profile.CompileClock()
-        layout = setup.layout_of(config, **options)
+        config, folder, layout = self.config, self.folder, self.layout
+        clock = profile.CompileClock()
         data = setup.open_data(config, layout, self.components)
         self._check(data)
         spec = setup.make_spec(config, data.description, data.weights, self.components)
-        self._introduce(data, spec, layout)
-        rows = self._layers(spec)
+        self._introduce(data, spec)
+        with own.blamed_on('the own model' if spec.model else None):
+            net, shape = spec.network(config), setup.prepared_shape(spec)
+            self.say(summary(net, shape))
+            rows = layers(net, shape)
         phases, state = setup.open_phases(config, data, spec, layout)
         for number, phase in enumerate(phases, start=1):
             kind = 'cached features' if phase.program.cached else 'images'
             self.say(f'phase {number}, to step {phase.end:,}, on {kind}:')
             self.say(parameter_table(phase.program))
-        self._begin(data, state, layout)
+        self._begin(data, state)
         tracer = None
         if trace:  # each process traces; the first one's is kept
             traces = folder / 'profile' if mesh.is_process_zero() else Path(tempfile.mkdtemp())
             tracer = functools.partial(profile.trace, traces, [row.path for row in rows])
-        outcome = loop.train(
-            config,
-            spec,
-            phases,
-            state,
-            folder,
-            layout=layout,
-            live=live,
-            profile=tracer,
-            saved=saved,
-        )
-        self._report(outcome, phases, rows, clock, layout)
+        options = {'layout': layout, 'live': live, 'profile': tracer, 'saved': saved}
+        outcome = loop.train(config, spec, phases, state, folder, **options)
+        self._report(outcome, phases, rows, clock)
         program = phases[loop.phase_at(phases, int(outcome.state.step))].program
         return Run(
             self.workdir,
@@ -308,11 +272,12 @@ class _Job:
         for line in remarks(data.train, data.evaluate):
             self.say(f'note: {line}')
 
-    def _introduce(self, data: setup.Data, spec: RunSpec, layout: mesh.Layout | None) -> None:
+    def _introduce(self, data: setup.Data, spec: RunSpec) -> None:
+        """Print what is trained, on what, and what will have no effect."""
         if data.weights:
             short = f'{data.weights.digest[:12]}…'
             self.say(f'weights: {data.weights.source}, digest {short}, {data.weights.licence}')
-        devices = f'{runtime.devices()}, {layout}' if layout else runtime.devices()
+        devices = f'{runtime.devices()}, {self.layout}' if self.layout else runtime.devices()
         self.say(
             f'{_data_name(self.config)}: {data.train.n:,} training and {data.evaluate.n:,} '
             f'evaluation images, {setup.shape_text(spec.image_shape)}, {spec.num_classes} '
@@ -320,21 +285,13 @@ class _Job:
         )
         for note in cfg.averaging_notes(self.config, spec.phase_ends[-1]):
             self.say(f'note: {note}')
-
         unread = cfg.unread(self.config, spec.image_shape[-1])
         if unread := [*unread, *self.components.unread(self.config)]:
             self.say(f'note: without effect: {"; ".join(unread)}')
 
-    def _layers(self, spec: RunSpec) -> list[Layer]:
-        """Print the table of layers, and return it."""
-        with own.blamed_on('the own model' if spec.model else None):
-            net, shape = spec.network(self.config), setup.prepared_shape(spec)
-            self.say(summary(net, shape))
-            return layers(net, shape)
-
-    def _begin(self, data: setup.Data, state: State, layout: mesh.Layout | None) -> None:
+    def _begin(self, data: setup.Data, state: State) -> None:
         """Write the manifest, or note what has changed since the run began."""
-        now = manifest.manifest(self.config, self.settings, data.description, layout)
+        now = manifest.manifest(self.config, self.settings, data.description, self.layout)
         if self.config.own:
             now['own'] = self.components.facts
 
@@ -352,7 +309,6 @@ class _Job:
         phases: list[loop.Phase],
         rows: list[Layer],
         clock: profile.CompileClock,
-        layout: mesh.Layout | None,
     ) -> None:
         """Print how the run ended and how fast it was."""
         if outcome.stopped:
@@ -365,13 +321,10 @@ class _Job:
             self.say(f'done: {final}\nresults in {self.workdir}')
         if not mesh.is_process_zero():
             return
-        programs, dtype = [phase.program for phase in phases], self.config.model.dtype
-        flops = [
-            profile.training_flops(rows, trainable=program.trainable, cached=program.cached)
-            for program in programs
-        ]
-        stalls = outcome.stalls
-        facts = profile.measure(outcome.speeds, flops, dtype, clock, stalls=stalls, layout=layout)
+        programs = [phase.program for phase in phases]
+        flops = [profile.training_flops(rows, p.trainable, p.cached) for p in programs]
+        dtype = self.config.model.dtype
+        facts = profile.measure(outcome.watches, flops, dtype, clock, self.layout)
         profile.write_speed(self.folder, facts)
         self.say(profile.speed_line(facts))
 
@@ -406,9 +359,8 @@ def load_run(
 
     Args:
         workdir: The folder of the run, or its URL.
-        which: `latest`, or `best` by the metric config.train.best on the evaluation split; None
-            for the checkpoint that the run leaves: the best with config.train.patience, else the
-            latest.
+        which: `latest`, or `best` by config.train.best on the evaluation split; by default the
+            one that the run leaves: the best with config.train.patience, else the latest.
         model, optimizer, regularizers: Those that `fit` was given, if it was. An experiment file's
             are found again where it was.
 
@@ -420,7 +372,8 @@ def load_run(
     folder = remote.fetch_workdir(name)
     config, facts = manifest.read(folder)
     start(manifest.threads(folder, config))
-    components = own.reopened(config, facts, model, optimizer, regularizers)
+    given = own.from_objects(model, None, None, optimizer, regularizers)
+    components = own.reopened(config, facts, given)
     spec = setup.make_spec(config, facts['data'], components=components)
     checkpoints = Checkpoints(folder / 'checkpoints', config)
     which = which or ('best' if config.train.patience else 'latest')
@@ -439,11 +392,7 @@ def load_run(
 
 @contextlib.contextmanager
 def lock_workdir(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on a work directory, created if missing; `wait` for it if asked.
-
-    Errors:
-        UserError: It cannot be written, or another process has it.
-    """
+    """Hold an exclusive lock on a work directory, created if missing; UserError if another does."""
     files.make_writable(folder)
     path = folder / 'lock'
     if wait and (other := files.lock_holder(path)):
@@ -473,26 +422,27 @@ def claim_workdir(folder: Path, config: cfg.Config) -> None:
     for inside in ('profile', 'damaged', 'checkpoints', 'checkpoints/*'):
         if link := next(filter(Path.is_symlink, folder.glob(inside)), None):
             raise UserError(f'{link} is a link, and training writes to no other place; remove it')
-    before = manifest.stored(folder)
-    if before is None or before['config_hash'] == cfg.content_hash(config):
-        files.write_text(folder / 'config.json', cfg.to_json(config))
-        return
-    old = manifest.read(folder)[0]
-    changed, longer = cfg.differences(old, config), config.train.epochs > old.train.epochs
-    if longer and cfg.without_length(old) == cfg.without_length(config):
-        prolonged = before | {'config_hash': cfg.content_hash(config)}
-        files.write_json(folder / manifest.NAME, prolonged, indent=2)
-        files.write_text(folder / 'config.json', cfg.to_json(config))
-        return
+    before, digest = manifest.stored(folder), cfg.content_hash(config)
+    if before and before['config_hash'] != digest:
+        old = manifest.read(folder)[0]
+        longer = config.train.epochs > old.train.epochs
+        if not longer or cfg.without_length(old) != cfg.without_length(config):
+            raise UserError(_refusal(folder, cfg.differences(old, config), longer))
+        files.write_json(folder / manifest.NAME, before | {'config_hash': digest}, indent=2)
+    files.write_text(folder / 'config.json', cfg.to_json(config))
+
+
+def _refusal(folder: Path, changed: dict[str, tuple[Any, Any]], longer: bool) -> str:
     listed = '; '.join(f'config.{name}: {old!r} → {new!r}' for name, (old, new) in changed.items())
-    what = (
-        f'another config ({listed})' if list(changed) != ['own'] else 'other code of its own parts'
-    )
-    fixed = (
-        '; a run can be prolonged where no step depends on its length: without a cosine schedule, '
-        'model.drop_ramp, a second phase and own parts'
-    )
-    raise UserError(
+    what, more = f'another config ({listed})', ''
+    if list(changed) == ['own']:
+        what = 'other code of its own parts'
+    if longer and list(changed) == ['train.epochs']:
+        more = (
+            '; a run can be prolonged where no step depends on its length: without a cosine '
+            'schedule, model.drop_ramp, a second phase and own parts'
+        )
+    return (
         f'the work directory {folder} belongs to a run of {what}; restore it, or choose another '
-        f'--workdir{fixed if longer and list(changed) == ["train.epochs"] else ""}'
+        f'--workdir{more}'
     )

@@ -38,15 +38,12 @@ def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layo
 
 @dataclass(frozen=True)
 class Data:
-    """The opened data of a run.
+    """The opened data of a run: the batches of both splits, and what a run must know of them.
 
-    Attributes:
-        train, evaluate: The batches to train on, those that the seed draws, and to evaluate on:
-            the held-out ones where there are any.
-        description: The result of `describe`, with `preprocessing` under that name; JSON.
-        weights: Pretrained weights that the config names, if any.
-        pool: All batches of the training split.
-        test: Those of the evaluation split, if they were asked for or there are no held-out ones.
+    `train` are the images to train on, those that the seed draws from the training split (`pool`);
+    `evaluate` the held-out ones where there are any, else `test`, the evaluation split. This is
+    None if it was not asked for. `description` is the result of `describe`, with `preprocessing`
+    under that name; `weights` are the pretrained ones that the config names, if any.
     """
 
     train: Any
@@ -63,37 +60,32 @@ def open_data(
     components: Components = NO_COMPONENTS,
     test: bool = False,
 ) -> Data:
-    """Open both splits, and the weights that the config names.
+    """Open the splits, and the weights that the config names.
 
     Images are standardized by the whole training split, whatever part of it a seed draws.
 
     Args:
         config, layout, components: Those of the run.
         test: Whether to open the evaluation split where there are held-out images, too.
-
-    Errors:
-        UserError: Data or weights cannot be had, or the splits do not fit each other.
     """
-    part = {
+    part: dict[str, Any] = {
         'process_index': jax.process_index(),
         'process_count': jax.process_count(),
         'sharding': layout.batch if layout else None,
     }
-
-    sources: dict[str, Any] = {}
+    own: Any = [None, None]
     if components.source:
         with blamed_on('the own source'):
             given = [components.source(config, split) for split in ('train', 'eval')]
-        sources['train'] = as_source(given[0], 'the training data')
-        names = sources['train'].class_names
-        sources['eval'] = as_source(given[1], 'the evaluation data', class_names=names)
+        own[0] = as_source(given[0], 'the training data')
+        names = own[0].class_names
+        own[1] = as_source(given[1], 'the evaluation data', class_names=names)
 
-    def open_split(split: str, **options: Any) -> Any:
-        return open_batches(config.data, split, source=sources.get(split), **part, **options)
-
-    pool, validation = open_split('train', seed=config.seed), config.data.validation
-    train = draw(config, pool)
-    tested = open_split('eval') if test or not validation else None
+    pool = open_batches(config.data, 'train', seed=config.seed, source=own[0], **part)
+    validation, train = config.data.validation, draw(config, pool)
+    tested = None
+    if test or not validation:
+        tested = open_batches(config.data, 'eval', source=own[1], **part)
     evaluate = chosen(pool, held_out(pool.labels, validation)) if validation else tested
     description, weights = describe(config, train, evaluate), load_weights(config)
     if tested:
@@ -128,11 +120,7 @@ def draw(config: cfg.Config, pool: Any) -> Any:
 
 
 def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
-    """The facts that a run must know of the opened batches of both splits, as JSON.
-
-    Errors:
-        UserError: The splits differ in the images' shape or in the classes.
-    """
+    """The facts that a run must know of its splits, as JSON; UserError if they differ in kind."""
     if train.image_shape != evaluation.image_shape:
         raise UserError(
             f'the training images are {shape_text(train.image_shape)} but the evaluation images '
@@ -203,11 +191,7 @@ def prepared_shape(spec: RunSpec) -> tuple[int, ...]:
 
 
 def load_weights(config: cfg.Config) -> Pretrained | None:
-    """The pretrained weights that the config names, if it does.
-
-    Errors:
-        UserError: They cannot be had, or are not VGG16's.
-    """
+    """The pretrained weights that the config names, if it does."""
     if config.model.name != 'vgg16' or config.model.weights == 'random':
         return None
     return load('auto' if config.model.weights == 'imagenet' else config.model.weights)
@@ -219,10 +203,7 @@ def make_spec(
     weights: Pretrained | None = None,
     components: Components = NO_COMPONENTS,
 ) -> RunSpec:
-    """Put together what the steps must know of a run besides its config.
-
-    The description is that in `Data`; the weights are the backbone's, for the first state.
-    """
+    """Put together what the steps must know of a run besides its config, from a `Data`."""
     count = description['train']['count']
 
     def pretrained(shapes: dict[str, Any]) -> dict[str, Any]:
@@ -248,13 +229,11 @@ def make_programs(config: cfg.Config, spec: RunSpec) -> list[Program]:
     A phase with a frozen backbone takes the backbone's features instead of images, where that
     gives the same training (`features.is_cached`).
     """
-    programs = []
-    for phase in range(len(spec.phase_ends)):
-        program = make_program(config, spec, phase)
+    programs = [make_program(config, spec, phase) for phase in range(len(spec.phase_ends))]
+    for phase, program in enumerate(programs):
         need_images = [r.field for r in program.regularizers if r.needs_images]
         if is_cached(config, program.trainable, need_images):
-            program = make_program(config, spec, phase, cached=True)
-        programs.append(program)
+            programs[phase] = make_program(config, spec, phase, cached=True)
     return programs
 
 
@@ -288,19 +267,11 @@ def features(
 ) -> list[FeatureBatches]:
     """The frozen backbone's features in the place of images, computed where they are not cached.
 
-    Args:
-        config, description, spec, layout: The run.
-        state: Any of the run's: the backbone is frozen.
-        train: Batches of images to train on, augmented if the config says so.
-        evaluated: Batches of images as they are.
+    `state` is any of the run's; of the batches, those to train on are augmented if the config
+    says so, and the `evaluated` are as they are.
     """
-    extractor = Extractor(
-        config,
-        spec.num_classes,
-        spec.prepare,
-        description['preprocessing'],
-        state.params['backbone'],
-    )
+    preprocessing, backbone = description['preprocessing'], state.params['backbone']
+    extractor = Extractor(config, spec.num_classes, spec.prepare, preprocessing, backbone)
     augments = config.augment != cfg.Augment()
     if augments and config.train.precise_norm:
         raise UserError(
@@ -309,10 +280,11 @@ def features(
         )
     views = range(config.features.views) if augments else [None]
     of_views = [extractor.extract(train, view) for view in views]
+    plain = [[extractor.extract(split)] for split in evaluated]
     return [
         FeatureBatches(train, of_views, config.data, 'train', config.seed, layout),
         *(
-            FeatureBatches(split, [extractor.extract(split)], config.data, 'eval', 0, layout)
-            for split in evaluated
+            FeatureBatches(split, view, config.data, 'eval', 0, layout)
+            for split, view in zip(evaluated, plain)
         ),
     ]

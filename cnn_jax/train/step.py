@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -107,10 +106,6 @@ def step_gradients(
     They are the mean over `optimizer.accumulate` equal micro-batches, one after the other. That
     loop is unrolled: XLA's CPU convolutions are ten times slower inside a compiled one.
 
-    Args:
-        program, state, batch: As for `train_step`.
-        config: The bound config.
-
     Returns:
         The gradients of the trained parameters; the batch statistics after the last micro-batch;
         the sums over all, with the `objective` and the `gradient_norm`.
@@ -195,39 +190,9 @@ def _objective(
 def forward(
     program: Program, config: cfg.Config, variables: dict[str, Any], images: Array, key: Array
 ) -> tuple[Float[Array, 'b k'], dict[str, Any], params.Flat]:
-    """A pass of the network in training, frozen modules in inference.
-
-    Args:
-        program, config: The phase, and its config with numbers.
-        variables: `params` and `batch_stats`.
-        images, key: Prepared images or features, and the key of dropout.
-
-    Returns:
-        Log class probabilities; the new batch statistics; the outputs of the layers that a
-        regularizer looks at, by path.
-    """
-    watching = [each.on for each in program.regularizers if each.needs_activations]
-    watched = {path for on in watching for path in program.acted_on[on]}
-
-    def capture(module: nn.Module, method: str) -> bool:
-        return method == '__call__' and '/'.join(module.path) in watched
-
-    net = program.spec.network(config)
-    mode: dict[str, Any] = freezing.mode_arguments(net, train=True)
-    with nn.intercept_methods(program.interceptor):
-        applied: Any = net.apply(
-            variables,
-            images,
-            **mode,
-            rngs={'dropout': key},
-            mutable=['batch_stats', 'intermediates'] if watched else ['batch_stats'],
-            capture_intermediates=capture if watched else False,
-            method='classify' if program.cached else None,
-        )
-    logits, updated = applied
-    activations = params.flatten(updated.get('intermediates', {}))
-    outputs = {path.removesuffix('/__call__'): calls[0] for path, calls in activations.items()}
-    return log_probabilities(logits), updated.get('batch_stats', variables['batch_stats']), outputs
+    """`Program.forward` with log class probabilities in the place of logits."""
+    logits, statistics, outputs = program.forward(config, variables, images, key)
+    return log_probabilities(logits), statistics, outputs
 
 
 def predict_step(
@@ -270,15 +235,11 @@ def estimate_step(
 
 
 def pool_statistics(average: dict[str, Any], batch: dict[str, Any], count: Int[Array, '']):
-    """The batch statistics of n batches together, from those of n − 1 and of the n-th.
+    """The batch statistics of n equal batches, from those of n − 1 and of the n-th (from 1).
 
     mean ← mean + δ/n,  var ← var + (σ² − var)/n + δ²·(n − 1)/n²,  δ = μ − mean
 
-    Args:
-        average: Statistics of the batches before; any values for n = 1.
-        batch: μ and σ² of this batch, as leaves `mean` and `var` of the same tree. Other leaves
-            are averaged.
-        count: n, from 1; the batches are of equal size.
+    μ and σ² of the batch are the leaves `mean` and `var` of a module. Other leaves are averaged.
 
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3; the update is that of
         Chan, Golub & LeVeque 1983.
@@ -300,16 +261,11 @@ def pool_statistics(average: dict[str, Any], batch: dict[str, Any], count: Int[A
 def averaging_weight(
     config: cfg.Train, step: Int[Array, ''], steps_per_epoch: float
 ) -> Float[Array, '']:
-    """The weight s of the newest parameters in their average: a ← (1 − s)·a + s·w.
+    """The weight s of the newest parameters in their average after a step: a ← (1 − s)·a + s·w.
 
     ema:       s = 1 − d, so a_t = d^t·w_0 + (1 − d)·Σ_i d^(t−i)·w_i
     swa_from:  s = 1/n for the n-th step after the first `swa_from` epochs, so a is their mean;
                until then s = 1, so a is w
-
-    Args:
-        config: Bound; one of the two is on.
-        step: Steps done before this one.
-        steps_per_epoch: Need not be whole.
 
     Source: Polyak & Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging";
         Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization",

@@ -30,11 +30,6 @@ def test_it_writes_a_picture_and_nothing_else(launch, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ['batch.png']
 
 
-def test_too_many_steps_are_a_users_mistake(launch, tmp_path):
-    flags = ('--config=experiments/small.py', f'--out={tmp_path}/x.png', '--steps=17')
-    assert 'at most 16' in launch('show_batch', *flags, check=2).stderr
-
-
 def test_without_changes_the_images_are_shown_as_they_are():
     for column in columns()[0]:
         np.testing.assert_allclose(column['shown'], column['image'] / 255, atol=1e-5)
@@ -48,12 +43,6 @@ def test_a_step_looks_the_same_wherever_the_picture_starts():
     for name in both[1]:
         np.testing.assert_array_equal(both[1][name], last[0][name])
     assert (both[0]['shown'] != both[1]['shown']).any()
-
-
-def test_mixed_labels_bear_their_shares():
-    column = {'label': [7, 7], 'other_label': [2, 2], 'share': np.array([0.625, 1.0])}
-    assert show_batch.label_text(column, 0, list('0123456789')) == '0.62 × 7 + 0.38 × 2'
-    assert show_batch.label_text(column, 1, list('0123456789')) == '7'
 
 
 @pytest.mark.parametrize('kind', [*sorted(PREPROCESSINGS), 'standardize'])

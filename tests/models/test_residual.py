@@ -100,22 +100,3 @@ def test_no_noise_shifts_the_mask_of_another_layer():
     assert 0.3 < masks[0].mean() < 0.7
     for mask in masks[1:]:
         np.testing.assert_array_equal(mask, masks[0])
-
-
-def test_one_compilation_serves_every_rate_and_momentum():
-    variables, traces = init(RESIDUAL), []
-
-    @jax.jit
-    def step(depth, noise, rate, momentum):
-        traces.append(depth)
-        rates = {'stochastic_depth': depth, 'input_noise': noise, 'dropout': rate}
-        rates |= {'head_dropout': rate, 'norm_momentum': momentum, 'drop_kind': 'block'}
-        config = dataclasses.replace(RESIDUAL, **rates)
-        return outputs(config, variables)[0]
-
-    for rates in ((0.0, 0.0, 0.0, 0.9), (0.5, 0.1, 0.3, 0.0), (1.0, 2.0, 1.0, 1.0)):
-        assert np.isfinite(step(*rates)).all()
-    assert len(traces) == 1
-    np.testing.assert_allclose(
-        step(0.0, 0.0, 0.0, 0.9), outputs(RESIDUAL, variables)[0], rtol=1e-4, atol=1e-4
-    )

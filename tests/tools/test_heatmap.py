@@ -97,15 +97,6 @@ def test_it_is_what_finite_differences_of_the_head_give(small, changes, side, la
         np.testing.assert_allclose(heat[number], expected, atol=0.01)
 
 
-def test_the_map_does_not_depend_on_the_other_images_of_the_batch(net):
-    model, variables, images = net
-    classes = jnp.array([0, 1, 0, 1, 1, 0])
-    together = grad_cam(model, variables, images, classes, 'features')
-    for i in range(len(images)):
-        alone = grad_cam(model, variables, images[i : i + 1], classes[i : i + 1], 'features')
-        np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
-
-
 def test_heat_is_float32_between_0_and_1_also_of_a_bfloat16_net(small):
     model = build(small(model__dtype='bfloat16').model, 3)
     images = jax.random.normal(jax.random.key(0), (2, 24, 20, 1))
@@ -137,8 +128,9 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(net):
         grad_cam(model, variables, images, jnp.zeros(6, int), 'logits')
 
 
-@pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize('title', ['a: 4 99.0%', r'cost $5 \frac$ <b>.jpg: 4', '花.jpg: 4'])
+@pytest.mark.parametrize(
+    ('title', 'channels'), [('a: 4 99.0%', 1), (r'cost $5 \frac$ <b>.jpg: 4', 3), ('花.jpg: 4', 3)]
+)
 def test_the_picture_is_a_png_whatever_the_file_is_called(tmp_path, channels, title):
     path = tmp_path / 'new' / 'map.png'
     with warnings.catch_warnings():

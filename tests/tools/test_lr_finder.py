@@ -20,26 +20,23 @@ def test_smoothing_keeps_a_constant_and_averages_the_rest():
     np.testing.assert_allclose(lr_finder.smoothed(np.array([1.0, 3.0])), [1.0, expected])
 
 
-@pytest.mark.parametrize('best', [0.01, 0.1])
-def test_the_suggestion_is_a_tenth_of_the_best_rate(best):
-    valley = 1 + np.log10(RATES / best) ** 2
+CURVES = {  # a loss at each of the rates, and the bounds of the suggestion
     # Smoothing over ten steps lags behind by about as many: here a factor of up to three.
-    assert 1 < lr_finder.suggestion(RATES, valley) / (best / 10) < 3.2
+    'valley': (1 + np.log10(RATES / 0.1) ** 2, 0.01, 0.032),
+    'ends in nan': (np.append(np.linspace(2, 1, 40), np.nan), RATES[0], RATES[40]),
+    'jumps first': (np.r_[0.1, 9.0, np.linspace(5, 3, 60), np.linspace(3, 9, 19)], 0.01, 0.1),
+    'never falls': (np.linspace(1, 2, 81), None, None),
+}
 
 
-def test_a_curve_that_ends_in_nan_still_has_a_suggestion():
-    falling = np.append(np.linspace(2, 1, 40), np.nan)
-    assert RATES[0] <= lr_finder.suggestion(RATES, falling) <= RATES[40]
-
-
-def test_the_first_losses_which_jump_about_suggest_nothing():
-    jumping = np.r_[0.1, 9.0, np.linspace(5, 3, 60), np.linspace(3, 9, 19)]
-    assert lr_finder.suggestion(RATES, jumping) > RATES[60] / 10
-
-
-def test_a_loss_that_never_fell_is_said():
-    with pytest.raises(UserError, match='did not fall'):
-        lr_finder.suggestion(RATES, np.linspace(1, 2, 81))
+@pytest.mark.parametrize('name', CURVES)
+def test_the_suggestion_is_a_tenth_of_the_best_rate(name):
+    losses, least, most = CURVES[name]
+    if least is None:
+        with pytest.raises(UserError, match='did not fall'):
+            lr_finder.suggestion(RATES, losses)
+    else:
+        assert least < lr_finder.suggestion(RATES, losses) < most
 
 
 @pytest.fixture

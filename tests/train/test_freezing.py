@@ -16,6 +16,7 @@ from cnn_jax import params
 from cnn_jax.errors import UserError
 from cnn_jax.freezing import MODES, check_statistics, freeze
 from cnn_jax.train import step
+from cnn_jax.train.program import parameter_table
 from tests.train.conftest import begin, compiled, equal, gradient_step, make_batch, make_config
 
 NORMED = {'train__frozen': ('block1_*',)}
@@ -129,6 +130,20 @@ def test_frozen_leaves_keep_their_bits_in_a_run(changes, shape, optimizer):
     for path, leaf in after.items():
         assert (bits(leaf) == bits(before[path])) == path.startswith('block1_'), path
     assert set(last.averaged) == (set(program.trainable) if 'train__ema' in changes else set())
+
+
+def test_the_table_says_what_is_trained_and_decayed():
+    changes = NORMED | {'loss__l2': 0.1, 'optimizer__weight_decay': 0.1}
+    program, state, _ = begin(make_config(**changes))
+    rows = {line.split()[0]: line.split()[1:] for line in parameter_table(program).splitlines()}
+    for path, leaf in params.flatten(state.params).items():
+        shape, count, kind, *decay = rows[path]
+        assert (shape, count) == ('×'.join(map(str, leaf.shape)), f'{leaf.size:,}')
+        assert (kind == 'trained') == (path in program.trainable)
+        assert ('l2' in decay) == (path in program.acted_on['loss.l2_on'])
+        assert ('weight_decay' in decay) == (path in program.acted_on['optimizer.decay_on'])
+    for kind, part in zip(('trained', 'frozen'), params.partition(state.params, program.trainable)):
+        assert rows[kind][0] == f'{sum(leaf.size for leaf in part.values()):,}'
 
 
 def test_clipping_sees_only_the_trained():
