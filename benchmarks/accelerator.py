@@ -187,7 +187,7 @@ def profile(made: Problem, dtype: str, name: str) -> Iterator[Row]:
         (session,) = Path(folder).glob('plugins/profile/*')
         spent: dict[str, float] = collections.defaultdict(float)
         count = collections.Counter()
-        for _, start, end, kernel in operations(session):
+        for start, end, kernel in operations(session):
             kind = re.sub(r'[.\d]+$', '', kernel)
             spent[kind] += end - start
             count[kind] += 1

@@ -272,8 +272,8 @@ def trace(
         say('no profile: it needs three steps, the first two of which are not traced')
 
 
-def _operations(session: Path, program: str) -> list[tuple[float, float, str]]:
-    """The operations of a program in a trace's folder by their start: start and end in s, name.
+def operations(session: Path, program: str = '') -> list[tuple[float, float, str]]:
+    """The operations in a trace's folder by their start, of one program or all: start, end, name.
 
     A loop spans its body's operations, which are listed themselves, so it is left out.
     """
@@ -282,8 +282,8 @@ def _operations(session: Path, program: str) -> list[tuple[float, float, str]]:
     for line in (line for each in planes for plane in each for line in plane.lines):
         for event in line.events:
             stats: dict[str, Any] = {name: value for name, value in event.stats if name}
-            op = stats.get('hlo_op', '')
-            if stats.get('hlo_module', '').split('(')[0] == program and not LOOP.fullmatch(op):
+            module, op = stats.get('hlo_module', '').split('(')[0], stats.get('hlo_op', '')
+            if module and program in ('', module) and not LOOP.fullmatch(op):
                 found.append((event.start_ns / 1e9, event.end_ns / 1e9, op))
     return sorted(found)
 
@@ -297,7 +297,7 @@ def layer_times(session: Path, program: str, layers: Sequence[str]) -> collectio
     operation starts. Of operations that overlap, the one that started last has the time.
     """
     [module], names = re.findall(r'\AHloModule ([\w.-]+)', program), dict(OP_NAME.findall(program))
-    events = _operations(session, module)
+    events = operations(session, module)
     rows: Any = collections.Counter()
     for (start, end, op), following in itertools.zip_longest(events, events[1:]):
         if following and (end > following[0] or re.match('convolution|dot', op)):
