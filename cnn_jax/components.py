@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import sysconfig
@@ -149,7 +150,7 @@ class _Splits:
 def load_experiment(path: str | Path) -> types.ModuleType:
     """Execute an experiment file, once a process; what it raises is a UserError with the line."""
     path = Path(path)
-    name = f'experiment_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}'
+    name = f'experiment_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}'
     if name in sys.modules:
         return sys.modules[name]
     if not path.is_file():

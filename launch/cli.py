@@ -47,6 +47,11 @@ class _Path(flags.ArgumentParser):
                 f'--{self.name} is {argument}, but an object store cannot be used here; give a '
                 'path of this machine'
             )
+        if self.name == 'workdir' and re.search('[\ud800-\udfff]', argument):  # bytes in Python
+            raise UserError(
+                f'--workdir is {argument!r}, whose name is no UTF-8; checkpoints cannot be saved '
+                'there, choose another'
+            )
         return local_path(argument, f'--{self.name}')
 
 

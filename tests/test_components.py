@@ -85,6 +85,7 @@ def test_what_is_no_python_file_is_said(experiment, tmp_path):
         components.get_config(tmp_path)
     with pytest.raises(UserError, match='must end in'):
         components.get_config(experiment(GOOD, 'experiment.txt'))
+    assert components.get_config(experiment(GOOD, 'no\udcffutf8.py')).seed == 7
 
 
 def test_a_file_is_executed_once_and_after_a_mistake_again(experiment, tmp_path):
