@@ -223,14 +223,11 @@ class Store:
             yield mine and not run.path.exists()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def value_of(result: Result, split: str, measure: str) -> float | None:
-    """A measure of a run on a split; None of a failed one."""
+    """A measure of a run on a split; None of a failed one, or where it is no possible number."""
     value = None if why_failed(result) else result['metrics'][split].get(measure)
-    return value if _is_number(value) else None
+    possible = isinstance(value, (int, float)) and 0 <= value <= METRICS[measure].most
+    return value if possible and math.isfinite(value) else None
 
 
 def why_failed(result: Result) -> str:
