@@ -1,1 +1,1 @@
-"""One file a question: its baseline, the command, the answer expected."""
+"""One file a question: its baseline, its arms, what is tuned, the command."""

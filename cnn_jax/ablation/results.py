@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation.plan import MOST_SEEDS, Plan, Range
+from cnn_jax.ablation.plan import METRICS, MOST_SEEDS, Plan, Range
 from cnn_jax.errors import UserError, printable
 from cnn_jax.files import Corrupt, lock, read_json, write_json
 
