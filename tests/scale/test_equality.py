@@ -45,6 +45,7 @@ CONFIGS = {
             'model.hidden': (1024,),
             'data.size': 32,
             'data.train': 'train[:107]',
+            'data.subset': 0,
             'data.eval': 'test[:101]',
             'data.batch': 24,
             'data.eval_batch': 32,
