@@ -236,7 +236,8 @@ def test_a_step_fits_a_gpu_talks_to_no_host_and_has_no_more_kernels(experiment):
 @pytest.mark.parametrize('topology', ['v5e:2x4', 'h100:8'])
 def test_what_eight_chips_add_up_is_the_gradient_and_little_else(topology):
     """In float32; nothing is gathered: batch statistics are added up where they are."""
-    (made,) = compiled('baseline', topology, '--config.model.norm=batch')
+    divided = '--config.model.norm=batch', '--config.data.eval_batch=256'
+    (made,) = compiled('baseline', topology, *divided)
     net = build(dataclasses.replace(get_config().model, norm='batch'), 10)
     images = jnp.zeros((1, 28, 28, 1))
     parameters = jax.eval_shape(lambda: net.init(jax.random.key(0), images, train=False))['params']
