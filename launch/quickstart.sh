@@ -31,8 +31,8 @@ for study in 'regularization', 'pretraining':
         accuracy, loss = (arm['test'][measure]['mean'] for measure in ('accuracy', 'loss'))
         verdict = arm['verdict']['kind'] if arm['verdict'] else 'the baseline'
         print(f'    {name:<14} test accuracy {accuracy:.1%}, loss {loss:.3f} nats  {verdict}')
-    pixels = summary['floor']['accuracy']['mean']
-    print(f'    {"SVM on pixels":<14} test accuracy {pixels:.1%}')
+    if pixels := summary['floor']['accuracy']:
+        print(f'    {"SVM on pixels":<14} test accuracy {pixels["mean"]:.1%}')
 print(f"""
   {out}/regularization/report.html   open it in a browser: verdicts, figures, how to reproduce
   {out}/pretraining/report.html      the same of VGG16

@@ -12,7 +12,7 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax.train import setup
 
-MOST_IMAGES, MOST_PIXELS = 10_000, 10_000  # to train on, and of an image; beyond, it takes hours
+MOST_IMAGES, MOST_VALUES = 10_000, 10**8  # to train on, and their pixels; beyond, it takes hours
 COSTS = 1.0, 10.0, 100.0
 WIDTHS = 0.3, 1.0, 3.0  # factors of 1/(pixels · variance)
 
@@ -33,7 +33,7 @@ def train_floor(config: cfg.Config, data: setup.Data) -> dict[str, Any]:
     began = time.perf_counter()
     train = setup.draw(config, data.pool)
     size = int(np.prod(train.image_shape))
-    if train.n > MOST_IMAGES or size > MOST_PIXELS:
+    if train.n > MOST_IMAGES or train.n * size > MOST_VALUES:
         return {
             'status': 'failed',
             'reason': f'{train.n:,} images of {size:,} values are too many for the SVM',

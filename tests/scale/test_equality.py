@@ -46,6 +46,7 @@ CONFIGS = {
             'data.size': 32,
             'data.train': 'train[:107]',
             'data.subset': 0,
+            'data.validation': 0,
             'data.eval': 'test[:101]',
             'data.batch': 24,
             'data.eval_batch': 32,
