@@ -102,7 +102,7 @@ def test_bfloat16_has_float32_parameters_and_training_is_inference():
         ({'cut': 'block1_conv1'}, (1, 40, 31, 3), 'at least 32×32 pixels, not 40×31'),
         ({}, (1, 64, 64, 1), r'three channels .* not \[1, 64, 64, 1\]'),
         ({}, (64, 64, 3), r'not \[64, 64, 3\]'),
-        ({'include_top': True}, (1, 225, 224, 3), 'takes 224×224 pixels, not 225×224'),
+        ({'include_top': True}, (1, 225, 224, 3), '224×224 pixels with its top, not 225×224'),
         ({'cut': 'fc1'}, (1, 224, 224, 3), "without its top cannot be cut at 'fc1'"),
         ({'cut': 'block6_pool'}, (1, 64, 64, 3), 'block5_conv3, block5_pool'),
     ],
