@@ -188,12 +188,13 @@ def max_pool(
     height, width = output_shape(size, window, stride, 1, padding, layer='max_pool')
     pads = resolve_padding(padding, size, window, stride)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    n, *_, channels = x.shape  # an exported network has any number of images
     end, steps = ((height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1), (1, *stride, 1)
     # One strided slice for each pixel of the window: XLA's own window reduction is three times
     # slower on a CPU, its gradient, a scatter, fifty times, and jaxlib 0.12 computes it wrongly for
     # bfloat16 (3e38 where 8 is right, after two convolutions).
     shifts = [
-        lax.slice(x, (0, i, j, 0), (len(x), i + end[0], j + end[1], x.shape[3]), steps)
+        lax.slice(x, (0, i, j, 0), (n, i + end[0], j + end[1], channels), steps)
         for i, j in itertools.product(*map(range, pair(window)))
     ]
     return functools.reduce(lambda a, b: jnp.where((a >= b) | jnp.isnan(a), a, b), shifts)
