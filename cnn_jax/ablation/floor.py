@@ -28,6 +28,13 @@ def train_floor(config: cfg.Config, data: setup.Data) -> dict[str, Any]:
 
     Source: Cortes & Vapnik 1995, "Support-vector networks"; scikit-learn's `SVC`.
     """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # on a worker's one core, BLAS's threads would wait for each other
+        return _train(config, data)
+
+
+def _train(config: cfg.Config, data: setup.Data) -> dict[str, Any]:
     from sklearn.svm import SVC
 
     began = time.perf_counter()
