@@ -13,7 +13,7 @@ from cnn_jax.ablation import log
 from cnn_jax.config import Config
 from experiments import finetune_vgg16
 
-SEEDS = 5
+SEEDS = 10
 TUNE = {'optimizer.learning_rate': log(3e-4, 3e-2)}
 TRIALS = 4
 ARMS = {'random': {'model.weights': 'random'}, 'ImageNet': {}}
