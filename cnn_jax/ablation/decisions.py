@@ -12,6 +12,8 @@ from cnn_jax.ablation import statistics
 from cnn_jax.ablation.plan import METRICS, Plan
 from cnn_jax.ablation.results import AGAIN, FLOOR, Result, Run, Store, value_of, why_failed
 
+OF_IMAGES = 'accuracy', 'loss'  # measures whose value is the mean over images
+
 
 def due(store: Store) -> list[Run]:
     """All runs that are known to be needed, finished or not.
@@ -83,10 +85,8 @@ def values(store: Store, arm: str, measure: str) -> np.ndarray:
     return found
 
 
-def per_image(result: Result, measure: str) -> np.ndarray | None:
-    """Whether each test image was classified correctly, or its loss; None for other measures."""
-    if measure not in ('accuracy', 'loss'):
-        return None
+def per_image(result: Result, measure: str) -> np.ndarray:
+    """A measure in `OF_IMAGES` of each test image: whether it is classified correctly, its loss."""
     if why_failed(result):
         guess = statistics.guess(result['classes'])[measure]
         return np.full(result['examples'], guess, np.float32)
@@ -134,7 +134,7 @@ def images_of(store: Store, arms: list[str], measure: str, known: Any) -> np.nda
 
     None for measures that have no value on an image.
     """
-    if measure not in ('accuracy', 'loss') or not known.any():
+    if measure not in OF_IMAGES or not known.any():
         return None
     counts = {
         result['examples']

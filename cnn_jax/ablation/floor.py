@@ -54,8 +54,8 @@ def _train(config: cfg.Config, data: setup.Data) -> dict[str, Any]:
         return machine.fit(pixels['train'], train.labels)
 
     machine, point = fit(COSTS[1], WIDTHS[1]), (COSTS[1], WIDTHS[1])
-    if data.evaluate is not data.test:
-        held_out, labels = _pixels(data.evaluate), data.evaluate.labels
+    if data.held_out:
+        held_out, labels = _pixels(data.held_out), data.held_out.labels
         best = machine.score(held_out, labels)
         for cost, width in itertools.product(COSTS, WIDTHS):
             other = fit(cost, width)

@@ -125,6 +125,10 @@ class Store:
         return {}
 
     @functools.cached_property
+    def _choices(self) -> dict[str, Choice]:
+        return {}
+
+    @functools.cached_property
     def _runs(self) -> dict[tuple, Run]:
         return {}
 
@@ -173,6 +177,11 @@ class Store:
 
         A trial that failed is worth a guess.
         """
+        if arm not in self._choices and (choice := self._choose(arm)):
+            self._choices[arm] = choice
+        return self._choices.get(arm)
+
+    def _choose(self, arm: str) -> Choice | None:
         points, losses = self.plan.points[arm], []
         if not points:
             return Choice({}, -1, [], [])
@@ -226,8 +235,9 @@ class Store:
 def value_of(result: Result, split: str, measure: str) -> float | None:
     """A measure of a run on a split; None of a failed one, or where it is no possible number."""
     value = None if why_failed(result) else result['metrics'][split].get(measure)
-    possible = isinstance(value, (int, float)) and 0 <= value <= METRICS[measure].most
-    return value if possible and math.isfinite(value) else None
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value if 0 <= value <= METRICS[measure].most else None
 
 
 def why_failed(result: Result) -> str:

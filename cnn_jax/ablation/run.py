@@ -256,8 +256,7 @@ class Progress:
             if choice and choice.point:
                 self._chosen.add(arm)
                 edge = f', at the edge: {", ".join(choice.at_edge)}' if choice.at_edge else ''
-                values = ', '.join(f'{path}={each:.3g}' for path, each in choice.point.items())
-                print(f'{arm}: tuned to {values}{edge}', flush=True)
+                print(f'{arm}: tuned to {_listed(choice.point)}{edge}', flush=True)
 
     def _new(self, due: list[Run]) -> list[Run]:
         new = [run for run in due if run not in self._finished and self._store.result(run)]
@@ -271,8 +270,7 @@ class Progress:
         if run.kind == 'trial':
             point = plan.points[run.arm][run.trial]
             metric, split = METRICS['loss'], 'validation'
-            values = ', '.join(f'{path}={each:.3g}' for path, each in point.items())
-            start = f'{run.arm}, trial {run.trial} ({values})'
+            start = f'{run.arm}, trial {run.trial} ({_listed(point)})'
         else:
             name = run.arm if run.kind == 'replicate' else f'{run.arm}, {run.kind}'
             start, split = f'{name}, seed {run.seed}', 'test'
@@ -305,6 +303,10 @@ class Progress:
         each = (time.perf_counter() - self._began) / here
         minutes, seconds = divmod(round(each * (total - len(self._finished))), 60)
         return f'{minutes} min {seconds:02d} s left'
+
+
+def _listed(point: Mapping[str, float]) -> str:
+    return ', '.join(f'{path}={each:.3g}' for path, each in point.items())
 
 
 def _mean_sd(sample: np.ndarray, scale: float, signed: bool = False) -> str:

@@ -49,7 +49,7 @@ def summary_of(store: Store) -> dict[str, Any]:
         'margins': plan.margins,
         'looks': list(plan.looks),
         'seeds': list(plan.seeds),
-        'comparisons': len(plan.against) * len(plan.primaries),
+        'comparisons': design(plan).comparisons,
         'significance': statistics.SIGNIFICANCE,
         'trials': {'each': plan.trials, 'replicates': len(plan.tuning)}
         if any(plan.ranges.values())

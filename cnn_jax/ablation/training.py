@@ -181,7 +181,7 @@ def train_runs(
     state = runs.train()
     if runs.all_failed():
         return [runs.failure(i) for i in range(len(configs))]
-    splits = ['validation'] if data.evaluate is not data.test else []
+    splits = ['validation'] if data.held_out else []
     splits = splits if trial else ['train', *splits, 'test']
     judged = {split: runs.judge(-1, state, split) for split in splits}
     checks = runs.checks(state)

@@ -215,7 +215,7 @@ def open_ablation(
         'counts': {
             'pool': data.pool.n,
             'train': data.train.n,
-            'validation': data.evaluate.n if data.evaluate is not data.test else 0,
+            'validation': data.held_out.n if data.held_out else 0,
             'test': data.test.n,
             'classes': len(description['class_names']),
         },
@@ -228,13 +228,9 @@ def open_ablation(
 
 def _notes(folder: Path, plan: Plan, data: Any, components: Components) -> list[str]:
     """The lines about what was given and is not used; `skipped.csv` lists the images left out."""
-    from cnn_jax.data.source import count_left_out, remarks
-    from cnn_jax.train.record import write_skipped
+    from cnn_jax.train.record import data_notes
 
-    notes = [f'note: {line}' for line in remarks(data.train, data.test)]
-    if write_skipped(folder, {'train': data.pool, 'eval': data.test}):
-        counted = count_left_out([*data.pool.skipped, *data.test.skipped])
-        notes.insert(0, f'left out: {counted} (listed in {folder}/skipped.csv)')
+    notes = data_notes(folder, data.train, data.test)
     channels, silent = data.description['image_shape'][-1], {}
     for arm, config in plan.configs.items():
         for phrase in (*cfg.unread(config, channels), *components.unread(config)):

@@ -201,13 +201,6 @@ def open_batches(
     )
 
 
-def chosen(batches: Any, rows: np.ndarray) -> Any:
-    """The batches of some of the examples, in this order."""
-    if np.array_equal(rows, np.arange(batches.n)):
-        return batches
-    return batches.at(rows)
-
-
 def with_order(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: int = 0) -> Any:
     """The same images, shared, in batches of another size and in the order of another seed."""
     other = copy.copy(batches)
@@ -247,7 +240,20 @@ class Batches:
 
     def _take(self, data: Any) -> None:
         """Serve the examples of `data`."""
+        self._source = data
+        self.__dict__.pop('moments', None)
         self.n, self.labels, self.fingerprint = len(data.labels), data.labels, data.fingerprint
+
+    @functools.cached_property
+    def moments(self) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
+        """Mean and standard deviation of each channel, as `statistics` computes them, once."""
+        return statistics(self)
+
+    def at(self, rows: np.ndarray) -> Any:
+        """The batches of the examples at `rows`, in this order."""
+        part = copy.copy(self)
+        part._take(subset(self._source, rows, self._source.name))
+        return part
 
     def train(self, start_step: int = 0) -> Iterator[Batch]:
         """The endless training batches from step `start_step` on."""
@@ -281,7 +287,7 @@ class DeviceBatches(Batches):
     def __init__(
         self, source: Source, resize: str = 'none', size: int = 0, channels: int = 0, **options: Any
     ):
-        self._source, self._on_host = source, load(source, resize, size, channels)
+        self._on_host = load(source, resize, size, channels)
         super().__init__(source, self._on_host.shape[1:], **options)
         sharding, gather = self._sharding, _gather
         if sharding:  # every device for itself: all images, its part of the indices
@@ -298,10 +304,8 @@ class DeviceBatches(Batches):
 
     def at(self, rows: np.ndarray) -> 'DeviceBatches':
         """The batches of the examples at `rows`, which are not decoded again."""
-        part = copy.copy(self)
-        part._source = subset(self._source, rows, self._source.name)
+        part = super().at(rows)
         part._on_host = self._on_host[rows]
-        part._take(part._source)
         part._put()
         return part
 
@@ -331,14 +335,7 @@ class StreamBatches(Batches):
         self, source: Source, resize: str = 'none', size: int = 0, channels: int = 0, **options: Any
     ):
         super().__init__(source, image_shape(source, resize, size, channels), **options)
-        self._source, self._resize = source, (resize, size, self.image_shape[-1])
-
-    def at(self, rows: np.ndarray) -> 'StreamBatches':
-        """The batches of the examples at `rows`."""
-        part = copy.copy(self)
-        part._source = subset(self._source, rows, self._source.name)
-        part._take(part._source)
-        return part
+        self._resize = resize, size, self.image_shape[-1]
 
     def _read_image(self, i: int) -> UInt8[np.ndarray, 'h w c']:
         return resize_image(self._source.read(int(i)), *self._resize)

@@ -100,7 +100,7 @@ def drawn(
     _refuse_short(labels, count + validation, 'subset')
     rest = interleaved(labels)[: len(labels) - validation]
     if not count:
-        return rest if validation else np.arange(len(labels))
+        return rest
     if (seed + 1) * count > len(rest):
         rest, seed = rest[interleaved(labels[rest], ORDER_KEY + 1 + seed)], 0
     return rest[seed * count :][:count]

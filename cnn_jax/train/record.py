@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from cnn_jax.data.source import count_left_out, remarks
 from cnn_jax.errors import FORMULA
 from cnn_jax.files import Corrupt, read_bytes, sync, write_bytes
 from cnn_jax.tools.figures import draw_curves
@@ -127,6 +128,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
+
+
+def data_notes(folder: Path | None, train: Any, evaluation: Any) -> list[str]:
+    """The lines that a run says of both splits; `skipped.csv` in the folder lists what is left out.
+
+    Without a folder, as on all processes but one, nothing is written and nothing said of it.
+    """
+    notes = [f'note: {line}' for line in remarks(train, evaluation)]
+    if folder and write_skipped(folder, {'train': train, 'eval': evaluation}):
+        counted = count_left_out([*train.skipped, *evaluation.skipped])
+        notes.insert(0, f'left out: {counted} (listed in {folder}/skipped.csv)')
+    return notes
 
 
 def write_skipped(folder: Path, batches: dict[str, Any]) -> int:

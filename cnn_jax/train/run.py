@@ -22,7 +22,6 @@ from cnn_jax import components as own
 from cnn_jax import config as cfg
 from cnn_jax import files, mesh, runtime
 from cnn_jax.components import Components
-from cnn_jax.data.source import count_left_out, remarks
 from cnn_jax.errors import UserError
 from cnn_jax.summary import Layer, layers, summary
 from cnn_jax.tools import figures, profile
@@ -38,7 +37,7 @@ from cnn_jax.train.program import (
     parameter_table,
     traced_values,
 )
-from cnn_jax.train.record import read_lines, write_skipped
+from cnn_jax.train.record import data_notes, read_lines
 from cnn_jax.train.step import predict_step
 
 
@@ -265,12 +264,9 @@ class _Job:
     def _check(self, data: setup.Data) -> None:
         """Refuse data that have changed since the run began; list the images left out."""
         mesh.on_process_zero(lambda: manifest.check_data(self.folder, data.description))
-        splits = {'train': data.train, 'eval': data.evaluate}
-        if mesh.is_process_zero() and write_skipped(self.folder, splits):
-            counted = count_left_out([*data.train.skipped, *data.evaluate.skipped])
-            self.say(f'left out: {counted} (listed in {self.folder}/skipped.csv)')
-        for line in remarks(data.train, data.evaluate):
-            self.say(f'note: {line}')
+        folder = self.folder if mesh.is_process_zero() else None
+        for line in data_notes(folder, data.train, data.evaluate):
+            self.say(line)
 
     def _introduce(self, data: setup.Data, spec: RunSpec) -> None:
         """Print what is trained, on what, and what will have no effect."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from cnn_jax import config as cfg
 from cnn_jax.components import NO_COMPONENTS, Components, blamed_on
 from cnn_jax.data.augment import normalize
-from cnn_jax.data.batches import chosen, open_batches, statistics
+from cnn_jax.data.batches import open_batches
 from cnn_jax.data.source import as_source
 from cnn_jax.data.splits import drawn, held_out
 from cnn_jax.errors import UserError
@@ -53,6 +53,11 @@ class Data:
     pool: Any = None
     test: Any = None
 
+    @property
+    def held_out(self) -> Any:
+        """The held-out batches; None where there are none."""
+        return None if self.evaluate is self.test else self.evaluate
+
 
 def open_data(
     config: cfg.Config,
@@ -86,7 +91,7 @@ def open_data(
     tested = None
     if test or not validation:
         tested = open_batches(config.data, 'eval', source=own[1], **part)
-    evaluate = chosen(pool, held_out(pool.labels, validation)) if validation else tested
+    evaluate = pool.at(held_out(pool.labels, validation)) if validation else tested
     description, weights = describe(config, train, evaluate), load_weights(config)
     if tested:
         describe(config, train, tested)  # refuses those that do not fit
@@ -111,7 +116,7 @@ def draw(config: cfg.Config, pool: Any) -> Any:
     data = config.data
     if not data.subset and not data.validation:
         return pool
-    train = chosen(pool, drawn(pool.labels, data.subset, config.seed, data.validation))
+    train = pool.at(drawn(pool.labels, data.subset, config.seed, data.validation))
     if data.batch > train.n:
         raise UserError(
             f'config.data.batch is {data.batch}, but {train.n} images are left; lower it'
@@ -158,7 +163,7 @@ def preprocessing(config: cfg.Config, train, weights: Pretrained | None) -> dict
             'weights': weights.digest,
             'licence': f'Convolutions: {weights.licence}. {weights.citation}',
         }
-    mean, std = statistics(train)
+    mean, std = train.moments
     return {
         'kind': 'standardize',
         'mean': mean.tolist(),
