@@ -121,7 +121,7 @@ class Model(Fields):
     input_noise: float = traced(0.0, **STRIDED, noiseless=0.0)
 
     # vgg16
-    # random | imagenet | a file (.h5, .onnx, .safetensors)
+    # random | imagenet | a file (.h5, .keras, .onnx, .safetensors)
     weights: str = setting('random', path=True, **VGG)
     cut: str = setting('block5_pool', **VGG)  # the layer whose output the head sees
     pool: str = choice('flatten', 'average')  # what joins backbone and head

@@ -1,15 +1,17 @@
-"""Readers for VGG16's parameters: Keras HDF5, ONNX and safetensors, under every common naming.
+"""Readers for VGG16's parameters: Keras files, ONNX and safetensors, under every common naming.
 
 A reader lists the tensors of a file with the shapes and dtypes that the file claims. Values are
 read only after all of them have been checked, and nothing in a file is executed.
 """
 
 import hashlib
+import io
 import os
 import re
 import stat
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, printable
 from cnn_jax.params import flatten, unflatten
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # {'block1_conv1': {'kernel': …, 'bias': …}, …}
@@ -47,14 +49,28 @@ TOP = {'fc1': (7 * 7 * 512, 4096), 'fc2': (4096, 4096), 'predictions': (4096, 10
 # Layers with these names belong to a VGG backbone; one that VGG16 lacks is another network's.
 _BACKBONE = re.compile(r'(block\d+_conv\d+|features\.\d+)\b')
 _KERAS_CONVOLUTION = re.compile(r'block\d+_conv\d+')
-_KERAS_3_LAYER = re.compile(r'\bconv2d(?:_(\d{1,9}))?/vars$')
 _KERAS_TENSORS = {4: 'kernel', 2: 'kernel', 1: 'bias'}  # by rank
 
 # In torchvision's `features` a ReLU follows each convolution, and a pool each block.
 _TORCH_FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 _TORCH_LAYERS = {f'features.{i}': layer for i, layer in zip(_TORCH_FEATURES, CONVOLUTIONS)}
 _TORCH_TENSORS = {'weight': 'kernel', 'bias': 'bias'}
+_TORCH_NUMBERED = re.compile(r'((?:.*\.)?)(\d+\.\w+)')  # prefix, and number with tensor
 _SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16'}
+
+# Of a `.keras` file: the one member that is read, and its largest sizes. Weights hardly pack.
+KERAS_WEIGHTS, MAX_MEMBER, MAX_PACKING = 'model.weights.h5', 1 << 32, 20
+_PACKINGS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+
+# What a refused file may be: convolutions a width (Simonyan and Zisserman, Table 1), all 3×3.
+_RELATIVES = {
+    'VGG11': {64: 1, 128: 1, 256: 2, 512: 4},
+    'VGG13': {64: 2, 128: 2, 256: 2, 512: 4},
+    'VGG16': {64: 2, 128: 2, 256: 3, 512: 6},
+    'VGG19': {64: 2, 128: 2, 256: 4, 512: 8},
+}
+# One tensor of each batch normalization, as torch, Keras and Keras 3's `.weights.h5` call it.
+_BATCH_NORM = re.compile(r'running_mean$|moving_mean(:0)?$|\bbatch_normalization(_\d+)?/vars/0$')
 
 
 def shapes(include_top: bool = False) -> dict[str, tuple[int, ...]]:
@@ -103,16 +119,16 @@ def read(path: Path) -> tuple[Params, tuple[str, ...], Contents]:
     """Read VGG16's convolutions from a file without executing anything in it.
 
     Args:
-        path: Keras .h5, ONNX, or safetensors in torchvision's, timm's or this project's names;
-            the format is detected from the content.
+        path: Keras .h5 or .keras, ONNX, or safetensors in torchvision's, timm's or this project's
+            names, under any prefix; the format is detected from the content.
 
     Returns:
         `(params, unused, contents)`: float32, row-major, read-only arrays; the names of the other
         tensors, such as a classifier's head; and the closed file's `Contents`.
 
     Errors:
-        UserError: The file is damaged, or holds another network or values that are not finite;
-            all mismatches are listed.
+        UserError: The file is damaged, or holds another network, which is named or described, or
+            values that are not finite.
     """
     kind = _format(path)
     try:
@@ -143,13 +159,15 @@ def _format(path: Path) -> str:
         return 'safetensors'
     if head.startswith(b'\x08'):  # field 1, the version, comes first
         return 'ONNX'
+    if head.startswith(b'PK') and _holds_keras_weights(path):
+        return '.keras'
     if head.startswith((b'PK', b'\x80')):
         raise UserError(
-            f'{path} is a pickle or an archive, which is not opened because it can run code; '
-            'save the weights as safetensors, ONNX or Keras .h5'
+            f'{path} is a pickle, or an archive in which no {KERAS_WEIGHTS} can be found, and is '
+            'not opened because it can run code; save the weights as safetensors, ONNX or .keras'
         )
     raise UserError(
-        f'{path} is neither Keras HDF5, ONNX nor safetensors; give a file in one of these formats'
+        f'{path} is neither a Keras, ONNX nor safetensors file; give a file in one of these formats'
     )
 
 
@@ -160,10 +178,12 @@ def _collect(contents: Contents, path: Path) -> tuple[Params, tuple[str, ...]]:
         ((twice, _),) = Counter(name for name, _ in contents.tensors).most_common(1)
         raise UserError(f'{path} holds {twice} twice; save VGG16 alone')
     expected = shapes()
-    if problems := _mismatches(tensors, expected):
-        raise UserError(
-            f'{path} does not hold VGG16: {"; ".join(problems)}; give a file of this network'
-        )
+    problems, other = _mismatches(tensors, expected), _relative(tensors)
+    if other and (problems or other.endswith('normalization')):
+        raise UserError(f'{path} holds {other}; give a file of VGG16')
+    if problems:
+        seen = '; '.join(problems) if len(problems) <= 3 else _summary(tensors)
+        raise UserError(f'{path} does not hold VGG16: {seen}; give a file of this network')
     arrays = {name: _float32(tensors[name].read()) for name in expected}
     if invalid := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise UserError(
@@ -191,54 +211,129 @@ def _mismatches(tensors: Mapping[str, LazyTensor], expected: dict) -> list[str]:
     return problems
 
 
+def _relative(tensors: Mapping[str, LazyTensor]) -> str:
+    """The other network of VGG's family that the tensors are, or ''."""
+    shapes = [tensor.shape for name, tensor in tensors.items() if not name.startswith('optimizer/')]
+    kernels = [shape for shape in shapes if len(shape) == 4]
+    # HWIO or OIHW: what could not be named was not transposed
+    widths = Counter(shape[3] if shape[:2] == (3, 3) else shape[0] for shape in kernels)
+    named = next((name for name, counts in _RELATIVES.items() if counts == widths), '')
+    if named and sum(bool(_BATCH_NORM.search(name)) for name in tensors) >= len(kernels):
+        return f'{named} with batch normalization'
+    return named if named != 'VGG16' else ''
+
+
+def _summary(tensors: Mapping[str, LazyTensor]) -> str:
+    """The number of tensors and the first of them: `it holds 161 tensors (bn1.bias [64], …)`."""
+    first = [f'{printable(name)[:60]} {[*t.shape]}' for name, t in list(tensors.items())[:3]]
+    more = ', …' if len(tensors) > 3 else ''
+    return f'it holds {len(tensors):,} tensors ({", ".join(first)}{more})'
+
+
 def _float32(array: np.ndarray) -> np.ndarray:
     array = np.ascontiguousarray(array, np.float32)
     array.flags.writeable = False
     return array
 
 
-# Keras's HDF5: published weights, whole models, and `.weights.h5`.
+# Keras's HDF5: published weights, whole models, `.weights.h5`, and the one inside a `.keras` file.
 
 
 @contextmanager
-def _open_hdf5(path: Path) -> Iterator[Contents]:
-    """Open a Keras file.
+def _open_hdf5(path: Path, content: io.BytesIO | None = None) -> Iterator[Contents]:
+    """Open a Keras file, or the `content` of one.
 
-    A tensor's layer is the last group above it that is named after one. In Keras 3's
-    `.weights.h5` convolutions are numbered in their order, `conv2d`, `conv2d_1`, …. (Their names
-    are attributes, which libhdf5 cannot read safely from a damaged file.) Only hard links are
-    followed, so that a file cannot bring in what lies outside of it.
+    A tensor's layer is the last group above it that is named after one. Keras 3's `.weights.h5`
+    numbers layers instead, see `_numbered_layers`. (Their names are attributes, which libhdf5
+    cannot read safely from a damaged file.) Only hard links are followed, so that a file cannot
+    bring in what lies outside of it.
     """
     import h5py
 
-    with h5py.File(path, 'r') as file:
-        tensors: list[tuple[str, LazyTensor]] = []
+    with h5py.File(content or path, 'r') as file:
+        found: dict[str, h5py.Dataset] = {}
 
         def visit(name: str, item: object) -> None:
-            if not isinstance(item, h5py.Dataset):
-                return
-            if item.is_virtual or item.external:
-                raise UserError(f'{path} keeps {name} in another file; save it in one')
-            layer = _keras_layer(name.split('/')[:-1])
-            canonical = f'{layer}/{_KERAS_TENSORS.get(len(item.shape), name)}' if layer else name
-            tensors.append((canonical, LazyTensor(item.shape, item.dtype.name, lambda: item[()])))
+            if isinstance(item, h5py.Dataset):
+                if item.is_virtual or item.external:
+                    raise UserError(f'{path} keeps {name} in another file; save it in one')
+                found[name] = item
 
         root: h5py.Group = file
         # A whole model keeps its optimizer's state, under the same names, beside the weights.
         if isinstance(file.get('model_weights', getlink=True), h5py.HardLink):
             root = h5py.Group(file['model_weights'].id)
         root.visititems(visit)
+        numbered = _numbered_layers({name: item.shape for name, item in found.items()})
+        tensors = []
+        for name, item in found.items():
+            *groups, _ = name.split('/')
+            tensor = LazyTensor(item.shape, item.dtype.name, partial(item.__getitem__, ()))
+            if layer := _named_layer(groups) or numbered.get('/'.join(groups)):
+                name = f'{layer}/{_KERAS_TENSORS.get(len(item.shape), name)}'
+            tensors.append((name, tensor))
         yield Contents(tensors, 'keras')
 
 
-def _keras_layer(groups: list[str]) -> str:
-    for group in reversed(groups):
-        if group in CONVOLUTIONS or _BACKBONE.fullmatch(group):
-            return group
-    if not (match := _KERAS_3_LAYER.search('/'.join(groups))):
-        return ''
-    number, layers = int(match[1] or 0), list(CONVOLUTIONS)
-    return layers[number] if number < len(layers) else ''
+def _named_layer(groups: list[str]) -> str:
+    named = (g for g in reversed(groups) if g in CONVOLUTIONS or _BACKBONE.fullmatch(g))
+    return next(named, '')
+
+
+def _numbered_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The layers of groups such as `block1/layers/conv2d_1/vars`, by the order of their numbers.
+
+    They are those below any one group whose names differ in numbers alone and whose kernels have
+    VGG16's shapes in this order. So it does not matter what else the model holds, and whether
+    numbers begin anew in each block.
+    """
+    series: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, shape in shapes.items():
+        if name.endswith('/vars/0') and len(shape) == 4:
+            groups = name.split('/')[:-1]
+            for depth in range(len(groups)):
+                above, below = '/'.join(groups[:depth]), '/'.join(groups[depth:])
+                series[above, re.sub(r'_?\d+', '', below)].append('/'.join(groups))
+    layers = {}
+    for convolutions in series.values():
+        convolutions.sort(key=_numbers)
+        if [shapes[f'{each}/0'] for each in convolutions] == list(CONVOLUTIONS.values()):
+            layers |= zip(convolutions, CONVOLUTIONS)
+    return layers
+
+
+def _numbers(path: str) -> list[list[int]]:
+    return [[int(number) for number in re.findall(r'\d{1,9}', part)] for part in path.split('/')]
+
+
+def _holds_keras_weights(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return KERAS_WEIGHTS in archive.namelist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
+
+
+@contextmanager
+def _open_keras(path: Path) -> Iterator[Contents]:
+    """Open the weights in a Keras 3 `.keras` file; nothing else in it, such as code, is read."""
+    with zipfile.ZipFile(path) as archive:
+        members = [each for each in archive.infolist() if each.filename == KERAS_WEIGHTS]
+        (member,) = members[:1]
+        packing = member.file_size / max(member.compress_size, 1)
+        if len(members) > 1 or member.flag_bits & 1 or member.compress_type not in _PACKINGS:
+            raise UserError(
+                f'{path} holds {KERAS_WEIGHTS} twice, encrypted or packed in an unusual way, which '
+                'Keras does not do; save the model again'
+            )
+        if member.file_size > MAX_MEMBER or packing > MAX_PACKING:
+            raise UserError(
+                f'{path} would unpack to {member.file_size:,} bytes, {packing:,.0f} times its '
+                'size, which weights do not; save the model again'
+            )
+        content = io.BytesIO(archive.read(member))
+    with _open_hdf5(path, content) as contents:
+        yield contents
 
 
 # ONNX graphs, read as data.
@@ -299,13 +394,14 @@ def _onnx_layout(name: str, layer: str, path: Path) -> str:
 def _open_safetensors(path: Path) -> Iterator[Contents]:
     """Open a safetensors file, memory-mapped.
 
-    This project's names may stand under a module's (`backbone/block1_conv1/kernel`).
+    This project's names may stand under a module's (`backbone/block1_conv1/kernel`), and torch's
+    under any prefix (`model.features.0.weight`), also that of `features` alone (`vgg.0.weight`).
     """
     from safetensors import safe_open
 
     with safe_open(path, framework='numpy') as file:
         names = list(file.keys())
-        torch = any(name.startswith('features.') for name in names)
+        features = _of_features(names)
         tensors = []
         for name in names:
             view = file.get_slice(name)
@@ -315,23 +411,46 @@ def _open_safetensors(path: Path) -> Iterator[Contents]:
                 _SAFETENSORS_DTYPES.get(dtype, dtype),
                 partial(file.get_tensor, name),
             )
-            if torch:
-                tensors.append(_from_torch(canonical_name(name), tensor))
+            if name in features:
+                tensors.append(_from_torch(canonical_name(features[name]), tensor))
             else:
                 own = '/'.join(name.split('/')[-2:])
                 tensors.append((own if own in shapes() else name, tensor))
-        yield Contents(tensors, 'torch' if torch else 'cnn_jax', file.metadata() or {})
+        yield Contents(tensors, 'torch' if features else 'cnn_jax', file.metadata() or {})
 
 
-_READERS = {'HDF5': _open_hdf5, 'ONNX': _open_onnx, 'safetensors': _open_safetensors}
+_READERS = {
+    'HDF5': _open_hdf5,
+    '.keras': _open_keras,
+    'ONNX': _open_onnx,
+    'safetensors': _open_safetensors,
+}
 
 
 # torchvision's and timm's names and axes.
 
 
+def _of_features(names: Sequence[str]) -> dict[str, str]:
+    """The names of VGG16's `features` under any prefix: `{'vgg.0.weight': 'features.0.weight'}`.
+
+    A prefix is one that ends in that word, or under which all 13 convolutions have their numbers.
+    """
+    below: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        if match := _TORCH_NUMBERED.fullmatch(name):
+            below[match[1]][name] = f'features.{match[2]}'
+    whole = {f'{layer}.weight' for layer in _TORCH_LAYERS}
+    renamed = {}
+    for prefix, inside in below.items():
+        if prefix.endswith('features.') or whole <= {*inside.values()}:
+            renamed |= inside
+    return renamed
+
+
 def canonical_name(name: str) -> str:
-    """Translate `features.0.weight` to `block1_conv1/kernel`; return other names as they are."""
+    """Translate `features.0.weight` to `block1_conv1/kernel`, under any prefix; no other name."""
     layer, _, tensor = name.rpartition('.')
+    layer = layer[max(0, layer.rfind('.features.') + 1) :]
     if layer in _TORCH_LAYERS and tensor in _TORCH_TENSORS:
         return f'{_TORCH_LAYERS[layer]}/{_TORCH_TENSORS[tensor]}'
     return name

@@ -79,6 +79,15 @@ def keras_h5(params: dict, path: Path, **options) -> None:
                 file.create_dataset(path_inside, data=tensors[tensor], **options)
 
 
+def keras_archive(params: dict, path: Path) -> None:
+    """As `Model.save` writes a .keras file."""
+    inside = path.with_name('inside.h5')
+    keras_h5(params, inside)
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('config.json', '{"class_name": "Lambda"}')
+        archive.write(inside, formats.KERAS_WEIGHTS)
+
+
 def onnx_tensors(params: dict) -> list[onnx.TensorProto]:
     return [
         onnx.numpy_helper.from_array(
@@ -118,6 +127,7 @@ def cnn_jax(params: dict, path: Path) -> None:
 WRITERS = {
     'weights.h5': keras_h5,
     'packed.h5': functools.partial(keras_h5, compression='gzip', fletcher32=True),
+    'archive.keras': keras_archive,
     'torch.safetensors': torchvision,
     'own.safetensors': cnn_jax,
     'graph.onnx': onnx_graph,

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import onnx
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from cnn_jax.errors import UserError
 from cnn_jax.params import flatten
@@ -42,8 +42,20 @@ def test_every_torch_name_has_a_canonical_one():
     names = [f'features.{i}.{tensor}' for i in FEATURES for tensor in ('weight', 'bias')]
     assert [canonical_name(name) for name in names] == list(shapes())
     assert sum(map(math.prod, shapes(include_top=True).values())) == 138_357_544  # as in the paper
+    assert [canonical_name(f'module.net.{name}') for name in names] == list(shapes())
     for other in ('features.1.weight', 'features.0.running_mean', 'fc1', ''):
         assert canonical_name(other) == other
+
+
+@pytest.mark.parametrize('prefix', ['model.features', 'module.model.features', 'enc-1', 'vgg16'])
+def test_torch_names_may_stand_under_any_prefix(tmp_path, small_params, write, prefix):
+    tensors = load_file(write('torch.safetensors', small_params))
+    renamed = {name.replace('features', prefix): array for name, array in tensors.items()}
+    others = {'classifier.0.weight': np.zeros((2, 2), np.float32)}
+    save_file(renamed | others, tmp_path / 'prefixed')
+    params, unused, contents = read(tmp_path / 'prefixed')
+    assert (digest(params), unused) == (digest(small_params), tuple(others))
+    assert contents.layout == 'torch'
 
 
 @pytest.mark.parametrize('kind', WRITERS)
@@ -59,7 +71,7 @@ def test_formats_hold_the_same_weights(write, small_params, kind):
     assert unused == (('head/logits/bias',) if kind == 'own.safetensors' else ())
 
 
-@pytest.mark.parametrize('name', ['model.weights.h5', 'model.h5'])
+@pytest.mark.parametrize('name', ['model.weights.h5', 'model.h5', 'model.keras'])
 @pytest.mark.filterwarnings('ignore')  # Keras calls its own format legacy
 def test_fine_tuned_keras_model(tmp_path, random_params, name):
     """The backbone inside a compiled model with a head and an optimizer, as users save it."""
@@ -72,11 +84,79 @@ def test_fine_tuned_keras_model(tmp_path, random_params, name):
     model = keras.Sequential(layers)
     model.compile(optimizer=keras.optimizers.SGD(momentum=0.9), loss='mse')
     model.optimizer.build(model.trainable_variables)
-    (model.save if name == 'model.h5' else model.save_weights)(tmp_path / name)
+    (model.save_weights if name == 'model.weights.h5' else model.save)(tmp_path / name)
     params, unused, contents = read(tmp_path / name)
     assert digest(params) == digest(random_params)
     assert contents.layout == 'keras'
     assert len(unused) >= 2
+
+
+@pytest.mark.parametrize(
+    ('group', 'others'),
+    [
+        ('layers/conv2d{n}', {}),
+        ('layers/functional/layers/conv2d{n}', {'layers/conv2d': (1, 1, 1, 3)}),
+        ('block{block}/layers/conv2d{i}', {'side{block}': (1, 1, 2, 1)}),  # numbered anew
+        ('layers/sequential_{block}/layers/conv2d{i}', {'layers/conv2d': (3, 3, 2, 2)}),
+        ('conv{block}_{i}', {'decoder/conv{block}_{i}': (3, 3, 2, 2)}),  # attributes
+    ],
+)
+def test_layers_that_keras_numbers(tmp_path, small_params, group, others):
+    with h5py.File(tmp_path / 'numbered', 'w') as file:
+        for n, (layer, tensors) in enumerate(small_params.items()):
+            block, i = (int(part[-1]) for part in layer.split('_'))
+            first = 'layers' in group  # of a kind: it has no number
+            number = {'n': f'_{n}' if n else '', 'block': block, 'i': f'_{i - 1}' if i > 1 else ''}
+            number |= {} if first else {'i': i}
+            for k, tensor in enumerate(('kernel', 'bias')):
+                file[f'{group.format(**number)}/vars/{k}'] = tensors[tensor]
+            for name, shape in others.items():
+                file.require_dataset(f'{name.format(**number)}/vars/0', shape, 'f4')
+    assert digest(read(tmp_path / 'numbered')[0]) == digest(small_params)
+
+
+def family(counts, norm, scheme):
+    """The tensors of a network of VGG's family, all zeros, as torch or Keras 3 names them."""
+    tensors, channels, i, n = {}, 3, 0, 0
+    for width, count in zip((64, 128, 256, 512, 512), counts):
+        for _ in range(count):
+            if scheme == 'keras':
+                number = f'_{n}' if n else ''
+                tensors[f'layers/conv2d{number}/vars/0'] = (3, 3, channels, width)
+                means = f'layers/batch_normalization{number}/vars/0'
+            else:
+                tensors[f'{scheme}.{i}.weight'] = (width, channels, 3, 3)
+                means = f'{scheme}.{i + 1}.running_mean'
+            tensors |= {means: (width,)} if norm else {}
+            channels, i, n = width, i + 2 + norm, n + 1
+        i += 1
+    return {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+
+
+@pytest.mark.parametrize('scheme', ['features', 'model.features', 'keras'])
+@pytest.mark.parametrize(
+    ('counts', 'norm', 'name'),
+    [
+        ((1, 1, 2, 2, 2), False, 'holds VGG11;'),
+        ((1, 1, 2, 2, 2), True, 'holds VGG11 with batch normalization;'),
+        ((2, 2, 2, 2, 2), False, 'holds VGG13;'),
+        ((2, 2, 3, 3, 3), True, 'holds VGG16 with batch normalization;'),
+        ((2, 2, 4, 4, 4), False, 'holds VGG19;'),
+        ((2, 2, 4, 4, 4), True, 'holds VGG19 with batch normalization;'),
+        ((2, 2, 1, 1, 1), False, r'it holds 7 tensors \(\S+ \[.*, …\); give'),
+    ],
+)
+def test_a_relative_is_named_and_another_network_described(tmp_path, counts, norm, name, scheme):
+    tensors = family(counts, norm, scheme)
+    if scheme == 'keras':
+        with h5py.File(tmp_path / 'file', 'w') as file:
+            for path, array in tensors.items():
+                file[path] = array
+    else:
+        save_file(tensors, tmp_path / 'file')
+    with pytest.raises(UserError, match=name) as refused:
+        read(tmp_path / 'file')
+    assert len(str(refused.value)) < 300 + len(str(tmp_path))
 
 
 def test_the_format_is_detected_from_the_content(write, small_params):
@@ -117,13 +197,13 @@ def test_what_does_not_fit_is_named(tmp_path, small_params, change, sentence):
 @pytest.mark.parametrize(
     ('content', 'sentence'),
     [
-        (b'', 'neither'),
+        (b'', 'neither a'),
         (b'\x80\x04\x95pickled', 'can run code'),
-        (b'PK\x03\x04an archive', 'can run code'),
+        (b'PK\x03\x04an archive', 'no model.weights.h5'),
         (b'\xff\xd8\xff a photograph', 'neither'),
         (b'\x89HDF\r\n\x1a\n', 'not a complete HDF5 file'),
         (b'\x08\x07 and no graph', 'not a complete ONNX file'),
-        (b'\x02\0\0\0\0\0\0\0{}', 'block1_conv1/kernel is missing'),
+        (b'\x02\0\0\0\0\0\0\0{}', 'it holds 0 tensors'),
         (b'\xff\xff\xff\x7f\0\0\0\0{}', 'not a complete safetensors file'),
     ],
 )
@@ -175,7 +255,7 @@ def test_hdf5_brings_in_no_other_file(tmp_path, write, small_params):
             file[layer] = h5py.ExternalLink(outside, f'/{layer}')
         file['model_weights'] = h5py.ExternalLink(outside, '/')
         file['loop'] = h5py.SoftLink('/')
-    with pytest.raises(UserError, match='block1_conv1/kernel is missing'):
+    with pytest.raises(UserError, match='it holds 0 tensors'):
         read(inside)
     (tmp_path / 'raw').write_bytes(bytes(64 * 4))
     with h5py.File(inside, 'w') as file:

@@ -69,7 +69,7 @@ def entry(shape, start, end):
 )
 def test_a_safetensors_header_that_lies(tmp_path, content):
     (tmp_path / 'weights.safetensors').write_bytes(content)
-    with pytest.raises(UserError, match=r'not a complete safetensors file|neither Keras HDF5'):
+    with pytest.raises(UserError, match=r'not a complete safetensors file|neither a Keras'):
         read(tmp_path / 'weights.safetensors')
 
 
@@ -143,7 +143,7 @@ FORMS = {
 def test_a_pickle_is_refused_unread(tmp_path, form):
     ran, path = tmp_path / 'ran', tmp_path / 'vgg16.h5'
     path.write_bytes(FORMS[form](Runs(ran)))
-    with pytest.raises(UserError, match=r'can run code; save|neither Keras HDF5, ONNX nor'):
+    with pytest.raises(UserError, match=r'can run code; save|neither a Keras, ONNX nor'):
         load(path)
     assert not ran.exists()
 
@@ -155,3 +155,27 @@ def test_what_a_keras_file_says_of_code_is_not_read(tmp_path, write, small_param
         file['lambda/function'] = np.frombuffer(pickle.dumps(Runs(ran)), np.uint8)
     assert flatten(read(path)[0]).keys() == flatten(small_params).keys()
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ('members', 'packing', 'sentence'),
+    [
+        (
+            [('model.weights.h5', bytes(1 << 24))],
+            zipfile.ZIP_DEFLATED,
+            'would unpack to 16,777,216',
+        ),
+        ([('model.weights.h5', b'x')] * 2, zipfile.ZIP_STORED, 'twice'),
+        ([('model.weights.h5', b'x' * 99)], zipfile.ZIP_LZMA, 'packed in an unusual way'),
+        ([('../model.weights.h5', b'x')], zipfile.ZIP_STORED, 'no model.weights.h5'),
+        ([('model.weights.h5', b'\x80\x04pickled')], zipfile.ZIP_STORED, 'not a complete .keras'),
+    ],
+)
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_an_odd_keras_archive_is_refused(tmp_path, members, packing, sentence):
+    with zipfile.ZipFile(tmp_path / 'model.keras', 'w', packing) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match=sentence):
+        read(tmp_path / 'model.keras')
+    assert os.listdir(tmp_path) == ['model.keras']
