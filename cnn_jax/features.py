@@ -1,15 +1,16 @@
 """Cached features: outputs of a frozen backbone, computed once, on which the head is trained.
 
-Features are stored in files of some hundred examples in the user's cache folder. A file appears
-complete or not at all, so that a killed extraction resumes, and the name of its folder is a digest
-of everything that the features depend on: nothing stale can be read.
+Features are stored in the user's cache folder (`cnn_jax.store`), each under a digest of what its
+image is decoded of. The folder's name is a digest of everything else that features depend on. So
+nothing stale can be read, all splits share what they have in common, and a further image costs one.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import flax.linen as nn
@@ -18,26 +19,27 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from cnn_jax import config as cfg
-from cnn_jax import params, rng
+from cnn_jax import params, rng, runtime
 from cnn_jax.data import decode
 from cnn_jax.data.augment import augment_and_normalize
 from cnn_jax.data.batches import Batches, put
 from cnn_jax.data.source import digest
 from cnn_jax.errors import UserError
-from cnn_jax.files import cache_folder, cached_array
+from cnn_jax.files import cache_folder
 from cnn_jax.mesh import Layout
 from cnn_jax.models import build
+from cnn_jax.nn import native
 from cnn_jax.nn.cpu import on_cpu
-from cnn_jax.nn.native import library
 from cnn_jax.nn.winograd import transform_kernels, winograd_interceptor
+from cnn_jax.store import Rows, Store
 
 PIXELS_PER_BATCH = 400_000  # on a CPU: eight images of 224×224, which stay in its caches
 PIXELS_PER_BATCH_ON_ACCELERATORS = 20 * PIXELS_PER_BATCH
 ARITHMETIC = 4  # increment it when the backbone computes other bits: old files are then unused
-SHARD = 256  # examples per file: what a kill can lose, some seconds of work
+PER_FILE = 256  # examples in a file: what a kill can lose, some seconds of work
+BYTES_PER_FILE = 2**25  # of it, where features are large
 
 # In memory, and in a file: .npy has no bfloat16, so its bits are stored.
 DTYPES = {'float32': (np.float32, np.float32), 'bfloat16': (ml_dtypes.bfloat16, np.uint16)}
@@ -87,25 +89,27 @@ class Extractor:
     spec: dict[str, Any]  # a description of `prepare` for the cache key
     backbone: dict[str, Any]  # its parameters
 
-    def key(self, batches: Any, view: int | None) -> str:
-        """Return the SHA-256 of everything that the features of a split depend on."""
+    def key(self, image_shape: Sequence[int], view: int | None) -> str:
+        """Return the SHA-256 of everything that features depend on besides their image."""
         import PIL
 
         model, data = self.config.model, self.config.data
         weights = [np.asarray(leaf).tobytes() for leaf in params.flatten(self.backbone).values()]
         augment = None if view is None else (self.config.seed, view, vars(self.config.augment))
+        # XLA's own convolutions have other bits with another number of threads.
+        shared = on_cpu() and not (native.available() and model.dtype == 'float32')
         facts = {
-            'fingerprint': batches.fingerprint,
-            'resize': [data.resize, *batches.image_shape],
+            'resize': [data.resize, *image_shape],
             'preprocessing': self.spec,
             'cut': model.cut,
-            'compute': model.dtype,
+            'compute': [model.dtype, _batch_size(image_shape)],
             'dtype': self.config.features.dtype,
             'augment': augment,
             'decoding': [decode.RULE, PIL.__version__],
             'jax': jax.__version__,
             'device': jax.devices()[0].device_kind,
-            'arithmetic': [ARITHMETIC, on_cpu() and library().key, model.winograd],
+            'arithmetic': [ARITHMETIC, on_cpu() and native.library().key, model.winograd],
+            'threads': shared and runtime.configure().threads,
         }
         return digest(json.dumps(facts, sort_keys=True), *weights)
 
@@ -138,10 +142,9 @@ class Extractor:
 
         return compute
 
-    def extract(self, batches: Any, view: int | None = None) -> list[np.ndarray]:
-        """Return the features of a split, or of a view of it, in arrays of `SHARD` examples."""
-        key, compute = self.key(batches, view), self.function(view)
-        size = min(_batch_size(batches.image_shape), batches.n)
+    def extract(self, batches: Any, view: int | None = None) -> Rows:
+        """Return the features of a split, or of a view of it."""
+        compute, size = self.function(view), _batch_size(batches.image_shape)
         shape = jax.eval_shape(
             compute,
             jax.eval_shape(self._weights, self.backbone),
@@ -149,37 +152,35 @@ class Extractor:
             jax.ShapeDtypeStruct((1,), jnp.int32),
         ).shape[1:]
         dtype, stored = DTYPES[self.config.features.dtype]
-        folder = cache_folder() / 'features' / key[:32]
+        fitting = BYTES_PER_FILE // (np.prod(shape) * np.dtype(dtype).itemsize)
+        per_file = size * max(1, int(min(fitting, PER_FILE)) // size)
+        folder = cache_folder() / 'features' / self.key(batches.image_shape, view)[:32]
 
-        def fill(start: int, stop: int, out: np.ndarray) -> None:
-            for first in range(start, stop, size):
-                index = np.arange(first, first + size, dtype=np.int32)
-                rows = self.compute_batch(compute, batches, index)[: stop - first]
-                out[first - start : first - start + len(rows)] = rows.view(stored)
+        # An image has the same bits in each place of a batch, but not in batches of each size.
+        def fill(positions: np.ndarray, out: np.ndarray) -> None:
+            for first in range(0, len(positions), size):
+                index = positions[first : first + size]
+                padded = np.pad(index, (0, size - len(index)), mode='edge').astype(np.int32)
+                rows = self.compute_batch(compute, batches, padded)[: len(index)]
+                out[first : first + size] = rows.view(stored)
 
-        shards = {}
-        starts = range(0, batches.n, SHARD)
-        # Each process begins elsewhere, so that those which share a cache folder share the work.
-        own = len(starts) * jax.process_index() // jax.process_count()
-        starts = [*starts[own:], *starts[:own]]
-        bar = tqdm(starts, f'features of {batches.n:,} images', leave=False, disable=None)
-        for start in bar:
-            stop = min(start + SHARD, batches.n)
-            path = folder / f'{start // SHARD:06d}.npy'
-            shard = cached_array(path, (stop - start, *shape), partial(fill, start, stop), stored)
-            shards[start] = shard.view(dtype)
-        return [shards[start] for start in starts]
+        keys = batches.digests()
+        if view is not None:  # which is drawn by the example's number
+            keys = [sha256(key + i.to_bytes(8, 'little')).digest() for i, key in enumerate(keys)]
+        label = f'features of {batches.n:,} images'
+        share = jax.process_index(), jax.process_count()
+        rows = Store(folder, shape, stored, per_file).rows(keys, fill, label, share)
+        return Rows([part.view(dtype) for part in rows.parts], rows.places)
 
     def compute_batch(self, compute: Callable, batches: Any, index: np.ndarray) -> np.ndarray:
-        """Compute the features of some examples; indices past the end repeat the last one."""
-        images = batches.read(np.minimum(index, batches.n - 1))
-        return np.asarray(compute(self.weights, images, index))
+        """Compute the features of some examples."""
+        return np.asarray(compute(self.weights, batches.read(index), index))
 
 
-def _batch_size(image_shape: tuple[int, ...]) -> int:
+def _batch_size(image_shape: Sequence[int]) -> int:
     """The number of images computed at once."""
     pixels = PIXELS_PER_BATCH if on_cpu() else PIXELS_PER_BATCH_ON_ACCELERATORS
-    return int(np.clip(pixels // np.prod(image_shape[:2]), 8, SHARD))
+    return int(np.clip(pixels // np.prod(image_shape[:2]), 8, PER_FILE))
 
 
 class FeatureBatches(Batches):
@@ -193,7 +194,7 @@ class FeatureBatches(Batches):
     def __init__(
         self,
         source: Any,
-        views: list[list[np.ndarray]],
+        views: list[Rows],
         data: cfg.Data,
         which: str,
         seed: int,
@@ -201,21 +202,19 @@ class FeatureBatches(Batches):
     ):
         super().__init__(
             source,
-            views[0][0].shape[1:],
+            views[0].shape,
             batch=data.batch if which == 'train' else data.eval_batch or data.batch,
             seed=seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             sharding=layout and layout.batch,
         )
-        self._shards = [shard for view in views for shard in view]
-        self._shards_per_view, self._views = len(views[0]), len(views)
-        nbytes = sum(shard.nbytes for shard in self._shards)
-        self.streams = nbytes > data.memory_gb * 1e9
+        self._views = views
+        self.streams = sum(view.nbytes for view in views) > data.memory_gb * 1e9
         self._on_device = None
         if not self.streams:
-            features = np.concatenate(self._shards) if len(self._shards) > 1 else self._shards[0]
-            self._on_device = put(features, layout and layout.replicated)
+            features = [view[np.arange(self.n)] for view in views]
+            self._on_device = put(np.concatenate(features), layout and layout.replicated)
             self._gather = jax.jit(
                 lambda features, rows: features[rows], out_shardings=self._sharding
             )
@@ -225,7 +224,7 @@ class FeatureBatches(Batches):
         for step in itertools.count(start_step):
             index, mask = self._train_indices(step)
             first = step * self._batch + self._process[0] * len(index)
-            yield self._examples(index, mask, views_at(first, len(index), self.n, self._views))
+            yield self._examples(index, mask, views_at(first, len(index), self.n, len(self._views)))
 
     def evaluate(self) -> Iterator[dict[str, Any]]:
         """Yield each example once, the last batch padded."""
@@ -237,9 +236,8 @@ class FeatureBatches(Batches):
             rows = (view * self.n + index).astype(np.int32)
             features = self._gather(self._on_device, self._put(rows))
         else:
-            shards = view * self._shards_per_view + index // SHARD
-            rows = [self._shards[shard][row] for shard, row in zip(shards, index % SHARD)]
-            features = self._put(np.stack(rows))
+            rows = [self._views[of][[i]] for of, i in zip(view, index)]
+            features = self._put(np.concatenate(rows))
         others = {'label': self.labels[index], 'index': index, 'mask': mask}
         return {'image': features, **self._put(others)}
 

@@ -229,6 +229,16 @@ def read_sealed_folder(folder: Path) -> dict[str, Any]:
     return content
 
 
+def stored_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
+    """Return the array that `cached_array` stored, memory-mapped and read-only; None if damaged."""
+    if _ends_in_its_digest(path):
+        with contextlib.suppress(ValueError, OSError):  # whole, but no such array
+            array = np.load(path, mmap_mode='r', allow_pickle=False)
+            if array.shape == shape and array.dtype == dtype:
+                return array
+    return None
+
+
 def cached_array(
     path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], dtype=np.uint8
 ) -> np.ndarray:
@@ -237,11 +247,9 @@ def cached_array(
     The SHA-256 at the end of the file is checked; a damaged file is made again. Where the cache
     cannot be written, the array is built in memory, which `warn_without_cache` says.
     """
-    if _ends_in_its_digest(path):
-        with contextlib.suppress(ValueError, OSError):  # whole, but no such array
-            array = np.load(path, mmap_mode='r', allow_pickle=False)
-            if array.shape == shape and array.dtype == dtype:
-                return array
+    stored = stored_array(path, shape, dtype)
+    if stored is not None:
+        return stored
     try:
         with replacing(path) as temporary:
             array = np.lib.format.open_memmap(temporary, 'w+', dtype, shape)

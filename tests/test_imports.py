@@ -17,6 +17,7 @@ LAYERS = [
         'errors',
         'fetch',
         'files',
+        'store',
         'rng',
         'config',
         'fields',

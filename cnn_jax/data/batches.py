@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
+from hashlib import sha256
 from typing import Any
 
 import jax
@@ -249,6 +250,17 @@ class Batches:
         """Mean and standard deviation of each channel, as `statistics` computes them, once."""
         return statistics(self)
 
+    def digests(self) -> list[bytes]:
+        """What each image is decoded of, else its pixels, as a SHA-256: the same in any split."""
+        if content := self._source.content:
+            return [bytes.fromhex(content(i)) for i in range(self.n)]
+        chunks = (np.arange(first, min(first + PART, self.n)) for first in range(0, self.n, PART))
+        return [sha256(image).digest() for rows in chunks for image in self.read(rows)]
+
+    def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
+        """The images at the given positions, on the host."""
+        raise NotImplementedError
+
     def at(self, rows: np.ndarray) -> Any:
         """The batches of the examples at `rows`, in this order."""
         part = copy.copy(self)
@@ -310,7 +322,6 @@ class DeviceBatches(Batches):
         return part
 
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
-        """The images at the given positions, on the host."""
         return self._on_host[index]
 
     def _batches(self, indices: Callable[[int], Indices], count: int) -> Iterator[Batch]:
@@ -341,7 +352,6 @@ class StreamBatches(Batches):
         return resize_image(self._source.read(int(i)), *self._resize)
 
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
-        """The images at the given positions, on the host."""
         return np.stack(
             parallel_map(lambda k: self._read_image(index[k]), len(index), 'Decoding images')
         )

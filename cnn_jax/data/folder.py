@@ -305,4 +305,5 @@ def _source(
         fingerprint=digest(*class_names, *content),
         encoded=True,
         skipped=tuple(left_out),
+        content=lambda i: found[i].sha256,
     )

@@ -51,6 +51,7 @@ class Source:
     encoded: bool = False  # `read` decodes, so that its results are worth caching
     skipped: Skipped = ()  # what was given and is left out
     notes: tuple[str, ...] = ()  # what a run says of it at its start
+    content: Callable[[int], str] | None = None  # SHA-256 of the bytes that example i is decoded of
 
     def __post_init__(self):
         if not len(self.labels):

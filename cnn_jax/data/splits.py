@@ -174,7 +174,7 @@ def _shuffled_classes(
 
 def subset(source: Source, indices: np.ndarray, name: str) -> Source:
     """The examples of `source` at `indices`, in that order."""
-    indices = np.asarray(indices, np.int64)
+    indices, content = np.asarray(indices, np.int64), source.content
     return dataclasses.replace(
         source,
         name=name,
@@ -183,6 +183,7 @@ def subset(source: Source, indices: np.ndarray, name: str) -> Source:
         read=lambda i: source.read(int(indices[i])),
         describe=lambda i: source.describe(int(indices[i])),
         fingerprint=digest(source.fingerprint, indices.astype('<i8').tobytes()),
+        content=content and (lambda i: content(int(indices[i]))),
     )
 
 
@@ -221,6 +222,7 @@ def joined(sources: list[Source], name: str) -> Source:
     """The examples of several sources with the same classes, one source after the other."""
     owners = [source for source in sources for _ in range(len(source))]
     positions = [i for source in sources for i in range(len(source))]
+    contents = [source.content for source in sources if source.content for _ in range(len(source))]
     return Source(
         name=name,
         class_names=sources[0].class_names,
@@ -233,4 +235,5 @@ def joined(sources: list[Source], name: str) -> Source:
         encoded=any(source.encoded for source in sources),
         skipped=tuple(entry for source in sources for entry in source.skipped),
         notes=tuple(note for source in sources for note in source.notes),
+        content=(lambda i: contents[i](positions[i])) if len(contents) == len(owners) else None,
     )

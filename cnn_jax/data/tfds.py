@@ -146,6 +146,7 @@ def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: 
         fingerprint=digest(builder.info.full_name, *class_names, *content),
         encoded=True,
         skipped=wrong,
+        content=lambda i: found[i][1].sha256,
     )
 
 

@@ -285,11 +285,11 @@ def features(
         )
     views = range(config.features.views) if augments else [None]
     of_views = [extractor.extract(train, view) for view in views]
-    plain = [[extractor.extract(split)] for split in evaluated]
+    plain = [extractor.extract(split) for split in evaluated]
     return [
         FeatureBatches(train, of_views, config.data, 'train', config.seed, layout),
         *(
-            FeatureBatches(split, view, config.data, 'eval', 0, layout)
-            for split, view in zip(evaluated, plain)
+            FeatureBatches(split, [rows], config.data, 'eval', 0, layout)
+            for split, rows in zip(evaluated, plain)
         ),
     ]

@@ -1,12 +1,17 @@
 """Cached features: the same training, at the cost of the head alone, and never stale."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from cnn_jax import features
+from cnn_jax.data.batches import DeviceBatches
 from cnn_jax.errors import UserError
+from cnn_jax.train import setup
+from cnn_jax.train.program import make_program, state_maker
+from tests.train.conftest import made_up, make_config, make_data
 
 SHAPE = (32, 32, 1)
 VGG = {
@@ -39,8 +44,25 @@ def lines(small, fit, tmp_path):
     return make
 
 
+@pytest.fixture
+def computed(monkeypatch):
+    """The numbers of the images whose features were computed, batch by batch."""
+    compute, numbers = features.Extractor.compute_batch, []
+
+    def note(self, function, batches, index):
+        numbers.append([*dict.fromkeys(index.tolist())])
+        return compute(self, function, batches, index)
+
+    monkeypatch.setattr(features.Extractor, 'compute_batch', note)
+    return numbers
+
+
 def files(cache):
     return {path: path.stat().st_mtime_ns for path in cache.rglob('features/*/*.npy')}
+
+
+def folders(cache):
+    return {path.parent for path in files(cache)}
 
 
 def test_cached_and_uncached_training_give_the_same_losses(lines, cache):
@@ -59,16 +81,13 @@ def test_bfloat16_features_stay_close(lines, cache):
     assert half[-1]['loss'] != whole[-1]['loss']
 
 
-def test_the_second_run_computes_nothing(lines, cache, monkeypatch):
+def test_the_second_run_computes_nothing(lines, cache, computed):
     first = lines()
     before = files(cache)
-
-    def refuse(*_):
-        raise AssertionError('features were computed again')
-
-    monkeypatch.setattr(features.Extractor, 'compute_batch', refuse)
+    computed.clear()
     assert lines() == first
     assert files(cache) == before
+    assert not computed
 
 
 @pytest.mark.parametrize(
@@ -78,7 +97,6 @@ def test_the_second_run_computes_nothing(lines, cache, monkeypatch):
         ({'seed': 3}, True),  # other random convolutions
         ({'model__dtype': 'bfloat16'}, True),
         ({'features__dtype': 'bfloat16'}, True),
-        ({'count': 21}, True),  # other data
         ({'optimizer__learning_rate': 0.5}, False),
         ({'data__batch': 4}, False),
     ],
@@ -91,10 +109,72 @@ def test_what_the_features_depend_on_and_nothing_else_is_in_their_key(
     before = files(cache)
     lines(**changes)
     assert len(files(cache)) == (1 + others) * len(before)
+    assert len(folders(cache)) == 1 + others
+
+
+def extracted(numbers, view=None, seed=1, **changes):
+    """The features of some of a source's images, in this order."""
+    config = make_config(**VGG | changes)
+    source = made_up(seed, 24, SHAPE)
+    batches = DeviceBatches(source, batch=8).at(np.array(numbers))
+    data = make_data(config, batches, batches)
+    data.description['preprocessing'] |= {'mean': [0.4], 'std': [0.2]}  # not of these images alone
+    spec = setup.make_spec(config, data.description)
+    state = state_maker(make_program(config, spec))(0)
+    facts = data.description['preprocessing']
+    extractor = features.Extractor(config, 3, spec.prepare, facts, state.params['backbone'])
+    return extractor.extract(batches, view)[np.arange(len(numbers))]
+
+
+AUGMENTED = {'augment__rotation': 20.0, 'augment__randaugment': 5.0, 'features__views': 1}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('convolutions', ['native', 'xla'])
+def test_an_image_has_the_same_bits_in_every_place_of_a_batch(
+    monkeypatch, request, cache, dtype, convolutions
+):
+    """Alone, beside others, first or last, in a full batch and a filled-up one."""
+    if convolutions == 'xla':
+        request.getfixturevalue('xla_convolutions')
+    monkeypatch.setattr(features, 'PIXELS_PER_BATCH', 8 * 32 * 32)
+    options = {'model__cut': 'block5_pool', 'features__dtype': dtype, 'model__dtype': dtype}
+    orders = [[*range(24)], [*range(23, -1, -1)], [5], [7, 5], [*range(3, 14)]]
+    rows = {}
+    for order in orders:
+        shutil.rmtree(cache, ignore_errors=True)
+        for number, row in zip(order, extracted(order, **options), strict=True):
+            assert rows.setdefault(number, row.tobytes()) == row.tobytes()
+
+
+def test_parts_of_a_set_share_what_they_have_in_common(cache, computed):
+    """Folds, subsets and slices, in any order; one more image costs one."""
+    extracted([*range(23)])
+    assert sum(map(len, computed)) == 23
+    computed.clear()
+    for part in ([*range(0, 20, 2)], [7, 3], [*range(22, -1, -1)]):
+        extracted(part)
+    assert not computed
+    extracted([*range(24)])
+    assert computed == [[23]]
+    extracted([*range(24)], seed=2)
+    assert sum(map(len, computed)) == 1 + 24
+
+
+def test_a_view_is_that_of_an_image_at_its_number(cache, computed):
+    whole = extracted([*range(12)], 0, **AUGMENTED)
+    computed.clear()
+    again = extracted([*range(6), *range(11, 5, -1)], 0, **AUGMENTED)
+    assert computed == [[*range(6, 12)]]  # which are augmented by other numbers now
+    np.testing.assert_array_equal(whole[:6], again[:6])
+    for changes in ({'view': 1}, {'view': 0, 'augment__rotation': 21.0}, {'view': 0, 'seed': 2}):
+        computed.clear()
+        extracted([*range(12)], **AUGMENTED | changes)
+        assert sum(map(len, computed)) == 12
 
 
 def test_killed_in_the_middle_it_goes_on_with_the_next_piece(lines, cache, monkeypatch):
-    monkeypatch.setattr(features, 'SHARD', 8)
+    monkeypatch.setattr(features, 'PER_FILE', 8)
     compute, calls = features.Extractor.compute_batch, []
 
     def die_at_the_third(self, *arguments):
@@ -111,7 +191,6 @@ def test_killed_in_the_middle_it_goes_on_with_the_next_piece(lines, cache, monke
     monkeypatch.setattr(features.Extractor, 'compute_batch', compute)
     again = lines()
     assert kept.items() <= files(cache).items()
-    monkeypatch.setattr(features, 'SHARD', 256)
     assert again == lines()
 
 
@@ -141,7 +220,7 @@ def test_augmentation_needs_a_number_of_views_or_images(lines, cache):
     with pytest.raises(UserError, match='number of augmented views'):
         lines(**augmented, features__cache='always')
     lines(**augmented, features__views=3)
-    assert len(files(cache)) == 3 + 1
+    assert len(files(cache)) == len(folders(cache)) == 3 + 1
     with pytest.raises(UserError, match='precise_norm takes statistics of images as they are'):
         lines(**augmented, features__views=3, train__precise_norm=2)
 

@@ -1,0 +1,170 @@
+"""Rows of one shape by key, kept in a folder that grows: the feature cache's files.
+
+A pair of files holds some hundred rows and is never changed: `NAME.keys`, whose NAME is a digest of
+its content, and `NAME.npy`, which ends in its own. So several processes may write at once, a kill
+loses what one file would have held, and a damaged file is found and removed. Files that are not
+full are joined when rows are added: a million rows are some thousand files, however they came.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped
+from tqdm import tqdm
+
+from cnn_jax.files import Corrupt, cached_array, digest, read_bytes, stored_array, write_bytes
+
+KEY_BYTES = 32
+Fill = Callable[[Int[np.ndarray, ' k'], np.ndarray], object]  # positions, the rows to write
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that lie in several arrays: `rows[positions]` is an array of them."""
+
+    parts: list[np.ndarray]
+    places: Int[np.ndarray, 'n 2']  # part, and row of the part
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, positions: Int[np.ndarray, ' k']) -> Shaped[np.ndarray, 'k ...']:
+        return np.stack([self.parts[part][row] for part, row in self.places[positions].tolist()])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        return self.parts[0].shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all rows."""
+        return len(self) * self.parts[0][:1].nbytes
+
+
+@dataclass(frozen=True)
+class Store:
+    """The rows in a folder, at most `per_file` in a file."""
+
+    folder: Path
+    shape: tuple[int, ...]
+    dtype: Any
+    per_file: int
+
+    def rows(
+        self, keys: Sequence[bytes], fill: Fill, label: str = '', share: tuple[int, int] = (0, 1)
+    ) -> Rows:
+        """Return the rows of `keys`; those that are missing are computed by `fill` and kept.
+
+        Args:
+            keys: 32 bytes each, of which equal ones stand for equal rows.
+            fill: Computes the rows at some positions of `keys` into an array of as many.
+            label: What the progress bar says.
+            share: The number of this process and of all that begin at once: each starts elsewhere.
+        """
+        count, (own, shares) = len(keys), share
+        missing: dict[bytes, int] = {}  # position by key, in the order of computing
+        for i in [*range(count * own // shares, count), *range(count * own // shares)]:
+            missing.setdefault(keys[i], i)
+        parts: list[np.ndarray] = []
+        found: dict[bytes, tuple[int, int]] = {}
+        seen: set[Path] = set()
+
+        def take(array: np.ndarray, inside: Sequence[bytes]) -> None:
+            for row, key in enumerate(inside):
+                if missing.pop(key, None) is not None:
+                    found[key] = len(parts), row
+            parts.append(array)
+
+        bar = tqdm(total=len(missing), desc=label, leave=False, disable=None)
+        with contextlib.closing(bar):
+            while missing:
+                new = sorted({*self.folder.glob('*.keys')} - seen)
+                seen.update(new)
+                for path in new:
+                    inside = _keys_in(path)
+                    if not missing.keys().isdisjoint(inside):
+                        rows = self._open(path, len(inside))
+                        if rows is not None:
+                            take(rows, inside)
+                bar.update(len(found) - bar.n)
+                if missing and not new:  # nor has another process added any meanwhile
+                    chosen = [*itertools.islice(missing.values(), self.per_file)]
+                    take(*self._add([keys[i] for i in chosen], np.array(chosen), fill))
+        return Rows(parts, np.array([found[key] for key in keys], np.int64).reshape(-1, 2))
+
+    def _open(self, path: Path, count: int) -> np.ndarray | None:
+        """The rows that belong to a file of keys; None, and both files are gone, if damaged."""
+        array = stored_array(path.with_suffix('.npy'), (count, *self.shape), self.dtype)
+        if array is None:
+            _remove(path)
+            return None
+        return self._kept(array)
+
+    def _kept(self, array: np.ndarray) -> np.ndarray:
+        """The rows, in memory if their file may be joined with others while they are in use."""
+        return np.array(array) if len(array) < self.per_file else np.asarray(array)
+
+    def _add(
+        self, keys: list[bytes], positions: np.ndarray, fill: Fill
+    ) -> tuple[np.ndarray, list[bytes]]:
+        """Compute rows and write them, together with those of files that leave room for them."""
+        computed, joined, before = len(keys), [], []
+        for path, inside in self._smallest() if computed < self.per_file else ():
+            if len(keys) + len(inside) > self.per_file:
+                break
+            rows = self._open(path, len(inside)) if inside else None
+            if rows is not None:
+                joined.append(path)
+                before.append(rows)
+                keys = [*keys, *inside]
+
+        def write(out: np.ndarray) -> None:
+            fill(positions, out[:computed])
+            if before:
+                np.concatenate(before, out=out[computed:])
+
+        content = b''.join(keys)
+        path = self.folder / f'{digest(content)}.keys'
+        rows = path.with_suffix('.npy')
+        array = self._kept(cached_array(rows, (len(keys), *self.shape), write, self.dtype))
+        with contextlib.suppress(OSError):  # of which there was a warning
+            if rows.exists():
+                write_bytes(path, content)
+                for old in joined:
+                    _remove(old)
+        return array, keys
+
+    def _smallest(self) -> list[tuple[Path, list[bytes]]]:
+        """The files that are not full, the smallest first, and their keys."""
+        full = KEY_BYTES * self.per_file
+        sizes = [(_size(path), path) for path in self.folder.glob('*.keys')]
+        return [(path, _keys_in(path)) for size, path in sorted(sizes) if size < full]
+
+
+def _keys_in(path: Path) -> list[bytes]:
+    """The keys in a file that is what its name says, else none."""
+    with contextlib.suppress(OSError, Corrupt):
+        content = read_bytes(path)
+        if path.stem == digest(content):
+            return [content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES)]
+    return []
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # another process has just joined it with others
+        return 0
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of keys and its rows."""
+    for file in (path, path.with_suffix('.npy')):
+        with contextlib.suppress(OSError):
+            file.unlink()

@@ -1,0 +1,124 @@
+"""Rows by key: right whatever was there before, whoever writes, whatever was damaged or killed."""
+
+import multiprocessing
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cnn_jax.store import Store
+from tests.damage import damaged
+
+PER_FILE = 4
+SHAPE = (2, 3)
+wanted = st.lists(st.integers(0, 20), min_size=1, max_size=12)
+
+
+def key(number):
+    return sha256(b'%d' % number).digest()
+
+
+def row(number):
+    return np.full(SHAPE, number, np.float32)
+
+
+def rows(folder, numbers, share=(0, 1)):
+    """What a store returns for some numbers, checked, and the numbers that were computed."""
+    computed = []
+
+    def fill(positions, out):
+        assert len(positions) == len(out) <= PER_FILE
+        for place, position in enumerate(positions):
+            computed.append(numbers[position])
+            out[place] = row(numbers[position])
+
+    found = Store(folder, SHAPE, np.float32, PER_FILE).rows([*map(key, numbers)], fill, '', share)
+    assert (len(found), found.shape, found.nbytes) == (len(numbers), SHAPE, 24 * len(numbers))
+    np.testing.assert_array_equal(found[np.arange(len(numbers))], [*map(row, numbers)])
+    return computed
+
+
+def files(folder):
+    return sorted(path for path in folder.iterdir())
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests=st.lists(wanted, min_size=1, max_size=6))
+def test_each_row_is_computed_once_and_files_stay_few(tmp_path, requests):
+    folder, known = tmp_path / 'store', set()
+    shutil.rmtree(folder, ignore_errors=True)
+    for numbers in requests:
+        assert sorted(rows(folder, numbers)) == sorted({*numbers} - known)
+        known |= {*numbers}
+        assert len(files(folder)) <= 2 * (2 * len(known) / PER_FILE + 1)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), numbers=wanted)
+def test_what_is_damaged_is_computed_again_and_nothing_else(tmp_path, data, numbers):
+    folder = tmp_path / 'store'
+    shutil.rmtree(folder, ignore_errors=True)
+    rows(folder, [*range(10)])
+    path = data.draw(st.sampled_from(files(folder)))
+    whole = path.read_bytes()
+    if data.draw(st.booleans()):
+        path.write_bytes(data.draw(damaged(whole)))
+    else:
+        path.unlink()
+    hit = (path.exists() and path.read_bytes() != whole) or not path.exists()
+    computed = rows(folder, numbers)
+    assert len({*computed}) == len(computed) <= hit * PER_FILE + len({*numbers} - {*range(10)})
+    assert rows(folder, numbers) == []
+
+
+OPERATIONS = ('open', 'os.rename', 'os.remove', 'os.mkdir')
+watchers = []
+sys.addaudithook(lambda event, arguments: [watch(event, arguments) for watch in watchers] and None)
+
+
+def test_killed_before_any_file_operation_the_store_is_of_use(tmp_path):
+    """A copy of the folder before each operation is what a kill at that moment leaves."""
+    folder, copies = tmp_path / 'store', tmp_path / 'copies'
+    rows(folder, [0, 1])
+    copies.mkdir()
+
+    def copy(event, arguments):
+        path = arguments[0] if event in OPERATIONS else None
+        if isinstance(path, str | os.PathLike) and str(folder) in os.fspath(path):
+            watchers.clear()
+            shutil.copytree(folder, copies / str(len(os.listdir(copies))))
+            watchers.append(copy)
+
+    watchers.append(copy)
+    try:
+        rows(folder, [*range(11)])  # joins what is there with a third file
+    finally:
+        watchers.clear()
+    left = files(copies)
+    assert len(left) > 20
+    for place in left:
+        assert {0, 1}.isdisjoint(rows(place, [*range(11)]))
+        assert rows(place, [*range(11)]) == []
+
+
+def test_several_processes_may_write_at_once(tmp_path):
+    folder = tmp_path / 'store'
+    requests = [[*range(start, start + 30)] for start in (0, 10, 20, 5)]
+    with ProcessPoolExecutor(4, multiprocessing.get_context('spawn')) as pool:
+        done = [pool.submit(rows, folder, r, (i, 4)) for i, r in enumerate(requests)]
+        for each in done:
+            each.result()
+    assert rows(folder, [*range(50)]) == []
+
+
+@pytest.mark.filterwarnings('ignore:nothing is cached')  # which is told once in a process
+@pytest.mark.parametrize('numbers', [[3], [*range(11)]])
+def test_without_a_folder_that_can_be_written_rows_are_kept_in_memory(tmp_path, numbers):
+    (tmp_path / 'store').write_text('a file')
+    assert rows(tmp_path / 'store', numbers) == numbers
