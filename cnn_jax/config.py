@@ -156,6 +156,8 @@ class Data(Fields):
     max_corrupt: float = number(
         0.01, high=1, **needs('data.source', of=lambda source: ':' in source)
     )  # share of unreadable images that may be skipped
+    # Draw each class equally often in training; an epoch is as many draws as there are images.
+    balance: bool = False
     stream: str = choice('auto', 'never', 'always')  # read batches from the source at each step
     memory_gb: float = number(4.0, **needs('data.stream', of=('auto',)))  # larger sets stream
 
@@ -188,6 +190,8 @@ class Loss(Fields):
     """Task loss and regularizers (equations in `cnn_jax.regularizers`)."""
 
     label_smoothing: float = traced(0.0, high=1)
+    class_weights: str = ''  # of an example's loss: balanced, or one number a class, e.g. '1,2.5'
+    focal: float = optional(0.0)  # γ of −(1 − p)^γ·log p, p the probability of the label
     confidence_penalty: float = optional(0.0)  # β of −β·H(p), H the prediction's entropy
     l2: float = traced(0.0)  # λ of λ·Σw² added to the loss (Keras's definition, no 1/2)
     l2_on: tuple[str, ...] = setting(('*conv*/kernel',), **needs('loss.l2'))  # path patterns

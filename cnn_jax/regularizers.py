@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cnn_jax.components import blamed_on
 from cnn_jax.config import Config, fields_by_path, get, is_on
+from cnn_jax.errors import UserError
 from cnn_jax.params import Flat
 
 Term = Float[Array, ''] | Float[Array, ' b']
@@ -82,11 +84,14 @@ def log_probabilities(logits: Float[Array, 'b o']) -> Float[Array, 'b k']:
 
 
 def cross_entropy(
-    log_probs: Float[Array, 'b k'], labels: Int[Array, ' b'], smoothing: float | Array = 0.0
+    log_probs: Float[Array, 'b k'],
+    labels: Int[Array, ' b'],
+    smoothing: float | Array = 0.0,
+    focal: float | Array = 0.0,
 ) -> Float[Array, ' b']:
-    """Cross-entropy of each example against its smoothed label.
+    """Cross-entropy of each example against its smoothed label, or the focal loss.
 
-    ℓ = −(1 − ε)·log p[y] − (ε/K)·Σ_k log p[k]
+    ℓ = −(1 − ε)·f[y] − (ε/K)·Σ_k f[k],  f[k] = (1 − p[k])^γ·log p[k]
 
     With K = 2 from one sigmoid this is the binary cross-entropy.
 
@@ -94,12 +99,18 @@ def cross_entropy(
         log_probs: Log class probabilities.
         labels: Class numbers in [0, K).
         smoothing: ε in [0, 1]; may be traced.
+        focal: γ; 0 for the cross-entropy, else perhaps traced.
 
     Returns:
         One loss an example, in nats.
 
-    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7.
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7; Lin et al.
+        2017, "Focal Loss for Dense Object Detection", equation 4.
     """
+    if is_on(focal):
+        rest = -jnp.expm1(log_probs)  # 1 − p, whose power has no derivative at 0
+        power = jnp.where(rest > 0, jnp.where(rest > 0, rest, 1.0) ** focal, 0.0)
+        log_probs = power * log_probs
     true = jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
     return -(1.0 - smoothing) * true - smoothing * log_probs.mean(axis=-1)
 
@@ -109,14 +120,52 @@ def example_losses(
 ) -> Float[Array, ' b']:
     """The task loss of each example.
 
-    ℓ = λ·CE(label) + (1 − λ)·CE(other label) where images were mixed, else CE(label)
+    ℓ = λ·w·CE(label) + (1 − λ)·w'·CE(other label) where images were mixed, else w·CE(label)
+
+    w is the batch's `weight`, of the label's class, where classes have one. The batch's mean is
+    over the number of examples, as in Keras, not over their weights.
     """
-    smoothing = config.loss.label_smoothing
-    each = cross_entropy(log_probs, batch['label'], smoothing)
+
+    def loss(which: str) -> Float[Array, ' b']:
+        strengths = config.loss.label_smoothing, config.loss.focal
+        each = cross_entropy(log_probs, batch[f'{which}label'], *strengths)
+        return each * batch[f'{which}weight'] if 'weight' in batch else each
+
     if 'share' not in batch:
-        return each
-    lam, other = batch['share'], batch['other_label']
-    return lam * each + (1 - lam) * cross_entropy(log_probs, other, smoothing)
+        return loss('')
+    return batch['share'] * loss('') + (1 - batch['share']) * loss('other_')
+
+
+def class_weights(asked: str, counts: Int[np.ndarray, ' k'], names: Sequence[str]) -> list[float]:
+    """The weights of the classes in the loss; [] where all are 1.
+
+    balanced: w[c] = n / (K·n[c]), n[c] of n images, K classes with any; their mean over images is 1
+
+    Args:
+        asked: `config.loss.class_weights`: balanced, numbers, or '' for none.
+        counts, names: The number of images of each class in the training split; its name.
+
+    Errors:
+        UserError: They are no numbers of at least 0, one a class.
+
+    Source: King & Zeng 2001, "Logistic Regression in Rare Events Data", section 4.
+    """
+    weights = np.ones(len(names))
+    if asked == 'balanced':
+        there = counts > 0
+        weights[there] = counts.sum() / (there.sum() * counts[there])
+    elif asked:
+        try:
+            weights = np.array([float(each) for each in asked.strip('()[] ').split(',')])
+        except ValueError:
+            weights = np.empty(0)
+        if len(weights) != len(names) or not (np.isfinite(weights) & (weights >= 0)).all():
+            raise UserError(
+                f'config.loss.class_weights is {asked!r}; it can be balanced, or {len(names)} '
+                f'numbers of at least 0 in the order of the classes ({", ".join(names[:5])}'
+                f'{", …" if len(names) > 5 else ""})'
+            )
+    return [] if (weights == 1).all() else weights.tolist()
 
 
 def confidence_penalty(strength: float | Array, context: Context) -> Float[Array, ' b']:

@@ -51,6 +51,11 @@ def _combinations(config: Any) -> Iterator[tuple[Any, str]]:
         f'config.augment.erase_most ({augment.erase_most:g}); lower it',
     )
     yield (
+        data.balance and config.loss.class_weights == 'balanced',
+        'config.data.balance draws each class equally often, and config.loss.class_weights '
+        'balances what is drawn once more; set one of them',
+    )
+    yield (
         data.batch % optimizer.accumulate,
         f'config.optimizer.accumulate ({optimizer.accumulate}) must divide config.data.batch '
         f'({data.batch})',

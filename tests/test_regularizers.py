@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cnn_jax import regularizers
 from cnn_jax.config import Config, replace
+from cnn_jax.errors import UserError
 from cnn_jax.regularizers import Context, Regularizer, cross_entropy, log_probabilities
 
 STRENGTHS, SEEDS = st.floats(1e-6, 1), st.integers(0, 2**31)
@@ -64,6 +65,65 @@ def test_the_loss_equals_keras(smoothing, classes):
     else:
         theirs = keras.losses.categorical_crossentropy(np.eye(classes)[labels], logits, **options)
     np.testing.assert_allclose(ours, theirs, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('classes', [1, 2, 7])
+@pytest.mark.parametrize(('gamma', 'smoothing'), [(0.5, 0.0), (2.0, 0.0), (2.0, 0.1)])
+def test_the_focal_loss_equals_keras(classes, gamma, smoothing):
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(9, classes), scale=3).astype(np.float32)
+    labels = draw.integers(max(classes, 2), size=9)
+    ours = cross_entropy(log_probabilities(jnp.asarray(logits)), labels, smoothing, gamma)
+    options = {'gamma': gamma, 'from_logits': True}
+    if classes == 1:  # smoothed, Keras's takes one power for both sides
+        ours = cross_entropy(log_probabilities(jnp.asarray(logits)), labels, focal=gamma)
+        theirs = keras.losses.binary_focal_crossentropy(labels[:, None], logits, **options)
+    else:
+        theirs = keras.losses.categorical_focal_crossentropy(
+            np.eye(classes)[labels], logits, alpha=1.0, label_smoothing=smoothing, **options
+        )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('gamma', [0.1, 1.0, 5.0])
+def test_the_focal_loss_is_finite_and_flat_where_certain(gamma):
+    logits = jnp.float32([[0.0, 500.0], [500.0, 0.0], [0.0, 17.0], [0.0, 0.0]])
+    labels = jnp.array([1, 1, 1, 0])
+
+    def loss(gamma, logits):
+        return cross_entropy(log_probabilities(logits), labels, 0.1, gamma).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=1))(gamma, logits)  # of a traced γ
+    assert np.isfinite(gradient).all()
+    assert np.isfinite(jax.jvp(jax.grad(loss, 1), (gamma, logits), (0.0, logits + 1))[1]).all()
+    step = jnp.float32([[0, 0], [0, 0], [0, 0], [0.01, 0]])
+    slope = (loss(gamma, logits + step) - loss(gamma, logits - step)) / 0.02
+    np.testing.assert_allclose(gradient[3, 0], slope, rtol=1e-2)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=9).filter(any))
+def test_balanced_weights_give_every_class_the_same_sum(counts):
+    weights = regularizers.class_weights(
+        'balanced', np.array(counts), [*'abcdefghi'][: len(counts)]
+    )
+    there = [n for n in counts if n]
+    sums = [n * w for n, w in zip(counts, weights or [1.0] * len(counts)) if n]
+    np.testing.assert_allclose(sums, sum(there) / len(there))
+    assert (weights == []) == (len({*there}) == 1)
+
+
+@pytest.mark.parametrize(
+    ('asked', 'weights'),
+    [('', []), ('1,1,1', []), ('1, 2.5,0', [1.0, 2.5, 0.0]), ('(3,1,1)', [3.0, 1.0, 1.0])],
+)
+def test_class_weights_by_number(asked, weights):
+    assert regularizers.class_weights(asked, np.ones(3, int), [*'abc']) == weights
+
+
+@pytest.mark.parametrize('asked', ['1,2', 'Balanced', '1,-1,1', '1,nan,1', '1,inf,1', ',', '1;2;3'])
+def test_class_weights_that_are_none(asked):
+    with pytest.raises(UserError, match=r'3 numbers of at least 0 .*\(a, b, c\)'):
+        regularizers.class_weights(asked, np.ones(3, int), [*'abc'])
 
 
 def test_the_loss_of_mixed_images_is_shared_as_the_pixels_are():

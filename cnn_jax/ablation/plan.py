@@ -376,10 +376,11 @@ def _arm_config(
     except UserError as error:
         raise UserError(f'arm {arm!r}{where}: {error}') from error
     for path in (*changes, *ranges):
-        if path == 'seed' or (path.startswith('data.') and path != 'data.batch'):
+        free = 'data.batch', 'data.balance'
+        if path == 'seed' or (path.startswith('data.') and path not in free):
             raise UserError(
                 f'arm {arm!r}{where} changes config.{path}; all arms must see the same images and '
-                'have the same seeds; only config.data.batch may differ'
+                'have the same seeds; only config.data.batch and balance may differ'
             )
     if changed.train.patience and not changed.data.validation:
         raise UserError(

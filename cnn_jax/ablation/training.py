@@ -364,7 +364,12 @@ class _Stacked:
             size = config.data.eval_batch or config.data.batch
             train = setup.draw(config, data.pool)
             splits = (
-                with_order(train, batch=config.data.batch, seed=config.seed),
+                with_order(
+                    train,
+                    batch=config.data.batch,
+                    seed=config.seed,
+                    balance=config.data.balance,
+                ),
                 # Evaluated, too: its gap to the test images is part of the result.
                 with_order(train, batch=size),
                 with_order(data.evaluate, batch=size),

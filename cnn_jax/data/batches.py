@@ -2,6 +2,7 @@
 
 The order is a pure function of (seed, step), so nothing has to be saved. Training reads the
 endless concatenation of the epochs' permutations, `batch` examples a step; no batch is partial.
+With `data.balance` it reads rounds of one example from each class (`balanced_indices`).
 Evaluation reads the examples in order and pads the last batch.
 
 Both providers yield the same batches in the same order:
@@ -15,7 +16,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -72,6 +73,40 @@ def train_indices(
         start += len(pieces[-1])
         local -= len(pieces[-1])
     return np.concatenate(pieces)
+
+
+# Many classes have an order each; large ones take up few of these places, small ones little memory.
+_order = functools.lru_cache(maxsize=4096)(order.__wrapped__)
+
+
+def balanced_indices(
+    by_class: Sequence[Int32[np.ndarray, ' k']],
+    batch: int,
+    seed: int,
+    step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Int32[np.ndarray, ' b']:
+    """The examples of training step `step` where each class is drawn equally often.
+
+    The stream is rounds that take one example of every class, the classes in a new order each time.
+    Round r takes example r of the endless concatenation of the class's own permutations. So at any
+    time two classes were drawn equally often, to within one, and so were two examples of a class.
+
+    Args:
+        by_class: The positions of the examples of each class that has any.
+        batch, seed, step, process_index, process_count: As in `train_indices`.
+    """
+    local, classes = local_size(batch, process_count), len(by_class)
+    start = step * batch + process_index * local
+    index = np.empty(local, np.int32)
+    for i in range(local):
+        turn, place = divmod(start + i, classes)
+        chosen = _order(classes, seed, turn)[place]
+        own, key = by_class[chosen], seed + (int(chosen) + 1 << 32)  # seeds are below 2³²
+        epoch, position = divmod(turn, len(own))
+        index[i] = own[_order(len(own), key, epoch)[position]]
+    return index
 
 
 def eval_batches(
@@ -196,16 +231,17 @@ def open_batches(
         *size,
         batch=batch,
         seed=seed,
+        balance=data.balance and which == 'train',
         process_index=process_index,
         process_count=process_count,
         sharding=sharding,
     )
 
 
-def with_order(batches: 'DeviceBatches | StreamBatches', *, batch: int, seed: int = 0) -> Any:
-    """The same images, shared, in batches of another size and in the order of another seed."""
+def with_order(batches: Any, *, batch: int, seed: int = 0, balance: bool = False) -> Any:
+    """The same images, shared, in batches of another size and in another order."""
     other = copy.copy(batches)
-    other._batch, other._seed = batch, seed
+    other._batch, other._seed, other.balance = batch, seed, balance
     return other
 
 
@@ -216,6 +252,7 @@ class Batches:
         data: What has the labels and facts of a `Source`.
         image_shape: Height, width and channels.
         batch, seed, process_index, process_count, sharding: As in `open_batches`.
+        balance: Whether training draws each class equally often.
     """
 
     streams: bool  # whether the next batch may have to be waited for
@@ -227,6 +264,7 @@ class Batches:
         *,
         batch: int,
         seed: int = 0,
+        balance: bool = False,
         process_index: int = 0,
         process_count: int = 1,
         sharding: NamedSharding | None = None,
@@ -237,12 +275,13 @@ class Batches:
         self.image_shape = image_shape
         self.skipped, self.notes = data.skipped, data.notes
         self._batch, self._seed, self._process = batch, seed, (process_index, process_count)
-        self._sharding = sharding
+        self._sharding, self.balance = sharding, balance
 
     def _take(self, data: Any) -> None:
         """Serve the examples of `data`."""
         self._source = data
-        self.__dict__.pop('moments', None)
+        for cached in ('moments', '_by_class'):
+            self.__dict__.pop(cached, None)
         self.n, self.labels, self.fingerprint = len(data.labels), data.labels, data.fingerprint
 
     @functools.cached_property
@@ -260,6 +299,10 @@ class Batches:
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
         """The images at the given positions, on the host."""
         raise NotImplementedError
+
+    @functools.cached_property
+    def _by_class(self) -> list[Int32[np.ndarray, ' k']]:
+        return [np.flatnonzero(self.labels == k).astype(np.int32) for k in np.unique(self.labels)]
 
     def at(self, rows: np.ndarray) -> Any:
         """The batches of the examples at `rows`, in this order."""
@@ -281,7 +324,11 @@ class Batches:
         raise NotImplementedError
 
     def _train_indices(self, step: int) -> Indices:
-        index = train_indices(self.n, self._batch, self._seed, step, *self._process)
+        place = self._batch, self._seed, step, *self._process
+        balanced = self.balance
+        index = (
+            balanced_indices(self._by_class, *place) if balanced else train_indices(self.n, *place)
+        )
         return index, np.ones(len(index), bool)
 
     def _eval_indices(self) -> Iterator[Indices]:

@@ -82,6 +82,14 @@ def count_left_out(skipped: Iterable[tuple[str, str]]) -> str:
 def remarks(train: Any, evaluation: Any) -> list[str]:
     """The lines that a run says at its start of its two `Source`s, or of their batches."""
     lines = list(dict.fromkeys([*train.notes, *evaluation.notes]))
+    if getattr(train, 'balance', False):
+        counts = np.bincount(train.labels)
+        share = len(train.labels) / np.count_nonzero(counts)  # draws of each class in an epoch
+        least, most = share / counts.max(), share / counts[counts > 0].min()
+        lines.append(
+            f'classes are drawn equally often: an epoch is {len(train.labels):,} draws, in which '
+            f'an image is seen {least:.2g} times (of the largest class) to {most:.2g} times'
+        )
     for what, split in (('training', train), ('evaluation', evaluation)):
         counts = np.bincount(split.labels, minlength=len(split.class_names))
         absent = [split.class_names[k] for k in np.flatnonzero(counts == 0)]

@@ -66,6 +66,7 @@ class RunSpec:
     phase_ends: tuple[int, ...]  # the step after which each phase is over
     # From the shapes of the parameters to those that are not drawn.
     pretrained: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    class_weights: tuple[float, ...] = ()  # of the classes in the loss; (): all alike
     # In the place of what the config names, and more.
     model: Callable[[cfg.Config, int], nn.Module] | None = None
     optimizer: Callable[[cfg.Config], optax.GradientTransformation] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax.components import NO_COMPONENTS, Components, blamed_on
@@ -23,6 +24,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
 from cnn_jax.mesh import Layout, make_mesh, on_process_zero
 from cnn_jax.pretrained.weights import PREPROCESSINGS, Pretrained, insert, load
+from cnn_jax.regularizers import class_weights
 from cnn_jax.train.loop import Phase, compile_phase
 from cnn_jax.train.program import Program, RunSpec, State, begin_phase, make_program, state_maker
 
@@ -96,6 +98,7 @@ def open_data(
     if tested:
         describe(config, train, tested)  # refuses those that do not fit
     description['preprocessing'] = on_process_zero(lambda: preprocessing(config, pool, weights))
+    description['class_weights'] = weights_of_classes(config, pool)
     return Data(train, evaluate, description, weights, pool, tested)
 
 
@@ -107,7 +110,10 @@ def for_arm(config: cfg.Config, data: Data) -> Data:
     if data.pool is None:
         return data
     weights = load_weights(config)
-    facts = data.description | {'preprocessing': preprocessing(config, data.pool, weights)}
+    facts = data.description | {
+        'preprocessing': preprocessing(config, data.pool, weights),
+        'class_weights': weights_of_classes(config, data.pool),
+    }
     return dataclasses.replace(data, description=facts, weights=weights)
 
 
@@ -172,6 +178,12 @@ def preprocessing(config: cfg.Config, train, weights: Pretrained | None) -> dict
     }
 
 
+def weights_of_classes(config: cfg.Config, pool: Any) -> list[float]:
+    """The weights of the classes in the loss, by the whole training split; [] where alike."""
+    counts = np.bincount(pool.labels, minlength=len(pool.class_names))
+    return class_weights(config.loss.class_weights, counts, pool.class_names)
+
+
 def shape_text(shape: tuple[int, ...]) -> str:
     """`28×28×1`."""
     return '×'.join(map(str, shape))
@@ -222,6 +234,7 @@ def make_spec(
         steps_per_epoch=count / config.data.batch,
         phase_ends=cfg.phase_ends(config, count),
         pretrained=pretrained if weights else None,
+        class_weights=tuple(description.get('class_weights', ())),
         model=components.model,
         optimizer=components.optimizer,
         regularizers=components.regularizers,

@@ -139,6 +139,9 @@ def step_gradients(
 
 def _augmented(program: Program, config: cfg.Config, batch: Batch, key: Array) -> Batch:
     """The batch as the network sees it in training."""
+    weights = jnp.asarray(program.spec.class_weights, jnp.float32)
+    if weights.size:
+        batch = batch | {'weight': weights[batch['label']]}
     if program.cached:
         return batch
     augment, index = config.augment, batch['index']
@@ -146,6 +149,8 @@ def _augmented(program: Program, config: cfg.Config, batch: Batch, key: Array) -
     if is_on(augment.mixup) or is_on(augment.cutmix):
         images, other, share = mix(augment, key, images, batch['label'], index)
         batch = batch | {'other_label': other, 'share': share}
+        if weights.size:
+            batch['other_weight'] = weights[other]
     return batch | {'image': images}
 
 

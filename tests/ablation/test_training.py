@@ -54,11 +54,19 @@ IMPATIENT = {
     'optimizer.learning_rate': 0.1,
 }
 CASES = {
-    'a subset, and held-out images': IMPATIENT | {'data.subset': 24, 'data.validation': 10},
+    'a subset, and held-out images': IMPATIENT
+    | {'data.subset': 24, 'data.validation': 10, 'loss.class_weights': 'balanced'},
+    'drawn equally often': {
+        'data.balance': True,
+        'loss.class_weights': '1,2,0.5',
+        'loss.focal': 2.0,
+        'augment.mixup': 0.2,
+    },
     'strided': {'augment.crop': 1, 'loss.l2': 1e-3},
     'averaged, and over before its end': IMPATIENT | {'train.swa_from': 1.0},
     'fine-tuned': FINE_TUNED,
-    'head on features': FINE_TUNED | {'unfreeze.epochs': 0.0, 'features.cache': 'always'},
+    'head on features': FINE_TUNED
+    | {'unfreeze.epochs': 0.0, 'features.cache': 'always', 'data.balance': True},
     'head on kept views': FINE_TUNED
     | {'unfreeze.epochs': 0.0, 'features.views': 2, 'augment.flip': True},
 }
@@ -90,7 +98,8 @@ def opened(config, size=8):
 @pytest.mark.parametrize('case', CASES)
 def test_a_run_is_what_fit_trains(case, tmp_path, monkeypatch):
     monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'cache'))
-    images_ = {path: each for path, each in CASES[case].items() if path.startswith('data.')}
+    held = 'data.subset', 'data.validation'
+    images_ = {path: each for path, each in CASES[case].items() if path in held}
     _, data, components = opened(make_config(**images_), size=32)  # by another arm
     config = components.mark(make_config(seed=3, **CASES[case]))
     compiled = compile_structure(config, data, components=components)
@@ -215,6 +224,7 @@ def assert_together_agrees(together, configs):
     [
         (5, seeds(4, **{'loss.l2': 1e-3})),  # one is repeated to fill the program
         (3, seeds(3, **IMPATIENT | {'train.epochs': 5.0, 'train.patience': 1.0})),
+        (3, seeds(3, **CASES['drawn equally often'])),
     ],
 )
 def test_together_they_agree_with_alone_to_rounding(together, configs):

@@ -29,6 +29,7 @@ from cnn_jax.data.batches import (
     PART,
     DeviceBatches,
     StreamBatches,
+    balanced_indices,
     eval_batches,
     load,
     open_batches,
@@ -105,6 +106,38 @@ def test_evaluation_takes_every_example_once_and_pads_the_last_batch(n, batch, p
         assert mask.all() or number == len(each[0]) - 1
         seen += index[mask].tolist()
     assert seen == list(range(n))
+
+
+@given(
+    st.lists(sizes, min_size=1, max_size=6), st.integers(1, 20), seeds, process_counts,
+    st.integers(0, 200),
+)  # fmt: skip
+def test_classes_and_their_examples_are_drawn_equally_often(counts, batch, seed, parts, first):
+    ends = np.cumsum(counts)
+    by_class = [np.arange(end - n, end, dtype=np.int32) for n, end in zip(counts, ends)]
+    batch *= parts
+    stream = np.concatenate(
+        [
+            balanced_indices(by_class, batch, seed, step, process, parts)
+            for step in range(first + 3)
+            for process in range(parts)
+        ]
+    )
+    assert stream.dtype == np.int32
+    whole = balanced_indices(by_class, batch, seed, first)  # a run that resumes there
+    np.testing.assert_array_equal(stream[first * batch :][:batch], whole)
+    for end in (len(stream), len(stream) // 2, len(counts)):
+        seen = np.bincount(stream[:end], minlength=ends[-1])
+        of_classes = [seen[rows].sum() for rows in by_class]
+        assert max(of_classes) - min(of_classes) <= 1
+        assert all(np.ptp(seen[rows]) <= 1 for rows in by_class)
+
+
+def test_the_balanced_order_is_the_same_for_ever_and_another_for_each_seed():
+    by_class = [np.arange(3, dtype=np.int32), np.arange(3, 10, dtype=np.int32)]
+    assert balanced_indices(by_class, 8, 0, 0).tolist() == [0, 4, 7, 2, 5, 1, 0, 6]
+    orders = {tuple(balanced_indices(by_class, 8, s, step)) for s in range(9) for step in range(9)}
+    assert len(orders) == 81
 
 
 def test_a_batch_that_processes_cannot_share():
@@ -233,8 +266,8 @@ def test_evaluation_takes_every_example_once(data, stream):
 @pytest.mark.parametrize('stream', PROVIDERS)
 def test_another_order_is_that_of_another_provider(data, stream):
     data.stream = stream
-    other = with_order(open_batches(data, 'train', seed=1), batch=5, seed=2)
-    data.batch = 5
+    other = with_order(open_batches(data, 'train', seed=1), batch=5, seed=2, balance=True)
+    data.batch, data.balance = 5, True
     assert_same(first(other.train(3), 2), first(open_batches(data, 'train', seed=2).train(3), 2))
 
 

@@ -40,6 +40,7 @@ SWITCHES = {
     'loss.input_gradient': 0.01,
     'loss.r_drop': 1.0,
     'loss.confidence_penalty': 0.1,
+    'loss.focal': 0.5,
     'optimizer.gradient_noise': 0.1,
     'optimizer.max_norm': 0.3,
     'train.swa_from': 0.2,
@@ -80,6 +81,20 @@ def unused_values(program, state, values):
     given = dict(zip(sorted(values), jaxpr.jaxpr.invars[-len(values) :]))
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     return {name for name, variable in given.items() if id(variable) not in used}
+
+
+@pytest.mark.parametrize('change', [{}, {'augment__mixup': 0.4}, {'optimizer__accumulate': 2}])
+def test_gradients_are_linear_in_the_class_weights(change):
+    config = make_config(**PLAIN | {'loss__label_smoothing': 0.1, 'loss__focal': 1.5} | change)
+
+    def weighted(*weights):
+        return gradients(config, class_weights=weights)[0]
+
+    weights = 0.5, 2.0, 0.0
+    of_classes = [weighted(*row) for row in np.eye(3)]
+    expected = jax.tree.map(lambda *g: np.tensordot(weights, np.stack(g), 1), *of_classes)
+    close(weighted(*weights), expected, rtol=1e-4, atol=1e-6)
+    close(weighted(1.0, 1.0, 1.0), gradients(config)[0], rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_off_is_not_in_the_program(everything):
