@@ -40,6 +40,19 @@ view.show()
 app.exec()
 """
 
+# Elements that reach beyond the page, SVG text that reaches beyond its figure or is too small.
+ILLEGIBLE = """
+const wide = [...document.querySelectorAll('main *')].filter(e =>
+    !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1);
+const cut = [...document.querySelectorAll('svg text')].filter(e => {
+    const [t, s] = [e.getBoundingClientRect(), e.closest('svg').getBoundingClientRect()];
+    const m = e.getScreenCTM();
+    const size = parseFloat(getComputedStyle(e).fontSize) * Math.hypot(m.a, m.b);
+    return size < 9 || t.left < s.left - 1 || t.right > s.right + 1 || t.bottom > s.bottom + 1;
+});
+return [...wide, ...cut].map(e => e.tagName + ': ' + e.textContent.slice(0, 40));
+"""
+
 
 class Missing(Exception):
     """There is no browser here that starts; the message says why."""

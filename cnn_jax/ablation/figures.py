@@ -1,14 +1,8 @@
-"""The figures of an ablation: differences from the controls, tuning, learning curves.
-
-They are drawn 360 points wide, so that their text is readable on a phone, with colours that
-differ in lightness as well as in hue.
-"""
+"""The figures of an ablation: differences from the controls, tuning, learning curves."""
 
 import functools
-import io
 import math
 import textwrap
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +10,27 @@ from cnn_jax.ablation.plan import METRICS, Metric
 from cnn_jax.ablation.results import read_store, understood
 from cnn_jax.ablation.summary import summary_of
 from cnn_jax.errors import UserError, printable
-from cnn_jax.tools.figures import save
+from cnn_jax.tools.figures import (
+    BLUE,
+    GREY,
+    INK,
+    MUTED,
+    ORANGE,
+    RULE,
+    STYLE,
+    SURFACE,
+    WIDTH,
+    as_files,
+)
 
-# Colours of the light theme by the CSS variables that replace them in the page.
-COLOURS = {
-    **{'ink': '#1b1f24', 'muted': '#57606b', 'rule': '#d1d7de', 'surface': '#fefefe'},
-    **{'blue': '#0069a8', 'orange': '#b34a00', 'grey': '#6b7480'},
-}
-INK, MUTED, RULE, SURFACE, BLUE, ORANGE, GREY = COLOURS.values()
-STYLE: Any = {
-    'text.parse_math': False,  # an arm's name is text, whatever it holds
-    'font.size': 10,  # at 390 px the page shows 360 points as 337 px: smaller is not legible
-    **dict.fromkeys(('axes.titlesize', 'figure.labelsize'), 10),
-    **{'font.family': 'sans-serif', 'svg.fonttype': 'none', 'axes.facecolor': 'none'},
-    **{'lines.linewidth': 1.6, 'grid.linewidth': 0.6, 'grid.color': RULE},
-    **dict.fromkeys(('figure.facecolor', 'savefig.facecolor'), SURFACE),
-    **dict.fromkeys(('axes.edgecolor', 'xtick.color', 'ytick.color'), MUTED),
-    **dict.fromkeys(('text.color', 'axes.labelcolor', 'xtick.labelcolor', 'ytick.labelcolor'), INK),
-    **dict.fromkeys(('axes.spines.top', 'axes.spines.right', 'legend.frameon'), False),
-    **dict.fromkeys(('axes.grid', 'axes.axisbelow'), True),
-}
 VERDICT_MARKS = {  # colour, marker, colour inside
     **{'better': (BLUE, 'o', BLUE), 'worse': (ORANGE, 'D', ORANGE)},
     **{'equivalent': (GREY, 's', GREY), 'undecided': (GREY, 'o', SURFACE)},
 }
-WIDTH = 5.0  # inches, at 72 points each
 
 
 def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Draw the figures that there is something for, as `{name: {'svg': text, 'png': bytes}}`."""
-    from matplotlib import rc_context
-
     arms = summary['arms'].values()
     drawings: dict[str, Any] = {}
     if any(arm['control'] for arm in arms):
@@ -55,30 +39,10 @@ def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
         drawings['response'] = _draw_response
     for name in ('accuracy', 'loss') if any(arm['curves']['eval'] for arm in arms) else ():
         drawings[f'curves_{name}'] = functools.partial(_draw_curves, metric=METRICS[name])
-    result = {}
-    for name, drawing in drawings.items():
-        with rc_context(STYLE | {'svg.hashsalt': name}):  # the salt makes ids reproducible
-            figure = drawing(summary)
-            svg, png = io.BytesIO(), io.BytesIO()
-            save(figure, svg, format='svg', metadata={'Date': None, 'Creator': None})
-            save(figure, png, dpi=200, metadata={'Software': None})
-        result[name] = {'svg': svg.getvalue().decode(), 'png': png.getvalue()}
-    return result
-
-
-def themed(svg: str, label: str) -> str:
-    """Return a figure as an element of the page: in the page's colours, with a spoken label."""
-    ET.register_namespace('', 'http://www.w3.org/2000/svg')
-    ET.register_namespace('xlink', 'http://www.w3.org/1999/xlink')
-    root = ET.fromstring(svg)
-    for metadata in root.findall('{*}metadata'):
-        root.remove(metadata)
-    del root.attrib['width'], root.attrib['height']
-    root.attrib |= {'role': 'img', 'aria-label': label}
-    text = ET.tostring(root, encoding='unicode')
-    for variable, colour in COLOURS.items():
-        text = text.replace(colour, f'var(--{variable})')
-    return text
+    return {
+        name: as_files(functools.partial(drawing, summary), name)
+        for name, drawing in drawings.items()
+    }
 
 
 def draw_forest(summary: dict[str, Any]):

@@ -51,16 +51,6 @@ METRICS = {
 PRIMARIES = 'accuracy', 'loss'
 
 
-def number(value: float | None, decimals: int, signed: bool = False) -> str:
-    """A number with a true minus sign; an en dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return '–'
-    text = f'{value:+.{decimals}f}' if signed else f'{value:.{decimals}f}'
-    if float(text) == 0:
-        text = text.lstrip('+-')
-    return text.replace('-', '−')
-
-
 @dataclass(frozen=True)
 class Range:
     """The range of a number that is tuned; it stands in the place of a value."""

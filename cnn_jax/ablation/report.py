@@ -1,12 +1,9 @@
 """The report of an ablation: one HTML file without network, and the files behind it."""
 
-import csv
 import functools
 import inspect
-import io
 import itertools
 import json
-import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +11,13 @@ from typing import Any
 
 from cnn_jax.ablation import figures
 from cnn_jax.ablation import summary as words
-from cnn_jax.ablation.plan import METRICS, number
+from cnn_jax.ablation.plan import METRICS
 from cnn_jax.ablation.results import DEFINITION, Store, read_store, refuse_links, understood
 from cnn_jax.ablation.summary import cost, summary_of
-from cnn_jax.errors import csv_cell, printable
+from cnn_jax.errors import printable
 from cnn_jax.files import write_bytes
+from cnn_jax.tools.figures import STYLE, themed
+from cnn_jax.tools.page import number, template, to_csv, to_json
 
 LABELS = {
     'forest': 'Differences from the controls',
@@ -88,7 +87,7 @@ class Ablation:
         """Draw the differences of the arms from their controls; returns a matplotlib figure."""
         from matplotlib import rc_context
 
-        with rc_context(figures.STYLE):
+        with rc_context(STYLE):
             return figures.draw_forest(self.summary)
 
     def write_report(self) -> Path:
@@ -135,7 +134,8 @@ def render(store: Store, summary: Any, spent: dict[str, Any], drawn: dict[str, A
     definition, arms = store.definition(), summary['arms']
     # An answer in an experiment's docstring, and what follows it, is of an earlier run.
     details = itertools.takewhile(lambda block: not block.startswith('Answer'), details)
-    return _template().render(
+    titled = {'title': lambda m: f'{METRICS[m].title}, {METRICS[m].suffix or "nats"}'}
+    return template(Path(__file__).with_suffix('.jinja'), **titled).render(
         summary=summary,
         arms=arms,
         compared={name: arm['compared'] for name, arm in arms.items() if arm['verdict']},
@@ -146,52 +146,8 @@ def render(store: Store, summary: Any, spent: dict[str, Any], drawn: dict[str, A
         command=definition['command'],
         data=store.plan.configs[store.plan.baseline].data,
         manifest=json.dumps(definition['manifest'], indent=2, ensure_ascii=False),
-        figures={f: Markup(figures.themed(each['svg'], LABELS[f])) for f, each in drawn.items()},
+        figures={f: Markup(themed(each['svg'], LABELS[f])) for f, each in drawn.items()},
         **{'metrics': METRICS, 'marks': MARKS, 'labels': LABELS, 'checks': words.CHECKS},
         **{'number': number, 'estimate': words.estimate, 'p_value': words.p_value},
         dedent=textwrap.dedent,
     )
-
-
-@functools.cache
-def _template() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        autoescape=True,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters['title'] = lambda m: f'{METRICS[m].title}, {METRICS[m].suffix or "nats"}'
-    return environment.get_template('report.jinja')
-
-
-def _shown(value: Any) -> Any:
-    """A value as the page shows it: controls and changes of direction are seen there, too."""
-    return printable(value, keep='\n\t') if type(value) is str else value
-
-
-def to_json(content: Any) -> str:
-    """Indented JSON ending in a newline; a number that is not finite is null."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + '\n'
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
-
-
-def to_csv(rows: list[dict[str, Any]]) -> str:
-    """The lines of a table; what does not exist, or is not finite, is empty."""
-    text, rows = io.StringIO(), _finite(rows)
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerows([rows[0], *([csv_cell(value) for value in row.values()] for row in rows)])
-    return text.getvalue()

@@ -14,13 +14,14 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation import decisions
-from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan, number
+from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan
 from cnn_jax.ablation.report import Ablation
 from cnn_jax.ablation.results import DEFINITION, Run, Store, read_store, refuse_links, why_failed
 from cnn_jax.ablation.workers import LocalWorkers, RayWorkers, Task, open_ablation, run_missing
 from cnn_jax.components import NO_COMPONENTS, Components, from_objects
 from cnn_jax.errors import UserError
 from cnn_jax.files import make_writable
+from cnn_jax.tools.page import number
 from cnn_jax.tools.progress import Interruption
 
 TOGETHER_ON_ACCELERATORS = 16

@@ -13,8 +13,9 @@ import numpy as np
 
 from cnn_jax.ablation import statistics
 from cnn_jax.ablation.decisions import decisions, design, due, images_of, values
-from cnn_jax.ablation.plan import METRICS, Metric, number
+from cnn_jax.ablation.plan import METRICS, Metric
 from cnn_jax.ablation.results import AGAIN, FLOOR, FOLDER, Result, Run, Store, value_of, why_failed
+from cnn_jax.tools.page import number
 
 CHECKS = {  # what a regularizer should move, and how it is printed
     'training_loss': ('loss in training', 3),

@@ -1,6 +1,13 @@
-"""The pictures of a run: learning curves, confusion matrix, reliability diagram."""
+"""The pictures of a run: learning curves, reliability diagram; the style of those in a page.
 
+Those are drawn 360 points wide, so that their text is readable on a phone, with colours that
+differ in lightness as well as in hue.
+"""
+
+import io
 import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -8,6 +15,26 @@ import numpy as np
 
 from cnn_jax.files import replacing
 from cnn_jax.train.metrics import BINS, Sums
+
+# Colours of the light theme by the CSS variables that replace them in the page.
+COLOURS = {
+    **{'ink': '#1b1f24', 'muted': '#57606b', 'rule': '#d1d7de', 'surface': '#fefefe'},
+    **{'blue': '#0069a8', 'orange': '#b34a00', 'grey': '#6b7480'},
+}
+INK, MUTED, RULE, SURFACE, BLUE, ORANGE, GREY = COLOURS.values()
+STYLE: Any = {
+    'text.parse_math': False,  # an arm's name is text, whatever it holds
+    'font.size': 10,  # at 390 px the page shows 360 points as 337 px: smaller is not legible
+    **dict.fromkeys(('axes.titlesize', 'figure.labelsize'), 10),
+    **{'font.family': 'sans-serif', 'svg.fonttype': 'none', 'axes.facecolor': 'none'},
+    **{'lines.linewidth': 1.6, 'grid.linewidth': 0.6, 'grid.color': RULE},
+    **dict.fromkeys(('figure.facecolor', 'savefig.facecolor'), SURFACE),
+    **dict.fromkeys(('axes.edgecolor', 'xtick.color', 'ytick.color'), MUTED),
+    **dict.fromkeys(('text.color', 'axes.labelcolor', 'xtick.labelcolor', 'ytick.labelcolor'), INK),
+    **dict.fromkeys(('axes.spines.top', 'axes.spines.right', 'legend.frameon'), False),
+    **dict.fromkeys(('axes.grid', 'axes.axisbelow'), True),
+}
+WIDTH = 5.0  # inches, at 72 points each
 
 
 def save(figure: Any, file: Path | BinaryIO, **options: Any) -> None:
@@ -22,6 +49,33 @@ def save(figure: Any, file: Path | BinaryIO, **options: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing from')
         figure.savefig(file, **{'format': 'png', 'dpi': 120, **options})
+
+
+def as_files(drawing: Callable[[], Any], name: str) -> dict[str, Any]:
+    """A figure that a function draws, in the style of a page, as `{'svg': text, 'png': bytes}`."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE | {'svg.hashsalt': name}):  # the salt makes ids reproducible
+        figure = drawing()
+        svg, png = io.BytesIO(), io.BytesIO()
+        save(figure, svg, format='svg', metadata={'Date': None, 'Creator': None})
+        save(figure, png, dpi=200, metadata={'Software': None})
+    return {'svg': svg.getvalue().decode(), 'png': png.getvalue()}
+
+
+def themed(svg: str, label: str) -> str:
+    """Return a figure as an element of the page: in the page's colours, with a spoken label."""
+    ET.register_namespace('', 'http://www.w3.org/2000/svg')
+    ET.register_namespace('xlink', 'http://www.w3.org/1999/xlink')
+    root = ET.fromstring(svg)
+    for metadata in root.findall('{*}metadata'):
+        root.remove(metadata)
+    del root.attrib['width'], root.attrib['height']
+    root.attrib |= {'role': 'img', 'aria-label': label}
+    text = ET.tostring(root, encoding='unicode')
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f'var(--{variable})')
+    return text
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:

@@ -14,24 +14,15 @@ from cnn_jax.ablation import figures
 from cnn_jax.ablation.report import Ablation
 from cnn_jax.ablation.results import AGAIN, FLOOR
 from cnn_jax.errors import UserError
+from cnn_jax.tools import page as pages
+from cnn_jax.tools.figures import COLOURS, themed
+from tests.browser import ILLEGIBLE
 
 FIGURES = ('forest', 'response', 'curves_accuracy', 'curves_loss')
 HOSTILE = '<script>alert(1)</script>'
 CONTROLS = 'red \x1b[31m \u202e turned'
 COLUMNS = 'arm control measure n mean difference low high p verdict decided failed'
 
-# Elements that reach beyond the page, SVG text that reaches beyond its figure or is too small.
-ILLEGIBLE = """
-const wide = [...document.querySelectorAll('main *')].filter(e =>
-    !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1);
-const cut = [...document.querySelectorAll('svg text')].filter(e => {
-    const [t, s] = [e.getBoundingClientRect(), e.closest('svg').getBoundingClientRect()];
-    const m = e.getScreenCTM();
-    const size = parseFloat(getComputedStyle(e).fontSize) * Math.hypot(m.a, m.b);
-    return size < 9 || t.left < s.left - 1 || t.right > s.right + 1 || t.bottom > s.bottom + 1;
-});
-return [...wide, ...cut].map(e => e.tagName + ': ' + e.textContent.slice(0, 40));
-"""
 NOT_SHOWN = """
 return [...document.querySelectorAll('.decisions td')].filter(e => {
     const box = e.getBoundingClientRect();
@@ -97,10 +88,10 @@ def test_colours_have_wcags_contrast(theme):
         linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in shares]
         return np.dot(linear, [0.2126, 0.7152, 0.0722])
 
-    css = (Path(figures.__file__).parent / 'report.css').read_text()
+    css = Path(pages.__file__).with_suffix('.css').read_text()
     found = re.findall(r'--(\w+): (#\w{6})', css)
     colours = dict(found[:8] if theme == 'light' else found[8:])
-    assert theme == 'dark' or colours.items() >= figures.COLOURS.items()
+    assert theme == 'dark' or colours.items() >= COLOURS.items()
     for name in ('ink', 'muted', 'blue', 'orange'):
         for behind in ('surface', 'page'):
             light, dark = sorted(map(luminance, (colours[name], colours[behind])), reverse=True)
@@ -247,7 +238,7 @@ def test_figures_hold_text_in_the_pages_colours(ablation):
     for name, figure in drawn.items():
         assert figure['png'].startswith(b'\x89PNG')
         assert 'a < $b$ & c' in ''.join(ET.fromstring(figure['svg']).itertext())
-        assert re.findall(r'#[0-9a-fA-F]{6}\b', figures.themed(figure['svg'], name)) == []
+        assert re.findall(r'#[0-9a-fA-F]{6}\b', themed(figure['svg'], name)) == []
 
 
 GAINS = {'none': 0.0, 'A': 0.05, 'B': -0.03}

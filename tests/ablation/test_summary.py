@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from cnn_jax.ablation import summary as s
-from cnn_jax.ablation.plan import METRICS, number
+from cnn_jax.ablation.plan import METRICS
 from cnn_jax.ablation.report import Ablation
 from cnn_jax.ablation.results import read_store
 from cnn_jax.ablation.statistics import guess
 from cnn_jax.errors import UserError
 from cnn_jax.files import read_json, write_json
+from cnn_jax.tools.page import number
 
 
 def summarize(folder):
