@@ -284,6 +284,10 @@ class Batches:
             self.__dict__.pop(cached, None)
         self.n, self.labels, self.fingerprint = len(data.labels), data.labels, data.fingerprint
 
+    def describe(self, i: int) -> str:
+        """The origin of an example: its file, if it has one."""
+        return self._source.describe(int(i))
+
     @functools.cached_property
     def moments(self) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndarray, ' c']]:
         """Mean and standard deviation of each channel, as `statistics` computes them, once."""

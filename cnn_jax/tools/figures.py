@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cnn_jax.files import replacing
-from cnn_jax.train.metrics import BINS, Sums
 
 # Colours of the light theme by the CSS variables that replace them in the page.
 COLOURS = {
@@ -106,42 +105,29 @@ def curves_figure(lines: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def draw_confusion(confusion: np.ndarray, class_names: list[str], path: Path) -> None:
-    """The confusion matrix: row = true class, colour = share of the row, number = examples."""
+def reliability_figure(bins: list[dict[str, Any]]) -> Any:
+    """A figure of accuracy against confidence, and of the number of images, by bins of confidence.
+
+    On the diagonal, probabilities are calibrated; below it, they are too high.
+
+    Args:
+        bins: `from`, `to`, `count`, `confidence` and `accuracy` of each that is not empty.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", figure 1.
+    """
     from matplotlib.figure import Figure
 
-    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    classes = len(class_names)
-    side = float(np.clip(2 + 0.45 * classes, 4, 18))
-    figure = Figure(figsize=(side, side), layout='constrained')
-    axes = figure.subplots()
-    axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    ticks = range(classes) if classes <= 40 else range(0, classes, classes // 20)
-    labels = [class_names[i] for i in ticks]
-    turned = 90 if max(map(len, labels)) > 2 else 0
-    axes.set_xticks(ticks, labels, rotation=turned, parse_math=False)  # names may hold dollars
-    axes.set_yticks(ticks, labels, parse_math=False)
-    axes.set(xlabel='predicted', ylabel='true')
-    if classes <= 30:
-        for (i, j), count in np.ndenumerate(confusion):
-            if count:
-                colour = 'white' if share[i, j] > 0.5 else 'black'
-                axes.text(j, i, str(count), ha='center', va='center', color=colour, fontsize=8)
-    save(figure, path)
-
-
-def draw_reliability(sums: Sums, path: Path) -> None:
-    """Accuracy against confidence in `BINS` bins (Guo et al. 2017); the diagonal is calibrated."""
-    from matplotlib.figure import Figure
-
-    count = np.asarray(sums['bin_count'])
-    accuracy = np.asarray(sums['bin_correct']) / np.maximum(count, 1)
-    figure = Figure(figsize=(4.5, 4.5), layout='constrained')
-    axes = figure.subplots()
-    centres = (np.arange(BINS) + 0.5) / BINS
-    axes.bar(centres, accuracy, width=0.9 / BINS, alpha=0.8, label='accuracy')
-    axes.bar(centres, count / max(count.sum(), 1), width=0.4 / BINS, label='share of examples')
-    axes.plot([0, 1], [0, 1], 'k--', linewidth=1)
-    axes.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
-    axes.legend()
-    save(figure, path)
+    figure = Figure(figsize=(WIDTH, 4.6), layout='constrained')
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    edges = [each['from'] for each in bins], [each['to'] - each['from'] for each in bins]
+    options = {'align': 'edge', 'edgecolor': SURFACE, 'linewidth': 1}
+    upper.bar(edges[0], [each['accuracy'] for each in bins], edges[1], color=BLUE, **options)
+    upper.plot([0, 1], [0, 1], color=INK, linestyle=(0, (4, 3)), linewidth=1, label='calibrated')
+    points = ([each[name] for each in bins] for name in ('confidence', 'accuracy'))
+    label = 'mean confidence of the bin'
+    upper.plot(*points, 'D', color=ORANGE, markersize=5, clip_on=False, label=label)
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel='accuracy')
+    upper.legend(loc='upper left')
+    lower.bar(edges[0], [each['count'] for each in bins], edges[1], color=GREY, **options)
+    lower.set(xlabel='confidence', ylabel='images')
+    return figure

@@ -1,6 +1,7 @@
 """Grad-CAM: where in an image the evidence for a class is."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from cnn_jax.errors import UserError
+from cnn_jax.freezing import mode_arguments
 from cnn_jax.tools.figures import save
 
 
@@ -30,7 +32,7 @@ def grad_cam(
     to a maximum of 1 (an all-zero one stays) and enlarged to the image.
 
     Errors:
-        UserError: The network has no such layer.
+        UserError: The network has no such layer, or none whose output is an image.
 
     Source: Selvaraju et al. 2017, "Grad-CAM", arXiv:1610.02391, equations 1 and 2.
     """
@@ -66,7 +68,7 @@ def _score(model, variables, images, classes, layer: str, shift) -> tuple[Array,
         return out
 
     with nn.intercept_methods(intercept):
-        logits: Any = model.apply(variables, images, train=False)
+        logits: Any = model.apply(variables, images, **mode_arguments(model, train=False))
     if logits.shape[-1] == 1:
         logits = jnp.concatenate([-logits, logits], axis=-1)
     score = jnp.take_along_axis(logits, classes[:, None], axis=-1).sum()
@@ -78,37 +80,71 @@ def image_layers(model: nn.Module, images: Float[Array, 'b h w c']) -> list[str]
 
     The last is `backbone` in a fine-tuned VGG16, in a strided net the last block's dropout, which
     in inference returns the last normalization's output.
+
+    Errors:
+        UserError: There is none.
     """
     called = []
 
     def intercept(call, args, kwargs, context):
         out: Any = call(*args, **kwargs)
         path = '/'.join(context.module.path)
-        if path and context.method_name == '__call__' and out.ndim == 4:
+        if path and context.method_name == '__call__' and getattr(out, 'ndim', 0) == 4:
             called.append(path)
         return out
 
     with nn.intercept_methods(intercept):
-        jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+        mode: Any = mode_arguments(model, train=False)
+        jax.eval_shape(lambda: model.init(jax.random.key(0), images, **mode))
+    if not called:
+        raise UserError('the network has no layer whose output is an image; leave heat maps out')
     return called
+
+
+def heat_mapper(run: Any) -> Callable[[np.ndarray, int], np.ndarray]:
+    """The function from a uint8 image and a class to `grad_cam` by the network of an opened run.
+
+    Errors:
+        UserError: The network has no layer whose output is an image.
+    """
+    blank = jnp.zeros((1, *run.spec.image_shape), jnp.uint8)
+    layer = image_layers(run.model, run.spec.prepare(blank))[-1]
+
+    @jax.jit
+    def compute(variables, image, number):
+        return grad_cam(run.model, variables, run.spec.prepare(image), number, layer)
+
+    return lambda image, number: np.asarray(
+        compute(run.variables, image[None], np.array([number]))[0]
+    )
+
+
+def overlay(
+    image: UInt8[np.ndarray, 'h w c'], heat: Float[np.ndarray, 'h w']
+) -> UInt8[np.ndarray, 'h w 3']:
+    """The heat, in [0, 1], over a grey version of the image, which shows where there is none.
+
+    So colour means heat alone.
+    """
+    from matplotlib import colormaps
+
+    grey, share = image.mean(axis=-1, keepdims=True) / 255, 0.8 * heat[..., None]
+    mixed = (1 - share) * grey + share * colormaps['inferno'](heat)[..., :3]
+    return np.round(255 * mixed).astype(np.uint8)
 
 
 def draw_heatmap(
     image: UInt8[np.ndarray, 'h w c'], heat: Float[np.ndarray, 'h w'], title: str, path: Path
 ) -> None:
-    """Draw a PNG of the image, and of the heat, in [0, 1], over a grey version of it.
-
-    So colour means heat alone.
-    """
+    """Draw a PNG of the image and its `overlay`."""
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.4), layout='constrained')
     left, right = figure.subplots(1, 2)
-    grey = {'cmap': 'gray', 'vmin': 0, 'vmax': 255}
-    left.imshow(image[..., 0] if image.shape[-1] == 1 else image, **grey)
-    right.imshow(image.mean(axis=-1), **grey)
-    overlay = right.imshow(heat, cmap='inferno', alpha=0.55, vmin=0, vmax=1)
-    scale = figure.colorbar(overlay, ax=right, ticks=[0, 1])
+    left.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap='gray', vmin=0, vmax=255)
+    right.imshow(overlay(image, heat))
+    scale = figure.colorbar(ScalarMappable(cmap='inferno'), ax=right, ticks=[0, 1])
     scale.ax.set_yticklabels(['no\nevidence', 'most'])
     for axes in (left, right):
         axes.set_axis_off()

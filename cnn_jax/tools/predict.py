@@ -149,24 +149,18 @@ def heatmap_drawer(run: Run, folder: Path) -> Callable[[Prediction], bool]:
     The function returns whether it could; PNGs are named `NNN_FILE.png` in the order of its calls.
     """
     names = run.class_names
-    blank = np.zeros((1, *run.spec.image_shape), np.uint8)
-    layer = heatmap.image_layers(run.model, run.spec.prepare(jnp.asarray(blank)))[-1]
-    numbers = itertools.count()
-
-    @jax.jit
-    def compute(variables, image, number):
-        return heatmap.grad_cam(run.model, variables, run.spec.prepare(image), number, layer)
+    evidence, numbers = heatmap.heat_mapper(run), itertools.count()
 
     def draw(prediction: Prediction) -> bool:
         number, image = next(numbers), read_image(run, prediction.path)
         if prediction.error or isinstance(image, str):
             return False
         name, probability = prediction.classes[0]
-        heat = compute(run.variables, image[None], np.array([names.index(name)]))[0]
+        heat = evidence(image, names.index(name))
         # A name of a file takes at most 255 bytes, those that are added in writing it included.
         stem = printable(prediction.path.stem).encode()[:200].decode(errors='ignore')
         title = printable(f'{prediction.path.name}: {name} {probability:.1%}')
-        heatmap.draw_heatmap(image, np.asarray(heat), title, folder / f'{number:03d}_{stem}.png')
+        heatmap.draw_heatmap(image, heat, title, folder / f'{number:03d}_{stem}.png')
         return True
 
     return draw

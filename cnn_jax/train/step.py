@@ -215,7 +215,11 @@ def predict_step(
 
 def eval_step(program: Program, state: State, batch: Batch, values: Values) -> metrics.Sums:
     """The sums that a batch's metrics in inference follow from."""
-    log_probs = predict_step(program, state, batch['image'], values)
+    return eval_sums(predict_step(program, state, batch['image'], values), batch)
+
+
+def eval_sums(log_probs: Float[Array, 'b k'], batch: Batch) -> metrics.Sums:
+    """`eval_step` of a batch whose log class probabilities are known."""
     labels, mask = batch['label'], batch['mask']
     sums = metrics.batch_sums(log_probs, cross_entropy(log_probs, labels), labels, mask)
     return sums | {'confusion': metrics.confusion(log_probs, labels, mask)}
