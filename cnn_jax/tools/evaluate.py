@@ -149,7 +149,7 @@ class Evaluation:
         source = 'own data' if config.data.source == cfg.OWN else config.data.source
         head = f'{source} {self.split}: {found["count"]:,} images, step {self.run.step:,}'
         text = [f'  {name:<18} {value or "none"}' for name, value in lines.items()]
-        return printable('\n'.join([head, *text]), keep='\n')
+        return '\n'.join(map(printable, [head, *text]))
 
     def _page(self) -> str:
         from markupsafe import Markup

@@ -59,13 +59,17 @@ def test_evaluate_repeats_the_last_line_of_the_record(launch, tiny_run):
     folder, _ = tiny_run
     done = launch('evaluate', f'--workdir={folder}', check=0)
     last = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])
-    content = json.loads((folder / 'evaluation.json').read_text())
+    at = folder / f'evaluation/test-step_{last["step"]}'
+    content = json.loads((at / 'evaluation.json').read_text())
     assert content['loss'] == last['loss']
     assert content['accuracy'] == last['accuracy']
     assert f'{last["accuracy"]:.4f}' in done.stdout
     assert sum(map(sum, content['confusion'])) == 364
-    for name in ('confusion.png', 'reliability.png'):
-        assert (folder / name).read_bytes().startswith(b'\x89PNG')
+    assert f'{at}/evaluation.html' in done.stdout
+    before = {path: path.read_bytes() for path in at.iterdir()}
+    launch('evaluate', f'--workdir={folder}', '--split=train[:50]', check=0)
+    assert {path: path.read_bytes() for path in at.iterdir()} == before
+    assert len([*folder.glob('evaluation/*/predictions.csv')]) == 2
 
 
 def test_export_writes_what_evaluate_measured_into_a_new_folder(launch, tiny_run, tmp_path):

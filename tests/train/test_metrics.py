@@ -7,7 +7,6 @@ import sklearn.metrics
 
 from cnn_jax import config as cfg
 from cnn_jax.regularizers import cross_entropy, log_probabilities
-from cnn_jax.tools import figures
 from cnn_jax.train import metrics
 from cnn_jax.train.metrics import EarlyStopping
 
@@ -89,12 +88,6 @@ def test_a_class_without_examples_has_no_accuracy():
 def test_a_sigmoid_is_two_classes():
     got = result_of(np.array([[-1.0], [2.0], [3.0]], np.float32), np.array([0, 1, 0]))
     np.testing.assert_array_equal(got['confusion'], [[1, 1], [0, 1]])
-
-
-def test_a_confusion_matrix_is_drawn_whatever_the_classes_are_called(tmp_path):
-    names = ['$5_$10', '10%-$20%$', '<b>']
-    figures.draw_confusion(np.eye(3, dtype=int), names, tmp_path / 'confusion.png')
-    assert (tmp_path / 'confusion.png').read_bytes()[:4] == b'\x89PNG'
 
 
 @pytest.mark.parametrize('per_epoch', [1.0, 4.0, 6.25, 15.6])

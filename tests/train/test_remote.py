@@ -255,10 +255,11 @@ def test_readers_see_what_is_there_now_and_may_add_to_it(machine, monkeypatch):
     (at.folder / '.seal').rename(at.folder / 'checkpoints/step_30/seal.json')
     at.push(last=True)
     (reader.folder / 'checkpoints/step_20/_METADATA').write_text('damaged')
-    (reader.folder / 'evaluation.json').write_text('{}')
-    remote.upload(URL, ['evaluation.json'])
+    (reader.folder / 'evaluation/test').mkdir(parents=True)
+    (reader.folder / 'evaluation/test/evaluation.json').write_text('{}')
+    remote.upload(URL, ['evaluation/test/evaluation.json'])
     remote.fetch_workdir(URL)
-    assert content(reader) == content(at) | {'evaluation.json': b'{}'}
+    assert content(reader) == content(at) | {'evaluation/test/evaluation.json': b'{}'}
     real = Faulty.get_file
 
     def removed_meanwhile(self, path, *args, **kwargs):
