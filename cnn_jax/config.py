@@ -54,6 +54,7 @@ ERASING = needs('augment.erasing')
 ADAM = needs('optimizer.name', of=('adam', 'adamw'))
 SGD = needs('optimizer.name', of=('sgd',))
 SECOND_PHASE = needs('unfreeze.epochs')
+TABLE = needs('data.source', of=lambda source: source.startswith(('csv:', 'parquet:')))
 CACHED = VGG | needs('train.frozen')
 
 
@@ -138,7 +139,12 @@ class Model(Fields):
 class Data(Fields):
     """The images: their source, and their way to the network."""
 
-    source: str = 'mnist_5k'  # mnist_5k | digits | tfds:NAME | folder:PATH | idx:PATH | own
+    # mnist_5k | digits | tfds:NAME | folder:PATH | idx:PATH | csv:FILE | parquet:FILE | own
+    source: str = 'mnist_5k'
+    # columns of a csv: or parquet: table; '': one with a usual name (`cnn_jax.data.tables`)
+    path_column: str = setting('', **TABLE)
+    label_column: str = setting('', **TABLE)
+    split_column: str = setting('', **TABLE)
     data_dir: str = setting(
         '', path=True, **needs('data.source', of=lambda source: source.startswith('tfds:'))
     )  # where TFDS keeps prepared sets; '' is TFDS's default

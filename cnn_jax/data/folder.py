@@ -28,14 +28,14 @@ from cnn_jax.files import local_path
 Stamp = tuple[int, int, int]  # size, and times of the last change of content and of inode
 
 
-def examine_files(root: Path, paths: Sequence[str]) -> dict[str, Finding]:
-    """The `Finding` of each file, by its path below the root, in the same order.
+def examine_files(root: Path, paths: Sequence[str], *lists: str) -> dict[str, Finding]:
+    """The `Finding` of each file, by its path below the root (or absolute), in the same order.
 
-    The findings are kept in an index in the cache. A file is read when its stamp differs from the
-    one there, as in git. One that could not be read at all is not indexed: the obstacle may be gone
-    the next time.
+    The findings are kept in an index in the cache, of the root, or of a list of files there. A file
+    is read when its stamp differs from the one there, as in git. One that could not be read at all
+    is not indexed: the obstacle may be gone the next time.
     """
-    key = digest(os.fsencode(root.resolve()))
+    key = digest(os.fsencode(root.resolve()), *lists)
     known = {path: (tuple(stamp), Finding(*row)) for path, stamp, row in load_findings(key)}
     stamps = {path: _stamp(root / path) for path in paths}
     stale = [path for path in paths if path not in known or known[path][0] != stamps[path]]
@@ -122,7 +122,7 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
         own = listings[part]
         left = [*(row for row in unreadable if row[0] in own), *left_out]
         part_name = name if part == 'all' else f'{name} {part}'
-        return _source(part_name, root, own, files, class_names, left)
+        return source_of(part_name, root, own, files, class_names, left)
 
     return {part: functools.partial(open_part, part) for part in layout}
 
@@ -201,16 +201,21 @@ def _class_names(layout: dict[str, Path]) -> tuple[str, ...]:
     base = layout.get('train') or layout['all']
     class_names = tuple(_class_folders(base))
     for name in class_names:
-        if any(unicodedata.category(c) in UNPRINTABLE for c in name):
-            raise UserError(
-                f'the folder {str(base / name)!r} gives a class its name, which cannot be printed: '
-                'rename it without control characters, in UTF-8'
-            )
+        check_class_name(name, f'the folder {str(base / name)!r}')
     for below in layout.values():
         for other in _class_folders(below):
             if other not in class_names:
                 raise UserError(f'{below / other} is a class that {base} lacks; add or remove it')
     return class_names
+
+
+def check_class_name(name: str, origin: str) -> None:
+    """Refuse the name of a class that cannot be printed, by its origin, such as a folder."""
+    if any(unicodedata.category(c) in UNPRINTABLE for c in name):
+        raise UserError(
+            f'{origin} gives a class its name, which cannot be printed: rename it without control '
+            'characters, in UTF-8'
+        )
 
 
 def _class_folders(below: Path) -> dict[str, list[str]]:
@@ -265,7 +270,7 @@ def _sub_folders(folder: Path) -> list[str]:
     return sorted(name for name in names if os.path.isdir(folder / name))
 
 
-def _source(
+def source_of(
     name: str,
     root: Path,
     labels: Listing,
@@ -273,6 +278,7 @@ def _source(
     class_names: tuple[str, ...],
     left_out: LeftOut,
 ) -> Source:
+    """The source of the readable ones of some image files, with their labels."""
     paths = [path for path in labels if not files[path].reason]
     for label in sorted({*labels.values()} - {labels[path] for path in paths}):
         raise UserError(f'{name} has no readable image of class {class_names[label]}; add some')

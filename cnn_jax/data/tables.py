@@ -1,0 +1,179 @@
+"""Tables of image files, CSV or Parquet: a column of paths, one of labels, perhaps one of parts."""
+
+import csv
+import functools
+import glob
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cnn_jax.data.decode import skipped
+from cnn_jax.data.folder import PARTS, Listing, check_class_name, examine_files, source_of
+from cnn_jax.data.source import Source
+from cnn_jax.errors import UserError, nearest
+from cnn_jax.files import local_path
+
+# By the config field that chooses a column: the names that are looked for, the first found first,
+# without capitals, spaces, _ and -.
+COLUMNS = {
+    'path_column': 'path filepath file filename imagepath imagefile imagename image img',
+    'label_column': 'label labels class classname category target species y',
+    'split_column': 'split subset partition part set',
+}
+SPLITS = PARTS | {'training': 'train', 'testing': 'test', 'eval': 'validation'}
+DELIMITERS = ',;\t|'
+FEW = 20  # rows, of which most may have a label of their own
+Rows = dict[str, list[Any]]  # the values of each column
+
+
+def parts(
+    kind: str, files: str, columns: Mapping[str, str], max_corrupt: float
+) -> dict[str, Callable[[], Source]]:
+    """The parts of a table: those of its column of parts, else `all`.
+
+    Paths are absolute, or relative to the folder of their table. Labels are texts or whole numbers;
+    classes are in their order.
+
+    Args:
+        kind: csv (UTF-8 with a header, separated by one of `DELIMITERS`) or parquet.
+        files: The path of a table, or a pattern of several, such as `labels/*.csv`.
+        columns: By field of `config.Data`, the columns to take; '' for one of the usual `COLUMNS`.
+        max_corrupt: The largest fraction of images that may be missing or unreadable.
+
+    Errors:
+        UserError: There is no such table or column, a cell is empty, an image is named twice,
+            labels tell images and no classes; more than `max_corrupt` images cannot be read.
+    """
+    name = f'{kind}:{files}'
+    pattern = local_path(files, 'config.data.source')
+    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise UserError(f'{pattern} does not exist; give a {kind} file, or a pattern of several')
+    root, labels, split_of = Path(found[0]).parent, {}, {}
+    for table in map(Path, found):
+        rows = _chosen(table, (_read_csv if kind == 'csv' else _read_parquet)(table), columns)
+        for number, (path, label, split) in enumerate(zip(*rows), 1):
+            path = _below(root, table.parent, path)
+            if path in labels:
+                raise UserError(f'{table} names {path} once more in row {number}; remove one')
+            labels[path], split_of[path] = label, split
+    if not labels:
+        raise UserError(f'{name} has no rows below its header; give a table that names images')
+    names = dict.fromkeys(split_of.values())
+    if ('all' in names and len(names) > 1) or not names.keys() & {'all', 'train'}:
+        raise UserError(
+            f'{name} has rows of the parts {", ".join(names)}; write train for those to train on, '
+            'and a part in every table'
+        )
+    class_names = _class_names(list(labels.values()), name)
+    if not any(os.path.exists(root / path) for path in labels):
+        raise UserError(
+            f'no file that {name} names exists, such as {root / next(iter(labels))}; '
+            f'paths must be absolute or relative to {root}'
+        )
+    listing: Listing = {path: class_names.index(label) for path, label in labels.items()}
+    files_ = examine_files(root, list(listing), name)
+    unreadable = skipped(name, list(files_), list(files_.values()), max_corrupt)
+
+    def open_part(part: str) -> Source:
+        own = {path: label for path, label in listing.items() if split_of[path] == part}
+        left = [row for row in unreadable if row[0] in own]
+        part_name = name if part == 'all' else f'{name} {part}'
+        return source_of(part_name, root, own, files_, class_names, left)
+
+    return {part: functools.partial(open_part, part) for part in names}
+
+
+def _read_csv(path: Path) -> Rows:
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            header = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(DELIMITERS, key=header.count), strict=True)
+            names, *rows = [row for row in reader if row] or [[]]
+            wrong = next((n for n, row in enumerate(rows, 1) if len(row) != len(names)), None)
+    except (OSError, UnicodeError, csv.Error) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'{path} cannot be read as CSV in UTF-8 ({reason}); save it so') from error
+    if wrong:
+        raise UserError(
+            f'{path} has {len(rows[wrong - 1])} cells in row {wrong} and {len(names)} in its '
+            'header; quote what holds the delimiter'
+        )
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path).read().to_pydict()
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).partition('\n')[0]
+        raise UserError(f'{path} is no whole Parquet file ({reason}); write it again') from error
+
+
+def _chosen(table: Path, rows: Rows, columns: Mapping[str, str]) -> tuple[list[str], ...]:
+    """The paths, labels and parts of a table's rows."""
+    there = {re.sub(r'[\s_-]', '', name.lower()): name for name in reversed(rows)}
+    texts = []
+    for field, usual in COLUMNS.items():
+        column = columns[field] or next(
+            (there[name] for name in usual.split() if name in there), ''
+        )
+        if not column and field == 'split_column':
+            texts.append(['all'] * len(texts[0]))
+            continue
+        if column not in rows:
+            asked = f'no column {column!r}{nearest(column, list(rows))}' if column else 'no usual'
+            what = asked if column else f'{asked} name of a {field.replace("_", " ")}'
+            raise UserError(
+                f'{table} has {what}; its columns are {", ".join(rows) or "none"}: choose one by '
+                f'config.data.{field}'
+            )
+        texts.append([_text(value, table, column, n) for n, value in enumerate(rows[column], 1)])
+    for number, split in enumerate(texts[2], 1):
+        if split != 'all' and split.lower() not in SPLITS:
+            raise UserError(
+                f'{table} has {split!r} as the part of row {number}; write {", ".join(PARTS)}, or '
+                'choose another column by config.data.split_column'
+            )
+    return texts[0], texts[1], [SPLITS.get(split.lower(), split) for split in texts[2]]
+
+
+def _text(value: Any, table: Path, column: str, number: int) -> str:
+    """A cell as text; whole numbers look alike whether they were stored as integers or floats."""
+    if isinstance(value, (dict, list, bytes)):
+        raise UserError(f'{table} holds no text or number in column {column}; choose another')
+    text = '' if value is None or value != value else str(value).strip()
+    if not text or '\0' in text:
+        raise UserError(
+            f'{table} has nothing in column {column} of row {number}; fill or remove it'
+        )
+    return unicodedata.normalize('NFC', re.sub(r'^(\d+)\.0$', r'\1', text))
+
+
+def _below(root: Path, folder: Path, path: str) -> str:
+    """A path in a table of `folder`, relative to `root` where it lies below it."""
+    path = path if '/' in path else path.replace('\\', '/')
+    whole = Path(os.path.normpath(folder / path))
+    return (whole.relative_to(root) if whole.is_relative_to(root) else whole).as_posix()
+
+
+def _class_names(labels: Sequence[str], name: str) -> tuple[str, ...]:
+    names = sorted({*labels})
+    if all(re.fullmatch(r'-?\d{1,18}', each) for each in names):
+        names.sort(key=int)
+    if FEW <= len(labels) < 2 * len(names):
+        raise UserError(
+            f'{name} has {len(names):,} different labels in {len(labels):,} rows, such as '
+            f'{names[0]!r}, which tell images and no classes; choose another column by '
+            'config.data.label_column'
+        )
+    for each in names:
+        check_class_name(each, f'the label {each!r} of {name}')
+    return tuple(names)
