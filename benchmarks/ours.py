@@ -32,7 +32,7 @@ def start(problem: Problem) -> Contender:
         steps_per_epoch=1.0,
         phase_ends=(1,),
         pretrained=lambda _: params.unflatten(
-            {path: jax.numpy.array(value) for path, value in problem.weights.items()}
+            {f'params/{path}': jax.numpy.array(value) for path, value in problem.weights.items()}
         ),
     )
     program = make_program(config, spec)
@@ -79,7 +79,7 @@ def features(problem: Problem) -> Contender:
         problem.classes,
         preparation(problem.preprocessing),
         problem.preprocessing,
-        jax.device_put(params.unflatten(backbone_weights(problem))),
+        jax.device_put({'params': {'backbone': params.unflatten(backbone_weights(problem))}}),
     )
     compute = extractor.function(None)
     index = np.arange(problem.images.shape[1], dtype=np.int32)

@@ -36,10 +36,11 @@ from cnn_jax.fields import (  # noqa: F401  (what others reach as `config.NAME`)
     traced_values,
     without_noise,
 )
-from cnn_jax.validation import unread, validate  # noqa: F401
+from cnn_jax.validation import LAST_OF_VGG16, unread, validate  # noqa: F401
 
-STRIDED: dict[str, Any] = {'only_for': 'strided_net'}
-VGG: dict[str, Any] = {'only_for': 'vgg16'}
+STRIDED: dict[str, Any] = {'only_for': ('strided_net',)}
+NORMED_BACKBONES = ('efficientnet_lite0',)
+BACKBONE: dict[str, Any] = {'only_for': ('vgg16', *NORMED_BACKBONES)}
 BATCH_NORMS = 'batch', 'ghost', 'renorm'
 NORMS = *BATCH_NORMS, 'group', 'layer', 'instance'
 RULES = 'adam', 'adamw', 'sgd'  # of this package; others are Optax's
@@ -55,12 +56,18 @@ ADAM = needs('optimizer.name', of=('adam', 'adamw'))
 SGD = needs('optimizer.name', of=('sgd',))
 SECOND_PHASE = needs('unfreeze.epochs')
 TABLE = needs('data.source', of=lambda source: source.startswith(('csv:', 'parquet:')))
-CACHED = VGG | needs('train.frozen')
+CACHED = BACKBONE | needs('train.frozen')
 
 
 def normed(*kinds: str) -> dict[str, Any]:
     """The fact that only these kinds of normalization read a field."""
     return needs('model.norm', 'model.head_norm', of=kinds)
+
+
+# Of batch normalization, which some backbones have, whatever the config's fields name.
+MOVING: dict[str, Any] = needs(
+    *('model.norm', 'model.head_norm', 'model.name'), of=(*BATCH_NORMS, *NORMED_BACKBONES)
+)
 
 
 GHOST_AS_BATCH = {'ghost': 'batch'}  # pooled statistics lack the variance between the groups
@@ -75,11 +82,12 @@ class Model(Fields):
     normalization, then dropout; then Flatten, the hidden Dense layers with activation,
     normalization and dropout, and the output Dense layer.
 
-    `vgg16` is the 13 convolutions of VGG16 up to `cut`, then the same head. `own` is a Flax module
-    that the caller of `fit` or the experiment file brings; it may read any of these fields.
+    The others are published networks (`cnn_jax.backbones`) up to `cut`, then the same head. `own`
+    is a Flax module that the caller of `fit` or the experiment file brings; it may read any of
+    these fields.
     """
 
-    name: str = choice('strided_net', 'vgg16', OWN, **KEPT)
+    name: str = choice('strided_net', *BACKBONE['only_for'], OWN, **KEPT)
     outputs: int = number(0, **KEPT)  # 0: one per class (softmax); 1: one sigmoid for two classes
     dtype: str = choice('float32', 'bfloat16', **KEPT)  # of computations, not parameters
     # which 3×3 convolutions of stride 1 take its short cut on a CPU
@@ -104,7 +112,7 @@ class Model(Fields):
     norm: str = choice(*NORMS, 'none', **STRIDED, noiseless=GHOST_AS_BATCH)
     norm_position: str = choice('after', 'before', **normed(*NORMS))  # the activation
     # share of the old moving average that is kept
-    norm_momentum: float = traced(0.99, high=1, noiseless=0.0, **normed(*BATCH_NORMS))
+    norm_momentum: float = traced(0.99, high=1, noiseless=0.0, **MOVING)
     norm_epsilon: float = number(1e-3, **normed(*NORMS))
     norm_groups: int = number(8, **WIDTH, **normed('group'))  # parts that share statistics
     ghost_batch: int = number(16, **WIDTH, **normed('ghost'))  # examples that share statistics
@@ -121,10 +129,10 @@ class Model(Fields):
     # deviation of noise added to the normalized images
     input_noise: float = traced(0.0, **STRIDED, noiseless=0.0)
 
-    # vgg16
-    # random | imagenet | a file (.h5, .keras, .onnx, .safetensors)
-    weights: str = setting('random', path=True, **VGG)
-    cut: str = setting('block5_pool', **VGG)  # the layer whose output the head sees
+    # a backbone
+    # random | imagenet | a file (.h5, .keras, .onnx, .safetensors, .pth)
+    weights: str = setting('random', path=True, **BACKBONE)
+    cut: str = setting('', **BACKBONE)  # the layer whose output the head sees; '': the last
     pool: str = choice('flatten', 'average')  # what joins backbone and head
 
     # head
@@ -262,7 +270,7 @@ class Train(Fields):
     frozen: tuple[str, ...] = ()  # parameter path patterns that are not trained
     ema: float = optional(0.0, high=0.999999)  # decay of the weights' moving average; 0: none
     swa_from: float = optional(0.0, **EPOCHS)  # epochs after which weights are averaged equally
-    precise_norm: int = number(0, high=2**20, **normed(*BATCH_NORMS))  # batches to estimate them
+    precise_norm: int = number(0, high=2**20, **MOVING)  # batches to estimate them
     eval_every: float = number(1.0, **EPOCHS)  # epochs
     checkpoint_every: float = number(1.0, **EPOCHS)  # epochs
     keep: int = number(2, low=2, high=2**20)  # latest checkpoints kept, besides the best
@@ -362,4 +370,6 @@ def from_json(text: str) -> Config:
         flat = dict(leaves(tree))
     except (ValueError, RecursionError) as error:
         raise UserError(f'the configuration is not JSON: {error}') from error
+    if flat.get('model.cut') == LAST_OF_VGG16:
+        flat['model.cut'] = ''
     return replace(Config(), flat)

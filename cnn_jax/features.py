@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from cnn_jax import config as cfg
 from cnn_jax import params, rng, runtime
+from cnn_jax.backbones import BACKBONES
 from cnn_jax.data import decode
 from cnn_jax.data.augment import augment_and_normalize
 from cnn_jax.data.batches import Batches, put
@@ -56,7 +57,7 @@ def is_cached(
         UserError: config.features.cache is `always`, but the features change from step to step.
     """
     mode, augment, reason = config.features.cache, config.augment, ''
-    if config.model.name != 'vgg16':
+    if config.model.name not in BACKBONES:
         reason = f'config.model.name is {config.model.name}, which has no backbone'
     elif any(name.startswith('backbone/') for name in trainable):
         reason = 'the backbone is trained (config.train.frozen lacks backbone/*)'
@@ -87,7 +88,7 @@ class Extractor:
     num_classes: int
     prepare: Callable[[Array], Array]
     spec: dict[str, Any]  # a description of `prepare` for the cache key
-    backbone: dict[str, Any]  # its parameters
+    backbone: dict[str, Any]  # its variables, as `State.backbone`
 
     def key(self, image_shape: Sequence[int], view: int | None) -> str:
         """Return the SHA-256 of everything that features depend on besides their image."""
@@ -101,7 +102,7 @@ class Extractor:
         facts = {
             'resize': [data.resize, *image_shape],
             'preprocessing': self.spec,
-            'cut': model.cut,
+            'cut': [model.name, model.cut],
             'compute': [model.dtype, _batch_size(image_shape)],
             'dtype': self.config.features.dtype,
             'augment': augment,
@@ -115,7 +116,7 @@ class Extractor:
 
     @cached_property
     def weights(self) -> dict[str, Any]:
-        """The backbone's parameters as the compiled function takes them, transformed once."""
+        """The backbone's variables as the compiled function takes them, transformed once."""
         return jax.jit(self._weights)(self.backbone)
 
     def _weights(self, backbone: dict[str, Any]) -> dict[str, Any]:
@@ -135,9 +136,8 @@ class Extractor:
             else:
                 key = rng.key(self.config.seed, 'augment', view)
                 x = augment_and_normalize(augment, key, images, index, self.prepare)
-            variables = {'params': {'backbone': weights}}
             with nn.intercept_methods(winograd_interceptor):
-                out: Any = model.apply(variables, x, train=False, method='features')
+                out: Any = model.apply(weights, x, train=False, method='features')
             return out.astype(self.config.features.dtype)
 
         return compute

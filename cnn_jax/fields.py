@@ -41,7 +41,7 @@ KINDS = {
 def setting(default: Any, **facts: Any) -> Any:
     """A field with facts about it.
 
-    These are what the functions below set; `only_for`, the one `model.name` that reads the field;
+    These are what the functions below set; `only_for`, those of `model.name` that read the field;
     `noiseless`, the value under which the network adds no noise to what it computes (or a table of
     such values); `kept`, whether it is read although the user brings the model or the optimizer.
     """

@@ -1,4 +1,4 @@
-"""Networks from a config: the strided net, VGG16, and the head that both share."""
+"""Networks from a config: the strided net, a backbone, and the head that both have."""
 
 import contextlib
 import functools
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from cnn_jax.config import Model
+from cnn_jax.backbones import BACKBONES
+from cnn_jax.config import NORMED_BACKBONES, Model
 from cnn_jax.errors import UserError
 from cnn_jax.nn.conv import Conv, avg_pool, global_avg_pool, max_pool
 from cnn_jax.nn.noise import (
@@ -25,7 +25,6 @@ from cnn_jax.nn.noise import (
 )
 from cnn_jax.nn.norm import BatchNorm, BatchRenorm, GhostBatchNorm, GroupNorm
 from cnn_jax.nn.padding import Pair, Size, output_shape, pair
-from cnn_jax.pretrained.formats import BLOCKS, CONVOLUTIONS, TOP
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'relu': nn.relu,  # max(x, 0)
@@ -197,90 +196,6 @@ def _check_size(config: Model, size: Size) -> None:
         ) from error
 
 
-VGG16_MINIMUM_SIZE = 32  # five poolings leave one pixel
-
-_VGG16_BACKBONE = tuple(
-    layer
-    for block, _, count in BLOCKS
-    for layer in (*(f'{block}_conv{i}' for i in range(1, count + 1)), f'{block}_pool')
-)
-
-
-def vgg16_layers(include_top: bool = False) -> tuple[str, ...]:
-    """The names at which the network can be cut, in order."""
-    return (*_VGG16_BACKBONE, 'flatten', *TOP) if include_top else _VGG16_BACKBONE
-
-
-class VGG16(nn.Module):
-    """VGG16 from its input to the output of layer `cut` (None: the last), perhaps with its top.
-
-    Every convolution is 3×3, SAME, followed by ReLU, which belongs to the layer; every pool takes
-    the maximum of 2×2 pixels and drops an odd last row or column. `fc1` and `fc2` end in ReLU,
-    `predictions` are logits. `winograd` as that of `nn.conv2d`.
-
-    Source: Simonyan and Zisserman 2015, arXiv:1409.1556, configuration D; layer names of
-    `keras.applications.VGG16`.
-    """
-
-    cut: str | None = None
-    include_top: bool = False
-    dtype: Dtype = jnp.float32
-    winograd: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, 'b h w 3'], *, train: bool = False) -> Array:
-        """Features of images, preprocessed as the weights' `Preprocessing` does.
-
-        Returns:
-            `[b, h', w', filters]` for a convolution or a pool, `[b, units]` from `flatten` on.
-
-        Errors:
-            UserError: `cut` is not a layer, or the input has another shape than the network takes.
-        """
-        del train
-        cut = self.cut or vgg16_layers(self.include_top)[-1]
-        _check_vgg16(x.shape, cut, self.include_top)
-        for layer in vgg16_layers(self.include_top):
-            x = self._layer(layer, x)
-            if layer == cut:
-                break
-        return x
-
-    def _layer(self, name: str, x: Array) -> Array:
-        if name in CONVOLUTIONS:
-            filters = CONVOLUTIONS[name][-1]
-            layer = {'activation': nn.relu, 'dtype': self.dtype, 'name': name}
-            return Conv(filters, 3, winograd=self.winograd, **layer)(x)
-        if name in TOP:
-            x = nn.Dense(TOP[name][-1], dtype=self.dtype, name=name)(x)
-            return x if name == 'predictions' else nn.relu(x)
-        if name == 'flatten':
-            return x.reshape(x.shape[0], -1)
-        return max_pool(x, 2)
-
-
-def _check_vgg16(shape: tuple[int, ...], cut: str, include_top: bool) -> None:
-    if cut not in vgg16_layers(include_top):
-        raise UserError(
-            f'VGG16 {"with" if include_top else "without"} its top cannot be cut at {cut!r}; its '
-            f'layers are {", ".join(vgg16_layers(include_top))}'
-        )
-    if len(shape) != 4 or shape[3] != 3:
-        raise UserError(
-            f'VGG16 takes images of three channels [batch, height, width, 3], not {list(shape)}; '
-            'repeat grey images to three channels'
-        )
-    least = VGG16_MINIMUM_SIZE
-    if min(shape[1:3]) < least or (include_top and shape[1:3] != (224, 224)):
-        wanted = (
-            '224×224 pixels with its top' if include_top else f'at least {least}×{least} pixels'
-        )
-        raise UserError(
-            f'VGG16 takes images of {wanted}, not {shape[1]}×{shape[2]}; resize them '
-            '(config.data.resize and config.data.size)'
-        )
-
-
 class Classifier(nn.Module):
     """A backbone, called as `backbone(x, train=...)`, and the head that reads its output."""
 
@@ -316,8 +231,10 @@ def build(config: Model, num_classes: int) -> nn.Module:
             f'config.model.outputs is {outputs}{sigmoid} but the data have {num_classes} '
             'classes; set it to 0'
         )
-    if config.name == 'vgg16':
-        winograd = config.winograd == 'always'
-        backbone = VGG16(cut=config.cut, dtype=config.dtype, winograd=winograd)
-        return Classifier(backbone, Head(config, outputs))
+    if config.name in BACKBONES:
+        cut, winograd = config.cut or None, config.winograd == 'always'
+        options = {'cut': cut, 'dtype': config.dtype, 'winograd': winograd}
+        if config.name in NORMED_BACKBONES:
+            options['momentum'] = config.norm_momentum
+        return Classifier(BACKBONES[config.name](**options), Head(config, outputs))
     return StridedNet(config, outputs)

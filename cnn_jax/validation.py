@@ -7,12 +7,17 @@ from cnn_jax.errors import UserError, nearest
 from cnn_jax.fields import LARGEST, OWN, C, fields_by_path, get, replace, to_flat
 from cnn_jax.files import local_path
 
+LAST_OF_VGG16 = 'block5_pool'  # the default of `model.cut` before there were other backbones
+
 
 def validate(config: C) -> C:
     """Return the config with types, choices, ranges and combinations checked, or a UserError."""
     flat, fields = to_flat(config), fields_by_path(config)
     paths = [path for path, f in fields.items() if f.metadata.get('path') and flat[path]]
-    config = replace(config, {p: local_path(flat[p], f'config.{p}') for p in paths})
+    changes = {p: local_path(flat[p], f'config.{p}') for p in paths}
+    if (flat['model.name'], flat['model.cut']) == ('vgg16', LAST_OF_VGG16):
+        changes['model.cut'] = ''  # so that the hash is that of earlier runs
+    config = replace(config, changes)
     for path, f in fields.items():
         _check_field(path, f.metadata, flat[path])
     for wrong, sentence in _combinations(config):
@@ -103,11 +108,12 @@ def _networks(config: Any) -> Iterator[tuple[Any, str]]:
     """`_combinations` of the built-in networks."""
     model = config.model
     for path, f in fields_by_path(config).items():
-        value, reader = get(config, path), f.metadata.get('only_for', model.name)
+        value, readers = get(config, path), f.metadata.get('only_for', (model.name,))
         yield (
-            reader != model.name and value != f.default,
-            f'config.{path} is {value}, but only {reader} has it, so it would change nothing; '
-            f'leave it at {f.default}',
+            model.name not in readers and value != f.default,
+            f'config.{path} is {value}, but only {" and ".join(readers)} '
+            f'{"has" if len(readers) == 1 else "have"} it, so it would change nothing; leave it at '
+            f'{f.default!r}',
         )
     yield (
         model.weight_standardization and model.norm == 'none',
@@ -171,7 +177,7 @@ def unread(config: Any, channels: int = 3) -> list[str]:
 def _is_read(config: Any, path: str) -> bool:
     """Return whether a field can matter; what the user brings reads any of its group."""
     facts = fields_by_path(config)[path].metadata
-    if facts.get('only_for', config.model.name) not in (config.model.name, OWN):
+    if config.model.name not in facts.get('only_for', (config.model.name,)):
         return config.model.name == OWN
     others = facts.get('needs', {})
     for group in ('model', 'optimizer'):

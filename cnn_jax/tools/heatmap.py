@@ -78,7 +78,7 @@ def _score(model, variables, images, classes, layer: str, shift) -> tuple[Array,
 def image_layers(model: nn.Module, images: Float[Array, 'b h w c']) -> list[str]:
     """The paths of the modules whose output is [b, i, j, k], in the order in which they return.
 
-    The last is `backbone` in a fine-tuned VGG16, in a strided net the last block's dropout, which
+    The last is `backbone` where there is one, in a strided net the last block's dropout, which
     in inference returns the last normalization's output.
 
     Errors:

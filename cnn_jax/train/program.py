@@ -54,6 +54,13 @@ class State:
             'batch_stats': self.eval_batch_stats or self.batch_stats,
         }
 
+    @property
+    def backbone(self) -> dict[str, Any]:
+        """The variables of the module `backbone`, where they are frozen."""
+        variables = {'params': self.params, 'batch_stats': self.batch_stats}
+        parts = {kind: tree.get('backbone') for kind, tree in variables.items()}
+        return {kind: {'backbone': tree} for kind, tree in parts.items() if tree}
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -64,7 +71,7 @@ class RunSpec:
     prepare: Callable[[UInt8[Array, 'b h w c']], Float[Array, 'b h w d']]  # for the network
     steps_per_epoch: float  # need not be whole
     phase_ends: tuple[int, ...]  # the step after which each phase is over
-    # From the shapes of the parameters to those that are not drawn.
+    # From the shapes of the variables to those that are not drawn.
     pretrained: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     class_weights: tuple[float, ...] = ()  # of the classes in the loss; (): all alike
     # In the place of what the config names, and more.
@@ -326,22 +333,22 @@ def state_maker(program: Program) -> Callable[[int], State]:
     if least > there:
         sizes = f'take {least / 1e9:,.0f} GB and the devices have {there / 1e9:,.0f} GB'
         raise UserError(f'the weights and their gradients {sizes}; make the network smaller')
-    given = params.flatten(spec.pretrained(program.shapes)) if spec.pretrained else {}
+    shapes = {'params': program.shapes, 'batch_stats': program.statistics}
+    given = params.flatten(spec.pretrained(shapes)) if spec.pretrained else {}
 
     # Compiled once, run once a seed: at this level it compiles in a third of the time.
     @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 1})
     def draw_the_rest(seed):
-        drawn = _draw(config, spec, seed)
-        flat = params.flatten(drawn['params'])
-        rest = {path: leaf for path, leaf in flat.items() if path not in given}
-        return rest, drawn.get('batch_stats', {})
+        flat = params.flatten(_draw(config, spec, seed))
+        return {path: leaf for path, leaf in flat.items() if path not in given}
 
     first = program.members[0]
 
     def make(seed: int) -> State:
-        rest, batch_stats = draw_the_rest(seed)
-        flat = rest | {path: jnp.copy(leaf) for path, leaf in given.items()}
-        weights = params.unflatten(flat)
+        copies = {path: jnp.copy(leaf) for path, leaf in given.items()}
+        variables = params.unflatten(draw_the_rest(seed) | copies)
+        weights, batch_stats = variables['params'], variables.get('batch_stats', {})
+        flat = params.flatten(weights)
         return State(
             step=jnp.zeros((), jnp.int32),
             params=weights,

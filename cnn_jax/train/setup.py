@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import config as cfg
+from cnn_jax import params
+from cnn_jax.backbones import BACKBONES
 from cnn_jax.components import NO_COMPONENTS, Components, blamed_on
 from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import open_batches
@@ -161,20 +163,21 @@ def preprocessing(config: cfg.Config, train, weights: Pretrained | None) -> dict
     """The way from uint8 images to the network's input, as JSON.
 
     Pretrained weights bring their own; else each channel is standardized by the training split.
-    VGG16 without pretrained weights sees the same three channels.
+    A backbone without pretrained weights sees the same three channels.
     """
     if weights:
         return {
             'kind': weights.preprocessing.name,
             'weights': weights.digest,
-            'licence': f'Convolutions: {weights.licence}. {weights.citation}',
+            'licence': f'{BACKBONES[config.model.name].TITLE}: {weights.licence}. '
+            f'{weights.citation}',
         }
     mean, std = train.moments
     return {
         'kind': 'standardize',
         'mean': mean.tolist(),
         'std': std.tolist(),
-        'channels': 3 if config.model.name == 'vgg16' else len(mean),
+        'channels': 3 if config.model.name in BACKBONES else len(mean),
     }
 
 
@@ -209,9 +212,11 @@ def prepared_shape(spec: RunSpec) -> tuple[int, ...]:
 
 def load_weights(config: cfg.Config) -> Pretrained | None:
     """The pretrained weights that the config names, if it does."""
-    if config.model.name != 'vgg16' or config.model.weights == 'random':
+    model = config.model
+    if model.name not in BACKBONES or model.weights == 'random':
         return None
-    return load('auto' if config.model.weights == 'imagenet' else config.model.weights)
+    source = 'auto' if model.weights == 'imagenet' else model.weights
+    return load(source, backbone=model.name)
 
 
 def make_spec(
@@ -223,9 +228,16 @@ def make_spec(
     """Put together what the steps must know of a run besides its config, from a `Data`."""
     count = description['train']['count']
 
-    def pretrained(shapes: dict[str, Any]) -> dict[str, Any]:
+    def pretrained(variables: dict[str, Any]) -> dict[str, Any]:
         assert weights is not None
-        return {'backbone': insert(shapes['backbone'], weights)}
+        # A layer's parameters and its statistics have different names.
+        own = {kind: tree.get('backbone', {}) for kind, tree in variables.items()}
+        flat = {kind: params.flatten(tree) for kind, tree in own.items()}
+        given = params.flatten(insert(params.merge(*flat.values()), weights))
+        return {
+            kind: {'backbone': params.unflatten({name: given[name] for name in names})}
+            for kind, names in flat.items()
+        }
 
     return RunSpec(
         image_shape=tuple(description['image_shape']),
@@ -288,7 +300,7 @@ def features(
     `state` is any of the run's; of the batches, those to train on are augmented if the config
     says so, and the `evaluated` are as they are.
     """
-    preprocessing, backbone = description['preprocessing'], state.params['backbone']
+    preprocessing, backbone = description['preprocessing'], state.backbone
     extractor = Extractor(config, spec.num_classes, spec.prepare, preprocessing, backbone)
     augments = config.augment != cfg.Augment()
     if augments and config.train.precise_norm:

@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnn_jax.backbones import VGG16
 from cnn_jax.errors import UserError
-from cnn_jax.models import VGG16, vgg16_layers
 from cnn_jax.pretrained.formats import shapes
 
 
@@ -35,7 +35,7 @@ def test_layers_are_those_of_keras(top):
     theirs = keras.applications.VGG16(weights=None, include_top=False)
     names = [layer.name for layer in theirs.layers[1:]]
     assert (
-        list(vgg16_layers(include_top=top))
+        list(VGG16(include_top=top).layers)
         == names + ['flatten', 'fc1', 'fc2', 'predictions'] * top
     )
 
@@ -59,7 +59,7 @@ def test_cut(cut, shape):
     size = (224, 224) if top else (50, 33)
     output, variables = abstract(VGG16(cut=cut, include_top=top), 2, *size, 3)
     assert output.shape == shape
-    layers = vgg16_layers(include_top=top)
+    layers = VGG16(include_top=top).layers
     reached = layers[: layers.index(cut or 'block5_pool') + 1]
     assert list(variables['params']) == [x for x in reached if re.match('.*conv|fc|pred', x)]
 
@@ -103,7 +103,7 @@ def test_bfloat16_has_float32_parameters_and_training_is_inference():
         ({}, (1, 64, 64, 1), r'three channels .* not \[1, 64, 64, 1\]'),
         ({}, (64, 64, 3), r'not \[64, 64, 3\]'),
         ({'include_top': True}, (1, 225, 224, 3), '224×224 pixels with its top, not 225×224'),
-        ({'cut': 'fc1'}, (1, 224, 224, 3), "without its top cannot be cut at 'fc1'"),
+        ({'cut': 'fc1'}, (1, 224, 224, 3), "cannot be cut at 'fc1'"),
         ({'cut': 'block6_pool'}, (1, 64, 64, 3), 'block5_conv3, block5_pool'),
     ],
 )

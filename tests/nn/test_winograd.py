@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from cnn_jax import params
-from cnn_jax.models import VGG16
+from cnn_jax.backbones import VGG16
 from cnn_jax.nn import native
 from cnn_jax.nn.conv import Conv
 from cnn_jax.nn.winograd import transform_kernels, winograd_interceptor

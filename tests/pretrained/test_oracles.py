@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 from sklearn.datasets import load_sample_image
 
-from cnn_jax.models import VGG16
+from cnn_jax.backbones import VGG16
 from cnn_jax.pretrained.weights import insert
 
 

@@ -20,8 +20,8 @@ from hypothesis.extra import numpy as npst
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from cnn_jax.backbones import VGG16
 from cnn_jax.errors import UserError
-from cnn_jax.models import VGG16
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.formats import digest
 from cnn_jax.pretrained.weights import (
