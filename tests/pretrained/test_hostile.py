@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import zipfile
 
 import h5py
@@ -16,9 +17,18 @@ from hypothesis import strategies as st
 from cnn_jax.errors import UserError
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.formats import read
+from cnn_jax.pretrained.torch_files import open_torch
 from cnn_jax.pretrained.weights import load
 from tests.damage import damaged
-from tests.pretrained.conftest import WRITERS, onnx_tensors
+from tests.pretrained.conftest import (
+    TABLE,
+    WRITERS,
+    archive_pth,
+    legacy_pth,
+    onnx_tensors,
+    table,
+    tensor,
+)
 
 
 @pytest.mark.parametrize('kind', WRITERS)
@@ -148,6 +158,108 @@ def test_a_pickle_is_refused_unread(tmp_path, form):
     ):
         load(path)
     assert not ran.exists()
+
+
+# PyTorch's files: every operation but those of a table of tensors is refused, and every lie.
+
+FORMATS = {'legacy': legacy_pth, 'archive': archive_pth}
+NUMBERS = {'x': np.arange(6, dtype=np.float32).reshape(2, 3)}
+
+
+def code(operation: str, argument: bytes) -> bytes:
+    """A table with one more operation of a name that `pickletools` knows."""
+    opcode = next(each.code for each in pickletools.opcodes if each.name == operation)
+    return b'\x80\x02}(' + opcode.encode('latin1') + argument + b'u.'
+
+
+@pytest.mark.parametrize('form', FORMATS)
+@pytest.mark.parametrize(
+    'program',
+    [
+        *(b'\x80\x02c' + name + b'\n)R.' for name in (b'posix\nsystem', b'builtins\neval')),
+        b'\x80\x02ctorch._utils\n_rebuild_parameter\n.',
+        b'\x80\x02ctorch\nFloatStorage.__reduce__\n.',
+        b'cposix\nsystem\n(Vtouch ran\ntR.',
+        b'(Vtouch ran\niposix\nsystem\n.',
+        b'(cposix\nsystem\nVtouch ran\no.',
+        code('STACK_GLOBAL', b''),
+        code('NEWOBJ', b''),
+        code('NEWOBJ_EX', b''),
+        code('EXT1', b'\x01'),
+        code('PERSID', b'a\n'),
+        code('FRAME', bytes(8)),
+        code('LONG4', bytes(4)),
+        code('BINBYTES', bytes(4)),
+        code('DUP', b''),
+    ],
+)
+def test_a_program_that_asks_for_more_is_refused(tmp_path, monkeypatch, form, program):
+    monkeypatch.chdir(tmp_path)
+    FORMATS[form](NUMBERS, tmp_path / 'w.pth', program)
+    with pytest.raises(UserError, match='can run code; save the model'):
+        read(tmp_path / 'w.pth')
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('form', FORMATS)
+@pytest.mark.parametrize(
+    'lie',
+    [
+        {'offset': 1},
+        {'offset': -1},
+        {'shape': (2, 4)},
+        {'shape': (1 << 30, 1 << 30), 'strides': (0, 0)},
+        {'shape': (2, -3)},
+        {'shape': (7,), 'strides': (0,)},
+        {'shape': (6,)},
+        {'strides': (3, -1)},
+        {'strides': (1 << 30, 1)},
+        {'count': 7},
+        {'count': -6},
+        {'count': 1 << 30},
+        {'kind': 'LongStorage'},
+        {'key': 'absent'},
+        {'key': '../data.pkl'},
+    ],
+)
+def test_a_torch_tensor_that_lies(tmp_path, form, lie):
+    lie = {'key': 'x'} | lie
+    FORMATS[form](NUMBERS, tmp_path / 'w.pth', table({'x': tensor(NUMBERS['x'], **lie)}))
+    with pytest.raises((ValueError, KeyError)), open_torch(tmp_path / 'w.pth') as file:
+        file['x'][1]()
+
+
+@pytest.mark.parametrize('form', FORMATS)
+@pytest.mark.parametrize(
+    'program',
+    [
+        b'\x80\x02}.}',  # what follows is no table's business
+        b'\x80\x02' + b'N' * 1_000_001 + b'.',
+        b'\x80\x02' + b')' + b'\x85' * 900_000 + b'.',
+        b'\x80\x02N',
+        b'\x80\x02u.',
+        b'\x80\x02}q\x00(h\x00h\x00u.',
+        b'\x80\x02j\xff\xff\xff\xff.',
+        b'\x80\x02X\xff\xff\xff\x7fa.',
+        b'\x80\x02X\x01\x00\x00\x00\xff.',
+        b'\x80\x02\x8a\xff',
+        b'\x80\x02NQ.',
+        b'\x80\x02NNR.',
+        b'\x80\x02' + TABLE + b'(NNu.',
+    ],
+)
+def test_a_program_that_makes_no_sense(tmp_path, form, program):
+    FORMATS[form](NUMBERS, tmp_path / 'w.pth', program)
+    with pytest.raises(UserError, match=r'not a complete PyTorch|does not hold VGG16|no table'):
+        read(tmp_path / 'w.pth')
+
+
+def test_a_packed_archive_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'w.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('weights/data.pkl', table({}))
+        archive.writestr('weights/data/x', bytes(1 << 20))
+    with pytest.raises(UserError, match='compressed'):
+        read(tmp_path / 'w.pth')
 
 
 def test_what_a_keras_file_says_of_code_is_not_read(tmp_path, write, small_params):
