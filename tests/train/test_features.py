@@ -122,7 +122,7 @@ def extracted(numbers, view=None, seed=1, **changes):
     spec = setup.make_spec(config, data.description)
     state = state_maker(make_program(config, spec))(0)
     facts = data.description['preprocessing']
-    extractor = features.Extractor(config, 3, spec.prepare, facts, state.params['backbone'])
+    extractor = features.Extractor(config, 3, spec.prepare, facts, state.backbone)
     return extractor.extract(batches, view)[np.arange(len(numbers))]
 
 
@@ -131,14 +131,18 @@ AUGMENTED = {'augment__rotation': 20.0, 'augment__randaugment': 5.0, 'features__
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('convolutions', ['native', 'xla'])
+@pytest.mark.parametrize(
+    ('name', 'cut'), [('vgg16', 'block5_pool'), ('efficientnet_lite0', 'block4')]
+)
 def test_an_image_has_the_same_bits_in_every_place_of_a_batch(
-    monkeypatch, request, cache, dtype, convolutions
+    monkeypatch, request, cache, dtype, convolutions, name, cut
 ):
     """Alone, beside others, first or last, in a full batch and a filled-up one."""
     if convolutions == 'xla':
         request.getfixturevalue('xla_convolutions')
     monkeypatch.setattr(features, 'PIXELS_PER_BATCH', 8 * 32 * 32)
-    options = {'model__cut': 'block5_pool', 'features__dtype': dtype, 'model__dtype': dtype}
+    options = {'model__name': name, 'model__cut': cut}
+    options |= {'features__dtype': dtype, 'model__dtype': dtype}
     orders = [[*range(24)], [*range(23, -1, -1)], [5], [7, 5], [*range(3, 14)]]
     rows = {}
     for order in orders:
