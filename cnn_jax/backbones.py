@@ -1,11 +1,12 @@
-"""Published image networks up to a layer, whose output a head reads: VGG16, EfficientNet-Lite0.
+"""Published image networks up to a layer, whose output a head reads.
 
 A new one is a `Backbone` with its layers; `BACKBONES` names them for `config.model.name`. What its
 weights are called elsewhere, and where they are published, stands in `cnn_jax.pretrained`.
 """
 
 import itertools
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -131,7 +132,40 @@ class VGG16(Backbone):
             )
 
 
-class EfficientNetLite0(Backbone):
+class NormedBackbone(Backbone):
+    """A backbone with batch normalization.
+
+    Attributes:
+        momentum: Of the running averages; may be a traced scalar.
+    """
+
+    EPSILON: ClassVar[float]
+    USE_BIAS: ClassVar[bool] = False  # of convolutions
+    PADDING: ClassVar[str] = 'SAME'
+
+    momentum: float | Float[Array, ''] = 0.99
+
+    def unit(
+        self,
+        x: Array,
+        names: tuple[str, str],
+        width: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        activation: Callable[[Array], Array] | None = None,
+        train: bool,
+    ) -> Array:
+        """Convolution, batch normalization (of these names) and activation."""
+        options = {'feature_group_count': groups, 'dtype': self.dtype, 'winograd': self.winograd}
+        options |= {'use_bias': self.USE_BIAS, 'padding': self.PADDING}
+        x = Conv(width, kernel, stride, name=names[0], **options)(x)
+        x = BatchNorm(self.momentum, self.EPSILON, name=names[1])(x, train=train)
+        return x if activation is None else activation(x)
+
+
+class EfficientNetLite0(NormedBackbone):
     """EfficientNet-Lite0: 16 inverted residual blocks, then a 1×1 convolution to 1,280 channels.
 
     block: x → (expand to e·c channels, 1×1) → depthwise k×k/s → project, 1×1, (+ x)
@@ -139,9 +173,6 @@ class EfficientNetLite0(Backbone):
     Every convolution is SAME, without a bias, and followed by batch normalization, then by
     min(max(x, 0), 6), but for the projections. The first block of each stage has its stride and no
     shortcut; the others have stride 1 and one.
-
-    Attributes:
-        momentum: Of batch normalization; may be a traced scalar.
 
     Modules: `stem_conv`, `stem_norm`, `block1_depthwise_conv`, `block1_depthwise_norm`,
     `block1_project_conv`, …, `block2_expand_conv`, …, `block17_conv`, `block17_norm`.
@@ -151,6 +182,7 @@ class EfficientNetLite0(Backbone):
     """
 
     TITLE = 'EfficientNet-Lite0'
+    EPSILON = 1e-3
     # kernel size, expansion e, width, stride and number of blocks of each stage
     STAGES: ClassVar = (
         *((3, 1, 16, 1, 1), (3, 6, 24, 2, 2), (5, 6, 40, 2, 2), (3, 6, 80, 2, 3)),
@@ -158,11 +190,13 @@ class EfficientNetLite0(Backbone):
     )
     LAYERS = ('stem', *(f'block{i}' for i in range(1, 18)))
 
-    momentum: float | Float[Array, ''] = 0.99
-
     def layer(self, name: str, x: Array, train: bool) -> Array:
+        def unit(x: Array, part: str, width: int, kernel: int, **options: Any) -> Array:
+            names = f'{name}{part}_conv', f'{name}{part}_norm'
+            return self.unit(x, names, width, kernel, train=train, **options)
+
         if name == 'stem':
-            return self._unit(x, name, 32, 3, stride=2, train=train)
+            return unit(x, '', 32, 3, stride=2, activation=nn.relu6)
         blocks = [
             (kernel, expansion, width, stride if first else 1, first)
             for kernel, expansion, width, stride, count in self.STAGES
@@ -170,34 +204,75 @@ class EfficientNetLite0(Backbone):
         ]
         number = int(name.removeprefix('block'))
         if number > len(blocks):
-            return self._unit(x, name, 1280, 1, train=train)
+            return unit(x, '', 1280, 1, activation=nn.relu6)
         kernel, expansion, width, stride, first = blocks[number - 1]
         y, wide = x, expansion * x.shape[-1]
         if expansion > 1:
-            y = self._unit(y, f'{name}_expand', wide, 1, train=train)
-        depthwise = {'stride': stride, 'groups': wide, 'train': train}
-        y = self._unit(y, f'{name}_depthwise', wide, kernel, **depthwise)
-        y = self._unit(y, f'{name}_project', width, 1, linear=True, train=train)
+            y = unit(y, '_expand', wide, 1, activation=nn.relu6)
+        depthwise = {'stride': stride, 'groups': wide, 'activation': nn.relu6}
+        y = unit(y, '_depthwise', wide, kernel, **depthwise)
+        y = unit(y, '_project', width, 1)
         return y if first else x + y
 
-    def _unit(
-        self,
-        x: Array,
-        name: str,
-        width: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        linear: bool = False,
-        train: bool,
-    ) -> Array:
-        """Convolution, batch normalization and activation."""
-        options = {'feature_group_count': groups, 'dtype': self.dtype, 'winograd': self.winograd}
-        x = Conv(width, kernel, stride, use_bias=False, name=f'{name}_conv', **options)(x)
-        norm = BatchNorm(self.momentum, 1e-3, name=f'{name}_norm')
-        x = norm(x, train=train)
-        return x if linear else nn.relu6(x)
+
+class ResNet50(NormedBackbone):
+    """ResNet-50 as torchvision and timm have it (v1.5): 16 bottleneck blocks.
+
+    block: ReLU(x + conv3(conv2(conv1(x)))), of 1×1, 3×3/s and 1×1 with 4 times the width
+
+    Every convolution is followed by batch normalization, the first two of a block by ReLU, too.
+    The first block of each stage has its stride, and a 1×1 convolution of it as its shortcut. As
+    in PyTorch, padding is symmetric.
+
+    Modules: `stem_conv`, `stem_norm`, `block1_conv1`, `block1_norm1`, …, `block1_norm3`,
+    `block1_shortcut_conv`, `block1_shortcut_norm`, `block2_conv1`, …, `block16_norm3`.
+
+    Source: He et al. 2016, "Deep Residual Learning", Table 1; the stride in the 3×3 convolution is
+    Facebook's, github.com/facebookarchive/fb.resnet.torch.
+    """
+
+    TITLE = 'ResNet-50'
+    EPSILON = 1e-5
+    PADDING = 'SAME_TORCH'
+    STAGES: ClassVar = ((64, 1, 3), (128, 2, 4), (256, 2, 6), (512, 2, 3))  # width, stride, blocks
+    LAYERS = ('stem', 'pool', *(f'block{i}' for i in range(1, 17)))
+    STRIDED: ClassVar[int] = 2  # the convolution of a block that has its stride
+
+    def layer(self, name: str, x: Array, train: bool) -> Array:
+        if name == 'stem':
+            options = {'stride': 2, 'activation': nn.relu, 'train': train}
+            return self.unit(x, ('stem_conv', 'stem_norm'), 64, 7, **options)
+        if name == 'pool':
+            return max_pool(x, 3, 2, self.PADDING)
+        blocks = [
+            (width, stride if first else 1, first)
+            for width, stride, count in self.STAGES
+            for first in (True, *itertools.repeat(False, count - 1))
+        ]
+        width, stride, first = blocks[int(name.removeprefix('block')) - 1]
+        y = x
+        for i, kernel in enumerate((1, 3, 1), start=1):
+            names, wide = (f'{name}_conv{i}', f'{name}_norm{i}'), width if i < 3 else 4 * width
+            options = {'stride': stride if i == self.STRIDED else 1, 'train': train}
+            y = self.unit(y, names, wide, kernel, activation=nn.relu if i < 3 else None, **options)
+        if first:
+            names = f'{name}_shortcut_conv', f'{name}_shortcut_norm'
+            x = self.unit(x, names, 4 * width, 1, stride=stride, train=train)
+        return nn.relu(x + y)
 
 
-BACKBONES: dict[str, type[Backbone]] = {'vgg16': VGG16, 'efficientnet_lite0': EfficientNetLite0}
+class ResNet50V1(ResNet50):
+    """ResNet-50 as Keras has it (v1): the stride in the first 1×1 convolution, and biases."""
+
+    TITLE = 'ResNet-50 v1'
+    EPSILON = 1.001e-5
+    USE_BIAS = True
+    STRIDED = 1
+
+
+BACKBONES: dict[str, type[Backbone]] = {
+    'vgg16': VGG16,
+    'efficientnet_lite0': EfficientNetLite0,
+    'resnet50': ResNet50,
+    'resnet50_v1': ResNet50V1,
+}

@@ -39,7 +39,7 @@ from cnn_jax.fields import (  # noqa: F401  (what others reach as `config.NAME`)
 from cnn_jax.validation import LAST_OF_VGG16, unread, validate  # noqa: F401
 
 STRIDED: dict[str, Any] = {'only_for': ('strided_net',)}
-NORMED_BACKBONES = ('efficientnet_lite0',)
+NORMED_BACKBONES = 'efficientnet_lite0', 'resnet50', 'resnet50_v1'
 BACKBONE: dict[str, Any] = {'only_for': ('vgg16', *NORMED_BACKBONES)}
 BATCH_NORMS = 'batch', 'ghost', 'renorm'
 NORMS = *BATCH_NORMS, 'group', 'layer', 'instance'

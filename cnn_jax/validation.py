@@ -111,9 +111,8 @@ def _networks(config: Any) -> Iterator[tuple[Any, str]]:
         value, readers = get(config, path), f.metadata.get('only_for', (model.name,))
         yield (
             model.name not in readers and value != f.default,
-            f'config.{path} is {value}, but only {" and ".join(readers)} '
-            f'{"has" if len(readers) == 1 else "have"} it, so it would change nothing; leave it at '
-            f'{f.default!r}',
+            f'config.{path} is {value}, but only config.model.name={" or ".join(readers)} has it, '
+            f'so it would change nothing; leave it at {f.default!r}',
         )
     yield (
         model.weight_standardization and model.norm == 'none',

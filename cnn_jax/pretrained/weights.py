@@ -61,6 +61,8 @@ _OF_LAYOUT = {
     ('vgg16', 'keras'): 'caffe',
     ('vgg16', 'torch'): 'torch',
     ('efficientnet_lite0', 'torch'): 'lite',
+    ('resnet50', 'torch'): 'torch',
+    ('resnet50_v1', 'keras'): 'caffe',
 }
 
 

@@ -95,7 +95,7 @@ def test_a_launcher_started_as_a_file_says_how(name):
         ('--config.model.widths=100000000000', 'it must be from 1 to 1,048,576'),
         ('--config.model.hidden=1000000,1000000', 'make the network smaller'),
         ('--config.augment.crop=9', 'config.augment.crop=9'),
-        ('--config.features.views=4', 'only vgg16 has it'),
+        ('--config.features.views=4', 'or resnet50_v1 has it'),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_at_once(mistake, tiny, tmp_path, argument, sentence):

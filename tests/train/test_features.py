@@ -251,7 +251,7 @@ def test_always_refuses_a_network_without_a_frozen_backbone(lines):
     with pytest.raises(UserError, match='the backbone is trained'):
         lines(train__frozen=(), features__cache='always')
     strided = {'model__name': 'strided_net', 'model__cut': 'block5_pool'}
-    with pytest.raises(UserError, match='only vgg16'):
+    with pytest.raises(UserError, match='only config'):
         lines(train__frozen=(), features__cache='always', **strided)
 
 
