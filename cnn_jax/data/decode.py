@@ -1,4 +1,4 @@
-"""Encoded images (PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF) to uint8 pixels, alike on every machine.
+"""Encoded images (PNG, JPEG, TIFF, HEIC, …) to uint8 pixels, alike on every machine.
 
 The rule of decoding, which `RULE` numbers (a change of it makes cached pixels stale):
 
@@ -20,6 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,13 +33,17 @@ from cnn_jax.files import Corrupt, cache_folder, read_json, warn_without_cache, 
 from cnn_jax.runtime import cores
 
 RULE = 2
+HEIC = '.heic', '.heif'
+HAS_HEIF = find_spec('pillow_heif') is not None
+NO_HEIF = 'HEIC (pip install -r requirements-heic.txt)'  # what is left out, and its cure
 SUFFIXES = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.webp', '.bmp', '.gif'),
     *('.tif', '.tiff', '.avif'),
+    *(HEIC if HAS_HEIF else ()),
 )
 JPEG = ('JPEG', 'MPO')  # MPO: a JPEG with more behind it, such as another view
 BITS_PER_SAMPLE = 258  # the tag of a TIFF
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF')
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF', *(('HEIF',) if HAS_HEIF else ()))
 # Bounds by memory, of which Pillow takes four bytes a pixel; no global setting changes the data.
 MAX_PIXELS = 89_478_485
 MAX_WHOLE_PIXELS = 2 * MAX_PIXELS  # of formats that cannot be decoded at less; one at a time
@@ -105,6 +110,10 @@ def _pillow():
 
     Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
     warnings.filterwarnings('ignore', module=r'PIL\.')
+    if HAS_HEIF:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+
+        register_heif_opener()
     return Image
 
 
@@ -128,6 +137,8 @@ def _read(data: bytes, then: Callable[[Any], T]) -> T:
     except CorruptImage:
         raise
     except Image.UnidentifiedImageError:
+        if data[4:11] in (b'ftyphei', b'ftypmif', b'ftyphev') and not HAS_HEIF:
+            raise CorruptImage(NO_HEIF) from None
         raise CorruptImage(f'not an image in {", ".join(FORMATS)} format') from None
     except Exception as error:  # damaged bytes make decoders raise anything
         raise CorruptImage(' '.join(str(error).split()) or type(error).__name__) from error
@@ -273,15 +284,19 @@ def load_findings(key: str) -> list[Any]:
         stored = read_json(_location(key))
     except (OSError, Corrupt):
         return []
-    return stored['rows'] if stored.get('rule') == RULE else []
+    return stored['rows'] if stored.get('rule') == _rule() else []
 
 
 def store_findings(key: str, rows: Sequence[Any]) -> None:
     """Store rows of JSON values under `key`."""
     try:
-        write_json(_location(key), {'rule': RULE, 'rows': rows})
+        write_json(_location(key), {'rule': _rule(), 'rows': rows})
     except OSError as error:
         warn_without_cache(error)
+
+
+def _rule() -> Any:
+    return [RULE, 'HEIF'] if HAS_HEIF else RULE
 
 
 def _location(key: str) -> Path:

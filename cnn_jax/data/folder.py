@@ -157,6 +157,8 @@ def _kind(parts: Sequence[str]) -> str:
     ending = os.path.splitext(parts[-1])[1].lower()
     if ending in decode.SUFFIXES:
         return ''
+    if ending in decode.HEIC:
+        return decode.NO_HEIF
     if not ending:
         return 'without an ending'
     return ending if re.fullmatch(r'\.\w{1,10}', ending) else 'of other endings'

@@ -402,3 +402,9 @@ def test_a_terminal_sees_progress(monkeypatch, capsys):
     monkeypatch.setattr('sys.stderr.isatty', lambda: True, raising=False)
     assert parallel_map(lambda i: i, 100, 'Decoding images') == list(range(100))
     assert 'Decoding images' in capsys.readouterr().err
+
+
+def test_a_photograph_in_heic_says_what_reads_it(monkeypatch):
+    monkeypatch.setattr(module, 'HAS_HEIF', False)
+    with pytest.raises(CorruptImage, match='requirements-heic'):
+        decode(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic')

@@ -39,7 +39,7 @@ def test_a_sub_folder_is_a_class(tmp_path, write_images, random_image):
 
 
 LEFT_OUT = {
-    'b/IMG_1.HEIC': '.heic',
+    'b/IMG_1.HEIC': 'HEIC (pip install -r requirements-heic.txt)',
     'b/notes.txt': '.txt',
     'b/odd.a ending?': 'of other endings',
     'b/README': 'without an ending',

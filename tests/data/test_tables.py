@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -29,9 +30,9 @@ def text_of(rows, header='path,label', delimiter=','):
     return '\n'.join([header.replace(',', delimiter), *lines, ''])
 
 
-def of_table(path, split='all', max_corrupt=0.0, **columns):
+def of_table(path, split='all', max_corrupt=0.0, columns: Any = ()):
     source = f'{path.suffix[1:]}:{path}'
-    chosen = dict.fromkeys(tables.COLUMNS, '') | columns
+    chosen = dict.fromkeys(tables.COLUMNS, '') | dict(columns)
     return open_source(source, split=split, max_corrupt=max_corrupt, columns=chosen)
 
 
@@ -95,7 +96,7 @@ def test_labels_are_numbers_or_texts_and_columns_may_be_chosen(root, labels, nam
         write(table, text_of(zip(paths, chosen), 'where,what'))
     else:
         parquet.write_table(pyarrow.table({'label': paths, 'where': paths, 'what': chosen}), table)
-    source = of_table(table, **columns)
+    source = of_table(table, columns=columns)
     assert source.class_names == names
     expected = [str(int(each) if type(each) is float else each) for each in chosen]
     assert [names[k] for k in source.labels] == expected
