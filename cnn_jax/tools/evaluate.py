@@ -21,7 +21,7 @@ from cnn_jax.data.source import as_source
 from cnn_jax.errors import UserError, printable
 from cnn_jax.files import replacing, write_text
 from cnn_jax.tools import heatmap
-from cnn_jax.tools.figures import STYLE, as_files, reliability_figure, themed
+from cnn_jax.tools.figures import as_files, reliability_figure, themed
 from cnn_jax.tools.page import finite, number, template, write_csv
 from cnn_jax.train import metrics, setup
 from cnn_jax.train.loop import shard_state
@@ -29,13 +29,10 @@ from cnn_jax.train.program import traced_values
 from cnn_jax.train.run import Run
 from cnn_jax.train.step import eval_sums, predict_step
 
-FOLDER, PAGE, NUMBERS, PREDICTIONS = (
-    *('evaluation', 'evaluation.html'),
-    *('evaluation.json', 'predictions.csv'),
-)
+FILES = 'evaluation.html', 'evaluation.json', 'predictions.csv'
 MISTAKES, HITS = 12, 6  # images of the gallery
 PAIRS = 20  # of classes that are confused, as listed
-MATRIX, CLASSES, LISTED = 20, 50, 50  # classes of the matrix and the table, duplicates: in the page
+MATRIX, CLASSES, LISTED = 20, 30, 50  # classes of the matrix and the table, duplicates: in the page
 MOST_DECODED = 10_000  # training images that are decoded once more to find duplicates
 CHUNK = 256  # training images in memory at once
 LARGEST, LOSSLESS = 256, 64  # sides of the gallery's images, in pixels
@@ -92,13 +89,6 @@ class Evaluation:
         order = np.argsort(self.probabilities.max(axis=1), kind='stable')
         return order[self.predicted[order] == self.labels[order]]
 
-    def plot(self) -> Any:
-        """Draw the reliability diagram; returns a Matplotlib figure."""
-        from matplotlib import rc_context
-
-        with rc_context(STYLE):
-            return reliability_figure(self.metrics['reliability'])
-
     @property
     def folder(self) -> Path:
         """Where `write_report` writes: `evaluation/SPLIT-step_N` in the work directory.
@@ -108,46 +98,39 @@ class Evaluation:
         split = self.split
         for old, new in (('[', '_'), (']', ''), (':', '..'), ('%', 'pct')):
             split = split.replace(old, new)
-        return self.run.folder / FOLDER / f'{split}-step_{self.run.step}'
+        return self.run.folder / 'evaluation' / f'{split}-step_{self.run.step}'
 
     def write_report(self, folder: Path | None = None) -> list[Path]:
         """Write page, numbers and predictions into `folder`, or another; returns their paths."""
-        page, numbers, predictions = (
-            (folder or self.folder) / name for name in (PAGE, NUMBERS, PREDICTIONS)
-        )
-        write_text(numbers, _to_json(self._content()))
+        page, numbers, predictions = paths = [(folder or self.folder) / name for name in FILES]
+        content = {'split': self.split, 'step': self.run.step}
+        content |= self.metrics | metrics.as_json(self.metrics)
+        content |= {'confusion': content['confusion'].tolist(), 'duplicates_sought': self.sought}
+        write_text(numbers, _to_json(content))
         with replacing(predictions) as temporary, temporary.open('w', newline='') as file:
             write_csv(self._rows(), file)
         write_text(page, self._page())
-        return [page, numbers, predictions]
-
-    def _content(self) -> dict[str, Any]:
-        known = metrics.as_json(self.metrics)
-        rest = {key: value for key, value in self.metrics.items() if key not in known}
-        rest |= {'duplicates_sought': self.sought, 'confusion': rest['confusion'].tolist()}
-        content = {'split': self.split, 'step': self.run.step, **known}
-        return content | rest
+        return paths
 
     def __repr__(self) -> str:
         found, config = self.metrics, self.run.config
         low, high = found['accuracy_interval']
-        lines = {
-            'accuracy': f'{found["accuracy"]:.4f} ({low:.4f} to {high:.4f}, 95% Wilson interval)',
-            'balanced accuracy': f'{found["balanced_accuracy"]:.4f}',
-            'macro-F1': f'{found["macro_f1"]:.4f}',
-            'loss': f'{found["loss"]:.4f} nats (equal guesses: {found["guessing_loss"]:.4f})',
-            'calibration error': f'{found["calibration_error"]:.4f}',
+        remarks = {
+            'accuracy': f' ({low:.4f} to {high:.4f}, 95% Wilson interval)',
+            'loss': f' nats (equal guesses: {found["guessing_loss"]:.4f})',
         }
-        if 'top5' in found:
-            lines['top-5 accuracy'] = f'{found["top5"]:.4f}'
-        lines['worst classes'] = ', '.join(
-            f'{row["class"]} (F1 {row["f1"]:.2f}, {row["count"]:,} images)'
-            for row in _worst(found['classes'])[:3]
-        )
+        names = 'accuracy', 'balanced_accuracy', 'macro_f1', 'loss', 'calibration_error', 'top5'
+        lines = {'images': f'{found["count"]:,}'} | {
+            name.replace('_', ' '): f'{found[name]:.4f}{remarks.get(name, "")}'
+            for name in names
+            if name in found
+        }
+        worst = [f'{row["class"]} (F1 {row["f1"]:.2f})' for row in _worst(found['classes'])[:3]]
+        lines['worst classes'] = ', '.join(worst)
         lines['most confused'] = ', '.join(map(confusion_text, found['largest_confusions'][:3]))
         lines['duplicates'] = self.sought
         source = 'own data' if config.data.source == cfg.OWN else config.data.source
-        head = f'{source} {self.split}: {found["count"]:,} images, step {self.run.step:,}'
+        head = f'{source} {self.split}, step {self.run.step:,}'
         text = [f'  {name:<18} {value or "none"}' for name, value in lines.items()]
         return '\n'.join(map(printable, [head, *text]))
 
@@ -184,14 +167,13 @@ class Evaluation:
         for kind, positions in chosen.items():
             galleries[kind] = rows = []
             for i, image in zip(positions, self.read(positions) if len(positions) else ()):
-                truth, predicted = self.labels[i], int(self.predicted[i])
-                pictures = [image]
+                pictures, predicted = [image], int(self.predicted[i])
                 if evidence:
                     pictures.append(heatmap.overlay(image, evidence(image, predicted)))
                 row = {'file': self.files[i], 'pictures': [*map(data_url, pictures)]}
-                row |= {'truth': names[truth], 'prediction': names[predicted]}
-                row['probability'] = self.probabilities[i, predicted]
-                rows.append(row | {'truth_probability': self.probabilities[i, truth]})
+                for kind, k in (('truth', self.labels[i]), ('prediction', predicted)):
+                    row |= {kind: names[k], f'p_{kind}': self.probabilities[i, k]}
+                rows.append(row)
         return galleries
 
 
@@ -211,7 +193,7 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
     config, split = run.config, split or run.config.data.eval
     if data is None and config.data.source == cfg.OWN:
         raise UserError('the run was trained on own data; give those to evaluate on as data=…')
-    if data is not None:
+    if data is not None:  # arrays bring no names, and not always the last class
         names = () if config.data.classes else run.class_names
         data = as_source(data, 'the evaluation data', class_names=names)
     layout = setup.layout_of(config)
@@ -302,7 +284,8 @@ def _duplicates(
         for i, row in sorted(found.items())
     ]
     part = '' if count == trained.n else f'the first {count:,} of '
-    return table, f'{len(table) or "none"} in {part}the {trained.n:,} training images'
+    many = f'{len(table):,}' if table else 'none'
+    return table, f'{many} in {part}the {trained.n:,} training images'
 
 
 def measures(
@@ -392,8 +375,8 @@ def _warnings(found: dict[str, Any]) -> Iterable[str]:
         )
     if found['duplicates']:
         yield (
-            f'{len(found["duplicates"]):,} of the {found["count"]:,} images are training images, '
-            'too, by their pixels'
+            'images with the pixels of a training image: '
+            f'{len(found["duplicates"]):,} of {found["count"]:,}'
         )
 
 

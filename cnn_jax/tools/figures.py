@@ -118,7 +118,7 @@ def reliability_figure(bins: list[dict[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 4.6), layout='constrained')
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     edges = [each['from'] for each in bins], [each['to'] - each['from'] for each in bins]
     options = {'align': 'edge', 'edgecolor': SURFACE, 'linewidth': 1}
     upper.bar(edges[0], [each['accuracy'] for each in bins], edges[1], color=BLUE, **options)
@@ -128,6 +128,8 @@ def reliability_figure(bins: list[dict[str, Any]]) -> Any:
     upper.plot(*points, 'D', color=ORANGE, markersize=5, clip_on=False, label=label)
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel='accuracy')
     upper.legend(loc='upper left')
-    lower.bar(edges[0], [each['count'] for each in bins], edges[1], color=GREY, **options)
+    counts = lower.bar(edges[0], [each['count'] for each in bins], edges[1], color=GREY, **options)
+    lower.bar_label(counts, fmt='{:,.0f}', rotation=90, padding=2)
+    lower.margins(y=0.9)
     lower.set(xlabel='confidence', ylabel='images')
     return figure

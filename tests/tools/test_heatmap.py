@@ -11,9 +11,18 @@ from PIL import Image
 
 from cnn_jax.errors import UserError
 from cnn_jax.models import Head, build
-from cnn_jax.tools.heatmap import draw_heatmap, grad_cam, image_layers
+from cnn_jax.tools.heatmap import draw_heatmap, grad_cam, image_layers, overlay
 
 SMALL_VGG = {'model__name': 'vgg16', 'model__cut': 'block2_pool', 'model__head_norm': 'none'}
+
+
+class Flat(nn.Module):
+    """No layer's output is an image, and its mode has another name."""
+
+    @nn.compact
+    def __call__(self, x, training: bool):
+        x = x.reshape(len(x), -1)
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not training)(x))
 
 
 class AverageNet(nn.Module):
@@ -126,6 +135,22 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(net):
     model, variables, images = net
     with pytest.raises(UserError, match=r"no layer 'logits' .* choose one of features"):
         grad_cam(model, variables, images, jnp.zeros(6, int), 'logits')
+
+
+def test_a_network_without_images_inside_has_no_heat_map():
+    with pytest.raises(UserError, match='no layer whose output is an image'):
+        image_layers(Flat(), jnp.zeros((1, 8, 8, 1)))
+
+
+def test_heat_leaves_the_image_grey_where_there_is_none():
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3)).astype(np.uint8)
+    heat = np.zeros((6, 5))
+    heat[2, 3] = 1.0
+    mixed = overlay(image, heat)
+    grey = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
+    assert np.ptp(mixed[2, 3].astype(int)) > 50
+    mixed[2, 3] = np.round(grey[2, 3])
+    np.testing.assert_allclose(mixed, grey, atol=0.5)
 
 
 @pytest.mark.parametrize(
