@@ -134,6 +134,8 @@ class Model(Fields):
     weights: str = setting('random', path=True, **BACKBONE)
     cut: str = setting('', **BACKBONE)  # the layer whose output the head sees; '': the last
     pool: str = choice('flatten', 'average')  # what joins backbone and head
+    # whether the head reads features of mean 0 and deviation 1 over the training images
+    scale_features: bool = setting(False, **BACKBONE)
 
     # head
     hidden: tuple[int, ...] = number((512,), **WIDTH)
@@ -161,6 +163,11 @@ class Data(Fields):
     subset: int = number(0, high=2**31 - 1)  # images of `train` that each seed draws; 0: all
     # images held out of `train`, to choose and stop by instead of `eval`; 0: none
     validation: int = number(0, high=2**31 - 1)
+    # the same as a share of `train`; a validation part of the source's own goes first
+    validation_share: float = number(0.0, high=0.9)
+    # parts that `train` is divided into, of which number `fold` is the evaluation split; 0: none
+    folds: int = number(0, high=2**31 - 1)
+    fold: int = number(0, high=2**31 - 1, **needs('data.folds'))
     classes: tuple[str, ...] = ()  # only these classes, renumbered in this order; (): all
     resize: str = choice('none', 'stretch', 'crop')  # crop: short side, then centre
     size: int = number(0, **SIDE)  # height and width after resize, in pixels; 0 keeps the source's
@@ -276,6 +283,8 @@ class Train(Fields):
     keep: int = number(2, low=2, high=2**20)  # latest checkpoints kept, besides the best
     best: str = choice('accuracy', 'loss')  # on the evaluation split
     patience: float = number(0.0, **EPOCHS)  # epochs without a better `best` that end the run
+    # points of what the experiment tunes that are tried on the held-out images before the run
+    trials: int = number(0, high=1000)
     threads: int = number(0, high=1024)  # of a computation on a CPU; 0: one for each core
 
 

@@ -61,12 +61,28 @@ def make_norm(config: Model, kind: str, name: str) -> nn.Module:
     return BatchNorm(**batch)
 
 
-class Head(nn.Module):
-    """Flatten or global average, then Dense → activation and norm → dropout for each hidden
-    width, then the output Dense.
+class Scale(nn.Module):
+    """Channels of mean 0 and deviation 1: (x − mean)/deviation, of statistics that stay as given.
 
-    Layers: `dense1`, `norm1`, `drop1`, `dense2`, …, `logits`. Hidden kernels start He-normal,
-    the output's Glorot-uniform. Returns float32 logits [b, K], computed in float32.
+    They start at 0 and 1; `train.setup` takes them from the features of the training images.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, '*b c']) -> Float[Array, '*b c']:
+        def statistic(name: str, first: float) -> Array:
+            init = functools.partial(jnp.full, x.shape[-1:], first, jnp.float32)
+            return self.variable('batch_stats', name, init).value
+
+        mean, deviation = statistic('mean', 0.0), statistic('deviation', 1.0)
+        return (x - mean) / deviation
+
+
+class Head(nn.Module):
+    """Flatten or global average, perhaps `Scale`, then Dense → activation and norm → dropout for
+    each hidden width, then the output Dense.
+
+    Layers: (`scale`), `dense1`, `norm1`, `drop1`, `dense2`, …, `logits`. Hidden kernels start
+    He-normal, the output's Glorot-uniform. Returns float32 logits [b, K], computed in float32.
     """
 
     config: Model
@@ -75,7 +91,9 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b k']:
         c = self.config
-        x = global_avg_pool(x) if c.pool == 'average' else x.reshape(x.shape[0], -1)
+        x = global_avg_pool(x) if c.pool == 'average' else x
+        x = Scale(name='scale')(x) if c.scale_features else x
+        x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(c.hidden, start=1):
             he_normal = nn.initializers.he_normal()
             x = nn.Dense(width, dtype=c.dtype, kernel_init=he_normal, name=f'dense{i}')(x)

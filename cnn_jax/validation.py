@@ -51,6 +51,21 @@ def _combinations(config: Any) -> Iterator[tuple[Any, str]]:
         'neither',
     )
     yield (
+        data.validation and data.validation_share,
+        'config.data.validation and config.data.validation_share both hold images out; set one to '
+        '0',
+    )
+    yield (
+        data.folds == 1 or (data.folds and data.fold >= data.folds),
+        f'config.data.fold is {data.fold} of config.data.folds={data.folds}; number them from 0, '
+        'of at least two',
+    )
+    yield (
+        train.trials and not (data.validation or data.validation_share),
+        'config.train.trials compares by held-out images, and none are; set '
+        'config.data.validation_share, to 0.15 say',
+    )
+    yield (
         augment.erase_least > augment.erase_most,
         f'config.augment.erase_least ({augment.erase_least:g}) is above '
         f'config.augment.erase_most ({augment.erase_most:g}); lower it',

@@ -116,6 +116,12 @@ def define_config() -> flags.FlagHolder:
 def read_experiment(holder: flags.FlagHolder) -> tuple[cfg.Config, Components]:
     """The validated config of a `define_config` flag, and what its file brings."""
     config, components = get_config(holder.value), from_experiment(holder.value)
+    optimizer, name = config.optimizer, _overrides.get('optimizer.name', config.optimizer.name)
+    if name != optimizer.name and 'optimizer.learning_rate' not in _overrides:
+        print(
+            f'note: config.optimizer.learning_rate is {optimizer.learning_rate:g}, which '
+            f'{holder.value} chose for {optimizer.name}; set it for {name}'
+        )
     return cfg.validate(components.mark(cfg.replace(config, _overrides))), components
 
 

@@ -53,11 +53,13 @@ def main(_) -> int:
     config, components = cli.read_experiment(CONFIG)
     runtime.configure(config.train.threads)  # before JAX is imported
 
+    from cnn_jax.components import load_experiment
     from cnn_jax.train.run import fit
 
     run = fit(
         config,
         WORKDIR.value,
+        tune=getattr(load_experiment(CONFIG.value), 'TUNE', None),
         components=components,
         wait=WAIT.value,
         trace=PROFILE.value,

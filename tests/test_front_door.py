@@ -12,6 +12,9 @@ import optax
 import pytest
 
 import cnn_jax as cj
+from cnn_jax import config as config_module
+from cnn_jax.ablation import log
+from cnn_jax.files import read_json, write_json
 from cnn_jax.nn import BatchNorm, Conv, Dropout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +119,47 @@ def test_a_run_on_cached_features_predicts_from_images(tmp_path, monkeypatch):
     images = np.repeat(EVAL[0].repeat(4, axis=1).repeat(4, axis=2), 3, axis=3)
     again = cj.load_run(tmp_path / 'run')
     np.testing.assert_array_equal(run.predict(images), again.predict(images))
+
+
+def test_trials_choose_what_is_tuned_once(tmp_path):
+    config = cj.replace(CONFIG, {'train.trials': 3, 'data.validation_share': 0.25})
+    tune = {'optimizer.learning_rate': log(1e-4, 1e-1), 'loss.l2': log(1e-5, 1e-1)}
+    parts, said = {'train': TRAIN, 'eval': EVAL, 'tune': tune}, []
+    config.train.frozen = ()
+    run = cj.fit(config, tmp_path / 'run', **parts, say=said.append)
+    tried = read_json(tmp_path / 'run' / 'tuning.json')
+    assert run.manifest['tuned'] == tried['points'][np.argmin(tried['losses'])]
+    for path, value in run.manifest['tuned'].items():
+        assert config_module.get(run.config, path) == value
+    assert sum('held-out loss' in line for line in said) == 3
+
+    # Trials are the run itself at other points, so the chosen one is what was measured.
+    plain = cj.replace(run.config, {'train.trials': 0})
+    again = cj.fit(plain, tmp_path / 'plain', train=TRAIN, eval=EVAL, say=said.append)
+    assert again.metrics['loss'] == run.metrics['loss']
+    assert again.metrics['loss'] == pytest.approx(min(tried['losses']), rel=1e-6)
+
+    (tmp_path / 'run' / 'tuning.json').unlink()
+    del said[:]
+    assert cj.fit(config, tmp_path / 'run', **parts, say=said.append).metrics == run.metrics
+    assert not any('held-out loss' in line for line in said)
+    assert cj.load_run(tmp_path / 'run').config == run.config
+
+    # What was tried before an interruption is not tried again.
+    (tmp_path / 'next').mkdir()
+    write_json(tmp_path / 'next' / 'tuning.json', tried | {'losses': [0.0]})
+    other = cj.fit(config, tmp_path / 'next', **parts, say=said.append)
+    assert other.manifest['tuned'] == tried['points'][0]
+    assert sum('held-out loss' in line for line in said) == 2
+
+
+def test_a_network_that_is_wrong_with_confidence_says_so(tmp_path):
+    config = cj.replace(CONFIG, {'optimizer.learning_rate': 30.0, 'train.frozen': ()})
+    said = []
+    parts = {'train': TRAIN, 'eval': (EVAL[0], (EVAL[1] + 1) % 3)}
+    run = cj.fit(config, tmp_path / 'run', **parts, say=said.append)
+    assert run.metrics['loss'] > np.log(3)
+    assert any('above 1.10' in line and 'learning_rate' in line for line in said)
 
 
 def test_evaluate_takes_arrays(run):

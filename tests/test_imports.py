@@ -35,6 +35,7 @@ LAYERS = [
     {'tools.nonfinite'},
     {'train.loop'},
     {'train.setup'},
+    {'ablation.plan', 'ablation.results', 'ablation.training', 'ablation.tuning'},
     {'train.run'},
     {'tools'},
     {'ablation', 'cnn_jax'},

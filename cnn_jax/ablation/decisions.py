@@ -99,7 +99,9 @@ def per_image(result: Result, measure: str) -> np.ndarray:
 
 def design(plan: Plan, comparisons: int = 0) -> statistics.Design:
     """The rules by which the plan's family of comparisons, or another of this size, is decided."""
-    return statistics.Design(comparisons or len(plan.against) * len(plan.primaries), plan.looks)
+    folds = plan.configs[plan.baseline].data.folds
+    size = comparisons or len(plan.against) * len(plan.primaries)
+    return statistics.Design(size, plan.looks, overlap=1 / (folds - 1) if folds else 0.0)
 
 
 def decisions(store: Store, measure: str, look: int = 0) -> statistics.Decisions | None:
@@ -132,9 +134,10 @@ def decisions(store: Store, measure: str, look: int = 0) -> statistics.Decisions
 def images_of(store: Store, arms: list[str], measure: str, known: Any) -> np.ndarray | None:
     """A measure of each arm's replicates on each test image, [a, n, e]; zeros where not `known`.
 
-    None for measures that have no value on an image.
+    None for measures that have no value on an image, and where each fold has images of its own.
     """
-    if measure not in OF_IMAGES or not known.any():
+    folds = store.plan.configs[store.plan.baseline].data.folds
+    if folds or measure not in OF_IMAGES or not known.any():
         return None
     counts = {
         result['examples']

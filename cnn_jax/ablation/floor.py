@@ -38,7 +38,8 @@ def _train(config: cfg.Config, data: setup.Data) -> dict[str, Any]:
     from sklearn.svm import SVC
 
     began = time.perf_counter()
-    train = setup.draw(config, data.pool)
+    data = setup.deal(config, data)
+    train = data.train
     size = int(np.prod(train.image_shape))
     if train.n > MOST_IMAGES or train.n * size > MOST_VALUES:
         return {

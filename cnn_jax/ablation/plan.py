@@ -136,7 +136,10 @@ class Plan:
 
     def config(self, arm: str, seed: int, point: Mapping[str, float] = {}) -> cfg.Config:
         """The config of one run, with what is tuned set to a point."""
-        return cfg.replace(self.configs[arm], {**point, 'seed': seed})
+        fold = {}
+        if folds := self.configs[arm].data.folds:
+            fold = {'data.fold': (seed - self.first_seed) % folds}
+        return cfg.replace(self.configs[arm], {**point, **fold, 'seed': seed})
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON, for another process and for the work directory."""
@@ -272,7 +275,8 @@ def make_plan(
         for arm, changes in arms.items()
     }
     configs = {arm: _arm_config(arm, arms[arm], ranges[arm], config, where) for arm in arms}
-    if any(ranges.values()) and not config.data.validation:
+    data = config.data
+    if any(ranges.values()) and not (data.validation or data.validation_share):
         raise UserError(
             f'the ablation{where} tunes, for which config.data.validation must hold out images of '
             'the training split; set it, to 500 say'
@@ -372,7 +376,7 @@ def _arm_config(
                 f'arm {arm!r}{where} changes config.{path}; all arms must see the same images and '
                 'have the same seeds; only config.data.batch and balance may differ'
             )
-    if changed.train.patience and not changed.data.validation:
+    if changed.train.patience and not (changed.data.validation or changed.data.validation_share):
         raise UserError(
             f'arm {arm!r}{where} stops early (config.train.patience), for which '
             'config.data.validation must hold out images of the training split; set it, to 500 say'

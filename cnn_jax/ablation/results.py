@@ -192,13 +192,7 @@ class Store:
             found = [value_of(each, 'validation', 'loss') for each in results if each]
             known = [each for each in found if each is not None]
             losses.append(float(np.mean(known)) if len(known) == len(found) else None)
-        best = int(np.argmin([math.inf if loss is None else loss for loss in losses]))
-        at_edge = [
-            path
-            for path, value in points[best].items()
-            if value in (min(p[path] for p in points), max(p[path] for p in points))
-        ]
-        return Choice(points[best], best, at_edge, losses)
+        return chosen(points, losses)
 
     def replicate(self, arm: str, number: int) -> Run | None:
         """The run of a replicate, once the arm's trials have finished."""
@@ -230,6 +224,17 @@ class Store:
         """
         with lock(self._lock(run)) as mine:
             yield mine and not run.path.exists()
+
+
+def chosen(points: list[dict[str, float]], losses: list[float | None]) -> Choice:
+    """The choice of the point with the least loss."""
+    best = int(np.argmin([math.inf if loss is None else loss for loss in losses]))
+    at_edge = [
+        path
+        for path, value in points[best].items()
+        if value in (min(p[path] for p in points), max(p[path] for p in points))
+    ]
+    return Choice(points[best], best, at_edge, losses)
 
 
 def value_of(result: Result, split: str, measure: str) -> float | None:

@@ -194,12 +194,16 @@ class Design:
             raised once it was looked at, since the error is spent.
         spending: How much of the error early looks may spend, a key of `SPENDING`.
         moderated: Whether the comparisons share their variances (`moderate`).
+        overlap: ρ = test images a training image, where replicates train on each other's test
+            images as folds do: the variance of a mean is then s²·(1/n + ρ) instead of s²/n
+            (Nadeau & Bengio 2003, "Inference for the generalization error").
     """
 
     comparisons: int
     looks: tuple[int, ...] = LOOKS
     spending: str = 'cube'
     moderated: bool = True
+    overlap: float = 0.0
 
     def levels(self, alpha: float = SIGNIFICANCE) -> tuple[float, ...]:
         """The level of a comparison's test at each look, by Bonferroni's α/m."""
@@ -348,6 +352,7 @@ def decide(
         spread = np.where(is_constant(part), 0, part.var(-1, ddof=1))
         variances, df = np.where(known, spread, variances), np.where(known, n - 1, df)
         shared, freedom = moderate(variances, df) if design.moderated else (variances, df)
+        shared = shared * (1 + n * design.overlap)
         same = ((part if images is None else images.any(-1)) == 0).all(-1)  # no bit differs
         now = estimate(part, np.where(same, 0, shared), freedom, images)
         least, most = now.interval(level)

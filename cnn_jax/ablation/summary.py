@@ -81,6 +81,12 @@ def _population(store: Store, counts: dict[str, int]) -> str:
     data = store.plan.configs[store.plan.baseline].data
     train, test = f'{counts["train"]:,}', f'{counts["test"]:,}'
     pool = f'{counts["pool"] - counts["validation"]:,}'
+    if data.folds:
+        return (
+            f'A replicate is tested on one of {data.folds} folds, {test} images of '
+            f'{counts["pool"]:,}, and trains on the others. Intervals speak of other images of the '
+            'same source, and allow for what the folds have in common.'
+        )
     if not data.subset:
         drawn = f'initial weights and order; all have the same {train} training images'
     else:

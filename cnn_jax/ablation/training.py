@@ -232,9 +232,14 @@ class _Runs:
         configs = [*configs, *[configs[-1]] * (compiled.together - len(configs))]
         self._compiled, self._config = compiled, configs[0]
         self._values = compiled.stack([traced_values(config) for config in configs])
-        states = [compiled.init(config.seed) for config in configs]
+        dealt = [setup.deal(config, data) for config in configs]
+        facts = compiled.description, compiled.spec
+        states = [
+            setup.with_scale(config, *facts, compiled.init(config.seed), own.train)
+            for config, own in zip(configs, dealt)
+        ]
         self._phases = [
-            replace(phase, train=_Stacked(configs, compiled, phase, states, data))
+            replace(phase, train=_Stacked(configs, compiled, phase, states, dealt))
             for phase in compiled.phases
         ]
         self._start = compiled.stack(states)
@@ -357,28 +362,20 @@ class _Runs:
 class _Stacked:
     """The batches of the runs in one phase: images, or features of their frozen backbones."""
 
-    def __init__(self, configs, compiled: Compiled, phase: Phase, states, data: setup.Data):
+    def __init__(self, configs, compiled: Compiled, phase: Phase, states, dealt):
         self._stack = compiled.stack
         self._runs = []
-        for config, state in zip(configs, states):
+        for config, state, own in zip(configs, states, dealt):
             size = config.data.eval_batch or config.data.batch
-            train = setup.draw(config, data.pool)
-            splits = (
-                with_order(
-                    train,
-                    batch=config.data.batch,
-                    seed=config.seed,
-                    balance=config.data.balance,
-                ),
-                # Evaluated, too: its gap to the test images is part of the result.
-                with_order(train, batch=size),
-                with_order(data.evaluate, batch=size),
-                with_order(data.test, batch=size),
-            )
+            # Evaluated on its training images, too: the gap to the test images is part of a result.
+            evaluated = {'train': own.train, 'validation': own.evaluate, 'test': own.test}
+            order = {'batch': config.data.batch, 'balance': config.data.balance}
+            splits = [with_order(own.train, seed=config.seed, **order)]
+            splits += [with_order(each, batch=size) for each in evaluated.values() if each]
             if phase.program.cached:
                 spec, description = compiled.spec, compiled.description
                 splits = setup.features(config, description, spec, state, *splits)
-            self._runs.append(dict(zip(('training', 'train', 'validation', 'test'), splits)))
+            self._runs.append(dict(zip(('training', *evaluated), splits)))
 
     def train(self, start: int) -> Iterator[Any]:
         """The training batches from step `start` on."""

@@ -252,6 +252,11 @@ def _check_arms(plan: Plan, data: Any, components: Components) -> None:
         [group[0] for group in by_structure(plan)],
         len(data.description['class_names']),
     )
+    if any(plan.ranges.values()) and plan.configs[plan.baseline].data.folds:
+        raise UserError(
+            'the ablation tunes, on images that other folds are tested on; leave out '
+            'config.data.folds, or give values in the place of ranges'
+        )
     if 'top5' in plan.primaries and classes <= 5:
         raise UserError(f'the measure top5 needs more than 5 classes; the data have {classes}')
     for arm, config in plan.configs.items():

@@ -79,58 +79,74 @@ def _table(content: bytes, dtype) -> np.ndarray:
 
 
 def open_split(data: config.Data, which: str, source: Any = None) -> Source:
-    """Open the `train` or `eval` examples that a config names.
+    """Open the `train` or `eval` examples that a config names, or its source's `validation` part.
+
+    With `data.folds`, `train` are all that the folds divide, and `eval` those of one fold.
 
     `source` replaces those of `data.source`: what `as_source` accepts, of which the slice and the
     classes that `data` names are selected.
     """
-    split = {'train': data.train, 'eval': data.eval}[which]
+    split = {'train': data.train, 'eval': data.eval}.get(which, which)
+    folds = data.folds if which != 'validation' else 0
+    split = data.train if folds else split
     if source is not None:
         name = {'train': 'the training data', 'eval': 'the evaluation data'}[which]
-        return splits.cut(splits.of_classes(as_source(source, name), data.classes), split)
-    return open_source(
-        data.source,
-        split=split,
-        data_dir=data.data_dir,
-        classes=data.classes,
-        max_corrupt=data.max_corrupt,
-        columns={field: getattr(data, field) for field in tables.COLUMNS},
-    )
+        opened = splits.cut(splits.of_classes(as_source(source, name), data.classes), split)
+    else:
+        columns = {field: getattr(data, field) for field in tables.COLUMNS}
+        options = data.data_dir, data.classes, data.max_corrupt, columns
+        opened = open_source(data.source, split, *options, divide=not folds)
+    if folds and which == 'eval':
+        _, rows = splits.fold(opened.labels, data.fold, folds)
+        return splits.subset(opened, rows, f'{opened.name}, fold {data.fold} of {folds}')
+    return opened
+
+
+def has_validation(data: config.Data) -> bool:
+    """Whether the source that a config names has a validation part of its own."""
+    columns = {field: getattr(data, field) for field in tables.COLUMNS}
+    return 'validation' in parts_of(data.source, data.data_dir, data.max_corrupt, columns)
 
 
 def open_source(
     name: str,
-    *,
     split: str,
     data_dir: str = '',
     classes: tuple[str, ...] = (),
     max_corrupt: float = config.Data.max_corrupt,
     columns: Mapping[str, str] = NO_COLUMNS,
+    divide: bool = True,
 ) -> Source:
     """Open the examples of one split of a source of one of `KINDS`.
 
     Args:
         name, data_dir, classes, max_corrupt: As in `cnn_jax.config.Data`.
         columns: As in `tables.parts`.
-        split: A part or a slice of one, see `cnn_jax.data.splits.select`.
+        split, divide: As in `cnn_jax.data.splits.select`.
 
     Errors:
         UserError: The name is unknown, or the source cannot be read.
     """
+    parts = parts_of(name, data_dir, max_corrupt, columns)
+    return splits.select(name, parts, split, classes, divide)
+
+
+def parts_of(
+    name: str, data_dir: str, max_corrupt: float, columns: Mapping[str, str] = NO_COLUMNS
+) -> dict[str, Callable[[], Source]]:
+    """The parts of a source and how to open them; arguments and errors as of `open_source`."""
     kind, _, argument = name.partition(':')
     if name in ('mnist_5k', 'digits'):
-        parts = {'all': {'mnist_5k': mnist_5k, 'digits': digits}[name]}
-    elif kind == 'folder' and argument:
-        parts = folder.parts(argument, max_corrupt)
-    elif kind == 'idx' and argument:
-        parts = idx_parts(argument)
-    elif kind in ('csv', 'parquet') and argument:
-        parts = tables.parts(kind, argument, columns, max_corrupt)
-    elif kind == 'tfds' and argument:
-        parts = tfds.parts(argument, data_dir, max_corrupt)
-    else:
-        raise UserError(f'config.data.source is {name!r}; it can be {", ".join(KINDS)}')
-    return splits.select(name, parts, split, classes)
+        return {'all': {'mnist_5k': mnist_5k, 'digits': digits}[name]}
+    if kind == 'folder' and argument:
+        return folder.parts(argument, max_corrupt)
+    if kind == 'idx' and argument:
+        return idx_parts(argument)
+    if kind in ('csv', 'parquet') and argument:
+        return tables.parts(kind, argument, columns, max_corrupt)
+    if kind == 'tfds' and argument:
+        return tfds.parts(argument, data_dir, max_corrupt)
+    raise UserError(f'config.data.source is {name!r}; it can be {", ".join(KINDS)}')
 
 
 IDX_PARTS = {'train': 'train', 'test': 't10k|test'}  # as files name them

@@ -27,7 +27,11 @@ ORDER_KEY = 0x5EED_0F_5A11CE
 
 
 def select(
-    name: str, parts: Mapping[str, Callable[[], Source]], split: str, classes: tuple[str, ...] = ()
+    name: str,
+    parts: Mapping[str, Callable[[], Source]],
+    split: str,
+    classes: tuple[str, ...] = (),
+    divide: bool = True,
 ) -> Source:
     """Select the examples that `split` names.
 
@@ -38,6 +42,7 @@ def select(
         split: A part, or `all`, or a slice of either, `NAME[from:to]`: numbers of examples or
             whole percents, each of them optional.
         classes: As in `of_classes`.
+        divide: Whether to divide it; else `train` is all of it.
 
     Returns:
         A source. Where there is no part `test` but a `validation`, this is tested on, with a note.
@@ -56,7 +61,7 @@ def select(
     opened = parts.values() if part == 'all' or len(parts) == 1 else [parts[part]]
     sources = [of_classes(open_part(), classes) for open_part in opened]
     whole = joined(sources, name) if len(sources) > 1 else sources[0]
-    if len(parts) == 1 and part != 'all':
+    if len(parts) == 1 and part != 'all' and divide:
         by_class, rank, size = _shuffled_classes(whole.labels)
         in_train = rank < np.maximum(1, size * TRAIN_PERCENT // 100)
         chosen = by_class[in_train if part == 'train' else ~in_train]
@@ -78,6 +83,20 @@ def cut(source: Source, split: str, name: str = '') -> Source:
     if start >= stop:
         raise UserError(f'{split} of {name} is empty: there are {n} examples; widen the slice')
     return subset(source, interleaved(source.labels)[start:stop], f'{name} {split}')
+
+
+def fold(
+    labels: Int32[np.ndarray, ' n'], number: int, folds: int
+) -> tuple[Int64[np.ndarray, ' m'], Int64[np.ndarray, ' k']]:
+    """The positions to train on and to test on in fold `number` of `folds`.
+
+    Each example is tested on in one fold, and each fold holds every class in proportion.
+    """
+    n, order = len(labels), interleaved(labels)
+    first, last = number * n // folds, (number + 1) * n // folds
+    if first == last:
+        raise UserError(f'config.data.folds is {folds}, more than the {n} images; lower it')
+    return np.concatenate([order[:first], order[last:]]), order[first:last]
 
 
 def held_out(labels: Int32[np.ndarray, ' n'], count: int) -> Int64[np.ndarray, ' count']:

@@ -264,6 +264,10 @@ class _Session:
     def resume(self, state: State) -> tuple[int, State, list[str]]:
         """The newest checkpoint's step and state, or the first, and what the user should know."""
         notes: list[str] = []
+        self._first_statistics = {
+            name: jax.device_get(getattr(state, name))
+            for name in ('batch_stats', 'eval_batch_stats')
+        }
         found = self.checkpoints.resumable(notes.append)
         if found is None:
             notes += self.record.resume(0, None)
@@ -393,6 +397,7 @@ class _Session:
         if not mesh.is_multiprocess():
             progress.say(f'step {failing} is not finite: repeating it from step {saved} to see why')
             before = state_maker(self.phases[0].program)(self.config.seed)
+            before = dataclasses.replace(before, **self._first_statistics)
             before = shard_state(state_at(self.phases, before, saved), self.layout)
             if saved:
                 before, _ = self.checkpoints.restore(saved, before)

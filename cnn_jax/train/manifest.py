@@ -75,7 +75,10 @@ def code_version() -> dict[str, Any]:
 
 
 def read(folder: Path) -> tuple[cfg.Config, dict[str, Any]]:
-    """The config and the manifest of the run in a work directory; UserError if there is none."""
+    """The config and the manifest of the run in a work directory; UserError if there is none.
+
+    What the run tuned is in the config as it was chosen.
+    """
     found, path = stored(folder), folder / 'config.json'
     if found is None:
         if not path.exists():
@@ -91,7 +94,7 @@ def read(folder: Path) -> tuple[cfg.Config, dict[str, Any]]:
         raise UserError(f'{path} is missing or damaged ({error}); {mend}') from error
     if cfg.content_hash(config) != found['config_hash']:
         raise UserError(f'{path} is not the config that the run began with; {mend}')
-    return config, found
+    return cfg.replace(config, found.get('tuned', {})), found
 
 
 def stored(folder: Path) -> dict[str, Any] | None:

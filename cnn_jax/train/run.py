@@ -8,7 +8,7 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from jaxtyping import Float, UInt8
 from cnn_jax import components as own
 from cnn_jax import config as cfg
 from cnn_jax import files, mesh, runtime
+from cnn_jax.ablation.plan import Range
+from cnn_jax.ablation.tuning import choose
 from cnn_jax.components import Components
 from cnn_jax.errors import UserError
 from cnn_jax.summary import Layer, layers, summary
@@ -137,6 +139,7 @@ def fit(
     optimizer: Any = None,
     *,
     regularizers: Sequence[Any] = (),
+    tune: Mapping[str, Range] | None = None,
     components: Components | None = None,
     wait: bool = False,
     live: bool | None = None,
@@ -157,6 +160,8 @@ def fit(
         optimizer: An Optax transformation, or a function `config -> transformation`. Frozen
             parameters (`config.train.frozen`) are masked out of it.
         regularizers: `Regularizer` objects, beside the built-in ones.
+        tune: What `config.train.trials` short runs choose on the held-out images before this one,
+            `{config path: log(low, high)}` (`cnn_jax.ablation.log`, `linear`).
         components: All of these as one object.
         wait: Whether to wait for another process that trains in the work directory.
         live: Whether to draw a progress bar; by default on a terminal and in a notebook.
@@ -200,10 +205,11 @@ def fit(
             settings = start(claim())
         say(str(settings))
         layout = setup.layout_of(config, model=model_parallel, fsdp=fsdp)
-        job = _Job(config, components, str(workdir), folder, settings, layout, say)
+        job = _Job(config, config, components, str(workdir), folder, settings, layout, say)
+        saved = functools.partial(mesh.on_process_zero, copy.push) if copy else None
+        run = job.start(tune or {}, live, trace, saved)
         if not copy:
-            return job.train(live, trace)
-        run = job.train(live, trace, lambda: mesh.on_process_zero(copy.push))
+            return run
         mesh.on_process_zero(lambda: copy.push(last=True))
         return run
 
@@ -212,7 +218,8 @@ def fit(
 class _Job:
     """The work of one call of `fit`, its work directory being locked."""
 
-    config: cfg.Config
+    asked: cfg.Config  # as it was given
+    config: cfg.Config  # with what was tuned
     components: Components
     workdir: str
     folder: Path
@@ -220,13 +227,43 @@ class _Job:
     layout: mesh.Layout | None
     say: Callable[[str], object]
 
+    def start(
+        self,
+        tune: Mapping[str, Range],
+        live: bool | None,
+        trace: bool,
+        saved: Callable[[], object] | None,
+    ) -> Run:
+        clock = profile.CompileClock()
+        data = setup.open_data(self.config, self.layout, self.components)
+        self._check(data)
+        if not self.config.train.trials:
+            return self.train(data, clock, live, trace, saved)
+        before = mesh.on_process_zero(lambda: manifest.stored(self.folder))
+        chosen = before['tuned'] if before else self._tuned(data, tune)
+        tuned = replace(self, config=cfg.replace(self.config, chosen))
+        return tuned.train(data, clock, live, trace, saved)
+
+    def _tuned(self, data: setup.Data, tune: Mapping[str, Range]) -> dict[str, float]:
+        """What the trials choose, by config path."""
+        if mesh.is_multiprocess():
+            raise UserError(
+                'config.train.trials tunes in a single process; tune there, then set the values '
+                'and config.train.trials=0'
+            )
+        if self.layout:  # trials are small: one device trains them
+            data = setup.open_data(self.config, None, self.components)
+        return choose(self.config, data, tune, self.folder, self.components, self.say)
+
     def train(
-        self, live: bool | None, trace: bool, saved: Callable[[], object] | None = None
+        self,
+        data: setup.Data,
+        clock: profile.CompileClock,
+        live: bool | None,
+        trace: bool,
+        saved: Callable[[], object] | None,
     ) -> Run:
         config, folder, layout = self.config, self.folder, self.layout
-        clock = profile.CompileClock()
-        data = setup.open_data(config, layout, self.components)
-        self._check(data)
         spec = setup.make_spec(config, data.description, data.weights, self.components)
         self._introduce(data, spec)
         with own.blamed_on('the own model' if spec.model else None):
@@ -287,7 +324,9 @@ class _Job:
 
     def _begin(self, data: setup.Data, state: State) -> None:
         """Write the manifest, or note what has changed since the run began."""
-        now = manifest.manifest(self.config, self.settings, data.description, self.layout)
+        now = manifest.manifest(self.asked, self.settings, data.description, self.layout)
+        if self.config.train.trials:
+            now['tuned'] = {p: a for p, (_, a) in cfg.differences(self.asked, self.config).items()}
         if self.config.own:
             now['own'] = self.components.facts
 
@@ -315,6 +354,8 @@ class _Job:
             self.say(f'compilations of each step in each phase: {times}')
             final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())
             self.say(f'done: {final}\nresults in {self.workdir}')
+            for note in _warnings(outcome.metrics, phases[0].program.spec.num_classes):
+                self.say(f'note: {note}')
         if not mesh.is_process_zero():
             return
         programs = [phase.program for phase in phases]
@@ -323,6 +364,26 @@ class _Job:
         facts = profile.measure(outcome.watches, flops, dtype, clock, self.layout)
         profile.write_speed(self.folder, facts)
         self.say(profile.speed_line(facts))
+
+
+def _warnings(result: dict[str, Any], classes: int) -> list[str]:
+    """What the last evaluation says against the probabilities that a network predicts."""
+    loss, guess, gap = result['loss'], np.log(classes), result['calibration_error']
+    cure = (
+        'lower config.optimizer.learning_rate, stop early (config.train.patience), and of '
+        'pretrained features set config.model.scale_features'
+    )
+    if loss > guess:
+        return [
+            f'the loss of {loss:.2f} is above {guess:.2f}, that of a guess among {classes} '
+            f'classes: the network is wrong with confidence; {cure}'
+        ]
+    if gap > 0.1:
+        return [
+            f'confidence and accuracy are {100 * gap:.0f} points apart on average; {cure}, or use '
+            'the predicted classes alone'
+        ]
+    return []
 
 
 def _data_name(config: cfg.Config) -> str:
@@ -420,7 +481,7 @@ def claim_workdir(folder: Path, config: cfg.Config) -> None:
             raise UserError(f'{link} is a link, and training writes to no other place; remove it')
     before, digest = manifest.stored(folder), cfg.content_hash(config)
     if before and before['config_hash'] != digest:
-        old = manifest.read(folder)[0]
+        old = cfg.from_json(files.read_text(folder / 'config.json'))
         longer = config.train.epochs > old.train.epochs
         if not longer or cfg.without_length(old) != cfg.without_length(config):
             raise UserError(_refusal(folder, cfg.differences(old, config), longer))

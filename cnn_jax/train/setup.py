@@ -21,7 +21,8 @@ from cnn_jax.components import NO_COMPONENTS, Components, blamed_on
 from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import open_batches
 from cnn_jax.data.source import as_source
-from cnn_jax.data.splits import drawn, held_out
+from cnn_jax.data.sources import has_validation
+from cnn_jax.data.splits import drawn, fold, held_out
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, is_cached
 from cnn_jax.mesh import Layout, make_mesh, on_process_zero
@@ -44,10 +45,11 @@ def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layo
 class Data:
     """The opened data of a run: the batches of both splits, and what a run must know of them.
 
-    `train` are the images to train on, those that the seed draws from the training split (`pool`);
-    `evaluate` the held-out ones where there are any, else `test`, the evaluation split. This is
-    None if it was not asked for. `description` is the result of `describe`, with `preprocessing`
-    under that name; `weights` are the pretrained ones that the config names, if any.
+    `train` are the images to train on, those that fold and seed draw from the training split
+    (`pool`); `evaluate` the held-out ones where there are any, else `test`, the evaluation split.
+    This is None if it was not asked for. `validation` is the source's own part to hold out.
+    `description` is the result of `describe`, with `preprocessing` under that name; `weights` are
+    the pretrained ones that the config names, if any.
     """
 
     train: Any
@@ -56,6 +58,7 @@ class Data:
     weights: Pretrained | None
     pool: Any = None
     test: Any = None
+    validation: Any = None
 
     @property
     def held_out(self) -> Any:
@@ -71,7 +74,7 @@ def open_data(
 ) -> Data:
     """Open the splits, and the weights that the config names.
 
-    Images are standardized by the whole training split, whatever part of it a seed draws.
+    Images are standardized by the whole training split, whatever part of it fold and seed draw.
 
     Args:
         config, layout, components: Those of the run.
@@ -91,17 +94,18 @@ def open_data(
         own[1] = as_source(given[1], 'the evaluation data', class_names=names)
 
     pool = open_batches(config.data, 'train', seed=config.seed, source=own[0], **part)
-    validation, train = config.data.validation, draw(config, pool)
-    tested = None
-    if test or not validation:
+    share, validation, tested = config.data.validation_share, None, None
+    if share and not components.source and has_validation(config.data):
+        validation = open_batches(config.data, 'validation', **part)
+    if (test or not (share or config.data.validation)) and not config.data.folds:
         tested = open_batches(config.data, 'eval', source=own[1], **part)
-    evaluate = pool.at(held_out(pool.labels, validation)) if validation else tested
-    description, weights = describe(config, train, evaluate), load_weights(config)
-    if tested:
-        describe(config, train, tested)  # refuses those that do not fit
+    data = deal(config, Data(None, None, {}, None, pool, tested, validation))
+    description, weights = describe(config, data.train, data.evaluate), load_weights(config)
+    if data.test:
+        describe(config, data.train, data.test)  # refuses those that do not fit
     description['preprocessing'] = on_process_zero(lambda: preprocessing(config, pool, weights))
     description['class_weights'] = weights_of_classes(config, pool)
-    return Data(train, evaluate, description, weights, pool, tested)
+    return dataclasses.replace(data, description=description, weights=weights)
 
 
 def for_arm(config: cfg.Config, data: Data) -> Data:
@@ -119,17 +123,26 @@ def for_arm(config: cfg.Config, data: Data) -> Data:
     return dataclasses.replace(data, description=facts, weights=weights)
 
 
-def draw(config: cfg.Config, pool: Any) -> Any:
-    """The training batches that the config's seed draws from those of the whole split."""
-    data = config.data
-    if not data.subset and not data.validation:
-        return pool
-    train = pool.at(drawn(pool.labels, data.subset, config.seed, data.validation))
-    if data.batch > train.n:
+def deal(config: cfg.Config, data: Data) -> Data:
+    """The data with the images that a config's fold and seed draw, to train, choose and test on."""
+    asked, pool, test, evaluate = config.data, data.pool, data.test, data.validation
+    if asked.folds:
+        rest, tested = fold(pool.labels, asked.fold, asked.folds)
+        pool, test = pool.at(rest), pool.at(tested)
+    reserved = asked.validation
+    if asked.validation_share and not evaluate:
+        reserved = max(1, round(asked.validation_share * pool.n))
+    if data.evaluate and not asked.folds:  # the same for every seed
+        evaluate = data.evaluate
+    elif reserved:
+        evaluate = pool.at(held_out(pool.labels, reserved))
+    if asked.subset or reserved:
+        pool = pool.at(drawn(pool.labels, asked.subset, config.seed, reserved))
+    if asked.batch > pool.n:
         raise UserError(
-            f'config.data.batch is {data.batch}, but {train.n} images are left; lower it'
+            f'config.data.batch is {asked.batch}, but {pool.n} images are left; lower it'
         )
-    return train
+    return dataclasses.replace(data, train=pool, evaluate=evaluate or test, test=test)
 
 
 def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
@@ -273,6 +286,7 @@ def open_phases(
     """The phases of a run, and its state before the first step."""
     programs = make_programs(config, spec)
     state = state_maker(programs[0])(config.seed)
+    state = with_scale(config, data.description, spec, state, data.train)
     phases, shapes = [], jax.eval_shape(lambda: state)
     for program, end in zip(programs, spec.phase_ends):
         train, evaluate = data.train, data.evaluate
@@ -284,6 +298,42 @@ def open_phases(
             shapes = jax.eval_shape(functools.partial(begin_phase, program), shapes)
         phases.append(compile_phase(program, end, shapes, layout, train=train, evaluate=evaluate))
     return phases, state
+
+
+def with_scale(
+    config: cfg.Config, description: dict[str, Any], spec: RunSpec, state: State, train: Any
+) -> State:
+    """The state before the first step with `models.Scale` fitted, if `model.scale_features` asks.
+
+    Mean and deviation of each channel are those of the training images' features, not augmented;
+    where there is no deviation, it is 1.
+    """
+    if not config.model.scale_features:
+        return state
+    count, total, squares = 0, np.zeros(()), np.zeros(())
+    rows = _extractor(config, description, spec, state).extract(train)
+    for first in range(0, train.n, 256):
+        values = rows[np.arange(first, min(first + 256, train.n))].astype(np.float64)
+        if config.model.pool == 'average':
+            values = values.mean(axis=(1, 2))
+        values = values.reshape(-1, values.shape[-1])
+        count += len(values)
+        total, squares = total + values.sum(0), squares + np.square(values).sum(0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    fitted = {'mean': mean, 'deviation': np.where(deviation > 1e-6, deviation, 1)}
+    statistics = params.flatten(state.batch_stats)
+    statistics |= {f'head/scale/{k}': jnp.asarray(v, jnp.float32) for k, v in fitted.items()}
+    fresh = params.unflatten(statistics)
+    again = jax.tree.map(jnp.copy, fresh) if config.train.precise_norm else state.eval_batch_stats
+    return dataclasses.replace(state, batch_stats=fresh, eval_batch_stats=again)
+
+
+def _extractor(
+    config: cfg.Config, description: dict[str, Any], spec: RunSpec, state: State
+) -> Extractor:
+    preprocessing = description['preprocessing']
+    return Extractor(config, spec.num_classes, spec.prepare, preprocessing, state.backbone)
 
 
 def features(
@@ -300,8 +350,7 @@ def features(
     `state` is any of the run's; of the batches, those to train on are augmented if the config
     says so, and the `evaluated` are as they are.
     """
-    preprocessing, backbone = description['preprocessing'], state.backbone
-    extractor = Extractor(config, spec.num_classes, spec.prepare, preprocessing, backbone)
+    extractor = _extractor(config, description, spec, state)
     augments = config.augment != cfg.Augment()
     if augments and config.train.precise_norm:
         raise UserError(

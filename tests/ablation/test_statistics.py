@@ -253,6 +253,13 @@ def test_a_replicate_that_has_not_run_holds_its_arm_back_alone():
     assert s.decide(values[:, :4], s.Design(5)).verdict.tolist() == ['undecided'] * 5
 
 
+def test_overlapping_training_sets_widen_by_nadeau_and_bengio():
+    differences = np.random.default_rng(0).normal(1, 1, (1, 5))
+    plain, folds = (s.Design(1, (5,), overlap=rho) for rho in (0.0, 1 / 4))
+    ratio = s.decide(differences, folds).at.error / s.decide(differences, plain).at.error
+    np.testing.assert_allclose(ratio, np.sqrt((1 / 5 + 1 / 4) / (1 / 5)))
+
+
 def test_an_arm_that_fails_twice_is_judged_on_all_its_replicates():
     r = np.random.default_rng(6)
     accuracy = r.normal([[0.90], [0.93]], 0.005, (2, 20))

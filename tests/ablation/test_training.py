@@ -56,6 +56,8 @@ IMPATIENT = {
 CASES = {
     'a subset, and held-out images': IMPATIENT
     | {'data.subset': 24, 'data.validation': 10, 'loss.class_weights': 'balanced'},
+    'a fold, and a share held out': IMPATIENT
+    | {'data.folds': 4, 'data.fold': 1, 'data.validation_share': 0.2},
     'drawn equally often': {
         'data.balance': True,
         'loss.class_weights': '1,2,0.5',
@@ -67,6 +69,8 @@ CASES = {
     'fine-tuned': FINE_TUNED,
     'head on features': FINE_TUNED
     | {'unfreeze.epochs': 0.0, 'features.cache': 'always', 'data.balance': True},
+    'head on scaled features': FINE_TUNED
+    | {'unfreeze.epochs': 0.0, 'model.scale_features': True, 'train.precise_norm': 2},
     'head on kept views': FINE_TUNED
     | {'unfreeze.epochs': 0.0, 'features.views': 2, 'augment.flip': True},
 }
@@ -98,7 +102,7 @@ def opened(config, size=8):
 @pytest.mark.parametrize('case', CASES)
 def test_a_run_is_what_fit_trains(case, tmp_path, monkeypatch):
     monkeypatch.setenv('CNN_JAX_CACHE', str(tmp_path / 'cache'))
-    held = 'data.subset', 'data.validation'
+    held = 'data.subset', 'data.validation', 'data.validation_share', 'data.folds'
     images_ = {path: each for path, each in CASES[case].items() if path in held}
     _, data, components = opened(make_config(**images_), size=32)  # by another arm
     config = components.mark(make_config(seed=3, **CASES[case]))
@@ -106,16 +110,17 @@ def test_a_run_is_what_fit_trains(case, tmp_path, monkeypatch):
     [run] = train_runs([config], compiled, data)
 
     alone = fit(config, tmp_path / 'run', train=images(0, 40, 32), eval=images(1, 21, 32))
-    split = 'validation' if config.data.validation else 'test'
+    folds, holds_out = config.data.folds, config.data.validation or config.data.validation_share
+    split = 'validation' if holds_out else 'test'
     for name in ('loss', 'accuracy', 'calibration_error'):
         # Of the same network; sums of images are compiled another way.
         assert run['metrics'][split][name] == pytest.approx(alone.metrics[name], rel=1e-6), name
-    assert run['metrics']['test']['count'] == 21
+    assert run['metrics']['test']['count'] == (40 // folds if folds else 21)
     [trial] = train_runs([config], compiled, data, trial=True, curves=False)
-    assert {*trial['metrics']} == {'validation'} if config.data.validation else {'test'}
+    assert {*trial['metrics']} == {'validation'} if holds_out else {'test'}
     assert run['steps'] == run['curves'][-1]['step']
     assert (run['steps'] < compiled.spec.phase_ends[-1]) == bool(config.train.patience)
-    assert run['metrics']['train']['count'] == (config.data.subset or 40)
+    assert run['metrics']['train']['count'] == (24 if folds else config.data.subset or 40)
     points = [point['epoch'] for point in run['curves'] if point['split'] == 'eval']
     assert points == [float(epoch) for epoch in range(1, len(points) + 1)]
 
@@ -140,7 +145,7 @@ def test_every_run_is_done_and_counted(study):
 def test_a_trial_never_sees_a_test_image_nor_what_is_held_out(study):
     store, data, _, _ = study
     for run in decisions.due(store):
-        train = setup.draw(run.config, data.pool)
+        train = setup.deal(run.config, data).train
         seen = {image.tobytes() for image in train.read(np.arange(train.n))}
         held = {image.tobytes() for image in data.evaluate.read(np.arange(10))}
         tested = {image.tobytes() for image in data.test.read(np.arange(21))}

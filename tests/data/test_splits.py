@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from cnn_jax.data.source import from_arrays
 from cnn_jax.data.sources import open_source
-from cnn_jax.data.splits import drawn, held_out, interleaved, joined, select, subset
+from cnn_jax.data.splits import drawn, fold, held_out, interleaved, joined, select, subset
 from cnn_jax.errors import UserError
 
 labels_of_a_set = st.lists(st.integers(0, 5), min_size=5, max_size=120).map(np.array)
@@ -41,6 +41,20 @@ def test_every_prefix_holds_each_class_within_one_example(labels):
 def test_the_order_is_the_same_for_ever():
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
     assert interleaved(labels).tolist() == [2, 4, 0, 8, 6, 1, 5, 3, 7, 9]
+
+
+@given(labels_of_a_set, st.data())
+def test_folds_test_on_each_example_once_and_on_every_class_in_proportion(labels, data):
+    folds = data.draw(st.integers(2, len(labels)))
+    parts = [fold(labels, number, folds) for number in range(folds)]
+    everything = list(range(len(labels)))
+    assert sorted(np.concatenate([tested for _, tested in parts]).tolist()) == everything
+    for trained, tested in parts:
+        assert sorted([*trained.tolist(), *tested.tolist()]) == everything
+        share = np.bincount(labels, minlength=6) * len(tested) / len(labels)
+        assert np.abs(np.bincount(labels[tested], minlength=6) - share).max() < 2
+    with pytest.raises(UserError, match='lower'):
+        fold(labels, 0, len(labels) + 1)
 
 
 # Division of a source without a test split.

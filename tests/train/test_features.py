@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from cnn_jax import features
+from cnn_jax import features, models
 from cnn_jax.data.batches import DeviceBatches
 from cnn_jax.errors import UserError
 from cnn_jax.train import setup
 from cnn_jax.train.program import make_program, state_maker
+from cnn_jax.train.run import fit, load_run
 from tests.train.conftest import made_up, make_config, make_data
 
 SHAPE = (32, 32, 1)
@@ -215,6 +216,41 @@ def test_a_damaged_file_is_computed_again(lines, cache):
             path.write_bytes(damage(content))
         assert lines() == first
         assert {path: path.read_bytes() for path in files(cache)} == whole
+
+
+@pytest.fixture
+def scaled(small, tmp_path):
+    """Trains a head on scaled features, as `cnn_jax.fit` does."""
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (20, *SHAPE), np.uint8), np.arange(20) % 3
+
+    def make(name, **changes):
+        config = small(**VGG | {'model__scale_features': True} | changes)
+        data = {'train': (images, labels), 'eval': (images, labels)}
+        return fit(config, tmp_path / name, **data, say=lambda line: None), images
+
+    return make
+
+
+@pytest.mark.parametrize('pool', ['flatten', 'average'])
+def test_a_scaled_head_reads_features_of_mean_0_and_deviation_1(scaled, tmp_path, pool):
+    run, images = scaled('run', model__pool=pool)
+    x = run.model.apply(run.variables, run.spec.prepare(images), train=False, method='features')
+    x = x.mean(axis=(1, 2), keepdims=True) if pool == 'average' else x
+    kept = {'batch_stats': run.variables['batch_stats']['head']['scale']}
+    channels = np.asarray(models.Scale().apply(kept, x)).reshape(-1, x.shape[-1])
+    varied = x.std(axis=(0, 1, 2)) > 1e-6
+    assert varied.sum() > 32
+    np.testing.assert_allclose(channels.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(channels.std(axis=0)[varied], 1, rtol=1e-3)
+    np.testing.assert_array_equal(load_run(tmp_path / 'run').predict(images), run.predict(images))
+
+
+def test_scaled_features_give_the_training_of_images(scaled):
+    cached, _ = scaled('cached')
+    images, _ = scaled('images', features__cache='never')
+    losses = [each.curves['train']['loss'] for each in (cached, images)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_augmentation_needs_a_number_of_views_or_images(lines, cache):
