@@ -192,7 +192,10 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
     """
     config, split = run.config, split or run.config.data.eval
     if data is None and config.data.source == cfg.OWN:
-        raise UserError('the run was trained on own data; give those to evaluate on as data=…')
+        if run.source is None:
+            raise UserError('the run was trained on own data; give those to evaluate on as data=…')
+        own = [run.source(config, each) for each in ('train', 'eval')]
+        train, data = own if train is None else (train, own[1])
     if data is not None:  # arrays bring no names, and not always the last class
         names = () if config.data.classes else run.class_names
         data = as_source(data, 'the evaluation data', class_names=names)
@@ -217,7 +220,8 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
     found |= {'reliability': reliability(sums), 'duplicates': duplicates}
     seen = batches.fingerprint == run.manifest['data']['eval']['fingerprint']
     notes = [*batches.notes, *_warnings(found)]
-    if split == config.data.eval and not seen:
+    chose_by_others = config.data.validation or config.data.validation_share
+    if split == config.data.eval and not seen and not chose_by_others:
         notes.insert(0, 'these are not the images that the run was evaluated on')
     files = [batches.describe(i) for i in range(batches.n)]
     result = run, split, files, labels, predicted, probabilities, found
@@ -262,8 +266,7 @@ def _duplicates(
     if train is None and config.data.source == cfg.OWN:
         return [], f'{unknown} are own data'
     try:
-        pool = open_batches(config.data, 'train', seed=config.seed, source=train)
-        trained = setup.draw(config, pool)
+        trained = setup.training_images(config, train)
     except UserError as error:
         return [], f'{unknown} cannot be opened ({error})'
     count = min(trained.n, MOST_DECODED) if trained.streams else trained.n
@@ -368,11 +371,7 @@ def merged(
 
 
 def _warnings(found: dict[str, Any]) -> Iterable[str]:
-    if found['loss'] > found['guessing_loss']:
-        yield (
-            f'the loss of {found["loss"]:.2f} nats is above the {found["guessing_loss"]:.2f} of '
-            'equal guesses: the probabilities are worth less than none'
-        )
+    yield from metrics.doubts(found, len(found['classes']))
     if found['duplicates']:
         yield (
             'images with the pixels of a training image: '

@@ -5,6 +5,7 @@ the steps since the last report, and the early-stopping rule, which is a functio
 """
 
 import collections
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -208,6 +209,23 @@ class EarlyStopping:
         """
         wait = int(min(config.train.patience * steps_per_epoch + 1e-9, 2**53))
         return bool(config.train.patience) and step - self.step >= max(wait, 1)
+
+
+def doubts(result: dict[str, Any], classes: int) -> list[str]:
+    """What an evaluation says against the predicted probabilities, and what helps."""
+    loss, guess, gap = result['loss'], math.log(classes), result['calibration_error']
+    cure = (
+        'lower config.optimizer.learning_rate, stop early (config.train.patience), and scale '
+        'pretrained features (config.model.scale_features)'
+    )
+    if loss > guess:
+        return [
+            f'the loss of {loss:.2f} nats is above the {guess:.2f} of equal guesses: the network is '
+            f'wrong with confidence; {cure}'
+        ]
+    if gap > 0.1:
+        return [f'confidence and accuracy are {100 * gap:.0f} points apart on average; {cure}']
+    return []
 
 
 def score_of(config: cfg.Config, metrics: dict[str, float]) -> float:

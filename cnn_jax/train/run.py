@@ -75,6 +75,7 @@ class Run:
     step: int  # the steps done; with early stopping those of the best evaluation
     metrics: dict[str, Any]  # loss, accuracy, … on the evaluation split at that step; {} if none
     curves: Curves
+    source: Callable[[cfg.Config, str], Any] | None = None  # own images, where they can be had
     stopped: bool = False  # whether `fit` was interrupted, and saved; the same call resumes
     folder: Path = Path()  # `workdir`, or the local copy of a remote one
 
@@ -294,6 +295,7 @@ class _Job:
             int(outcome.state.step),
             metrics.as_json(outcome.metrics) if outcome.metrics else {},
             Curves(read_lines(folder / 'metrics.jsonl')),
+            self.components.source,
             outcome.stopped,
             folder,
         )
@@ -354,7 +356,7 @@ class _Job:
             self.say(f'compilations of each step in each phase: {times}')
             final = ', '.join(f'{k} {v:.4f}' for k, v in metrics.scalars(outcome.metrics).items())
             self.say(f'done: {final}\nresults in {self.workdir}')
-            for note in _warnings(outcome.metrics, phases[0].program.spec.num_classes):
+            for note in metrics.doubts(outcome.metrics, phases[0].program.spec.num_classes):
                 self.say(f'note: {note}')
         if not mesh.is_process_zero():
             return
@@ -364,26 +366,6 @@ class _Job:
         facts = profile.measure(outcome.watches, flops, dtype, clock, self.layout)
         profile.write_speed(self.folder, facts)
         self.say(profile.speed_line(facts))
-
-
-def _warnings(result: dict[str, Any], classes: int) -> list[str]:
-    """What the last evaluation says against the probabilities that a network predicts."""
-    loss, guess, gap = result['loss'], np.log(classes), result['calibration_error']
-    cure = (
-        'lower config.optimizer.learning_rate, stop early (config.train.patience), and of '
-        'pretrained features set config.model.scale_features'
-    )
-    if loss > guess:
-        return [
-            f'the loss of {loss:.2f} is above {guess:.2f}, that of a guess among {classes} '
-            f'classes: the network is wrong with confidence; {cure}'
-        ]
-    if gap > 0.1:
-        return [
-            f'confidence and accuracy are {100 * gap:.0f} points apart on average; {cure}, or use '
-            'the predicted classes alone'
-        ]
-    return []
 
 
 def _data_name(config: cfg.Config) -> str:
@@ -444,7 +426,8 @@ def load_run(
     for line in lines:
         if (line['step'], line['split']) == (step, 'eval'):
             scores = {k: v for k, v in line.items() if k not in ('step', 'split', 'epoch')}
-    return Run(name, config, facts, spec, program, state, step, scores, curves, folder=folder)
+    parts = config, facts, spec, program, state, step, scores, curves, components.source
+    return Run(name, *parts, folder=folder)
 
 
 @contextlib.contextmanager

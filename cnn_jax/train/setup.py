@@ -123,6 +123,14 @@ def for_arm(config: cfg.Config, data: Data) -> Data:
     return dataclasses.replace(data, description=facts, weights=weights)
 
 
+def training_images(config: cfg.Config, own: Any = None) -> Any:
+    """The images that a run trains on; `own` as `Components.source` gives them."""
+    pool = open_batches(config.data, 'train', seed=config.seed, source=own)
+    if own is None and config.data.validation_share and has_validation(config.data):
+        config = cfg.replace(config, {'data.validation_share': 0.0})
+    return deal(config, Data(None, None, {}, None, pool)).train
+
+
 def deal(config: cfg.Config, data: Data) -> Data:
     """The data with the images that a config's fold and seed draw, to train, choose and test on."""
     asked, pool, test, evaluate = config.data, data.pool, data.test, data.validation

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,10 +19,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import cnn_jax as cj
+from cnn_jax.components import from_experiment, get_config
 from cnn_jax.errors import FORMULA, csv_cell, printable
 from cnn_jax.tools import evaluate as module
 from cnn_jax.tools.evaluate import HITS, MATRIX, MISTAKES, Evaluation
 from tests.browser import ILLEGIBLE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 IMAGES = 61
 HOSTILE = (
@@ -295,3 +299,13 @@ def test_each_split_and_checkpoint_has_a_folder_of_its_own(evaluated):
     assert len(folders) == 2 * len(splits)
     assert all(re.fullmatch(r'[\w.-]+', folder.name) for folder in folders)
     assert {folder.parent for folder in folders} == {found.run.folder / 'evaluation'}
+
+
+def test_a_run_on_images_that_its_experiment_brings_is_evaluated_on_them(tmp_path):
+    brought = from_experiment(ROOT / 'experiments' / 'own_resnet.py')
+    config = cj.replace(get_config(brought.experiment), {'train.epochs': 1.0})
+    trained = cj.fit(config, tmp_path / 'run', components=brought, say=lambda line: None)
+    result = cj.evaluate(cj.load_run(tmp_path / 'run'))
+    assert result.metrics['count'] == 1000
+    assert result.metrics['accuracy'] == pytest.approx(trained.metrics['accuracy'])
+    assert '200 training images' in result.sought
