@@ -159,7 +159,7 @@ def test_a_network_that_is_wrong_with_confidence_says_so(tmp_path):
     parts = {'train': TRAIN, 'eval': (EVAL[0], (EVAL[1] + 1) % 3)}
     run = cj.fit(config, tmp_path / 'run', **parts, say=said.append)
     assert run.metrics['loss'] > np.log(3)
-    assert any('above 1.10' in line and 'learning_rate' in line for line in said)
+    assert any('above the 1.10' in line and 'learning_rate' in line for line in said)
 
 
 def test_evaluate_takes_arrays(run):

@@ -220,8 +220,8 @@ def doubts(result: dict[str, Any], classes: int) -> list[str]:
     )
     if loss > guess:
         return [
-            f'the loss of {loss:.2f} nats is above the {guess:.2f} of equal guesses: the network is '
-            f'wrong with confidence; {cure}'
+            f'the loss of {loss:.2f} nats is above the {guess:.2f} of equal guesses: the network '
+            f'is wrong with confidence; {cure}'
         ]
     if gap > 0.1:
         return [f'confidence and accuracy are {100 * gap:.0f} points apart on average; {cure}']
