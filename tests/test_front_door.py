@@ -200,6 +200,20 @@ def test_ablate_compares_on_own_parts(tmp_path):
     assert result.plot().axes
 
 
+def test_replicates_of_an_ablation_go_through_the_folds(tmp_path):
+    config = cj.replace(CONFIG, {'data.folds': 3, 'train.frozen': ()})
+    arms = {'none': {}, 'L2': {'loss.l2': 0.1}}
+    parts = {'train': TRAIN, 'eval': EVAL}
+    result = cj.ablate(arms, config, seeds=3, **parts, workdir=tmp_path, floor=False)
+    runs = [result.store.replicate('none', number) for number in range(3)]
+    assert [run.config.data.fold for run in runs] == [0, 1, 2]
+    assert [result.store.result(run)['metrics']['test']['count'] for run in runs] == [20] * 3
+    assert 'one of 3 folds' in result.summary['population']
+    compared = result.summary['arms']['L2']['compared']['loss']
+    error = np.std(compared['differences'], ddof=1) * np.sqrt(1 / 3 + 1 / 2)
+    assert compared['error'] == pytest.approx(error)
+
+
 def test_importing_the_front_door_is_fast_and_starts_no_device():
     code = (
         'import sys, time; began = time.perf_counter(); import cnn_jax; '
