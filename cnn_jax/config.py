@@ -132,7 +132,8 @@ class Model(Fields):
     # a backbone
     # random | imagenet | a file (.h5, .keras, .onnx, .safetensors, .pth)
     weights: str = setting('random', path=True, **BACKBONE)
-    cut: str = setting('', **BACKBONE)  # the layer whose output the head sees; '': the last
+    # the layer whose output the head sees; '': the last
+    cut: str = setting('', before='block5_pool', **BACKBONE)
     pool: str = choice('flatten', 'average')  # what joins backbone and head
     # whether the head reads features of mean 0 and deviation 1 over the training images
     scale_features: bool = setting(False, **BACKBONE)

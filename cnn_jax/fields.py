@@ -43,7 +43,8 @@ def setting(default: Any, **facts: Any) -> Any:
 
     These are what the functions below set; `only_for`, those of `model.name` that read the field;
     `noiseless`, the value under which the network adds no noise to what it computes (or a table of
-    such values); `kept`, whether it is read although the user brings the model or the optimizer.
+    such values); `kept`, whether it is read although the user brings the model or the optimizer;
+    `before`, the default of earlier versions, which means the same.
     """
     return dataclasses.field(default=default, metadata=facts)
 
@@ -216,8 +217,13 @@ def structure(config: Any) -> dict[str, Any]:
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """The fields in which two configs differ, `{dotted path: (old, new)}`."""
-    a, b = to_flat(old), to_flat(new)
-    return {path: (a[path], b[path]) for path in a if a[path] != b[path]}
+    a, b, fields = to_flat(old), to_flat(new), fields_by_path(old)
+    return {p: (a[p], b[p]) for p in a if is_other(fields[p], a[p], b[p])}
+
+
+def is_other(f: dataclasses.Field, a: Any, b: Any) -> bool:
+    """Whether two values of a field differ, and not only as its default and another name of it."""
+    return a != b and {a, b} != {f.default, f.metadata.get('before')}
 
 
 def to_json(config: Any) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cnn_jax.errors import UserError, nearest
-from cnn_jax.fields import LARGEST, OWN, C, fields_by_path, get, replace, to_flat
+from cnn_jax.fields import LARGEST, OWN, C, fields_by_path, get, is_other, replace, to_flat
 from cnn_jax.files import local_path
 
 LAST_OF_VGG16 = 'block5_pool'  # the default of `model.cut` before there were other backbones
@@ -125,7 +125,7 @@ def _networks(config: Any) -> Iterator[tuple[Any, str]]:
     for path, f in fields_by_path(config).items():
         value, readers = get(config, path), f.metadata.get('only_for', (model.name,))
         yield (
-            model.name not in readers and value != f.default,
+            model.name not in readers and is_other(f, value, f.default),
             f'config.{path} is {value}, but only config.model.name={" or ".join(readers)} has it, '
             f'so it would change nothing; leave it at {f.default!r}',
         )
@@ -178,7 +178,7 @@ def unread(config: Any, channels: int = 3) -> list[str]:
     """
     flat, phrases = to_flat(config), []
     for path, f in fields_by_path(config).items():
-        if flat[path] != f.default and not _is_read(config, path):
+        if is_other(f, flat[path], f.default) and not _is_read(config, path):
             others = [f'config.{other} is {flat[other]}' for other in f.metadata['needs']]
             phrases.append(f'config.{path} is {flat[path]}, but {" and ".join(others)}')
     if config.augment.saturation and channels != 3:

@@ -162,3 +162,13 @@ def test_bound_numbers_are_those_given_and_what_is_off_stays_off():
             assert value == (0.0 if is_off else 0.5), path
         else:
             assert value == cfg.get(config, path), path
+
+
+@pytest.mark.parametrize('model', [cfg.Model(), cfg.Model(name='vgg16')])
+def test_the_default_of_an_earlier_version_is_that_of_this_one(model):
+    now = cfg.Config(model=model)
+    then = cfg.replace(now, {'model.cut': 'block5_pool'})
+    assert cfg.content_hash(then) == cfg.content_hash(now)
+    assert not cfg.differences(then, now)
+    cfg.validate(then)
+    assert cfg.differences(cfg.replace(now, {'model.cut': 'block4_pool'}), now)
