@@ -4,7 +4,6 @@ A new one is a `Backbone` with its layers; `BACKBONES` names them for `config.mo
 weights are called elsewhere, and where they are published, stands in `cnn_jax.pretrained`.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,14 +15,14 @@ from jaxtyping import Array, Float
 from cnn_jax.errors import UserError
 from cnn_jax.nn.conv import Conv, max_pool
 from cnn_jax.nn.norm import BatchNorm
-from cnn_jax.pretrained.formats import BLOCKS, CONVOLUTIONS, TOP
+from cnn_jax.pretrained.formats import BLOCKS, CONVOLUTIONS
 
 
 class Backbone(nn.Module):
     """A network from its input to the output of layer `cut` (None: the last).
 
     Attributes:
-        cut: One of `layers`.
+        cut: One of `LAYERS`.
         dtype: Type of the computation and the result.
         winograd: As that of `nn.conv2d`.
 
@@ -40,39 +39,34 @@ class Backbone(nn.Module):
     dtype: Dtype = jnp.float32
     winograd: bool = False
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The names at which this one can be cut, in order."""
-        return self.LAYERS
-
     @nn.compact
     def __call__(self, x: Float[Array, 'b h w 3'], *, train: bool = False) -> Array:
         """Features of images, preprocessed as the weights' `Preprocessing` does.
 
         Returns:
-            `[b, h', w', filters]`; `[b, units]` from VGG16's `flatten` on.
+            `[b, h', w', filters]`.
 
         Errors:
             UserError: `cut` is not a layer, or the input has another shape than the network takes.
         """
-        cut = self.cut or self.layers[-1]
-        self.check(x.shape, cut)
-        for layer in self.layers:
+        cut = self.cut or self.LAYERS[-1]
+        self._check(x.shape, cut)
+        for layer in self.LAYERS:
             x = self.layer(layer, x, train)
             if layer == cut:
                 break
         return x
 
     def layer(self, name: str, x: Array, train: bool) -> Array:
-        """The output of one of `layers`, from that of the one before."""
+        """The output of one of `LAYERS`, from that of the one before."""
         raise NotImplementedError
 
-    def check(self, shape: tuple[int, ...], cut: str) -> None:
+    def _check(self, shape: tuple[int, ...], cut: str) -> None:
         """Refuse a cut or images that the network does not take."""
-        if cut not in self.layers:
+        if cut not in self.LAYERS:
             raise UserError(
                 f'{self.TITLE} cannot be cut at {cut!r} (config.model.cut); its layers are '
-                f'{", ".join(self.layers)}'
+                f'{", ".join(self.LAYERS)}'
             )
         if len(shape) != 4 or shape[3] != 3:
             raise UserError(
@@ -88,11 +82,10 @@ class Backbone(nn.Module):
 
 
 class VGG16(Backbone):
-    """VGG16, perhaps with its top.
+    """VGG16 without its top.
 
     Every convolution is 3×3, SAME, followed by ReLU, which belongs to the layer; every pool takes
-    the maximum of 2×2 pixels and drops an odd last row or column. `fc1` and `fc2` end in ReLU,
-    `predictions` are logits.
+    the maximum of 2×2 pixels and drops an odd last row or column.
 
     Source: Simonyan and Zisserman 2015, arXiv:1409.1556, configuration D; layer names of
     `keras.applications.VGG16`.
@@ -105,31 +98,12 @@ class VGG16(Backbone):
         for layer in (*(f'{block}_conv{i}' for i in range(1, count + 1)), f'{block}_pool')
     )
 
-    include_top: bool = False
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return (*self.LAYERS, 'flatten', *TOP) if self.include_top else self.LAYERS
-
     def layer(self, name: str, x: Array, train: bool) -> Array:
         if name in CONVOLUTIONS:
             filters = CONVOLUTIONS[name][-1]
             layer = {'activation': nn.relu, 'dtype': self.dtype, 'name': name}
             return Conv(filters, 3, winograd=self.winograd, **layer)(x)
-        if name in TOP:
-            x = nn.Dense(TOP[name][-1], dtype=self.dtype, name=name)(x)
-            return x if name == 'predictions' else nn.relu(x)
-        if name == 'flatten':
-            return x.reshape(x.shape[0], -1)
         return max_pool(x, 2)
-
-    def check(self, shape: tuple[int, ...], cut: str) -> None:
-        super().check(shape, cut)
-        if self.include_top and shape[1:3] != (self.SIZE, self.SIZE):
-            raise UserError(
-                f'VGG16 takes images of {self.SIZE}×{self.SIZE} pixels with its top, not '
-                f'{shape[1]}×{shape[2]}; resize them (config.data.resize and config.data.size)'
-            )
 
 
 class NormedBackbone(Backbone):
@@ -139,11 +113,21 @@ class NormedBackbone(Backbone):
         momentum: Of the running averages; may be a traced scalar.
     """
 
+    STAGES: ClassVar[tuple[tuple[int, ...], ...]]  # settings, then stride and number of blocks
     EPSILON: ClassVar[float]
     USE_BIAS: ClassVar[bool] = False  # of convolutions
     PADDING: ClassVar[str] = 'SAME'
 
     momentum: float | Float[Array, ''] = 0.99
+
+    def block(self, name: str) -> tuple[tuple[int, ...], int, bool]:
+        """The settings of a block's stage, its stride, and whether it is the stage's first."""
+        number = int(name.removeprefix('block'))
+        for *settings, stride, count in self.STAGES:
+            if number <= count:
+                return tuple(settings), stride if number == 1 else 1, number == 1
+            number -= count
+        raise AssertionError(name)
 
     def unit(
         self,
@@ -183,8 +167,7 @@ class EfficientNetLite0(NormedBackbone):
 
     TITLE = 'EfficientNet-Lite0'
     EPSILON = 1e-3
-    # kernel size, expansion e, width, stride and number of blocks of each stage
-    STAGES: ClassVar = (
+    STAGES = (  # kernel size, expansion e, width
         *((3, 1, 16, 1, 1), (3, 6, 24, 2, 2), (5, 6, 40, 2, 2), (3, 6, 80, 2, 3)),
         *((5, 6, 112, 1, 3), (5, 6, 192, 2, 4), (3, 6, 320, 1, 1)),
     )
@@ -197,15 +180,9 @@ class EfficientNetLite0(NormedBackbone):
 
         if name == 'stem':
             return unit(x, '', 32, 3, stride=2, activation=nn.relu6)
-        blocks = [
-            (kernel, expansion, width, stride if first else 1, first)
-            for kernel, expansion, width, stride, count in self.STAGES
-            for first in (True, *itertools.repeat(False, count - 1))
-        ]
-        number = int(name.removeprefix('block'))
-        if number > len(blocks):
+        if name == self.LAYERS[-1]:
             return unit(x, '', 1280, 1, activation=nn.relu6)
-        kernel, expansion, width, stride, first = blocks[number - 1]
+        (kernel, expansion, width), stride, first = self.block(name)
         y, wide = x, expansion * x.shape[-1]
         if expansion > 1:
             y = unit(y, '_expand', wide, 1, activation=nn.relu6)
@@ -234,7 +211,7 @@ class ResNet50(NormedBackbone):
     TITLE = 'ResNet-50'
     EPSILON = 1e-5
     PADDING = 'SAME_TORCH'
-    STAGES: ClassVar = ((64, 1, 3), (128, 2, 4), (256, 2, 6), (512, 2, 3))  # width, stride, blocks
+    STAGES = ((64, 1, 3), (128, 2, 4), (256, 2, 6), (512, 2, 3))  # width
     LAYERS = ('stem', 'pool', *(f'block{i}' for i in range(1, 17)))
     STRIDED: ClassVar[int] = 2  # the convolution of a block that has its stride
 
@@ -244,12 +221,7 @@ class ResNet50(NormedBackbone):
             return self.unit(x, ('stem_conv', 'stem_norm'), 64, 7, **options)
         if name == 'pool':
             return max_pool(x, 3, 2, self.PADDING)
-        blocks = [
-            (width, stride if first else 1, first)
-            for width, stride, count in self.STAGES
-            for first in (True, *itertools.repeat(False, count - 1))
-        ]
-        width, stride, first = blocks[int(name.removeprefix('block')) - 1]
+        (width,), stride, first = self.block(name)
         y = x
         for i, kernel in enumerate((1, 3, 1), start=1):
             names, wide = (f'{name}_conv{i}', f'{name}_norm{i}'), width if i < 3 else 4 * width

@@ -43,9 +43,8 @@ def _convolutions() -> Iterator[tuple[str, tuple[int, ...]]]:
             channels = filters
 
 
-# Kernel shapes in the order of the layers: HWIO, and (inputs, outputs) for the top.
+# Kernel shapes in the order of the layers, HWIO.
 CONVOLUTIONS = dict(_convolutions())
-TOP = {'fc1': (7 * 7 * 512, 4096), 'fc2': (4096, 4096), 'predictions': (4096, 1000)}
 
 # Layers with these names belong to a VGG backbone; one that VGG16 lacks is another network's.
 _BACKBONE = re.compile(r'(block\d+_conv\d+|features\.\d+)\b')
@@ -87,12 +86,11 @@ class Network:
     optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # read where they fit
 
 
-def shapes(include_top: bool = False) -> dict[str, tuple[int, ...]]:
+def shapes() -> dict[str, tuple[int, ...]]:
     """Return all shapes in canonical order: `{'block1_conv1/kernel': (3, 3, 3, 64), …}`."""
-    layers = CONVOLUTIONS | (TOP if include_top else {})
     return {
         f'{layer}/{tensor}': kernel if tensor == 'kernel' else kernel[-1:]
-        for layer, kernel in layers.items()
+        for layer, kernel in CONVOLUTIONS.items()
         for tensor in ('kernel', 'bias')
     }
 

@@ -96,9 +96,9 @@ def open_torch(path: Path) -> Iterator[dict[str, tuple[Tensor, Callable[[], np.n
     with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         opened = _legacy if content[: len(LEGACY)] == LEGACY else _archive
         table, numbers = opened(content, path)
-        if not isinstance(table, dict):
+        named = table.items() if isinstance(table, dict) else ()
+        if not (tensors := {name: each for name, each in named if isinstance(each, Tensor)}):
             raise UserError(f'{path} holds no table of tensors; save the model.state_dict() alone')
-        tensors = {name: each for name, each in table.items() if isinstance(each, Tensor)}
 
         def reader(tensor: Tensor) -> Callable[[], np.ndarray]:
             return lambda: tensor.array(numbers(tensor.storage))
