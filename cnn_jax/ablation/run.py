@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +17,15 @@ from cnn_jax.ablation import decisions
 from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan
 from cnn_jax.ablation.report import Ablation
 from cnn_jax.ablation.results import DEFINITION, Run, Store, read_store, refuse_links, why_failed
-from cnn_jax.ablation.workers import LocalWorkers, RayWorkers, Task, open_ablation, run_missing
+from cnn_jax.ablation.workers import (
+    LocalWorkers,
+    RayWorkers,
+    Task,
+    open_ablation,
+    pin,
+    provenance,
+    run_missing,
+)
 from cnn_jax.components import NO_COMPONENTS, Components, from_objects
 from cnn_jax.errors import UserError
 from cnn_jax.files import make_writable
@@ -129,6 +137,60 @@ def ablate(
     if finished:
         result.write_report()
     return result
+
+
+def repeat(
+    folder: Path, arm: str, seed: int | None, tell: Callable[[str, str], object]
+) -> tuple[bool, list[str]]:
+    """Train a replicate of a finished ablation again, and compare bit for bit.
+
+    Args:
+        folder: The work directory.
+        arm, seed: Which replicate; '' and None for the first of the baseline.
+        tell: Called with what was compared, and how it differs ('': not at all).
+
+    Returns:
+        Whether nothing differs; what has changed since the ablation began.
+
+    Errors:
+        UserError: There is no such replicate, or the data cannot be had.
+    """
+    store = read_store(folder)
+    plan, arm = store.plan, arm or store.plan.baseline
+    seed = plan.first_seed if seed is None else seed
+    if arm not in plan.configs or seed not in plan.seeds:
+        raise UserError(
+            f'{folder} has no replicate of arm {arm!r} with seed {seed}; the arms are '
+            f'{", ".join(plan.configs)}, the seeds {plan.seeds[0]} to {plan.seeds[-1]}'
+        )
+    run = store.replicate(arm, seed - plan.first_seed)
+    before = run and store.result(run)
+    if run is None or before is None or why_failed(before):
+        raise UserError(f'seed {seed} of {arm!r} is not trained; run launch.ablate to its end')
+    if run.config.own:
+        raise UserError('this ablation has own parts, which its work directory does not hold')
+    settings = runtime.configure(plan.threads)
+
+    from cnn_jax.ablation.training import compile_structure, train_runs
+    from cnn_jax.tools.selfcheck import self_check
+    from cnn_jax.train.setup import open_data
+
+    self_check()
+    print(settings)
+    pin(0, runtime.cores(), plan.threads)
+    data = open_data(plan.configs[plan.baseline], test=True)
+    now = provenance(plan, data, settings)
+    changed = [name for name, value in now.items() if store.provenance.get(name) != value]
+    for name in changed:
+        print(f'changed since the ablation began: {name}')
+    compiled = compile_structure(run.config, data)
+    [after] = train_runs([run.config], compiled, data, curves=plan.curves)
+    same = True
+    for what, name in (('metrics', 'metrics'), ('hits', 'correct'), ('losses', 'losses')):
+        equal = before[name] == after.get(name)
+        same &= equal
+        tell(f'{what} of {arm}, seed {seed}', '' if equal else 'other bits')
+    return same, changed
 
 
 def _with_baseline(arms: Mapping[str, Changes]) -> dict[str, Changes]:

@@ -198,16 +198,6 @@ def open_ablation(
     first = plan.configs[plan.baseline]
     data = setup.open_data(first, components=components, test=True)
     description = data.description
-    provenance = {
-        'code': code_digest(),
-        'training data': data.pool.fingerprint,
-        'test data': data.test.fingerprint,
-        'jaxlib': runtime.jaxlib_version(),
-        'devices': runtime.devices(),
-        'XLA_FLAGS': settings.xla_flags,
-    }
-    if not first.train.threads:  # as many as the cores of this machine
-        provenance['threads'] = str(settings.threads)
     facts = {
         'command': command,
         'manifest': manifest.manifest(first, settings, description),
@@ -223,7 +213,22 @@ def open_ablation(
     if not (folder / DEFINITION).exists():
         _check_arms(plan, data, components)
         facts['notes'] = _notes(folder, plan, data, components)
-    return open_store(folder, plan, provenance, facts), data
+    return open_store(folder, plan, provenance(plan, data, settings), facts), data
+
+
+def provenance(plan: Plan, data: Any, settings: runtime.Settings) -> dict[str, str]:
+    """What the results of an ablation depend on besides the configs."""
+    found = {
+        'code': code_digest(),
+        'training data': data.pool.fingerprint,
+        'test data': data.test.fingerprint,
+        'jaxlib': runtime.jaxlib_version(),
+        'devices': runtime.devices(),
+        'XLA_FLAGS': settings.xla_flags,
+    }
+    if not plan.threads:  # as many as the cores of this machine
+        found['threads'] = str(settings.threads)
+    return found
 
 
 def _notes(folder: Path, plan: Plan, data: Any, components: Components) -> list[str]:

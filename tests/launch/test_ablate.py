@@ -38,6 +38,18 @@ def test_more_seeds_add_cells(launch, study, tmp_path, study_flags, summary):
     assert (found['seeds'], found['looks']) == ([0, 1, 2], [2, 3])
 
 
+def test_verify_trains_a_replicate_again(launch, study, tmp_path):
+    folder = tmp_path / 'study'
+    shutil.copytree(study[0], folder)
+    arguments = f'--workdir={folder}', '--arm=dropout', '--seed=1'
+    assert 'bitwise identical' in launch('verify', *arguments, check=0).stdout
+    cell = next((folder / 'cells').glob('dropout-1-*.json'))
+    write_json(cell, read_json(cell) | {'losses': '00'})
+    assert 'differs  losses of dropout, seed 1' in launch('verify', *arguments, check=1).stdout
+    assert 'the seeds 0 to 1' in launch('verify', *arguments[:2], '--seed=2', check=2).stderr
+    assert 'no replicate of arm' in launch('verify', arguments[0], '--arm=x', check=2).stderr
+
+
 def test_a_failed_cell_is_run_again_on_request(launch, study, tmp_path, study_flags, summary):
     folder = tmp_path / 'failed'
     shutil.copytree(study[0], folder)
