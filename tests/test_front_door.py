@@ -1,5 +1,6 @@
 """The Python front door: fit, load_run, ablate and freeze with a user's own parts."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import save_file
 
 import cnn_jax as cj
 from cnn_jax import config as config_module
 from cnn_jax.ablation import log
 from cnn_jax.files import read_json, write_json
 from cnn_jax.nn import BatchNorm, Conv, Dropout
+from cnn_jax.pretrained.formats import CONVOLUTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)
@@ -160,6 +163,42 @@ def test_a_network_that_is_wrong_with_confidence_says_so(tmp_path):
     run = cj.fit(config, tmp_path / 'run', **parts, say=said.append)
     assert run.metrics['loss'] > np.log(3)
     assert any('above the 1.10' in line and 'learning_rate' in line for line in said)
+
+
+def test_a_run_on_a_weights_file_holds_what_it_trains_and_the_digest_of_the_rest(tmp_path):
+    drawn = np.random.default_rng(0)
+    tensors = {
+        f'{layer}/{name}': drawn.normal(size=shape if name == 'kernel' else shape[-1:]) / 9
+        for layer, shape in CONVOLUTIONS.items()
+        for name in ('kernel', 'bias')
+    }
+    path = tmp_path / 'own.safetensors'
+    small = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    save_file(small, path, {'preprocessing': 'plain'})
+    vgg = {'name': 'vgg16', 'cut': 'block1_pool', 'hidden': (4,), 'head_norm': 'none'}
+    config = cj.Config(
+        model=cj.Model(**vgg, weights=str(path)),
+        data=cj.Data(batch=20, resize='stretch', size=32, channels=3),
+        train=cj.Train(epochs=1, frozen=('backbone/*',)),
+        unfreeze=cj.Unfreeze(epochs=1, frozen=('*block1_conv1/*',)),
+    )
+    folder, quiet = tmp_path / 'run', {'say': lambda line: None}
+    run = cj.fit(config, folder, train=TRAIN, eval=EVAL, **quiet)
+    images = np.repeat(EVAL[0].repeat(4, axis=1).repeat(4, axis=2), 3, axis=3)
+    again = cj.load_run(folder)
+    np.testing.assert_array_equal(run.predict(images), again.predict(images))
+    kernel = again.variables['params']['backbone']['block1_conv1']['kernel']
+    np.testing.assert_array_equal(kernel, small['block1_conv1/kernel'])
+    seal = json.loads((folder / f'checkpoints/step_{run.step}/seal.json').read_text())
+    first = ['backbone/block1_conv1/bias', 'backbone/block1_conv1/kernel']
+    assert seal['content']['frozen']['paths'] == first  # block1_conv2 is trained in the end
+    small['block1_conv1/bias'] *= 1.01
+    save_file(small, path, {'preprocessing': 'plain'})
+    with pytest.raises(cj.UserError, match='frozen weights'):
+        cj.load_run(folder)
+    path.unlink()
+    with pytest.raises(cj.UserError, match=r'own\.safetensors'):
+        cj.load_run(folder)
 
 
 def test_evaluate_takes_arrays(run):

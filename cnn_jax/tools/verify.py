@@ -1,6 +1,7 @@
 """Verify that a run is reproducible: train parts of it again, and compare bit for bit."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -13,7 +14,7 @@ from cnn_jax.mesh import Layout
 from cnn_jax.train import manifest, remote, setup
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.loop import Phase, shard_state, state_at, steps
-from cnn_jax.train.program import State, Values, traced_values
+from cnn_jax.train.program import State, Values, frozen_weights, traced_values
 from cnn_jax.train.record import damaged_files, read_steps
 from cnn_jax.train.run import start as prepare_process
 
@@ -47,7 +48,6 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
     components = reopened(config, before)
     had = before['machine'].get('layout') or {}
     layout = setup.layout_of(config, model=had.get('model', 1), fsdp=had.get('fsdp', False))
-    checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
     data = setup.open_data(config, layout, components)
     now = manifest.manifest(config, settings, data.description, layout)
     changed = manifest.differences(before, now)
@@ -55,6 +55,8 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
         print(f'changed since the run began: {name}: {old} → {new}')
     spec = setup.make_spec(config, data.description, data.weights, components)
     phases, state = setup.open_phases(config, data, spec, layout)
+    frozen = functools.partial(frozen_weights, phases[0].program)
+    checkpoints = Checkpoints(folder / 'checkpoints', config, layout, frozen)
     differences = [name for name in manifest.DATA.values() if name in changed]
     found = [('the state before the first step', _same(digest(state) == before['initial_state']))]
     for name in damaged_files(folder, checkpoints.place(saved[0])):

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from cnn_jax import config as cfg
-from cnn_jax import mesh
+from cnn_jax import mesh, params
 from cnn_jax.errors import RunFailed, UserError, first_line
 from cnn_jax.files import (
     SEAL,
@@ -34,6 +34,7 @@ from cnn_jax.train.metrics import score_of
 from cnn_jax.train.program import State
 
 FORMAT = 3  # raised when a checkpoint's content is arranged otherwise
+SLIM = 4  # that of one without frozen parameters
 OPTIONAL = ('init_params', 'eval_batch_stats')  # parts of the state that a run may not use
 SAVING, REMOVING = 'saving', 'removing'  # folders of what has not, or no longer, a step's name
 OVERHEAD = 1 << 18  # bytes of a checkpoint besides the state's, generously
@@ -44,15 +45,24 @@ class Checkpoints:
 
     Each holds a copy of the run's manifest, which readers compare, and the step of the best one.
 
+    `frozen` returns the parameters, by path, that no phase trains and a file of pretrained weights
+    brings. A checkpoint holds their digest only, and they are what it returns when one is restored.
+
     With several processes every method but `steps` and `place` is a collective: all must call it
     at once. Process 0 alone reads and writes. The state is gathered into its memory, array by
     array, when it is saved, and broadcast when it is restored. So no file system need be shared,
     any number of processes can resume, and the files are those of a run with one process.
     """
 
-    def __init__(self, folder: Path, config: cfg.Config, layout: Layout | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        config: cfg.Config,
+        layout: Layout | None = None,
+        frozen: Callable[[], params.Flat] = dict,
+    ):
         self._folder = Path(folder).absolute()
-        self._config, self._layout = config, layout
+        self._config, self._layout, self._frozen = config, layout, frozen
 
     def place(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
@@ -101,7 +111,7 @@ class Checkpoints:
             files: More files to hold, by name.
         """
         step, parts = int(state.step), mesh.gather_to_host(_parts(state))
-        content = {'format': FORMAT, 'progress': progress, 'structure': _structure(_parts(state))}
+        content = {'format': FORMAT, 'progress': progress}
         mesh.on_process_zero(lambda: self._save(step, parts, content, metrics, files or {}))
 
     def resumable(self, say: Callable[[str], object]) -> tuple[int, dict[str, Any]] | None:
@@ -142,6 +152,10 @@ class Checkpoints:
     ) -> None:
         if self.place(step).exists():
             return
+        if paths := self._left_out:
+            parts, frozen = _without(parts, paths)
+            content |= {'format': SLIM, 'frozen': {'paths': paths, 'digest': digest(frozen)}}
+        content['structure'] = _structure(parts)
         new = self._folder / SAVING
         try:
             self._sweep()
@@ -167,6 +181,10 @@ class Checkpoints:
                 f'({_reason(error)}); make room, and rerun the same command to resume from the '
                 'one before'
             ) from error
+
+    @functools.cached_property
+    def _left_out(self) -> list[str]:
+        return [*self._frozen()]
 
     @functools.cached_property
     def _manifest(self) -> dict[str, Any] | None:
@@ -207,7 +225,10 @@ class Checkpoints:
         """Read the arrays and the progress of a checkpoint into this host's memory."""
         import orbax.checkpoint as ocp
 
-        content = self.check(step)
+        content, frozen = self.check(step), {}
+        if facts := content.get('frozen'):
+            shapes, _ = _without(shapes, facts['paths'])
+            frozen = self._given(step, facts)
         try:
             for name, structure in _structure(shapes).items():  # which Orbax need not check
                 if content['structure'].get(name) != structure:
@@ -219,9 +240,24 @@ class Checkpoints:
             }
             with _orbax() as orbax:
                 arrays = orbax.restore(self.place(step) / 'state', target, **options)
-            return arrays, content['progress']
         except (ValueError, KeyError, OSError) as error:
             raise self._unusable(step, error) from error
+        if frozen:
+            arrays['params'] = params.merge(params.flatten(arrays['params']), frozen)
+        return arrays, content['progress']
+
+    def _given(self, step: int, facts: dict[str, Any]) -> params.Flat:
+        """The parameters that a checkpoint left out; UserError if they are no longer the same."""
+        given = self._frozen()
+        found = {path: np.array(given[path]) for path in facts['paths'] if path in given}
+        if (now := digest(found)) != facts['digest']:
+            raise UserError(
+                f'the frozen weights of the run in {self._folder.parent} have the digest '
+                f'{facts["digest"][:12]}… at step {step}, and those of config.model.weights='
+                f'{self._config.model.weights} have {now[:12]}…; put the file that it was trained '
+                'with back'
+            )
+        return found
 
     def _unusable(self, step: int, error: Exception) -> UserError:
         mend = 'rerun launch.train with the same command to go back to the one before'
@@ -235,11 +271,11 @@ class Checkpoints:
     def _content(self, step: int) -> dict[str, Any]:
         """Return what was sealed into a checkpoint that is whole (else `Corrupt`) and the run's."""
         content = read_sealed_folder(self.place(step))
-        if content['format'] != FORMAT:
+        if content['format'] not in (FORMAT, SLIM):
             raise UserError(
                 f'another version of cnn_jax wrote the checkpoints in {self._folder} (format '
-                f'{content["format"]}; this one reads {FORMAT}); use that version, or start again '
-                'in another --workdir'
+                f'{content["format"]}; this one reads {FORMAT} and {SLIM}); use that version, or '
+                'start again in another --workdir'
             )
         copy = self.place(step) / manifest.NAME
         saved = read_json(copy) if copy.exists() else None
@@ -304,6 +340,12 @@ def _parts(state: State) -> dict[str, Any]:
         for name, part in parts.items()
         if part is not None and (name not in OPTIONAL or part)
     }
+
+
+def _without(parts: dict[str, Any], paths: Collection[str]) -> tuple[dict[str, Any], params.Flat]:
+    """The parts without some of the parameters, and these."""
+    left_out, kept = params.partition(parts['params'], paths)
+    return parts | {'params': params.unflatten(kept)}, left_out
 
 
 def _structure(parts: dict[str, Any]) -> dict[str, str]:

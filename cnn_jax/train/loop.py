@@ -35,6 +35,7 @@ from cnn_jax.train.program import (
     State,
     Values,
     begin_phase,
+    frozen_weights,
     state_maker,
     traced_values,
 )
@@ -254,7 +255,8 @@ class _Session:
     ):
         self.config, self.spec, self.phases, self.layout = config, spec, phases, layout
         self.values, self._saved = traced_values(config), saved
-        self.checkpoints = Checkpoints(folder / 'checkpoints', config, layout)
+        frozen = functools.partial(frozen_weights, phases[0].program)
+        self.checkpoints = Checkpoints(folder / 'checkpoints', config, layout, frozen)
         self.record = Record(folder) if mesh.is_process_zero() else NullRecord()
         self.watches = [Stopwatch(config.data.batch, phase.train.streams) for phase in phases]
         self.best = EarlyStopping()

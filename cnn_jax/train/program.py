@@ -364,6 +364,16 @@ def state_maker(program: Program) -> Callable[[int], State]:
     return make
 
 
+def frozen_weights(program: Program) -> params.Flat:
+    """The parameters that a file of weights brings and no phase trains, by path."""
+    given = program.spec.pretrained
+    if not given:
+        return {}
+    by_phase = trainable_by_phase(program.config, [*params.flatten(program.shapes)])
+    ever = {path for trained in by_phase for path in trained}
+    return params.partition(given(program.shapes), ever)[1]
+
+
 def begin_phase(program: Program, state: State) -> State:
     """The state at the start of a later phase, from the last one of the phase before.
 

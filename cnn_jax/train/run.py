@@ -35,6 +35,7 @@ from cnn_jax.train.program import (
     RunSpec,
     State,
     eval_state_shapes,
+    frozen_weights,
     make_program,
     parameter_table,
     traced_values,
@@ -414,7 +415,13 @@ def load_run(
     given = own.from_objects(model, None, None, optimizer, regularizers)
     components = own.reopened(config, facts, given)
     spec = setup.make_spec(config, facts['data'], components=components)
-    checkpoints = Checkpoints(folder / 'checkpoints', config)
+
+    def frozen() -> dict[str, Any]:
+        """The pretrained weights, which are not looked for where no checkpoint needs them."""
+        weights = setup.load_weights(config)
+        return frozen_weights(make_program(config, setup.make_spec(config, facts['data'], weights)))
+
+    checkpoints = Checkpoints(folder / 'checkpoints', config, frozen=frozen)
     which = which or ('best' if config.train.patience else 'latest')
     step = {'latest': checkpoints.latest, 'best': checkpoints.best}[which]()
     if step is None:

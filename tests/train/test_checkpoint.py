@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
+from cnn_jax import params
 from cnn_jax.errors import UserError
 from cnn_jax.files import SEAL, read_json, read_sealed_folder, seal_folder, write_json
 from cnn_jax.train import checkpoint, record
@@ -196,7 +197,7 @@ def altered(path):
 def test_a_checkpoint_of_another_version_is_refused_and_left_where_it_is(tmp_path):
     run(tmp_path, last=4)
     for place in (tmp_path / 'checkpoints').iterdir():
-        seal_folder(place, read_sealed_folder(place) | {'format': checkpoint.FORMAT - 1})
+        seal_folder(place, read_sealed_folder(place) | {'format': checkpoint.SLIM + 1})
     before = sorted(tmp_path.rglob('*'))
     with pytest.raises(UserError, match='another version of cnn_jax'):
         run(tmp_path)
@@ -283,6 +284,46 @@ def test_a_state_of_another_structure_is_a_usage_error(tmp_path, change):
     other = dataclasses.replace(state_at(0), **change)
     with pytest.raises(UserError, match='step 2'):
         Checkpoints(tmp_path / 'checkpoints', CONFIG).restore(2, other)
+
+
+def frozen(number=0.0):
+    """What a file of weights brings."""
+    return {'backbone/kernel': np.arange(50_000, dtype=np.float32) + number}
+
+
+def fine_tuned(step):
+    state = state_at(step)
+    return dataclasses.replace(state, params=state.params | params.unflatten(frozen()))
+
+
+def test_frozen_weights_are_not_in_a_checkpoint_and_come_back_with_it(tmp_path):
+    slim = Checkpoints(tmp_path / 'slim', CONFIG, frozen=frozen)
+    whole = Checkpoints(tmp_path / 'whole', CONFIG)
+    for each in (slim, whole):
+        each.save(fine_tuned(2), {'sums': 1})
+        state, progress = each.restore(2, fine_tuned(0))
+        assert digest(state) == digest(fine_tuned(2))
+        assert progress == {'sums': 1}
+    small, large = (sum(p.stat().st_size for p in files(c.place(2))) for c in (slim, whole))
+    assert small < 20_000 < large
+    # A checkpoint of before, read by one that would leave them out.
+    old = Checkpoints(tmp_path / 'whole', CONFIG, frozen=frozen)
+    assert digest(old.restore(2, fine_tuned(0))[0]) == digest(fine_tuned(2))
+
+
+@pytest.mark.parametrize(
+    'now',
+    [
+        dict,
+        lambda: frozen(1.0),
+        lambda: {'backbone/kernel': frozen()['backbone/kernel'].astype(np.float16)},
+        lambda: {'backbone/bias': frozen()['backbone/kernel']},
+    ],
+)
+def test_other_frozen_weights_than_those_of_the_run_are_refused(tmp_path, now):
+    Checkpoints(tmp_path / 'c', CONFIG, frozen=frozen).save(fine_tuned(2), {})
+    with pytest.raises(UserError, match='frozen weights'):
+        Checkpoints(tmp_path / 'c', CONFIG, frozen=now).restore(2, fine_tuned(0))
 
 
 def test_steps_and_metrics_are_recorded_bit_for_bit(tmp_path):
