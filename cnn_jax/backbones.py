@@ -40,8 +40,14 @@ class Backbone(nn.Module):
     winograd: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, 'b h w 3'], *, train: bool = False) -> Array:
+    def __call__(
+        self, x: Float[Array, 'b h w d'], *, train: bool = False, after: str = ''
+    ) -> Array:
         """Features of images, preprocessed as the weights' `Preprocessing` does.
+
+        Args:
+            x: The images; or the output of the layer `after`, with which the rest is computed.
+            train: Whether batch normalization takes the batch's statistics.
 
         Returns:
             `[b, h', w', filters]`.
@@ -50,11 +56,11 @@ class Backbone(nn.Module):
             UserError: `cut` is not a layer, or the input has another shape than the network takes.
         """
         cut = self.cut or self.LAYERS[-1]
-        self._check(x.shape, cut)
-        for layer in self.LAYERS:
+        if not after:
+            self._check(x.shape, cut)
+        start = self.LAYERS.index(after) + 1 if after else 0
+        for layer in self.LAYERS[start : self.LAYERS.index(cut) + 1]:
             x = self.layer(layer, x, train)
-            if layer == cut:
-                break
         return x
 
     def layer(self, name: str, x: Array, train: bool) -> Array:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,6 @@ from jaxtyping import Array, Float, Int
 
 from cnn_jax import config as cfg
 from cnn_jax import params, rng, runtime
-from cnn_jax.backbones import BACKBONES
 from cnn_jax.data import decode
 from cnn_jax.data.augment import augment_and_normalize
 from cnn_jax.data.batches import Batches, put
@@ -30,7 +30,7 @@ from cnn_jax.data.source import digest
 from cnn_jax.errors import UserError
 from cnn_jax.files import cache_folder
 from cnn_jax.mesh import Layout
-from cnn_jax.models import build
+from cnn_jax.models import Classifier, build
 from cnn_jax.nn import native
 from cnn_jax.nn.cpu import on_cpu
 from cnn_jax.nn.winograd import transform_kernels, winograd_interceptor
@@ -41,26 +41,43 @@ PIXELS_PER_BATCH_ON_ACCELERATORS = 20 * PIXELS_PER_BATCH
 ARITHMETIC = 4  # increment it when the backbone computes other bits: old files are then unused
 PER_FILE = 256  # examples in a file: what a kill can lose, some seconds of work
 BYTES_PER_FILE = 2**25  # of it, where features are large
+LARGEST = 4  # features for each number of an image: VGG16's from block2_pool on
 
 # In memory, and in a file: .npy has no bfloat16, so its bits are stored.
 DTYPES = {'float32': (np.float32, np.float32), 'bfloat16': (ml_dtypes.bfloat16, np.uint16)}
 
 
-def is_cached(
-    config: cfg.Config, trainable: Iterable[str], need_images: Sequence[str] = ()
-) -> bool:
-    """Return whether a phase that trains these parameters uses cached features instead of images.
+def cached_cut(
+    config: cfg.Config,
+    network: nn.Module,
+    input_shape: tuple[int, ...],
+    trainable: Iterable[str],
+    need_images: Sequence[str] = (),
+) -> str:
+    """Return the layer whose cached features a phase takes in the place of images; '' for none.
 
-    `need_images` are the fields of the regularizers that are on and need images.
+    It is the last before all that is trained.
+
+    Args:
+        config, network: Those of the run.
+        input_shape: Height, width and channels of a prepared image. Of a backbone that is trained
+            in part, only features of at most `LARGEST` times its numbers are worth their room.
+        trainable: Paths of the parameters that the phase trains.
+        need_images: The fields of the regularizers that are on and need images.
 
     Errors:
         UserError: config.features.cache is `always`, but the features change from step to step.
     """
     mode, augment, reason = config.features.cache, config.augment, ''
-    if config.model.name not in BACKBONES:
+    trained = [name for name in trainable if name.startswith('backbone/')]
+    layers = network.frozen_layers(trained) if isinstance(network, Classifier) else []
+    cut = layers[-1] if layers else ''
+    if not isinstance(network, Classifier):
         reason = f'config.model.name is {config.model.name}, which has no backbone'
-    elif any(name.startswith('backbone/') for name in trainable):
+    elif not cut:
         reason = 'the backbone is trained (config.train.frozen lacks backbone/*)'
+    elif mode == 'auto' and trained and _size_at(config, cut, input_shape) > LARGEST:
+        reason = f'the features of {cut} are large'
     elif augment.mixup or augment.cutmix:
         reason = 'config.augment.mixup or cutmix mixes the images of each batch'
     elif augment != cfg.Augment() and not config.features.views:
@@ -72,7 +89,23 @@ def is_cached(
         reason = f'config.{need_images[0]} needs the images'
     if mode == 'always' and reason:
         raise UserError(f'config.features.cache is always, but {reason}')
-    return mode != 'never' and not reason
+    return cut if mode != 'never' and not reason else ''
+
+
+def _size_at(config: cfg.Config, cut: str, input_shape: tuple[int, ...]) -> float:
+    """The numbers in the output of a layer, for each of a prepared image."""
+    network = build(cfg.replace(config, {'model.cut': cut}).model, 2)
+    image = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    out, _ = jax.eval_shape(
+        lambda x: network.init_with_output(jax.random.key(0), x, train=False, method='features'),
+        image,
+    )
+    return out.size / image.size
+
+
+def feature_folder() -> Path:
+    """Return the folder of all cached features."""
+    return cache_folder() / 'features'
 
 
 def views_at(first: int, count: int, n: int, views: int) -> Int[np.ndarray, ' count']:
@@ -154,7 +187,10 @@ class Extractor:
         dtype, stored = DTYPES[self.config.features.dtype]
         fitting = BYTES_PER_FILE // (np.prod(shape) * np.dtype(dtype).itemsize)
         per_file = size * max(1, int(min(fitting, PER_FILE)) // size)
-        folder = cache_folder() / 'features' / self.key(batches.image_shape, view)[:32]
+        folder = feature_folder() / self.key(batches.image_shape, view)[:32]
+        model, sides = self.config.model, '×'.join(map(str, batches.image_shape))
+        augmented = '' if view is None else f', augmented (view {view})'
+        about = f'{model.name} {model.cut}, {sides}, {self.config.features.dtype}{augmented}'
 
         # An image has the same bits in each place of a batch, but not in batches of each size.
         def fill(positions: np.ndarray, out: np.ndarray) -> None:
@@ -169,7 +205,7 @@ class Extractor:
             keys = [sha256(key + i.to_bytes(8, 'little')).digest() for i, key in enumerate(keys)]
         label = f'features of {batches.n:,} images'
         share = jax.process_index(), jax.process_count()
-        rows = Store(folder, shape, stored, per_file).rows(keys, fill, label, share)
+        rows = Store(folder, shape, stored, per_file, about).rows(keys, fill, label, share)
         return Rows([part.view(dtype) for part in rows.parts], rows.places)
 
     def compute_batch(self, compute: Callable, batches: Any, index: np.ndarray) -> np.ndarray:

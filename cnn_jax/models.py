@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -227,9 +227,27 @@ class Classifier(nn.Module):
         """The backbone's output for prepared images."""
         return self.backbone(x, train=train)
 
-    def classify(self, features: Float[Array, 'b i j d'], *, train: bool) -> Float[Array, 'b k']:
-        """The logits of images whose features are known."""
+    def classify(
+        self, features: Float[Array, 'b i j d'], *, train: bool, after: str = ''
+    ) -> Float[Array, 'b k']:
+        """The logits of images whose features are known, those of a layer or the backbone's."""
+        if after:
+            features = self.backbone(features, train=train, after=after)
         return self.head(features, train=train)
+
+    def frozen_layers(self, trainable: Iterable[str]) -> list[str]:
+        """The backbone's layers before the first with trained parameters, in order.
+
+        The names of a layer's modules are its own or begin with it and an underscore.
+        """
+        trained, backbone = list(trainable), self.backbone
+        layers = backbone.LAYERS[: backbone.LAYERS.index(backbone.cut or backbone.LAYERS[-1]) + 1]
+
+        def is_frozen(layer: str) -> bool:
+            own = f'backbone/{layer}/', f'backbone/{layer}_'
+            return not any(name.startswith(own) for name in trained)
+
+        return [*itertools.takewhile(is_frozen, layers)]
 
 
 def build(config: Model, num_classes: int) -> nn.Module:

@@ -7,19 +7,35 @@ full are joined when rows are added: a million rows are some thousand files, how
 """
 
 import contextlib
+import fcntl
 import itertools
-from collections.abc import Callable, Sequence
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
-from cnn_jax.files import Corrupt, cached_array, digest, read_bytes, stored_array, write_bytes
+from cnn_jax.errors import UserError
+from cnn_jax.files import (
+    Corrupt,
+    cached_array,
+    digest,
+    make_folder,
+    read_bytes,
+    stored_array,
+    write_bytes,
+    write_text,
+)
 
 KEY_BYTES = 32
+ABOUT = 'about.txt'
+LIMIT = 'CNN_JAX_CACHE_GB'
 Fill = Callable[[Int[np.ndarray, ' k'], np.ndarray], object]  # positions, the rows to write
 
 
@@ -47,14 +63,25 @@ class Rows:
         return len(self) * self.parts[0][:1].nbytes
 
 
+class Entry(NamedTuple):
+    """What is known of a store's folder without opening it."""
+
+    folder: Path
+    about: str
+    rows: int
+    nbytes: int
+    used: float  # the time of the last use, in seconds since 1970
+
+
 @dataclass(frozen=True)
 class Store:
-    """The rows in a folder, at most `per_file` in a file."""
+    """The rows in a folder, at most `per_file` in a file; `about` says what they are, in a line."""
 
     folder: Path
     shape: tuple[int, ...]
     dtype: Any
     per_file: int
+    about: str = ''
 
     def rows(
         self, keys: Sequence[bytes], fill: Fill, label: str = '', share: tuple[int, int] = (0, 1)
@@ -74,6 +101,7 @@ class Store:
         parts: list[np.ndarray] = []
         found: dict[bytes, tuple[int, int]] = {}
         seen: set[Path] = set()
+        computed = False
 
         def take(array: np.ndarray, inside: Sequence[bytes]) -> None:
             for row, key in enumerate(inside):
@@ -81,6 +109,7 @@ class Store:
                     found[key] = len(parts), row
             parts.append(array)
 
+        _use(self.folder, self.about)
         bar = tqdm(total=len(missing), desc=label, leave=False, disable=None)
         with contextlib.closing(bar):
             while missing:
@@ -92,10 +121,13 @@ class Store:
                         rows = self._open(path, len(inside))
                         if rows is not None:
                             take(rows, inside)
-                bar.update(len(found) - bar.n)
                 if missing and not new:  # nor has another process added any meanwhile
+                    bar.update(len(found) - bar.n)
                     chosen = [*itertools.islice(missing.values(), self.per_file)]
+                    computed = True
                     take(*self._add([keys[i] for i in chosen], np.array(chosen), fill))
+        if computed:
+            remove_oldest(self.folder.parent, limit())
         return Rows(parts, np.array([found[key] for key in keys], np.int64).reshape(-1, 2))
 
     def _open(self, path: Path, count: int) -> np.ndarray | None:
@@ -145,6 +177,71 @@ class Store:
         full = KEY_BYTES * self.per_file
         sizes = [(_size(path), path) for path in self.folder.glob('*.keys')]
         return [(path, _keys_in(path)) for size, path in sorted(sizes) if size < full]
+
+
+def entries(root: Path) -> list[Entry]:
+    """The stores in a folder, the one that was used last first."""
+    found = []
+    for folder in root.glob('*'):
+        with contextlib.suppress(OSError):  # another process has just removed it
+            sizes = {path: path.stat().st_size for path in folder.iterdir()}
+            rows = sum(size // KEY_BYTES for path, size in sizes.items() if path.suffix == '.keys')
+            about = folder / ABOUT
+            text = about.read_text() if about in sizes else 'of another version'
+            found.append(Entry(folder, text, rows, sum(sizes.values()), folder.stat().st_mtime))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def limit() -> float:
+    """The bytes that all stores may take together: CNN_JAX_CACHE_GB, else 20 GB."""
+    given = os.environ.get(LIMIT) or '20'
+    try:
+        return float(given) * 1e9
+    except ValueError:
+        raise UserError(f'{LIMIT} is {given!r}; set it to a number of gigabytes') from None
+
+
+def remove_oldest(root: Path, most: float) -> list[Path]:
+    """Remove stores that no process uses, from the one unused for longest, down to `most` bytes."""
+    known = entries(root)
+    total, removed = sum(entry.nbytes for entry in known), []
+    for entry in reversed(known):
+        if total <= most:
+            break
+        with contextlib.suppress(OSError), _locked(entry.folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            gone = entry.folder.rename(root / f'.{secrets.token_hex(8)}')
+            shutil.rmtree(gone, ignore_errors=True)
+            total -= entry.nbytes
+            removed.append(entry.folder)
+    return removed
+
+
+_used: dict[Path, int] = {}  # descriptors whose locks keep a store from being removed
+
+
+def _use(folder: Path, about: str) -> None:
+    """Keep a store from being removed while this process lives, and note the time."""
+    with contextlib.suppress(OSError):  # where nothing can be written or locked
+        while folder not in _used or not folder.exists():
+            if folder in _used:
+                os.close(_used.pop(folder))
+            make_folder(folder)
+            with _locked(folder, fcntl.LOCK_SH) as descriptor:
+                if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                    _used[folder] = os.dup(descriptor)
+        if not (folder / ABOUT).exists():
+            write_text(folder / ABOUT, about)
+        os.utime(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _keys_in(path: Path) -> list[bytes]:

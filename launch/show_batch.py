@@ -75,7 +75,9 @@ def shown_batches(
             mixed = mix(augment, key, images, label, index)
         return dict(zip(('shown', 'other_label', 'share'), mixed))
 
-    views = config.features.views if caches_views(config) else 0
+    spec = setup.make_spec(config, data.description, data.weights, components)
+    cached = config.features.views and setup.make_programs(config, spec)[0].cached
+    views = config.features.views if cached else 0
 
     def drawn(batch, step):
         """Augmented images of a step: of its own key, or of the cached view of its epoch."""
@@ -96,14 +98,6 @@ def shown_batches(
         column['shown'] = unprepared(column['shown'], prepare, batches.image_shape[-1])
         columns.append(column | {'step': number})
     return columns, batches.class_names
-
-
-def caches_views(config) -> bool:
-    """Return whether the first phase trains on cached features of augmented images."""
-    from cnn_jax.features import is_cached
-
-    frozen = 'backbone/*' in config.train.frozen
-    return bool(config.features.views) and is_cached(config, () if frozen else ('backbone/',))
 
 
 def unprepared(x, prepare, channels: int):

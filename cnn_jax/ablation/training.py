@@ -373,8 +373,8 @@ class _Stacked:
             splits = [with_order(own.train, seed=config.seed, **order)]
             splits += [with_order(each, batch=size) for each in evaluated.values() if each]
             if phase.program.cached:
-                spec, description = compiled.spec, compiled.description
-                splits = setup.features(config, description, spec, state, *splits)
+                program = replace(phase.program, config=config)
+                splits = setup.features(program, compiled.description, state, *splits)
             self._runs.append(dict(zip(('training', *evaluated), splits)))
 
     def train(self, start: int) -> Iterator[Any]:

@@ -402,7 +402,8 @@ def _batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     config, spec, size = program.config, program.spec, program.config.data.batch
     image = jax.ShapeDtypeStruct((size, *spec.image_shape), jnp.uint8)
     if program.cached:
-        features = functools.partial(spec.network(config).apply, train=False, method='features')
+        network = spec.network(cfg.replace(config, {'model.cut': program.cached}))
+        features = functools.partial(network.apply, train=False, method='features')
         prepared = jax.eval_shape(spec.prepare, image)
         made: Any = jax.eval_shape(features, {'params': program.shapes}, prepared)
         image = jax.ShapeDtypeStruct(made.shape, config.features.dtype)

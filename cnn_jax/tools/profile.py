@@ -121,18 +121,19 @@ class CompileClock:
             self.seconds += duration_secs
 
 
-def training_flops(rows: Iterable[Layer], trainable: Collection[str], cached: bool = False) -> int:
+def training_flops(rows: Iterable[Layer], trainable: Collection[str], cached: str = '') -> int:
     """Multiplications and additions of a training step's matrix products, for one example.
 
     Σ f·(1 + [its kernel is trained] + [a layer before it is trained]), f those of a layer's
-    forward pass (`summary.layers`): a kernel's gradient and an input's cost as much each. A
-    backbone whose features are `cached` computes nothing.
+    forward pass (`summary.layers`): a kernel's gradient and an input's cost as much each. With
+    `cached` features the backbone computes nothing before its first trained layer.
     """
     total, before = 0, False
     for row in rows:
-        if not (cached and row.path.startswith('backbone/')):
+        trained = any(name.startswith(f'{row.path}/') for name in trainable)
+        if before or trained or not (cached and row.path.startswith('backbone/')):
             total += row.flops * (1 + (f'{row.path}/kernel' in trainable) + before)
-            before = before or any(name.startswith(f'{row.path}/') for name in trainable)
+            before = before or trained
     return total
 
 

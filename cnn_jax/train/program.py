@@ -100,7 +100,7 @@ class Program:
     config: cfg.Config  # of its traced fields only whether the optional ones are on
     spec: RunSpec  # the rest of the run
     phase: int  # 0, or 1 for the one that `config.unfreeze` describes
-    cached: bool  # batches hold features of the frozen backbone in the place of images
+    cached: str  # the layer whose cached output batches hold in the place of images, or ''
     shapes: dict[str, Any]  # of the parameters
     statistics: dict[str, Any]  # shapes of the batch statistics
     members: tuple[tuple[str, ...], ...]  # what each phase up to this one trains for the first time
@@ -120,6 +120,11 @@ class Program:
     def averages(self) -> bool:
         """True if the evaluated weights are an average."""
         return bool(self.config.train.ema or self.config.train.swa_from)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The arguments with which the network takes what batches hold."""
+        return {'method': 'classify', 'after': self.cached} if self.cached else {}
 
     @property
     def interceptor(self) -> Callable:
@@ -152,7 +157,7 @@ class Program:
                 rngs={'dropout': key},
                 mutable=['batch_stats', 'intermediates'] if watched else ['batch_stats'],
                 capture_intermediates=capture if watched else False,
-                method='classify' if self.cached else None,
+                **self.entry,
             )
         logits, updated = applied
         activations = params.flatten(updated.get('intermediates', {}))
@@ -173,9 +178,7 @@ def traced_values(config: cfg.Config) -> Values:
     return {**cfg.traced_values(config), 'seed': np.uint32(config.seed)}
 
 
-def make_program(
-    config: cfg.Config, spec: RunSpec, phase: int = 0, cached: bool = False
-) -> Program:
+def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0, cached: str = '') -> Program:
     """Work out everything static about one phase of a run, and check it.
 
     Errors:
@@ -235,7 +238,7 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
         The layers in the order of their calls, and whether training changes their outputs.
     """
     spec, trained = program.spec, {name.rpartition('/')[0] for name in program.trainable}
-    whole, layers = dataclasses.replace(program, cached=False), {}
+    whole, layers = dataclasses.replace(program, cached=''), {}
 
     def note(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
         path = '/'.join(context.module.path)
@@ -269,9 +272,8 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
 def _select_layers(program: Program, layers: dict[str, bool], field: str) -> list[str]:
     """The layers that a regularizer of activations looks at, of which training must reach one."""
     patterns = cfg.get(program.config, field)
-    there = [path for path in layers if not (program.cached and path.startswith('backbone/'))]
     matched = params.select(layers, patterns, field=f'config.{field}', called='layer')
-    useful = [path for path in matched if path in there and layers[path]]
+    useful = [path for path in matched if layers[path]]
     if not useful:
         raise UserError(
             f'config.{field} is {patterns}, which matches layers that training does not reach, so '
@@ -371,7 +373,8 @@ def frozen_weights(program: Program) -> params.Flat:
         return {}
     by_phase = trainable_by_phase(program.config, [*params.flatten(program.shapes)])
     ever = {path for trained in by_phase for path in trained}
-    return params.partition(given(program.shapes), ever)[1]
+    variables = given({'params': program.shapes, 'batch_stats': program.statistics})
+    return params.partition(variables['params'], ever)[1]
 
 
 def begin_phase(program: Program, state: State) -> State:

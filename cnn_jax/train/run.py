@@ -274,7 +274,8 @@ class _Job:
             rows = layers(net, shape)
         phases, state = setup.open_phases(config, data, spec, layout)
         for number, phase in enumerate(phases, start=1):
-            kind = 'cached features' if phase.program.cached else 'images'
+            cut = phase.program.cached
+            kind = f'cached features of {cut}' if cut else 'images'
             self.say(f'phase {number}, to step {phase.end:,}, on {kind}:')
             self.say(parameter_table(phase.program))
         self._begin(data, state)
@@ -291,7 +292,7 @@ class _Job:
             config,
             manifest.read(folder)[1] if mesh.is_process_zero() else {'data': data.description},
             spec,
-            replace(program, cached=False),  # whoever has the run predicts from images
+            replace(program, cached=''),  # whoever has the run predicts from images
             mesh.gather_to_host(outcome.state) if layout else outcome.state,
             int(outcome.state.step),
             metrics.as_json(outcome.metrics) if outcome.metrics else {},

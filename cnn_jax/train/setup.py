@@ -24,7 +24,7 @@ from cnn_jax.data.source import as_source
 from cnn_jax.data.sources import has_validation
 from cnn_jax.data.splits import drawn, fold, held_out
 from cnn_jax.errors import UserError
-from cnn_jax.features import Extractor, FeatureBatches, is_cached
+from cnn_jax.features import Extractor, FeatureBatches, cached_cut
 from cnn_jax.mesh import Layout, make_mesh, on_process_zero
 from cnn_jax.pretrained.weights import PREPROCESSINGS, Pretrained, insert, load
 from cnn_jax.regularizers import class_weights
@@ -277,14 +277,15 @@ def make_spec(
 def make_programs(config: cfg.Config, spec: RunSpec) -> list[Program]:
     """The programs of a run's phases.
 
-    A phase with a frozen backbone takes the backbone's features instead of images, where that
-    gives the same training (`features.is_cached`).
+    A phase takes features of the backbone's frozen layers instead of images, where that gives the
+    same training (`features.cached_cut`).
     """
     programs = [make_program(config, spec, phase) for phase in range(len(spec.phase_ends))]
     for phase, program in enumerate(programs):
         need_images = [r.field for r in program.regularizers if r.needs_images]
-        if is_cached(config, program.trainable, need_images):
-            programs[phase] = make_program(config, spec, phase, cached=True)
+        facts = config, spec.network(config), prepared_shape(spec)
+        if cut := cached_cut(*facts, program.trainable, need_images):
+            programs[phase] = make_program(config, spec, phase, cut)
     return programs
 
 
@@ -300,7 +301,7 @@ def open_phases(
         train, evaluate = data.train, data.evaluate
         if program.cached:
             train, evaluate = features(
-                config, data.description, spec, state, train, evaluate, layout=layout
+                program, data.description, state, train, evaluate, layout=layout
             )
         if program.phase:
             shapes = jax.eval_shape(functools.partial(begin_phase, program), shapes)
@@ -341,24 +342,29 @@ def _extractor(
     config: cfg.Config, description: dict[str, Any], spec: RunSpec, state: State
 ) -> Extractor:
     preprocessing = description['preprocessing']
+    network: Any = spec.network(config)  # its last layer by name, as `features` names it
+    config = cfg.replace(config, {'model.cut': network.frozen_layers(())[-1]})
     return Extractor(config, spec.num_classes, spec.prepare, preprocessing, state.backbone)
 
 
 def features(
-    config: cfg.Config,
+    program: Program,
     description: dict[str, Any],
-    spec: RunSpec,
     state: State,
     train,
     *evaluated,
     layout: Layout | None = None,
 ) -> list[FeatureBatches]:
-    """The frozen backbone's features in the place of images, computed where they are not cached.
+    """The features that a phase takes in the place of images, computed where they are not cached.
 
     `state` is any of the run's; of the batches, those to train on are augmented if the config
     says so, and the `evaluated` are as they are.
     """
-    extractor = _extractor(config, description, spec, state)
+    spec, config = program.spec, cfg.replace(program.config, {'model.cut': program.cached})
+    trained = [f'params/{path}' for path in program.trainable]
+    frozen = params.unflatten(params.partition(state.backbone, trained)[1])
+    preparing = spec.prepare, description['preprocessing']
+    extractor = Extractor(config, spec.num_classes, *preparing, frozen)
     augments = config.augment != cfg.Augment()
     if augments and config.train.precise_norm:
         raise UserError(

@@ -207,9 +207,8 @@ def predict_step(
     config = cfg.bind(program.config, values)
     net = program.spec.network(config)
     x = images if program.cached else program.spec.prepare(images)
-    method = 'classify' if program.cached else None
     mode: dict[str, Any] = freezing.mode_arguments(net, train=False)
-    logits: Any = net.apply(state.eval_variables, x, **mode, method=method)
+    logits: Any = net.apply(state.eval_variables, x, **mode, **program.entry)
     return log_probabilities(logits)
 
 

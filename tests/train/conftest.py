@@ -35,7 +35,7 @@ def make_spec(shape=SHAPE, prepare=scale, steps_per_epoch=10.0, phase_ends=(50,)
     return RunSpec(shape, CLASSES, prepare, steps_per_epoch, phase_ends, **options)
 
 
-def begin(config, shape=SHAPE, phase=0, cached=False, **options):
+def begin(config, shape=SHAPE, phase=0, cached='', **options):
     """The program of a config, a fresh state, and the values that go with it."""
     program = make_program(config, make_spec(shape, **options), phase, cached)
     return program, state_maker(program)(config.seed), traced_values(config)

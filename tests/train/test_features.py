@@ -3,16 +3,17 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax import features, models
+from cnn_jax import features, models, params
 from cnn_jax.data.batches import DeviceBatches
 from cnn_jax.errors import UserError
-from cnn_jax.train import setup
+from cnn_jax.train import metrics, setup
 from cnn_jax.train.program import make_program, state_maker
 from cnn_jax.train.run import fit, load_run
-from tests.train.conftest import made_up, make_config, make_data
+from tests.train.conftest import equal, made_up, make_config, make_data, make_spec, opened
 
 SHAPE = (32, 32, 1)
 VGG = {
@@ -125,6 +126,11 @@ def extracted(numbers, view=None, seed=1, **changes):
     facts = data.description['preprocessing']
     extractor = features.Extractor(config, 3, spec.prepare, facts, state.backbone)
     return extractor.extract(batches, view)[np.arange(len(numbers))]
+
+
+def three(images):
+    """Images of one channel as a VGG16 takes them."""
+    return jnp.repeat(images.astype(jnp.float32) / 255, 3, axis=-1)
 
 
 AUGMENTED = {'augment__rotation': 20.0, 'augment__randaugment': 5.0, 'features__views': 1}
@@ -299,8 +305,85 @@ def test_mixed_images_have_no_features_of_their_own(lines, cache, mix):
     assert not files(cache)
 
 
-def test_a_second_phase_that_unfreezes_trains_on_images(lines, cache):
-    run = lines(unfreeze__epochs=1.0, unfreeze__frozen=('*block1_conv1/*',))
-    assert files(cache)
-    assert run[-1]['epoch'] == 4.0
-    assert np.isfinite(run[-1]['loss'])
+DEEPER = {
+    'model__cut': 'block3_pool',
+    'unfreeze__epochs': 2.0,
+    'unfreeze__frozen': ('backbone/block[12]*',),
+    'unfreeze__learning_rate': 1e-3,
+    'optimizer__learning_rate': 1e-4,
+}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'cuts'),
+    [
+        ({}, ['block3_pool', 'block2_pool']),
+        ({'augment__crop': 2, 'features__views': 2}, ['block3_pool', 'block2_pool']),
+        ({'loss__l2_sp': 0.01, 'train__ema': 0.5}, ['block3_pool', 'block2_pool']),
+        ({'loss__activity_l1': 0.01}, ['block3_pool', 'block2_pool']),
+        # block3_conv2 and block1_pool are large
+        ({'unfreeze__frozen': ('*block[12]*', '*block3_conv[12]/*')}, ['block3_pool', '']),
+        ({'unfreeze__frozen': ('*block1*', '*block3*')}, ['block3_pool', '']),
+        (
+            {'unfreeze__frozen': ('*block1*',), 'features__cache': 'always'},
+            ['block3_pool', 'block1_pool'],
+        ),
+        ({'unfreeze__frozen': ()}, ['block3_pool', '']),
+        ({'train__frozen': ('backbone/block[12]*',), 'unfreeze__epochs': 0.0}, ['block2_pool']),
+        ({'features__cache': 'never'}, ['', '']),
+        ({'loss__input_gradient': 0.1}, ['', '']),
+    ],
+    ids=str,
+)
+def test_each_phase_takes_the_features_before_what_it_trains(small, changes, cuts):
+    config = small(**VGG | DEEPER | changes)
+    programs = setup.make_programs(
+        config, make_spec((32, 32, 1), phase_ends=(5, 9)[: len(cuts)], prepare=three)
+    )
+    assert [program.cached for program in programs] == cuts
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [{}, {'loss__activity_l1': 0.01, 'loss__l2_sp': 0.01, 'train__ema': 0.5}],
+    ids=['plain', 'regularized'],
+)
+def test_a_phase_on_features_of_a_middle_layer_is_the_phase_on_images(lines, cache, changes):
+    slow = DEEPER | changes
+    cached, uncached = lines(**slow), lines(**slow, features__cache='never')
+    assert len(folders(cache)) == 2
+    assert cached[-1]['epoch'] > 4
+    for a, b in zip(cached, uncached, strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-4)
+        assert a['accuracy'] == b['accuracy']
+
+
+def dying(add):
+    """`add` that stops the run at the step `at`."""
+
+    def add_or_die(self, step, sums):
+        if step == add_or_die.at:
+            raise KeyboardInterrupt
+        add(self, step, sums)
+
+    return add_or_die
+
+
+def test_what_is_frozen_keeps_its_bits_and_a_stopped_run_resumes_in_either_phase(
+    small, fit, tmp_path, monkeypatch
+):
+    config = small(**VGG | DEEPER, train__checkpoint_every=0.4)
+    whole = fit(config, tmp_path / 'whole', SHAPE, 20)
+    phases = opened(config, SHAPE, 20)[1]
+    begun = params.flatten(state_maker(phases[0].program)(config.seed).params)
+    ended = params.flatten(whole.state.params)
+    for path, leaf in begun.items():
+        frozen = path.startswith(('backbone/block1', 'backbone/block2'))
+        assert np.array_equal(leaf, ended[path]) == frozen, path
+    monkeypatch.setattr(metrics.StepMetrics, 'add', add := dying(metrics.StepMetrics.add))
+    for number in (3, 7, 8, 10):  # the first phase ends with step 7
+        folder, add.at = tmp_path / f'stopped at {number}', number
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, folder, SHAPE, 20)
+        add.at = None
+        assert equal(whole.state, fit(config, folder, SHAPE, 20).state)
