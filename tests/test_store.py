@@ -12,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cnn_jax import store
+from cnn_jax.errors import UserError
 from cnn_jax.store import Store
 from tests.damage import damaged
 
@@ -38,7 +40,8 @@ def rows(folder, numbers, share=(0, 1)):
             computed.append(numbers[position])
             out[place] = row(numbers[position])
 
-    found = Store(folder, SHAPE, np.float32, PER_FILE).rows([*map(key, numbers)], fill, '', share)
+    kept = Store(folder, SHAPE, np.float32, PER_FILE, 'numbers')
+    found = kept.rows([*map(key, numbers)], fill, '', share)
     assert (len(found), found.shape, found.nbytes) == (len(numbers), SHAPE, 24 * len(numbers))
     np.testing.assert_array_equal(found[np.arange(len(numbers))], [*map(row, numbers)])
     return computed
@@ -56,7 +59,7 @@ def test_each_row_is_computed_once_and_files_stay_few(tmp_path, requests):
     for numbers in requests:
         assert sorted(rows(folder, numbers)) == sorted({*numbers} - known)
         known |= {*numbers}
-        assert len(files(folder)) <= 2 * (2 * len(known) / PER_FILE + 1)
+        assert len(files(folder)) <= 1 + 2 * (2 * len(known) / PER_FILE + 1)
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -115,6 +118,28 @@ def test_several_processes_may_write_at_once(tmp_path):
         for each in done:
             each.result()
     assert rows(folder, [*range(50)]) == []
+
+
+def test_what_was_unused_for_longest_is_removed_first_and_nothing_in_use(tmp_path, monkeypatch):
+    numbers = [*range(8)]
+    for name, age in (('b', 20), ('c', 10), ('a', 30), ('d', 40)):
+        rows(tmp_path / name, numbers)
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    for name in 'abc':  # as if the processes that used them had ended
+        os.close(store._used.pop(tmp_path / name))
+    listed = store.entries(tmp_path)
+    assert [entry.folder.name for entry in listed] == ['c', 'b', 'a', 'd']
+    assert {(entry.rows, entry.about) for entry in listed} == {(8, 'numbers')}
+    each = listed[0].nbytes
+    assert store.remove_oldest(tmp_path, 4 * each) == []
+    assert [gone.name for gone in store.remove_oldest(tmp_path, 2.5 * each)] == ['a', 'b']
+    monkeypatch.setenv('CNN_JAX_CACHE_GB', '0')
+    assert rows(tmp_path / 'e', numbers) == numbers  # which removes the last but those in use
+    assert sorted(entry.folder.name for entry in store.entries(tmp_path)) == ['d', 'e']
+    assert rows(tmp_path / 'c', numbers) == numbers
+    monkeypatch.setenv('CNN_JAX_CACHE_GB', 'much')
+    with pytest.raises(UserError, match='CNN_JAX_CACHE_GB'):
+        store.limit()
 
 
 @pytest.mark.filterwarnings('ignore:nothing is cached')  # which is told once in a process
