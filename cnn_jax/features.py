@@ -190,7 +190,8 @@ class Extractor:
         folder = feature_folder() / self.key(batches.image_shape, view)[:32]
         model, sides = self.config.model, '×'.join(map(str, batches.image_shape))
         augmented = '' if view is None else f', augmented (view {view})'
-        about = f'{model.name} {model.cut}, {sides}, {self.config.features.dtype}{augmented}'
+        network = f'{model.name} {model.cut} (weights: {model.weights})'
+        about = f'{network}, {sides}, {self.config.features.dtype}{augmented}'
 
         # An image has the same bits in each place of a batch, but not in batches of each size.
         def fill(positions: np.ndarray, out: np.ndarray) -> None:
