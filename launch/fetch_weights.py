@@ -104,6 +104,7 @@ def show_cache() -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from cnn_jax import store
     from cnn_jax.features import feature_folder
@@ -115,7 +116,7 @@ def show_cache() -> None:
     for entry in found:
         days = (time.time() - entry.used) / 86400
         age = f'{days:,.0f} days ago' if days >= 2 else f'{24 * days:.1f} hours ago'
-        table.add_row(age, f'{entry.rows:,}', f'{entry.nbytes / 1e6:,.1f} MB', entry.about)
+        table.add_row(age, f'{entry.rows:,}', f'{entry.nbytes / 1e6:,.1f} MB', Text(entry.about))
     total, most = sum(entry.nbytes for entry in found) / 1e9, store.limit() / 1e9
     console = Console()
     console.print(table)
