@@ -36,7 +36,7 @@ from cnn_jax.fields import (  # noqa: F401  (what others reach as `config.NAME`)
     traced_values,
     without_noise,
 )
-from cnn_jax.validation import LAST_OF_VGG16, unread, validate  # noqa: F401
+from cnn_jax.validation import unread, validate  # noqa: F401
 
 STRIDED: dict[str, Any] = {'only_for': ('strided_net',)}
 NORMED_BACKBONES = 'efficientnet_lite0', 'resnet50', 'resnet50_v1'
@@ -380,6 +380,4 @@ def from_json(text: str) -> Config:
         flat = dict(leaves(tree))
     except (ValueError, RecursionError) as error:
         raise UserError(f'the configuration is not JSON: {error}') from error
-    if flat.get('model.cut') == LAST_OF_VGG16:
-        flat['model.cut'] = ''
     return replace(Config(), flat)

@@ -7,16 +7,12 @@ from cnn_jax.errors import UserError, nearest
 from cnn_jax.fields import LARGEST, OWN, C, fields_by_path, get, is_other, replace, to_flat
 from cnn_jax.files import local_path
 
-LAST_OF_VGG16 = 'block5_pool'  # the default of `model.cut` before there were other backbones
-
 
 def validate(config: C) -> C:
     """Return the config with types, choices, ranges and combinations checked, or a UserError."""
     flat, fields = to_flat(config), fields_by_path(config)
     paths = [path for path, f in fields.items() if f.metadata.get('path') and flat[path]]
     changes = {p: local_path(flat[p], f'config.{p}') for p in paths}
-    if (flat['model.name'], flat['model.cut']) == ('vgg16', LAST_OF_VGG16):
-        changes['model.cut'] = ''  # so that the hash is that of earlier runs
     config = replace(config, changes)
     for path, f in fields.items():
         _check_field(path, f.metadata, flat[path])

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from sklearn.model_selection import train_test_split
 
 from cnn_jax.config import Config
-from cnn_jax.data.splits import interleaved
 from cnn_jax.fetch import File, fetch
 from cnn_jax.files import cache_folder, cached_array
 from experiments import finetune
@@ -75,8 +75,10 @@ def source(config, split):
     path = cache_folder() / 'images' / 'elpv.npy'
     table = cached_array(path, (CELLS, SIDE * SIDE + 1), _fill)
     labels = table[:, -1].astype(np.int32)
-    order, count = interleaved(labels, config.seed), CELLS * 3 // 4
-    rows = np.sort(order[:count] if split == 'train' else order[count:])
+    parts = train_test_split(
+        np.arange(CELLS), test_size=0.25, random_state=config.seed, stratify=labels
+    )
+    rows = np.sort(parts[0 if split == 'train' else 1])
     return table[rows, :-1].reshape(-1, SIDE, SIDE, 1), labels[rows], ('sound', 'defective')
 
 

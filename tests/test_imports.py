@@ -43,6 +43,10 @@ LAYERS = [
 ]
 
 
+# What an experiment file may use.
+PUBLIC = 'ablation', 'config', 'nn', 'fetch', 'files'
+
+
 def sources(folder):
     return sorted((ROOT / folder).rglob('*.py'))
 
@@ -90,7 +94,7 @@ def test_imports_run_downward(path):
 @pytest.mark.parametrize('path', sources('experiments'), ids=lambda path: path.stem)
 def test_experiments_import_what_is_public(path):
     others = {name for name in imports(path) if not name.startswith('experiments')}
-    assert others <= {'cnn_jax', 'cnn_jax.ablation', 'cnn_jax.config', 'cnn_jax.nn'}
+    assert others <= {'cnn_jax', *(f'cnn_jax.{each}' for each in PUBLIC)}
 
 
 def loaded_by(statement, first='pass'):
