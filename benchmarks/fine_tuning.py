@@ -1,6 +1,6 @@
 """Fine-tuning recipes against logistic regression on the same features, in five folds.
 
-  python benchmarks/fine_tuning.py folder:photos mnist_5k --folds=5
+  python -m benchmarks.fine_tuning folder:photos mnist_5k --folds=5
 
 Each recipe of `RECIPES` is an experiment file, run as `launch.train` runs it on each fold; its
 images to choose by are held out of the fold's training part. Logistic regression (scikit-learn)
@@ -88,7 +88,11 @@ def fine_tuned(name: str, config: cj.Config, test, folder: Path) -> dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
+    parser = argparse.ArgumentParser(
+        'python -m benchmarks.fine_tuning',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument('sources', nargs='+')
     parser.add_argument('--folds', type=int, default=5)
     parser.add_argument('--set', nargs='*', default=[], metavar='FIELD=JSON')

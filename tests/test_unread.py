@@ -26,7 +26,8 @@ FIELDS = cfg.fields_by_path(cfg.Config())
 # loop around the steps, which have tests of their own.
 HOST = {path for path in FIELDS if path.startswith(('data.', 'features.'))} | {
     *('seed', 'own', 'model.weights', 'train.epochs', 'train.eval_every', 'train.threads'),
-    *('train.checkpoint_every', 'train.keep', 'train.best', 'train.patience'),
+    *('train.checkpoint_every', 'train.keep', 'train.best', 'train.patience', 'train.trials'),
+    'loss.class_weights',
 }
 SMALL = {'model.stem_width': 0, 'model.widths': (8,), 'model.hidden': (8,), 'data.batch': 4}
 BARE = {'model.hidden': (), 'model.norm': 'none', 'model.dropout': 0.0}

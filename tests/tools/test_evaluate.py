@@ -231,7 +231,9 @@ def test_the_page_shows_the_mistakes_and_needs_no_network(evaluated, case, tmp_p
     assert [row['class'] for row in content['classes']] == list(test.class_names)
     assert len(content['confusion']) == len(content['class_accuracy']) == len(test.class_names)
     assert text.count('<td class="hit') <= MATRIX + 1
-    assert (found.metrics['loss'] > found.metrics['guessing_loss']) == ('worth less' in text)
+    assert (found.metrics['loss'] > found.metrics['guessing_loss']) == (
+        'wrong with confidence' in text
+    )
 
 
 @pytest.mark.parametrize('width', [390, 1100])
