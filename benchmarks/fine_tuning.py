@@ -50,9 +50,9 @@ def logistic_regression(config: cj.Config, data: setup.Data) -> dict[str, float]
 
     began = time.perf_counter()
     spec = setup.make_spec(config, data.description, data.weights)
-    state = state_maker(setup.make_programs(config, spec)[0])(0)
+    program = setup.make_programs(config, spec)[0]
     splits = data.train, data.evaluate, data.test
-    parts = setup.features(config, data.description, spec, state, *splits)
+    parts = setup.features(program, data.description, state_maker(program)(0), *splits)
     arrays = []
     for part in parts:
         batches = [(np.asarray(b['image']), np.asarray(b['mask'])) for b in part.evaluate()]
