@@ -40,7 +40,6 @@ WHEEL = File(
 )
 CELLS, SIDE = 2624, 300
 BLOCK_5 = {
-    'train.patience': 0.0,
     'unfreeze.epochs': 5.0,
     'unfreeze.frozen': ('backbone/block[1-4]*',),
     'unfreeze.learning_rate': 1e-4,
