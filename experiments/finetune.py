@@ -3,8 +3,12 @@
 The features are averaged over each image and scaled to mean 0 and deviation 1. Learning rate and L2
 are chosen by eight short trials on the images of val/, or on 15% of train/ where there is none; the
 images of test/ are left to launch.evaluate. Everything runs on cached features: about a second a
-trial. Stopping early by the same few images was tried: on 217 photographs of two classes, in five
-folds, it raised the test loss from 0.128 (logistic regression: 0.128) to 0.148.
+trial.
+
+In five folds (benchmarks.fine_tuning), beside scikit-learn's tuned logistic regression on the same
+features: 217 photographs of two classes, accuracy 94.5% (94.9%), loss 0.128 nats (0.128); 275 of
+nine classes, 82.5% (81.1%), 0.577 (0.578). Stopping early by the few held-out images raised the
+former loss to 0.148.
 
   python -m launch.train --config=experiments/finetune.py --workdir=runs/mine \\
       --config.data.source=folder:PATH
