@@ -183,6 +183,11 @@ class Data(Fields):
     stream: str = choice('auto', 'never', 'always')  # read batches from the source at each step
     memory_gb: float = number(4.0, **needs('data.stream', of=('auto',)))  # larger sets stream
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are images to choose and to stop by, besides those to be tested on."""
+        return bool(self.validation or self.validation_share)
+
 
 @dataclass
 class Augment(Fields):

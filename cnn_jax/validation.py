@@ -57,7 +57,7 @@ def _combinations(config: Any) -> Iterator[tuple[Any, str]]:
         'of at least two',
     )
     yield (
-        train.trials and not (data.validation or data.validation_share),
+        train.trials and not data.holds_out,
         'config.train.trials compares by held-out images, and none are; set '
         'config.data.validation_share, to 0.15 say',
     )

@@ -11,12 +11,11 @@ held out to tune on. On your own photographs:
       --config.data.subset=0 --config.data.validation=50 --config.data.size=224
 """
 
-from cnn_jax.ablation import log
 from cnn_jax.config import Config
 from experiments import finetune
+from experiments.finetune import TUNE as TUNE
 
 SEEDS = 5
-TUNE = {'optimizer.learning_rate': log(3e-3, 3e-2), 'loss.l2': log(3e-3, 0.3)}
 TRIALS = 4
 ARMS = {'VGG16': {}, 'EfficientNet-Lite0': {'model.name': 'efficientnet_lite0'}}
 
@@ -31,6 +30,5 @@ def get_config() -> Config:
     config.data.validation_share = 0.0
     config.data.size = 64
     config.train.trials = 0  # the ablation tunes
-    config.train.patience = 0
     config.train.epochs = 20
     return config

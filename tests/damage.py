@@ -1,4 +1,9 @@
-"""What happens to files: bytes replaced, inserted, lost, or everything from somewhere on."""
+"""What happens to files: bytes replaced, inserted, lost; a process killed between operations."""
+
+import contextlib
+import os
+import shutil
+import sys
 
 from hypothesis import strategies as st
 
@@ -14,3 +19,27 @@ def damaged(draw, content: bytes, start: int = 0) -> bytes:
         lost = draw(st.sampled_from([0, 1, 4, 8, len(changed)]))
         changed[at : at + lost] = draw(st.sampled_from(LIES) | st.binary(max_size=8))
     return bytes(changed)
+
+
+OPERATIONS = ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'os.chmod')
+_watchers = []
+sys.addaudithook(lambda event, arguments: [watch(event, arguments) for watch in _watchers] and None)
+
+
+@contextlib.contextmanager
+def copied_before_each_operation(folder, copies):
+    """Copy a folder before each operation on a file in it: what a kill at that moment leaves."""
+    copies.mkdir()
+
+    def copy(event, arguments):
+        path = arguments[0] if event in OPERATIONS else None
+        if isinstance(path, str | os.PathLike) and str(folder) in os.fspath(path):
+            _watchers.clear()
+            shutil.copytree(folder, copies / str(len(os.listdir(copies))))
+            _watchers.append(copy)
+
+    _watchers.append(copy)
+    try:
+        yield
+    finally:
+        _watchers.clear()

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import shutil
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from cnn_jax import store
 from cnn_jax.errors import UserError
 from cnn_jax.store import Store
-from tests.damage import damaged
+from tests.damage import copied_before_each_operation, damaged
 
 PER_FILE = 4
 SHAPE = (2, 3)
@@ -80,29 +79,11 @@ def test_what_is_damaged_is_computed_again_and_nothing_else(tmp_path, data, numb
     assert rows(folder, numbers) == []
 
 
-OPERATIONS = ('open', 'os.rename', 'os.remove', 'os.mkdir')
-watchers = []
-sys.addaudithook(lambda event, arguments: [watch(event, arguments) for watch in watchers] and None)
-
-
 def test_killed_before_any_file_operation_the_store_is_of_use(tmp_path):
-    """A copy of the folder before each operation is what a kill at that moment leaves."""
     folder, copies = tmp_path / 'store', tmp_path / 'copies'
     rows(folder, [0, 1])
-    copies.mkdir()
-
-    def copy(event, arguments):
-        path = arguments[0] if event in OPERATIONS else None
-        if isinstance(path, str | os.PathLike) and str(folder) in os.fspath(path):
-            watchers.clear()
-            shutil.copytree(folder, copies / str(len(os.listdir(copies))))
-            watchers.append(copy)
-
-    watchers.append(copy)
-    try:
+    with copied_before_each_operation(folder, copies):
         rows(folder, [*range(11)])  # joins what is there with a third file
-    finally:
-        watchers.clear()
     left = files(copies)
     assert len(left) > 20
     for place in left:

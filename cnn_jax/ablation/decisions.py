@@ -99,9 +99,8 @@ def per_image(result: Result, measure: str) -> np.ndarray:
 
 def design(plan: Plan, comparisons: int = 0) -> statistics.Design:
     """The rules by which the plan's family of comparisons, or another of this size, is decided."""
-    folds = plan.configs[plan.baseline].data.folds
     size = comparisons or len(plan.against) * len(plan.primaries)
-    return statistics.Design(size, plan.looks, overlap=1 / (folds - 1) if folds else 0.0)
+    return statistics.Design(size, plan.looks, overlap=1 / (plan.folds - 1) if plan.folds else 0.0)
 
 
 def decisions(store: Store, measure: str, look: int = 0) -> statistics.Decisions | None:
@@ -136,8 +135,7 @@ def images_of(store: Store, arms: list[str], measure: str, known: Any) -> np.nda
 
     None for measures that have no value on an image, and where each fold has images of its own.
     """
-    folds = store.plan.configs[store.plan.baseline].data.folds
-    if folds or measure not in OF_IMAGES or not known.any():
+    if store.plan.folds or measure not in OF_IMAGES or not known.any():
         return None
     counts = {
         result['examples']

@@ -115,6 +115,11 @@ class Plan:
         """CPU threads of a run; 0: one for each core."""
         return self.configs[self.baseline].train.threads
 
+    @property
+    def folds(self) -> int:
+        """The folds that replicates go through; 0 for none. All arms see the same images."""
+        return self.configs[self.baseline].data.folds
+
     @functools.cached_property
     def points(self) -> dict[str, list[dict[str, float]]]:
         """What each trial of an arm sets, `[{config path: number}, …]`; [] without ranges.
@@ -136,9 +141,7 @@ class Plan:
 
     def config(self, arm: str, seed: int, point: Mapping[str, float] = {}) -> cfg.Config:
         """The config of one run, with what is tuned set to a point."""
-        fold = {}
-        if folds := self.configs[arm].data.folds:
-            fold = {'data.fold': (seed - self.first_seed) % folds}
+        fold = {'data.fold': (seed - self.first_seed) % self.folds} if self.folds else {}
         return cfg.replace(self.configs[arm], {**point, **fold, 'seed': seed})
 
     def to_json(self) -> dict[str, Any]:
@@ -275,8 +278,7 @@ def make_plan(
         for arm, changes in arms.items()
     }
     configs = {arm: _arm_config(arm, arms[arm], ranges[arm], config, where) for arm in arms}
-    data = config.data
-    if any(ranges.values()) and not (data.validation or data.validation_share):
+    if any(ranges.values()) and not config.data.holds_out:
         raise UserError(
             f'the ablation{where} tunes, for which config.data.validation must hold out images of '
             'the training split; set it, to 500 say'
@@ -376,7 +378,7 @@ def _arm_config(
                 f'arm {arm!r}{where} changes config.{path}; all arms must see the same images and '
                 'have the same seeds; only config.data.batch and balance may differ'
             )
-    if changed.train.patience and not (changed.data.validation or changed.data.validation_share):
+    if changed.train.patience and not changed.data.holds_out:
         raise UserError(
             f'arm {arm!r}{where} stops early (config.train.patience), for which '
             'config.data.validation must hold out images of the training split; set it, to 500 say'

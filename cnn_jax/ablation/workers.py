@@ -257,7 +257,7 @@ def _check_arms(plan: Plan, data: Any, components: Components) -> None:
         [group[0] for group in by_structure(plan)],
         len(data.description['class_names']),
     )
-    if any(plan.ranges.values()) and plan.configs[plan.baseline].data.folds:
+    if any(plan.ranges.values()) and plan.folds:
         raise UserError(
             'the ablation tunes, on images that other folds are tested on; leave out '
             'config.data.folds, or give values in the place of ranges'

@@ -93,8 +93,7 @@ def open_split(data: config.Data, which: str, source: Any = None) -> Source:
         name = {'train': 'the training data', 'eval': 'the evaluation data'}[which]
         opened = splits.cut(splits.of_classes(as_source(source, name), data.classes), split)
     else:
-        columns = {field: getattr(data, field) for field in tables.COLUMNS}
-        options = data.data_dir, data.classes, data.max_corrupt, columns
+        options = data.data_dir, data.classes, data.max_corrupt, _columns(data)
         opened = open_source(data.source, split, *options, divide=not folds)
     if folds and which == 'eval':
         _, rows = splits.fold(opened.labels, data.fold, folds)
@@ -104,8 +103,11 @@ def open_split(data: config.Data, which: str, source: Any = None) -> Source:
 
 def has_validation(data: config.Data) -> bool:
     """Whether the source that a config names has a validation part of its own."""
-    columns = {field: getattr(data, field) for field in tables.COLUMNS}
-    return 'validation' in parts_of(data.source, data.data_dir, data.max_corrupt, columns)
+    return 'validation' in parts_of(data.source, data.data_dir, data.max_corrupt, _columns(data))
+
+
+def _columns(data: config.Data) -> dict[str, str]:
+    return {field: getattr(data, field) for field in tables.COLUMNS}
 
 
 def open_source(

@@ -220,8 +220,7 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
     found |= {'reliability': reliability(sums), 'duplicates': duplicates}
     seen = batches.fingerprint == run.manifest['data']['eval']['fingerprint']
     notes = [*batches.notes, *_warnings(found)]
-    chose_by_others = config.data.validation or config.data.validation_share
-    if split == config.data.eval and not seen and not chose_by_others:
+    if split == config.data.eval and not seen and not config.data.holds_out:
         notes.insert(0, 'these are not the images that the run was evaluated on')
     files = [batches.describe(i) for i in range(batches.n)]
     result = run, split, files, labels, predicted, probabilities, found

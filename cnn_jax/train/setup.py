@@ -97,7 +97,7 @@ def open_data(
     share, validation, tested = config.data.validation_share, None, None
     if share and not components.source and has_validation(config.data):
         validation = open_batches(config.data, 'validation', **part)
-    if (test or not (share or config.data.validation)) and not config.data.folds:
+    if (test or not config.data.holds_out) and not config.data.folds:
         tested = open_batches(config.data, 'eval', source=own[1], **part)
     data = deal(config, Data(None, None, {}, None, pool, tested, validation))
     description, weights = describe(config, data.train, data.evaluate), load_weights(config)

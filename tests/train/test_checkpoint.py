@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 
 import flax.struct
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from cnn_jax.files import SEAL, read_json, read_sealed_folder, seal_folder, writ
 from cnn_jax.train import checkpoint, record
 from cnn_jax.train.checkpoint import Checkpoints, digest
 from cnn_jax.train.record import Record, read_steps
+from tests.damage import copied_before_each_operation
 
 CONFIG = cfg.replace(cfg.Config(), {'train.keep': 2, 'train.best': 'accuracy'})
 END = 8  # steps, with a checkpoint after every second
@@ -90,29 +90,11 @@ def undisturbed(tmp_path_factory):
     return end(folder)
 
 
-OPERATIONS = ('open', 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'os.chmod')
-watchers = []
-sys.addaudithook(lambda event, arguments: [watch(event, arguments) for watch in watchers] and None)
-
-
 def test_killed_before_any_file_operation_it_ends_the_same(tmp_path, undisturbed, record_property):
-    """A copy of the folder before each operation is what a kill at that moment leaves."""
     folder, copies = tmp_path / 'run', tmp_path / 'copies'
     run(folder, last=5)
-    copies.mkdir()
-
-    def copy(event, arguments):
-        path = arguments[0] if event in OPERATIONS else None
-        if isinstance(path, str | os.PathLike) and str(folder) in os.fspath(path):
-            watchers.clear()
-            shutil.copytree(folder, copies / str(len(os.listdir(copies))))
-            watchers.append(copy)
-
-    watchers.append(copy)
-    try:
+    with copied_before_each_operation(folder, copies):
         run(folder, last=6)  # resumes, saves one, removes one
-    finally:
-        watchers.clear()
     assert len(os.listdir(copies)) > 30
     at = set()
     for name in os.listdir(copies):
