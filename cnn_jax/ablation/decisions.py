@@ -43,10 +43,13 @@ def controls(store: Store) -> list[Run]:
 
 
 def waiting(store: Store) -> int:
-    """The number of runs that will be due once all trials have finished."""
+    """The number of runs that will be due once those that are due have finished."""
     plan = store.plan
     waiting = [arm for arm in plan.configs if not store.choice(arm)]
-    return len(waiting) * plan.looks[0] + (plan.baseline in waiting)
+    further = min(plan.finalists, plan.trials) * (len(plan.tuning) - 1)
+    screening = sum(all(len(runs) < 2 for runs in store.trials(arm)) for arm in waiting)
+    count = len(waiting) * plan.looks[0] + screening * further
+    return count + (plan.baseline in waiting)
 
 
 def replicates(store: Store) -> dict[str, int]:

@@ -22,7 +22,8 @@ MOST_SEEDS = 10_000
 SEEDS = 10
 LOOKS = (5, 10, 20, 30)
 TRIALS = 8
-TUNING_REPLICATES = 2
+FINALISTS = 3
+TUNING_REPLICATES = 4
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Plan:
     changes: dict[str, Changes]  # of each arm, to the experiment's config
     ranges: dict[str, dict[str, Range]]  # what is tuned in each arm, by config path
     trials: int  # of each arm that has ranges
+    finalists: int  # trials of an arm that get all replicates of `tuning`, the others its first
     tuning: tuple[int, ...]  # the seeds of a trial's replicates
     looks: tuple[int, ...]  # replicates at each look; all arms have those of the first
     first_seed: int
@@ -154,6 +156,7 @@ class Plan:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> 'Plan':
         """The plan that `to_json` returned."""
+        content = {'finalists': content['trials'], **content}  # of old: all had all replicates
         values = {f.name: content[f.name] for f in dataclasses.fields(cls)}
         for name in ('tuning', 'looks', 'primaries'):
             values[name] = tuple(values[name])
@@ -298,6 +301,7 @@ def make_plan(
         },
         ranges=ranges,
         trials=trials,
+        finalists=FINALISTS,
         tuning=tuple((config.seed + MOST_SEEDS + i) % 2**32 for i in range(TUNING_REPLICATES)),
         looks=tuple(n for n in LOOKS if n <= most) if until_decided else (seeds,),
         first_seed=config.seed,

@@ -98,7 +98,7 @@ class Choice:
         point: The values, `{config path: number}`.
         trial: The number of the trial.
         at_edge: The paths whose value is the smallest or largest one tried.
-        losses: The mean validation loss of each trial; None for one with a failed replicate.
+        losses: The mean validation loss of each trial's replicates; None where one has failed.
     """
 
     point: dict[str, float]
@@ -166,33 +166,56 @@ class Store:
         return self._runs[key]
 
     def trials(self, arm: str) -> list[list[Run]]:
-        """The runs of each trial of an arm."""
+        """The runs of each trial of an arm: its first replicate, and of the finalists all.
+
+        One replicate tells the bad points, which are most, but not the best from the second best,
+        nor a rate that fails now and then.
+        """
+        seeds, finalists = self.plan.tuning, self._finalists(arm)
         return [
-            [self.run('trial', arm, seed, number, point) for seed in self.plan.tuning]
+            [
+                self.run('trial', arm, seed, number, point)
+                for seed in (seeds if number in finalists else seeds[:1])
+            ]
             for number, point in enumerate(self.plan.points[arm])
         ]
 
-    def choice(self, arm: str) -> Choice | None:
-        """What the trials of an arm chose: the least mean loss; None until all have finished.
+    def _finalists(self, arm: str) -> set[int]:
+        """The trials whose first replicates have the least losses; none until all have finished."""
+        plan, points = self.plan, self.plan.points[arm]
+        if plan.finalists >= len(points):
+            return {*range(len(points))}
+        losses = []
+        for number, point in enumerate(points):
+            result = self.result(self.run('trial', arm, plan.tuning[0], number, point))
+            if result is None:
+                return set()
+            loss = value_of(result, 'validation', 'loss')
+            losses.append(math.inf if loss is None else loss)
+        return {int(number) for number in np.argsort(losses, kind='stable')[: plan.finalists]}
 
-        A trial that failed is worth a guess.
+    def choice(self, arm: str) -> Choice | None:
+        """What the trials of an arm chose: the finalist of the least mean loss.
+
+        None until all have finished. A trial that failed is not chosen.
         """
         if arm not in self._choices and (choice := self._choose(arm)):
             self._choices[arm] = choice
         return self._choices.get(arm)
 
     def _choose(self, arm: str) -> Choice | None:
-        points, losses = self.plan.points[arm], []
+        points, finalists, losses = self.plan.points[arm], self._finalists(arm), []
         if not points:
             return Choice({}, -1, [], [])
         for runs in self.trials(arm):
             results = [self.result(run) for run in runs]
-            if not all(results):
+            if not finalists or not all(results):
                 return None
             found = [value_of(each, 'validation', 'loss') for each in results if each]
             known = [each for each in found if each is not None]
             losses.append(float(np.mean(known)) if len(known) == len(found) else None)
-        return chosen(points, losses)
+        judged = [loss if n in finalists else None for n, loss in enumerate(losses)]
+        return dataclasses.replace(chosen(points, judged), losses=losses)
 
     def replicate(self, arm: str, number: int) -> Run | None:
         """The run of a replicate, once the arm's trials have finished."""

@@ -212,8 +212,8 @@ def _introduction(plan: Plan, workers: int, together: int) -> str:
         listed += [f'{path} tuned from {each}' for path, each in plan.ranges[arm].items()]
         lines.append(f'  {arm:<24} {", ".join(listed) or "no changes"}')
     if any(plan.ranges.values()):
-        replicates = len(plan.tuning)
-        lines.append(f'tuning: {plan.trials} trials of each arm, {replicates} replicates each')
+        final = f'the best {min(plan.finalists, plan.trials)} with {len(plan.tuning)} replicates'
+        lines.append(f'tuning: {plan.trials} trials of each arm, {final}')
     lines += [f'  one compilation: {", ".join(arms)}' for arms in by_structure(plan)]
     return '\n'.join(lines)
 

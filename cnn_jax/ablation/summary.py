@@ -52,7 +52,11 @@ def summary_of(store: Store) -> dict[str, Any]:
         'seeds': list(plan.seeds),
         'comparisons': design(plan).comparisons,
         'significance': statistics.SIGNIFICANCE,
-        'trials': {'each': plan.trials, 'replicates': len(plan.tuning)}
+        'trials': {
+            'each': plan.trials,
+            'finalists': min(plan.finalists, plan.trials),
+            'replicates': len(plan.tuning),
+        }
         if any(plan.ranges.values())
         else None,
         'counts': counts,

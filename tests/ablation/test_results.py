@@ -98,18 +98,25 @@ def test_a_claimed_run_is_not_claimed_again_until_it_is_released(opened):
 
 
 def test_replicates_are_due_once_the_arms_trials_have_chosen(opened):
-    """The least mean validation loss is chosen; a failed trial is never, while another is done."""
-    store = opened(tune=RATE, trials=4)
-    losses = {'plain': [0.9, None, 0.3, 0.5], 'drop, 0.3/x': [0.2, 0.4, 0.6, 0.8]}
+    """The least mean loss of the finalists is chosen; a failed trial, or one left out, is not."""
+    store = opened(tune=RATE, trials=5)
+    first = {'plain': [0.9, None, 0.2, 0.5, 0.3], 'drop, 0.3/x': [0.2, 0.4, 0.6, 0.8, None]}
+    later = {'plain': {2: 0.6, 3: 0.4, 4: None}, 'drop, 0.3/x': {0: 0.2, 1: 0.4, 2: 0.1}}
     assert not due(store)
-    assert decisions.waiting(store) == 5
-    for arm, each in losses.items():
-        for loss, runs in zip(each, store.trials(arm), strict=True):
-            for number, run in enumerate(runs):
-                value = FAILED if loss is None else finished(loss=loss + number * 0.01)
-                store.write(run, value)
+    assert decisions.waiting(store) == 5 + 2 * 9
+    for arm in first:
+        total = len(decisions.due(store)) + decisions.waiting(store)
+        for runs, loss in zip(store.trials(arm), first[arm], strict=True):
+            [run] = runs
+            store.write(run, FAILED if loss is None else finished(loss=loss))
+        assert not store.choice(arm)
+        assert {n for n, runs in enumerate(store.trials(arm)) if len(runs) > 1} == {*later[arm]}
+        assert len(decisions.due(store)) + decisions.waiting(store) == total
+        for number, loss in later[arm].items():
+            for run in store.trials(arm)[number][1:]:
+                store.write(run, FAILED if loss is None else finished(loss=loss))
         assert {run.arm for run in due(store)} == {*ARMS} if arm != 'plain' else {'plain'}
-    for arm, number in (('plain', 2), ('drop, 0.3/x', 0)):
+    for arm, number in (('plain', 3), ('drop, 0.3/x', 0)):
         choice = store.choice(arm)
         assert choice.trial == number
         assert choice.point == store.plan.points[arm][number]
