@@ -42,16 +42,14 @@ def kept(folder: Path) -> dict[str, Any]:
     manifest = store.definition()['manifest']
     cells = []
     for arm in (store.plan.baseline, [*store.plan.against][-1]):
-        run = store.replicate(arm, 1 if store.plan.looks[-1] > 1 else 0)
-        result = run and store.result(run)
-        assert run
+        run = store.replicates(arm, 1 if store.plan.looks[-1] > 1 else 0)[0]
+        result = store.result(run)
         assert result
-        choice = store.choice(arm)
         cells.append(
             {
                 'arm': arm,
                 'seed': run.seed,
-                'point': choice.point if choice else {},
+                'point': store.plan.points[arm][run.trial] if run.trial >= 0 else {},
                 'config_hash': cfg.content_hash(run.config),
                 'test': {m: result['metrics']['test'][m] for m in ('accuracy', 'loss')},
                 'digest': digest(result),
@@ -61,7 +59,7 @@ def kept(folder: Path) -> dict[str, Any]:
         name: {
             'sentence': arm['verdict']['sentence'] if arm['verdict'] else '',
             'kind': arm['verdict']['kind'] if arm['verdict'] else 'baseline',
-            'tuned': arm['tuned'] and arm['tuned']['point'],
+            'tuned': arm['tuned'] and {m: c['point'] for m, c in arm['tuned']['by'].items()},
             'at_edge': arm['tuned']['at_edge'] if arm['tuned'] else [],
             **{m: arm['test'][m]['mean'] for m in ('accuracy', 'loss', 'calibration_error')},
             'compared': arm['compared'],

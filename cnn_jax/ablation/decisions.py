@@ -26,17 +26,16 @@ def due(store: Store) -> list[Run]:
     needed = replicates(store)
     for number in range(max(needed.values())):
         for arm in plan.configs:
-            run = store.replicate(arm, number) if number < needed[arm] else None
-            runs += [run] if run else []
+            runs += store.replicates(arm, number) if number < needed[arm] else []
     return runs + controls(store)
 
 
 def controls(store: Store) -> list[Run]:
     """The baseline's first replicate once more, and the classifier of pixels."""
     plan, found = store.plan, []
-    if first := store.replicate(plan.baseline, 0):
-        point = store.choice(plan.baseline)
-        found.append(store.run(AGAIN, plan.baseline, first.seed, -1, point and point.point))
+    if choice := store.choice(plan.baseline, plan.judges[0]):
+        again = plan.seeds[0], choice.trial, choice.point
+        found.append(store.run(AGAIN, plan.baseline, *again))
     if plan.floor:
         found += [store.run(FLOOR, plan.baseline, seed) for seed in plan.seeds[: plan.looks[0]]]
     return found
@@ -45,7 +44,7 @@ def controls(store: Store) -> list[Run]:
 def waiting(store: Store) -> int:
     """The number of runs that will be due once those that are due have finished."""
     plan = store.plan
-    waiting = [arm for arm in plan.configs if not store.choice(arm)]
+    waiting = [arm for arm in plan.configs if not store.choice(arm, plan.judges[0])]
     further = min(plan.finalists, plan.trials) * (len(plan.tuning) - 1)
     screening = sum(all(len(runs) < 2 for runs in store.trials(arm)) for arm in waiting)
     count = len(waiting) * plan.looks[0] + screening * further
@@ -57,8 +56,8 @@ def replicates(store: Store) -> dict[str, int]:
     plan = store.plan
     needed = dict.fromkeys(plan.configs, plan.looks[0])
     for look, further in zip(plan.looks, plan.looks[1:]):
-        present = [store.replicate(arm, k) for arm, n in needed.items() for k in range(n)]
-        if not all(run and store.result(run) for run in present):
+        present = [store.replicates(arm, k) for arm, n in needed.items() for k in range(n)]
+        if not all(runs and all(map(store.result, runs)) for runs in present):
             break
         if look not in store.undecided:
             store.undecided[look] = undecided(store, look)
@@ -80,7 +79,7 @@ def values(store: Store, arm: str, measure: str) -> np.ndarray:
     """
     found = np.full(store.plan.looks[-1], np.nan)
     for number in range(len(found)):
-        run = store.replicate(arm, number)
+        run = store.replicate(arm, number, measure)
         result = run and store.result(run)
         if result:
             value = value_of(result, 'test', measure)
@@ -144,12 +143,12 @@ def images_of(store: Store, arms: list[str], measure: str, known: Any) -> np.nda
         result['examples']
         for arm in arms
         for number in np.flatnonzero(known)
-        if (run := store.replicate(arm, int(number))) and (result := store.result(run))
+        if (run := store.replicate(arm, int(number), measure)) and (result := store.result(run))
     }
     (count,) = counts
     found = np.zeros((len(arms), len(known), count), np.float32)
     for a, n in itertools.product(range(len(arms)), np.flatnonzero(known)):
-        run = store.replicate(arms[a], int(n))
+        run = store.replicate(arms[a], int(n), measure)
         result = run and store.result(run)
         if result:
             found[a, n] = per_image(result, measure)

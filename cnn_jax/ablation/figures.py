@@ -100,7 +100,7 @@ def _difference_label(metric: Metric) -> str:
     return f'difference in {metric.title}\n({metric.unit}, {better} is better)'
 
 
-def _panels(names: Any, columns: int, size: tuple[float, float], top: float, sharex=True):
+def _panels(names: Any, columns: int, size: tuple[float, float], top: float):
     """A figure of a panel of so many inches for each name, and these."""
     from matplotlib.figure import Figure
 
@@ -109,7 +109,7 @@ def _panels(names: Any, columns: int, size: tuple[float, float], top: float, sha
     columns = math.ceil(count / rows)
     figsize = size[0] * columns, top + size[1] * rows
     figure = Figure(figsize=figsize, layout='constrained')
-    grid = [*figure.subplots(rows, columns, sharex=sharex, sharey=True, squeeze=False).flat]
+    grid = [*figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat]
     for axes, name in zip(grid, names):
         axes.set_title(_wrapped(name, 24), loc='left')
     for axes in grid[count:]:
@@ -120,29 +120,43 @@ def _panels(names: Any, columns: int, size: tuple[float, float], top: float, sha
 
 
 def _draw_response(summary: dict[str, Any]):
-    """Draw a panel for each tuned arm: the validation loss of its trials; the choice is ringed.
+    """Draw each tuned arm's trials, a row of a panel for each measure; the choice is ringed.
 
-    Trials that failed, or are worse than a guess, are crosses at the top.
+    Trials that failed, or are worse than a guess, are crosses at the edge.
     """
+    from matplotlib.figure import Figure
+
     arms = {name: arm['tuned'] for name, arm in summary['arms'].items() if arm['tuned']}
-    figure, grid = _panels([*arms], 2, (WIDTH / 2, 1.6), 0.5, sharex=False)
-    guess = summary['chance']['loss']
-    for axes, tuned in zip(grid, arms.values()):
-        path, ends = next(iter(tuned['ranges'].items()))
-        trials = [(each['point'][path], each['loss']) for each in tuned['trials']]
-        trials = [(x, math.inf if loss is None else loss) for x, loss in trials]
-        x, y = zip(*sorted((x, loss if loss <= guess else math.nan) for x, loss in trials))
-        line = '-' if len(tuned['ranges']) == 1 else ''  # others vary, too
-        axes.plot(x, y, line, color=BLUE, marker='o', markersize=4, linewidth=1)
-        bad = [x for x, loss in trials if loss > guess]
-        axes.plot(bad, [0.95] * len(bad), 'x', color=ORANGE, transform=axes.get_xaxis_transform())
-        axes.plot(*trials[tuned['trial']], 'o', color=INK, markerfacecolor='none', markersize=10)
-        axes.set_xlabel(_wrapped(path, 30))
-        if ends['logarithmic']:
-            axes.set_xscale('log')
-            _label_powers(axes.xaxis, (1,) if ends['high'] / ends['low'] > 30 else (1, 3))
-    figure.supylabel('validation loss (nats)')
+    measures = [*next(iter(arms.values()))['by']]
+    figsize = WIDTH, 0.3 + 1.6 * len(arms)
+    figure = Figure(figsize=figsize, layout='constrained')
+    grid = figure.subplots(len(arms), len(measures), sharey='col', squeeze=False)
+    for row, (name, tuned) in zip(grid, arms.items()):
+        for axes, measure in zip(row, measures):
+            _draw_trials(axes, tuned, METRICS[measure], summary['chance'][measure])
+        row[0].set_title(_wrapped(name, 40), loc='left')
+    for axes, measure in zip(grid[0], measures):
+        axes.set_title(METRICS[measure].title, loc='right', color=MUTED)
     return figure
+
+
+def _draw_trials(axes: Any, tuned: dict[str, Any], metric: Metric, guess: float) -> None:
+    """Draw a measure of an arm's trials against the first setting that is tuned."""
+    path, ends = next(iter(tuned['ranges'].items()))
+    choice = tuned['by'][metric.name]
+    failed = [v is None or metric.sign * (v - guess) < 0 for v in choice['values']]
+    x = [point[path] for point in tuned['trials']]
+    y = [math.nan if bad else metric.scale * v for bad, v in zip(failed, choice['values'])]
+    line = '-' if len(tuned['ranges']) == 1 else ''  # others vary, too
+    axes.plot(*zip(*sorted(zip(x, y))), line, color=BLUE, marker='o', markersize=4, linewidth=1)
+    edge, bad = (0.05 if metric.sign > 0 else 0.95), [a for a, fails in zip(x, failed) if fails]
+    axes.plot(bad, [edge] * len(bad), 'x', color=ORANGE, transform=axes.get_xaxis_transform())
+    best = choice['trial']
+    axes.plot(x[best], y[best], 'o', color=INK, markerfacecolor='none', markersize=10)
+    axes.set_xlabel(_wrapped(path, 30))
+    if ends['logarithmic']:
+        axes.set_xscale('log')
+        _label_powers(axes.xaxis, (1,) if ends['high'] / ends['low'] > 30 else (1, 3))
 
 
 def _draw_curves(summary: dict[str, Any], metric: Metric):

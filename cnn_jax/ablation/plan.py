@@ -36,6 +36,7 @@ class Metric:
     unit: str  # of a difference
     suffix: str  # the unit of a value
     sign: int  # 1 where higher is better, −1 where lower is
+    tuned_by: str  # the measure of the held-out images that tuning for this one looks at
     most: float  # the largest possible value; the smallest is 0
     margin: float  # a difference within ±margin matters to nobody, unless the plan says otherwise
 
@@ -43,10 +44,10 @@ class Metric:
 METRICS = {
     each.name: each
     for each in (
-        Metric('accuracy', 'accuracy', 100, 'points', '%', 1, 1.0, 0.01),
-        Metric('loss', 'negative log-likelihood', 1, 'nats', '', -1, math.inf, 0.05),
-        Metric('calibration_error', 'calibration error', 100, 'points', '%', -1, 1.0, 0.01),
-        Metric('top5', 'top-5 accuracy', 100, 'points', '%', 1, 1.0, 0.01),
+        Metric('accuracy', 'accuracy', 100, 'points', '%', 1, 'accuracy', 1.0, 0.01),
+        Metric('loss', 'negative log-likelihood', 1, 'nats', '', -1, 'loss', math.inf, 0.05),
+        Metric('calibration_error', 'calibration error', 100, 'points', '%', -1, 'loss', 1.0, 0.01),
+        Metric('top5', 'top-5 accuracy', 100, 'points', '%', 1, 'accuracy', 1.0, 0.01),
     )
 }
 PRIMARIES = 'accuracy', 'loss'
@@ -113,6 +114,11 @@ class Plan:
         return tuple(self.first_seed + i for i in range(self.looks[-1]))
 
     @property
+    def judges(self) -> tuple[str, ...]:
+        """The measures that tuning looks at: accuracy, loss or both."""
+        return tuple(dict.fromkeys(METRICS[each].tuned_by for each in self.primaries))
+
+    @property
     def threads(self) -> int:
         """CPU threads of a run; 0: one for each core."""
         return self.configs[self.baseline].train.threads
@@ -156,7 +162,6 @@ class Plan:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> 'Plan':
         """The plan that `to_json` returned."""
-        content = {'finalists': content['trials'], **content}  # of old: all had all replicates
         values = {f.name: content[f.name] for f in dataclasses.fields(cls)}
         for name in ('tuning', 'looks', 'primaries'):
             values[name] = tuple(values[name])

@@ -21,7 +21,7 @@ from cnn_jax.tools.page import number, template, to_csv, to_json
 
 LABELS = {
     'forest': 'Differences from the controls',
-    'response': 'Validation loss of the trials',
+    'response': 'The trials on the held-out images',
     'curves_accuracy': 'Accuracy while training',
     'curves_loss': 'Loss while training',
 }

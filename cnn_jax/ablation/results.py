@@ -27,7 +27,7 @@ from cnn_jax.files import Corrupt, lock, read_json, write_json
 
 DEFINITION = 'ablation.json'
 FOLDER = 'cells'
-FORMAT = 2  # of the definition
+FORMAT = 3  # of the definition
 FLOOR = 'SVM on pixels'
 AGAIN = 'once more'  # the baseline's first replicate
 KINDS = 'trial', 'replicate', FLOOR, AGAIN
@@ -70,9 +70,10 @@ class Run:
     """A run of an arm with one seed.
 
     Attributes:
-        kind: `trial`, with what is tuned at point `trial`, judged on the held-out images;
-            `replicate`, judged on the test images; `FLOOR` and `AGAIN`, the controls.
-        arm, seed, trial: Which; trial is −1 but for trials.
+        kind: `trial`, judged on the held-out images; `replicate`, judged on the test images;
+            `FLOOR` and `AGAIN`, the controls.
+        arm, seed: Which.
+        trial: Where what is tuned stands, as the number of the point; −1 if nothing is.
         path: The file of its result.
         config: Its config.
     """
@@ -92,19 +93,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the trials of an arm chose.
+    """What the trials of an arm chose by one measure.
 
     Attributes:
         point: The values, `{config path: number}`.
         trial: The number of the trial.
         at_edge: The paths whose value is the smallest or largest one tried.
-        losses: The mean validation loss of each trial's replicates; None where one has failed.
+        values: The mean of the measure on the held-out images over each trial's replicates; None
+            where one has failed.
     """
 
     point: dict[str, float]
     trial: int
     at_edge: list[str]
-    losses: list[float | None]
+    values: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Store:
         return {}
 
     @functools.cached_property
-    def _choices(self) -> dict[str, Choice]:
+    def _choices(self) -> dict[tuple[str, str], Choice]:
         return {}
 
     @functools.cached_property
@@ -171,7 +173,8 @@ class Store:
         One replicate tells the bad points, which are most, but not the best from the second best,
         nor a rate that fails now and then.
         """
-        seeds, finalists = self.plan.tuning, self._finalists(arm)
+        seeds = self.plan.tuning
+        finalists = {n for judge in self.plan.judges for n in self._finalists(arm, judge)}
         return [
             [
                 self.run('trial', arm, seed, number, point)
@@ -180,47 +183,56 @@ class Store:
             for number, point in enumerate(self.plan.points[arm])
         ]
 
-    def _finalists(self, arm: str) -> set[int]:
-        """The trials whose first replicates have the least losses; none until all have finished."""
-        plan, points = self.plan, self.plan.points[arm]
+    def _finalists(self, arm: str, judge: str) -> set[int]:
+        """The trials whose first replicates are the best; none until all have finished."""
+        plan, points, values = self.plan, self.plan.points[arm], []
         if plan.finalists >= len(points):
             return {*range(len(points))}
-        losses = []
         for number, point in enumerate(points):
             result = self.result(self.run('trial', arm, plan.tuning[0], number, point))
             if result is None:
                 return set()
-            loss = value_of(result, 'validation', 'loss')
-            losses.append(math.inf if loss is None else loss)
-        return {int(number) for number in np.argsort(losses, kind='stable')[: plan.finalists]}
+            values.append(value_of(result, 'validation', judge))
+        return {*ranked(values, METRICS[judge].sign)[: plan.finalists]}
 
-    def choice(self, arm: str) -> Choice | None:
-        """What the trials of an arm chose: the finalist of the least mean loss.
+    def choice(self, arm: str, measure: str) -> Choice | None:
+        """What the trials of an arm chose for a measure: the finalist of the best mean.
 
-        None until all have finished. A trial that failed is not chosen.
+        Each measure has a choice of its own: the rate of the least loss is seldom that of the
+        highest accuracy, and an arm that is tuned for one alone would be unfairly judged by the
+        other. None until all trials have finished. A trial that failed is not chosen.
         """
-        if arm not in self._choices and (choice := self._choose(arm)):
-            self._choices[arm] = choice
-        return self._choices.get(arm)
+        judge = METRICS[measure].tuned_by
+        key = arm, judge if judge in self.plan.judges else self.plan.judges[0]
+        if key not in self._choices and (choice := self._choose(*key)):
+            self._choices[key] = choice
+        return self._choices.get(key)
 
-    def _choose(self, arm: str) -> Choice | None:
-        points, finalists, losses = self.plan.points[arm], self._finalists(arm), []
+    def _choose(self, arm: str, judge: str) -> Choice | None:
+        points, finalists, values = self.plan.points[arm], self._finalists(arm, judge), []
         if not points:
             return Choice({}, -1, [], [])
         for runs in self.trials(arm):
             results = [self.result(run) for run in runs]
             if not finalists or not all(results):
                 return None
-            found = [value_of(each, 'validation', 'loss') for each in results if each]
+            found = [value_of(each, 'validation', judge) for each in results if each]
             known = [each for each in found if each is not None]
-            losses.append(float(np.mean(known)) if len(known) == len(found) else None)
-        judged = [loss if n in finalists else None for n, loss in enumerate(losses)]
-        return dataclasses.replace(chosen(points, judged), losses=losses)
+            values.append(float(np.mean(known)) if len(known) == len(found) else None)
+        judged = [value if n in finalists else None for n, value in enumerate(values)]
+        choice = chosen(points, judged, METRICS[judge].sign)
+        return dataclasses.replace(choice, values=values)
 
-    def replicate(self, arm: str, number: int) -> Run | None:
-        """The run of a replicate, once the arm's trials have finished."""
-        choice = self.choice(arm)
-        return choice and self.run('replicate', arm, self.plan.seeds[number], -1, choice.point)
+    def replicate(self, arm: str, number: int, measure: str) -> Run | None:
+        """The run that a measure of a replicate is read off; None before all trials have ended."""
+        choice = self.choice(arm, measure)
+        seed = self.plan.seeds[number]
+        return choice and self.run('replicate', arm, seed, choice.trial, choice.point)
+
+    def replicates(self, arm: str, number: int) -> list[Run]:
+        """The runs of a replicate: one where all measures have chosen the same; [] if not yet."""
+        runs = [self.replicate(arm, number, measure) for measure in self.plan.judges]
+        return [*dict.fromkeys(run for run in runs if run)]
 
     def definition(self) -> dict[str, Any]:
         """The definition that `open_store` wrote."""
@@ -249,15 +261,21 @@ class Store:
             yield mine and not run.path.exists()
 
 
-def chosen(points: list[dict[str, float]], losses: list[float | None]) -> Choice:
-    """The choice of the point with the least loss."""
-    best = int(np.argmin([math.inf if loss is None else loss for loss in losses]))
+def ranked(values: list[float | None], sign: int) -> list[int]:
+    """The positions of the values, best first (sign 1: the highest), what has failed last."""
+    costs = [math.inf if value is None else -sign * value for value in values]
+    return np.argsort(costs, kind='stable').tolist()
+
+
+def chosen(points: list[dict[str, float]], values: list[float | None], sign: int = -1) -> Choice:
+    """The choice of the point with the best value: the highest with sign 1."""
+    best = ranked(values, sign)[0]
     at_edge = [
         path
         for path, value in points[best].items()
         if value in (min(p[path] for p in points), max(p[path] for p in points))
     ]
-    return Choice(points[best], best, at_edge, losses)
+    return Choice(points[best], best, at_edge, values)
 
 
 def value_of(result: Result, split: str, measure: str) -> float | None:

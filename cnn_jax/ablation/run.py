@@ -1,5 +1,6 @@
 """Running an ablation: in worker processes, on a Ray cluster, or in this process."""
 
+import itertools
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ import numpy as np
 from cnn_jax import config as cfg
 from cnn_jax import runtime
 from cnn_jax.ablation import decisions
-from cnn_jax.ablation.plan import METRICS, Changes, Plan, by_structure, make_plan
+from cnn_jax.ablation.plan import METRICS, Changes, Metric, Plan, by_structure, make_plan
 from cnn_jax.ablation.report import Ablation
 from cnn_jax.ablation.results import DEFINITION, Run, Store, read_store, refuse_links, why_failed
 from cnn_jax.ablation.workers import (
@@ -144,6 +145,8 @@ def repeat(
 ) -> tuple[bool, list[str]]:
     """Train a replicate of a finished ablation again, and compare bit for bit.
 
+    It is two runs where accuracy and loss have chosen different settings.
+
     Args:
         folder: The work directory.
         arm, seed: Which replicate; '' and None for the first of the baseline.
@@ -163,11 +166,10 @@ def repeat(
             f'{folder} has no replicate of arm {arm!r} with seed {seed}; the arms are '
             f'{", ".join(plan.configs)}, the seeds {plan.seeds[0]} to {plan.seeds[-1]}'
         )
-    run = store.replicate(arm, seed - plan.first_seed)
-    before = run and store.result(run)
-    if run is None or before is None or why_failed(before):
+    kept = {run: store.result(run) for run in store.replicates(arm, seed - plan.first_seed)}
+    if not kept or any(each is None or why_failed(each) for each in kept.values()):
         raise UserError(f'seed {seed} of {arm!r} is not trained; run launch.ablate to its end')
-    if run.config.own:
+    if plan.configs[arm].own:
         raise UserError('this ablation has own parts, which its work directory does not hold')
     settings = runtime.configure(plan.threads)
 
@@ -183,13 +185,15 @@ def repeat(
     changed = [name for name, value in now.items() if store.provenance.get(name) != value]
     for name in changed:
         print(f'changed since the ablation began: {name}')
-    compiled = compile_structure(run.config, data)
-    [after] = train_runs([run.config], compiled, data, curves=plan.curves)
-    same = True
-    for what, name in (('metrics', 'metrics'), ('hits', 'correct'), ('losses', 'losses')):
-        equal = before[name] == after.get(name)
-        same &= equal
-        tell(f'{what} of {arm}, seed {seed}', '' if equal else 'other bits')
+    same, compiled = True, compile_structure(plan.configs[arm], data)
+    for run, before in kept.items():
+        assert before
+        [after] = train_runs([run.config], compiled, data, curves=plan.curves)
+        point = f' ({_listed(plan.points[arm][run.trial])})' if len(kept) > 1 else ''
+        for what, name in (('metrics', 'metrics'), ('hits', 'correct'), ('losses', 'losses')):
+            equal = before[name] == after.get(name)
+            same &= equal
+            tell(f'{what} of {arm}, seed {seed}{point}', '' if equal else 'other bits')
     return same, changed
 
 
@@ -282,9 +286,9 @@ class Progress:
     """
 
     def __init__(self, store: Store):
-        self._store, self._metric = store, METRICS[store.plan.primaries[0]]
+        self._store = store
         self._finished: set[Run] = set()
-        self._chosen: set[str] = set()
+        self._told: set[str] = set()
         self._began = time.perf_counter()
         self._before = len(self._new(decisions.due(store)))
 
@@ -314,12 +318,14 @@ class Progress:
         new, total = self._new(due), len(due) + decisions.waiting(self._store)
         for count, run in enumerate(new, len(self._finished) - len(new) + 1):
             print(f'[{count}/{total}] {self._line(run)}, {self._left(total)}', flush=True)
-        for arm in self._store.plan.configs:
-            choice = self._store.choice(arm) if new and arm not in self._chosen else None
-            if choice and choice.point:
-                self._chosen.add(arm)
+        plan = self._store.plan
+        for arm, judge in itertools.product(plan.configs if new else (), plan.judges):
+            choice = self._store.choice(arm, judge)
+            line = f'{arm}: tuned for {METRICS[judge].title}'
+            if choice and choice.point and line not in self._told:
+                self._told.add(line)
                 edge = f', at the edge: {", ".join(choice.at_edge)}' if choice.at_edge else ''
-                print(f'{arm}: tuned to {_listed(choice.point)}{edge}', flush=True)
+                print(f'{line} to {_listed(choice.point)}{edge}', flush=True)
 
     def _new(self, due: list[Run]) -> list[Run]:
         new = [run for run in due if run not in self._finished and self._store.result(run)]
@@ -328,27 +334,34 @@ class Progress:
 
     def _line(self, run: Run) -> str:
         """The result of a run; of a replicate with the means of its arm so far."""
-        result, metric, plan = self._store.result(run), self._metric, self._store.plan
+        result, plan = self._store.result(run), self._store.plan
         assert result is not None
         if run.kind == 'trial':
             point = plan.points[run.arm][run.trial]
-            metric, split = METRICS['loss'], 'validation'
+            measures, split = plan.judges, 'validation'
             start = f'{run.arm}, trial {run.trial} ({_listed(point)})'
         else:
             name = run.arm if run.kind == 'replicate' else f'{run.arm}, {run.kind}'
-            start, split = f'{name}, seed {run.seed}', 'test'
+            read = [m for m in plan.primaries if run == self._read(run, m)]
+            measures, split = read or plan.primaries[:1], 'test'
+            start = f'{name}, seed {run.seed}'
         if reason := why_failed(result):
             return f'{start}: FAILED: {reason}'
-        value = result['metrics'][split].get(metric.name)
-        shown = number(value and value * metric.scale, 2)
-        line = f'{start}: {split} {metric.title} {shown}{metric.suffix}'
-        if run.kind == 'replicate':
-            line += self._means(run.arm)
+        parts = []
+        for metric in map(METRICS.__getitem__, measures):
+            value = result['metrics'][split].get(metric.name)
+            part = f'{metric.title} {number(value and value * metric.scale, 2)}{metric.suffix}'
+            parts.append(part + (self._means(run.arm, metric) if run.kind == 'replicate' else ''))
+        line = f'{start}: {split} {", ".join(parts)}'
         return f'{line}, {result["wall_seconds"]:.1f} s'
 
-    def _means(self, arm: str) -> str:
+    def _read(self, run: Run, measure: str) -> Run | None:
+        """The run that a measure of this run's replicate is read off."""
+        return self._store.replicate(run.arm, run.seed - self._store.plan.first_seed, measure)
+
+    def _means(self, arm: str, metric: Metric) -> str:
         """The mean of an arm's replicates so far, and of its differences from its control."""
-        plan, metric = self._store.plan, self._metric
+        plan = self._store.plan
         own = decisions.values(self._store, arm, metric.name)
         text = f' (mean of {np.isfinite(own).sum()}: {_mean_sd(own, metric.scale)}'
         if arm in plan.against:

@@ -146,30 +146,36 @@ def _arm(
 ) -> dict[str, Any]:
     """What is known of an arm."""
     plan = store.plan
-    own = _replicates(results, arm)
-    usable = {seed: each for seed, each in own.items() if not why_failed(each)}
+    own = _replicates(store, results, arm, plan.primaries[0])
+    usable = _usable(own)
     first = next(iter(usable.values()), None)
     control = plan.against.get(arm)
     shared = plan.ranges[plan.baseline]
     tuned = {p: f'{each}, tuned' for p, each in plan.ranges[arm].items() if p not in shared}
-    seeds = {str(seed): each for seed, each in own.items()}  # a failed one has None
-    measured = [
-        m for m in METRICS if all(value_of(r, 'test', m) is not None for r in usable.values())
-    ]
+    by_measure = {m: _replicates(store, results, arm, m) for m in METRICS}
+    failed = {s for each in by_measure.values() for s, r in each.items() if why_failed(r)}
+    finished = {m: _usable(each) for m, each in by_measure.items()}
+    measured = {
+        m: runs
+        for m, runs in finished.items()
+        if all(value_of(each, 'test', m) is not None for each in runs.values())
+    }
     return {
         'changes': {**plan.changes[arm], **tuned},
         'levels': plan.levels.get(arm),
         'control': control,
         'tuned': _tuned(store, arm),
         'n': len(own),
-        'failed': len(own) - len(usable),
-        'per_seed': {
-            m: {seed: value_of(each, 'test', m) for seed, each in seeds.items()}
+        'failed': len(failed),
+        'per_seed': {  # a failed one has None
+            m: {str(seed): value_of(each, 'test', m) for seed, each in by_measure[m].items()}
             for m in plan.primaries
         },
-        'test': {m: spread(_all(usable, 'test', m), METRICS[m]) for m in measured},
-        'train': {m: spread(_all(usable, 'train', m), METRICS[m]) for m in measured},
-        'checks': _checks(usable, _replicates(results, control) if control else {}),
+        'test': {m: spread(_all(runs, 'test', m), METRICS[m]) for m, runs in measured.items()},
+        'train': {m: spread(_all(runs, 'train', m), METRICS[m]) for m, runs in measured.items()},
+        'checks': _checks(
+            usable, _replicates(store, results, control, plan.primaries[0]) if control else {}
+        ),
         'parameters': first['parameters'] if first else None,
         'steps': first['steps'] if first else None,
         'curves': curves(list(usable.values())),
@@ -178,11 +184,16 @@ def _arm(
     }
 
 
-def _replicates(results: dict[Run, Result], arm: str | None) -> dict[int, Result]:
-    """The results of an arm by seed."""
-    return {
-        run.seed: each for run, each in results.items() if (run.kind, run.arm) == ('replicate', arm)
-    }
+def _replicates(
+    store: Store, results: dict[Run, Result], arm: str, measure: str
+) -> dict[int, Result]:
+    """The results of an arm that a measure is read off, by seed."""
+    runs = [store.replicate(arm, number, measure) for number in range(store.plan.looks[-1])]
+    return {run.seed: results[run] for run in runs if run in results}
+
+
+def _usable(results: dict[int, Result]) -> dict[int, Result]:
+    return {seed: each for seed, each in results.items() if not why_failed(each)}
 
 
 def _all(runs: dict[int, Result], split: str, measure: str) -> np.ndarray:
@@ -191,19 +202,15 @@ def _all(runs: dict[int, Result], split: str, measure: str) -> np.ndarray:
 
 def _tuned(store: Store, arm: str) -> dict[str, Any] | None:
     """The trials of an arm and what they chose; None of one that is not tuned, or not yet."""
-    choice = store.choice(arm)
-    if not choice or not choice.point:
+    choices = {judge: store.choice(arm, judge) for judge in store.plan.judges}
+    found = {judge: choice for judge, choice in choices.items() if choice and choice.point}
+    if not found:
         return None
-    trials = [
-        {'point': point, 'loss': loss} for point, loss in zip(store.plan.points[arm], choice.losses)
-    ]
-    ranges = {path: dataclasses.asdict(each) for path, each in store.plan.ranges[arm].items()}
     return {
-        'point': choice.point,
-        'trial': choice.trial,
-        'at_edge': choice.at_edge,
-        'ranges': ranges,
-        'trials': trials,
+        'ranges': {path: dataclasses.asdict(each) for path, each in store.plan.ranges[arm].items()},
+        'trials': store.plan.points[arm],
+        'by': {judge: dataclasses.asdict(choice) for judge, choice in found.items()},
+        'at_edge': sorted({path for choice in found.values() for path in choice.at_edge}),
     }
 
 
@@ -238,7 +245,7 @@ def _floor(results: dict[Run, Result]) -> dict[str, Any] | None:
 def _repeated(store: Store, results: dict[Run, Result]) -> bool | None:
     """Whether the baseline's first replicate, trained again, gave the same bits."""
     again = next((each for run, each in results.items() if run.kind == AGAIN), None)
-    run = store.replicate(store.plan.baseline, 0)
+    run = store.replicate(store.plan.baseline, 0, store.plan.judges[0])
     first = run and results.get(run)
     if not again or not first:
         return None

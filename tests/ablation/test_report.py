@@ -113,7 +113,7 @@ def test_report_says_what_it_rests_on_and_needs_no_network(ablation):
         '<th scope="row">Chance</th><td>10.0</td><td>2.30</td>',
         '<th scope="row">SVM on pixels</th><td>80',
         '4 trials of each arm',
-        'the best 3 are repeated to 4 replicates',
+        'the best 3 by each measure are repeated to 4 replicates',
     ):
         assert part in text
     assert 'class="alert"' not in text.partition('</header>')[0]

@@ -99,7 +99,7 @@ def test_a_claimed_run_is_not_claimed_again_until_it_is_released(opened):
 
 def test_replicates_are_due_once_the_arms_trials_have_chosen(opened):
     """The least mean loss of the finalists is chosen; a failed trial, or one left out, is not."""
-    store = opened(tune=RATE, trials=5)
+    store = opened(tune=RATE, trials=5, primaries=('loss',))
     first = {'plain': [0.9, None, 0.2, 0.5, 0.3], 'drop, 0.3/x': [0.2, 0.4, 0.6, 0.8, None]}
     later = {'plain': {2: 0.6, 3: 0.4, 4: None}, 'drop, 0.3/x': {0: 0.2, 1: 0.4, 2: 0.1}}
     assert not due(store)
@@ -109,7 +109,7 @@ def test_replicates_are_due_once_the_arms_trials_have_chosen(opened):
         for runs, loss in zip(store.trials(arm), first[arm], strict=True):
             [run] = runs
             store.write(run, FAILED if loss is None else finished(loss=loss))
-        assert not store.choice(arm)
+        assert not store.choice(arm, 'loss')
         assert {n for n, runs in enumerate(store.trials(arm)) if len(runs) > 1} == {*later[arm]}
         assert len(decisions.due(store)) + decisions.waiting(store) == total
         for number, loss in later[arm].items():
@@ -117,7 +117,7 @@ def test_replicates_are_due_once_the_arms_trials_have_chosen(opened):
                 store.write(run, FAILED if loss is None else finished(loss=loss))
         assert {run.arm for run in due(store)} == {*ARMS} if arm != 'plain' else {'plain'}
     for arm, number in (('plain', 3), ('drop, 0.3/x', 0)):
-        choice = store.choice(arm)
+        choice = store.choice(arm, 'loss')
         assert choice.trial == number
         assert choice.point == store.plan.points[arm][number]
         rates = [point['optimizer.learning_rate'] for point in store.plan.points[arm]]
@@ -125,7 +125,7 @@ def test_replicates_are_due_once_the_arms_trials_have_chosen(opened):
         assert choice.at_edge == [*RATE] * at_edge
         chosen = {run.config.optimizer.learning_rate for run in due(store) if run.arm == arm}
         assert chosen == {rates[number]}
-    assert store.choice('plain').losses[1] is None
+    assert store.choice('plain', 'loss').values[1] is None
 
 
 def test_only_undecided_arms_and_their_controls_get_the_replicates_of_the_next_look(tmp_path):
@@ -190,9 +190,9 @@ def test_other_ranges_and_trials_are_no_other_ablation(opened):
         for run in runs:
             store.write(run, finished())
     wider = opened(tune={'optimizer.learning_rate': log(1e-5, 1.0)}, trials=2)
-    assert not wider.choice('plain')
-    assert opened(tune=RATE, trials=2).choice('plain')
-    assert not opened(tune=RATE, trials=3).choice('plain')
+    assert not wider.choice('plain', 'loss')
+    assert opened(tune=RATE, trials=2).choice('plain', 'loss')
+    assert not opened(tune=RATE, trials=3).choice('plain', 'loss')
 
 
 def test_results_without_their_definition_are_not_mixed_with_new_ones(opened, tmp_path):

@@ -21,13 +21,10 @@ def summarize(folder):
 
 
 def cells(folder, arm):
-    """The files of an arm's replicates, by seed."""
-    found = [read_json(path) | {'path': path} for path in (folder / 'cells').iterdir()]
-    return {
-        each['seed']: each['path']
-        for each in found
-        if (each['kind'], each['arm']) == ('replicate', arm)
-    }
+    """The files of the runs that an arm's accuracy is read off, by seed."""
+    store = read_store(folder)
+    numbers = range(store.plan.looks[-1])
+    return [run.path for n in numbers if (run := store.replicate(arm, n, 'accuracy'))]
 
 
 def change(path, **fields):
@@ -104,7 +101,9 @@ def test_missing_replicates_make_no_claim_and_are_listed(ablation):
     cells(folder, 'none')[4].unlink()
     summary = summarize(folder)
     assert [(run['arm'], run['seed']) for run in summary['runs']['missing']] == [('none', 4)]
-    assert summary['arms']['x']['verdict']['kind'] == 'no claim'
+    compared = summary['arms']['x']['compared']
+    assert compared['accuracy'] is None
+    assert compared['loss']['verdict'] == 'better'  # it is read off other runs
 
 
 def test_other_results_and_times_change_nothing(ablation):
@@ -132,10 +131,10 @@ def test_the_choice_of_each_arm_and_its_trials_are_there(ablation):
     folder = ablation()
     store, arms = read_store(folder), summarize(folder)['arms']
     for name, arm in arms.items():
-        tuned = arm['tuned']
-        assert tuned['point'] == store.plan.points[name][tuned['trial']]
-        known = [trial['loss'] for trial in tuned['trials']]
-        assert known[tuned['trial']] == min(known)
+        for measure, best in (('accuracy', max), ('loss', min)):
+            tuned = arm['tuned']['by'][measure]
+            assert tuned['point'] == store.plan.points[name][tuned['trial']]
+            assert tuned['values'][tuned['trial']] == best(tuned['values'])
 
 
 def test_a_factorial_grid(ablation):
