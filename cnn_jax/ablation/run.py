@@ -17,7 +17,15 @@ from cnn_jax import runtime
 from cnn_jax.ablation import decisions
 from cnn_jax.ablation.plan import METRICS, Changes, Metric, Plan, by_structure, make_plan
 from cnn_jax.ablation.report import Ablation
-from cnn_jax.ablation.results import DEFINITION, Run, Store, read_store, refuse_links, why_failed
+from cnn_jax.ablation.results import (
+    DEFINITION,
+    FOLDER,
+    Run,
+    Store,
+    read_store,
+    refuse_links,
+    why_failed,
+)
 from cnn_jax.ablation.workers import (
     LocalWorkers,
     RayWorkers,
@@ -289,6 +297,7 @@ class Progress:
         self._store = store
         self._finished: set[Run] = set()
         self._told: set[str] = set()
+        self._files = -1
         self._began = time.perf_counter()
         self._before = len(self._new(decisions.due(store)))
 
@@ -314,6 +323,10 @@ class Progress:
 
     def update(self) -> None:
         """Print what was finished since the last call."""
+        files = len([*(self._store.folder / FOLDER).glob('*')])
+        if files == self._files:  # asked five times a second, beside the workers
+            return
+        self._files = files
         due = decisions.due(self._store)
         new, total = self._new(due), len(due) + decisions.waiting(self._store)
         for count, run in enumerate(new, len(self._finished) - len(new) + 1):
@@ -350,8 +363,11 @@ class Progress:
         parts = []
         for metric in map(METRICS.__getitem__, measures):
             value = result['metrics'][split].get(metric.name)
-            part = f'{metric.title} {number(value and value * metric.scale, 2)}{metric.suffix}'
-            parts.append(part + (self._means(run.arm, metric) if run.kind == 'replicate' else ''))
+            parts.append(
+                f'{metric.title} {number(value and value * metric.scale, 2)}{metric.suffix}'
+            )
+        if run.kind == 'replicate':
+            parts[0] += self._means(run.arm, METRICS[measures[0]])
         line = f'{start}: {split} {", ".join(parts)}'
         return f'{line}, {result["wall_seconds"]:.1f} s'
 

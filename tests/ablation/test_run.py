@@ -9,7 +9,7 @@ import pytest
 
 from cnn_jax import nn
 from cnn_jax.ablation import decisions
-from cnn_jax.ablation.plan import log, make_plan
+from cnn_jax.ablation.plan import METRICS, log, make_plan
 from cnn_jax.ablation.results import open_store
 from cnn_jax.ablation.run import Progress, ablate
 from cnn_jax.config import Config, Data, Train
@@ -102,7 +102,7 @@ def test_progress_prints_each_run_once(store, capsys):
         store.write(runs[3], finished(0.95))
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith(
-        '[2/5] plain, seed 1: test accuracy 92.00% (mean of 2: 91.00 ± 1.41), 2.0 s, '
+        '[2/5] plain, seed 1: test accuracy 92.00% (mean of 2: 91.00 ± 1.41), negative'
     )
     assert second.startswith('[3/5] drop, seed 0: FAILED: why, ')
     assert third.startswith('[4/5] drop, seed 1: test accuracy 95.00% (mean of 2: ')
@@ -115,11 +115,12 @@ def test_progress_names_trials_and_what_they_chose(tmp_path, capsys):
     store = open_store(tmp_path, plan, {'code': 'x'}, FACTS | {'budgets': {'plain': 'one epoch'}})
     with Progress(store) as progress:
         for run in decisions.missing(store):
-            measures = {'loss': 1.0 - run.trial / 2}
+            measures = {'loss': 1.0 - run.trial / 2, 'accuracy': 0.5 - run.trial / 4}
             store.write(run, finished(0.5) | {'metrics': {'validation': measures}})
         progress.update()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith('[1/7] plain, trial 0 (optimizer.learning_rate=0.001): validation')
-    assert lines[-1] == (
-        'plain: tuned to optimizer.learning_rate=0.000316, at the edge: optimizer.learning_rate'
-    )
+    assert lines[1].startswith('[1/13] plain, trial 0 (optimizer.learning_rate=0.001): validation')
+    for line, measure, rate in zip(lines[-2:], ('accuracy', 'loss'), ('0.001', '0.000316')):
+        title = METRICS[measure].title
+        path = 'optimizer.learning_rate'
+        assert line == f'plain: tuned for {title} to {path}={rate}, at the edge: {path}'

@@ -129,16 +129,16 @@ def test_a_run_is_what_fit_trains(case, tmp_path, monkeypatch):
 def study(tmp_path_factory):
     """A finished ablation of three arms, tuned, and two replicates."""
     config, data, components = opened(make_config(**SPLITS))
-    plan = make_plan(ARMS, config, seeds=2, tune=RATE, trials=2)
+    plan = make_plan(ARMS, config, seeds=2, tune=RATE, trials=2, primaries=('loss',))
     store = open_store(tmp_path_factory.mktemp('study'), plan, {'code': 'x'}, FACTS)
     return store, data, components, workers.run_missing(store, data, components=components)
 
 
 def test_every_run_is_done_and_counted(study):
-    """Two trials of two replicates, and two replicates, of each arm; the controls."""
+    """Two trials of four replicates, and two replicates, of each arm; the controls."""
     store, _, _, totals = study
-    assert [store.result(run)['status'] for run in decisions.due(store)] == ['done'] * (12 + 6 + 3)
-    assert totals == 21
+    assert [store.result(run)['status'] for run in decisions.due(store)] == ['done'] * (24 + 6 + 3)
+    assert totals == 33
     assert summary.summary_of(store)['repeated']
 
 
