@@ -7,6 +7,7 @@
 Each workload is a command of its own with more options, which --help tells:
 
   strided96, small28   python -m benchmarks.step --workload=NAME    a training step
+  …_one_core           … --cores=1                                  the same, kept to one core
   features             python -m benchmarks.features                VGG16's frozen convolutions
   finetune             python -m benchmarks.finetune                a fine-tuning, whole processes
   ablation             python -m benchmarks.ablation                an ablation, whole processes
@@ -26,6 +27,8 @@ from benchmarks import cli
 WORKLOADS = {
     'strided96': ('benchmarks.step', '--workload=strided96'),
     'small28': ('benchmarks.step', '--workload=small28'),
+    'strided96_one_core': ('benchmarks.step', '--workload=strided96', '--cores=1'),
+    'small28_one_core': ('benchmarks.step', '--workload=small28', '--cores=1'),
     'features': ('benchmarks.features',),
     'finetune': ('benchmarks.finetune',),
     'ablation': ('benchmarks.ablation',),

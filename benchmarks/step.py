@@ -3,13 +3,15 @@
   bash benchmarks/setup_peers.sh
   python -m benchmarks.step --workload=strided96 --rounds=10 --out=benchmarks/RESULTS.md
   python -m benchmarks.step --workload=small28 --contenders=cnn_jax,PyTorch
+  python -m benchmarks.step --workload=small28 --cores=1    # as an ablation's workers are pinned
 
 The same network, weights, optimizer, batches and dtype, dropout and batch normalization on. Each
-contender lives in a process of its own, with all cores; in every round each runs its steps in
-turn. First the losses of all must agree.
+contender lives in a process of its own, with all cores or `--cores`; in every round each runs its
+steps in turn. First the losses of all must agree.
 """
 
 import functools
+import os
 
 import numpy as np
 
@@ -43,7 +45,10 @@ def main() -> None:
     parser = cli.parser('benchmarks.step', __doc__, rounds=10)
     parser.add_argument('--workload', choices=workloads.STEPS, default='strided96')
     parser.add_argument('--batch', type=int, default=0, help="0: the experiment's own")
+    parser.add_argument('--cores', type=int, default=0, help='to keep all contenders to (0: all)')
     given = parser.parse_args()
+    if given.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
     made = workloads.step_problem(given.workload, given.batch)
     entrants, left_out = contest.chosen(OURS | PEERS, given.contenders, given.peers)
     found = contest.measure(
@@ -79,7 +84,8 @@ mean.
 {results.left_out(left_out)}
 {results.table(COLUMNS, rows)}
 """
-    cli.publish(f'Training step: {given.workload}', body, given.out)
+    kept_to = f', {given.cores} core{"s" * (given.cores > 1)}' if given.cores else ''
+    cli.publish(f'Training step: {given.workload}{kept_to}', body, given.out)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ from experiments import baseline
 from experiments.baseline import BATCH_NORM
 from experiments.baseline import TUNE as TUNE
 
-TRIALS = 6
+TRIALS = 7
 
 DROPOUT = {'model.dropout': 0.25, 'model.head_dropout': 0.5}
 L2 = {'loss.l2': log(1e-5, 1e-2)}

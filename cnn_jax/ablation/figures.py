@@ -122,7 +122,7 @@ def _panels(names: Any, columns: int, size: tuple[float, float], top: float):
 def _draw_response(summary: dict[str, Any]):
     """Draw each tuned arm's trials, a row of a panel for each measure; the choice is ringed.
 
-    Trials that failed, or are worse than a guess, are crosses at the edge.
+    Trials that failed, or are hardly better than a guess, are crosses at the edge.
     """
     from matplotlib.figure import Figure
 
@@ -144,7 +144,7 @@ def _draw_trials(axes: Any, tuned: dict[str, Any], metric: Metric, guess: float)
     """Draw a measure of an arm's trials against the first setting that is tuned."""
     path, ends = next(iter(tuned['ranges'].items()))
     choice = tuned['by'][metric.name]
-    failed = [v is None or metric.sign * (v - guess) < 0 for v in choice['values']]
+    failed = [v is None or metric.sign * (v - guess) < 0.05 * guess for v in choice['values']]
     x = [point[path] for point in tuned['trials']]
     y = [math.nan if bad else metric.scale * v for bad, v in zip(failed, choice['values'])]
     line = '-' if len(tuned['ranges']) == 1 else ''  # others vary, too
