@@ -180,7 +180,12 @@ def blamed_on(what: object) -> Iterator[None]:
         if what is None:
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        places = [(f.filename, f.lineno) for f in frames if not f.filename.startswith(LIBRARIES)]
+        places = [
+            (f.filename, f.lineno)
+            for f in frames
+            if not f.filename.startswith(LIBRARIES)
+            and (f.filename, f.name) != ('<string>', '__init__')  # of a dataclass
+        ]
         text = str(error).partition('\n')[0]
         told = f'{type(error).__name__}: {text}'.removesuffix(': ')
         if isinstance(error, SyntaxError):

@@ -30,6 +30,7 @@ def experiment(tmp_path):
         ('import nowhere_to_be_found', "line 1: ModuleNotFoundError: No module named 'nowhere"),
         ('import sys; sys.exit(0)', 'line 1: it ends the program'),
         ('raise ValueError', 'line 1: ValueError$'),
+        ('from cnn_jax import Regularizer\nRegularizer("bad", len)', 'line 2: config.bad is not'),
         ('x = 1', r'has no function get_config\(\)'),
         ('get_config = 3', r'has no function get_config\(\)'),
         ('def get_config(): pass', 'returns a NoneType'),
