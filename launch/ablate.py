@@ -38,6 +38,13 @@ TRIALS = flags.DEFINE_integer(
     'Trials of each arm that is tuned; 0: as many as the experiment says.',
     lower_bound=0,
 )
+WIDEN = flags.DEFINE_integer(
+    'widen',
+    0,
+    'The most further trials of an arm whose choice is at the edge of what was tried, each a step '
+    'beyond it; 0: as many as the experiment says.',
+    lower_bound=0,
+)
 CURVES = flags.DEFINE_bool('curves', False, 'Evaluate runs while they train, for learning curves.')
 WORKERS = flags.DEFINE_integer(
     'workers',
@@ -77,7 +84,7 @@ def main(_) -> int:
     arguments = [each for each in sys.argv[1:] if not each.startswith(('--workers=', '--retry'))]
     if SEEDS.value and UNTIL.value:
         raise UserError('--seeds and --until=decided both say how many replicates; give one')
-    given = {'seeds': SEEDS.value, 'trials': TRIALS.value}
+    given = {'seeds': SEEDS.value, 'trials': TRIALS.value, 'widen': WIDEN.value}
     options = {name: value for name, value in given.items() if value}
     plan = plan_of(
         load_experiment(CONFIG.value),

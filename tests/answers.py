@@ -54,7 +54,7 @@ def kept(folder: Path) -> dict[str, Any]:
             {
                 'arm': arm,
                 'seed': run.seed,
-                'point': store.plan.points[arm][run.trial] if run.trial >= 0 else {},
+                'point': store.points(arm)[run.trial] if run.trial >= 0 else {},
                 'config_hash': cfg.content_hash(run.config),
                 'test': {m: result['metrics']['test'][m] for m in ('accuracy', 'loss')},
                 'digest': digest(result),

@@ -67,6 +67,11 @@ class Range:
             return self.low * (self.high / self.low) ** share
         return self.low + (self.high - self.low) * share
 
+    def beyond(self, tried: set[float], edge: float) -> float:
+        """The number one step outside those tried, as far from the edge as the next of them."""
+        next_one = sorted(tried, key=lambda each: abs(each - edge))[1]
+        return edge * edge / next_one if self.logarithmic else 2 * edge - next_one
+
     def __str__(self) -> str:
         return f'{self.low:g} to {self.high:g}'
 
@@ -107,6 +112,7 @@ class Plan:
     levels: dict[str, dict[str, str]]  # of each arm of the grid
     curves: bool  # whether runs are evaluated while they train
     floor: bool  # whether a classifier of pixels stands beside the arms
+    widen: int = 0  # the most trials of an arm outside its ranges, while its choice is at an edge
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -162,7 +168,7 @@ class Plan:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> 'Plan':
         """The plan that `to_json` returned."""
-        values = {f.name: content[f.name] for f in dataclasses.fields(cls)}
+        values = {f.name: content.get(f.name, f.default) for f in dataclasses.fields(cls)}
         for name in ('tuning', 'looks', 'primaries'):
             values[name] = tuple(values[name])
         values['configs'] = {
@@ -180,6 +186,7 @@ CONSTANTS = {
     'SEEDS': 'seeds',
     'TUNE': 'tune',
     'TRIALS': 'trials',
+    'WIDEN': 'widen',
     'PRIMARIES': 'primaries',
     'MARGINS': 'margins',
     'AGAINST': 'against',
@@ -235,6 +242,7 @@ def make_plan(
     until_decided: bool = False,
     tune: Mapping[str, Range] | None = None,
     trials: int = TRIALS,
+    widen: int = 0,
     primaries: tuple[str, ...] = PRIMARIES,
     margins: Mapping[str, float] | None = None,
     against: Mapping[str, str] | None = None,
@@ -254,6 +262,8 @@ def make_plan(
         until_decided: Whether to add replicates until every arm is decided: looks after `LOOKS`.
         tune: What is tuned in every arm, `{config path: Range}`.
         trials: Trials of each arm that has a range.
+        widen: The most further trials of an arm whose choice is at the edge of what was tried; each
+            goes a step beyond it.
         primaries: The measures to decide on: accuracy, loss, calibration_error or top5.
         margins: δ of a primary; differences within ±δ are equivalence.
         against: The control of an arm, where it is not the baseline.
@@ -274,6 +284,7 @@ def make_plan(
     most = min(MOST_SEEDS, 2**32 - config.seed)
     check_count(seeds, most, f'the seeds{where}')
     check_count(trials, 1000, f'the trials{where}')
+    check_count(widen, 1000, f'the trials{where} that widen a range', least=0)
     measures = _measures(primaries, margins, where)
     tune = {} if tune is None else tune
     if not isinstance(tune, Mapping) or not all(isinstance(r, Range) for r in tune.values()):
@@ -317,13 +328,14 @@ def make_plan(
         levels=levels,
         curves=curves,
         floor=floor,
+        widen=widen,
     )
 
 
-def check_count(value: Any, most: int, what: str) -> None:
-    """Refuse what is no whole number from 1 to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise UserError(f'{what} are {value!r}; give a number from 1 to {most:,}')
+def check_count(value: Any, most: int, what: str, least: int = 1) -> None:
+    """Refuse what is no whole number from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UserError(f'{what} are {value!r}; give a number from {least} to {most:,}')
 
 
 def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:

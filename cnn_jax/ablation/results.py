@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,33 +167,62 @@ class Store:
             self._runs[key] = Run(kind, arm, seed, trial, self.folder / FOLDER / name, config)
         return self._runs[key]
 
+    def points(self, arm: str) -> list[dict[str, float]]:
+        """What each trial of an arm sets: the plan's points, then those that widen its ranges."""
+        points = [*self.plan.points[arm]]
+        for _ in range(self.plan.widen):
+            beyond = [self._beyond(arm, judge, points) for judge in self.plan.judges]
+            points += [*filter(None, beyond)][:1]
+        return points
+
+    def _beyond(
+        self, arm: str, judge: str, points: list[dict[str, float]]
+    ) -> dict[str, float] | None:
+        """The choice, moved beyond the edge that it is at; None if it is at none that can move."""
+        choice = self._choose(arm, judge, points)
+        for path in choice.at_edge if choice else ():
+            tried = {point[path] for point in points}
+            if len(tried) > 1:
+                further = self.plan.ranges[arm][path].beyond(tried, choice.point[path])
+                with suppress(UserError):  # the field has no such value
+                    cfg.validate(cfg.replace(self.plan.configs[arm], {path: further}))
+                    return {**choice.point, path: further}
+        return None
+
     def trials(self, arm: str) -> list[list[Run]]:
         """The runs of each trial of an arm: its first replicate, and of the finalists all.
 
         One replicate tells the bad points, which are most, but not the best from the second best,
         nor a rate that fails now and then.
         """
+        return self._trials(arm, self.points(arm))
+
+    def _trials(self, arm: str, points: list[dict[str, float]]) -> list[list[Run]]:
         seeds = self.plan.tuning
-        finalists = {n for judge in self.plan.judges for n in self._finalists(arm, judge)}
+        finalists = {n for judge in self.plan.judges for n in self._finalists(arm, judge, points)}
         return [
             [
                 self.run('trial', arm, seed, number, point)
                 for seed in (seeds if number in finalists else seeds[:1])
             ]
-            for number, point in enumerate(self.plan.points[arm])
+            for number, point in enumerate(points)
         ]
 
-    def _finalists(self, arm: str, judge: str) -> set[int]:
-        """The trials whose first replicates are the best; none until all have finished."""
-        plan, points, values = self.plan, self.plan.points[arm], []
-        if plan.finalists >= len(points):
+    def _finalists(self, arm: str, judge: str, points: list[dict[str, float]]) -> set[int]:
+        """The trials whose first replicates are the best, and those that widen a range.
+
+        None until the plan's have finished.
+        """
+        plan, values = self.plan, []
+        if plan.finalists >= plan.trials:
             return {*range(len(points))}
-        for number, point in enumerate(points):
+        for number, point in enumerate(plan.points[arm]):
             result = self.result(self.run('trial', arm, plan.tuning[0], number, point))
             if result is None:
                 return set()
             values.append(value_of(result, 'validation', judge))
-        return {*ranked(values, METRICS[judge].sign)[: plan.finalists]}
+        best = ranked(values, METRICS[judge].sign)[: plan.finalists]
+        return {*best, *range(plan.trials, len(points))}
 
     def choice(self, arm: str, measure: str) -> Choice | None:
         """What the trials of an arm chose for a measure: the finalist of the best mean.
@@ -204,15 +233,15 @@ class Store:
         """
         judge = METRICS[measure].tuned_by
         key = arm, judge if judge in self.plan.judges else self.plan.judges[0]
-        if key not in self._choices and (choice := self._choose(*key)):
+        if key not in self._choices and (choice := self._choose(*key, self.points(arm))):
             self._choices[key] = choice
         return self._choices.get(key)
 
-    def _choose(self, arm: str, judge: str) -> Choice | None:
-        points, finalists, values = self.plan.points[arm], self._finalists(arm, judge), []
+    def _choose(self, arm: str, judge: str, points: list[dict[str, float]]) -> Choice | None:
+        finalists, values = self._finalists(arm, judge, points), []
         if not points:
             return Choice({}, -1, [], [])
-        for runs in self.trials(arm):
+        for runs in self._trials(arm, points):
             results = [self.result(run) for run in runs]
             if not finalists or not all(results):
                 return None

@@ -197,7 +197,7 @@ def repeat(
     for run, before in kept.items():
         assert before
         [after] = train_runs([run.config], compiled, data, curves=plan.curves)
-        point = f' ({_listed(plan.points[arm][run.trial])})' if len(kept) > 1 else ''
+        point = f' ({_listed(store.points(arm)[run.trial])})' if len(kept) > 1 else ''
         for what, name in (('metrics', 'metrics'), ('hits', 'correct'), ('losses', 'losses')):
             equal = before[name] == after.get(name)
             same &= equal
@@ -225,7 +225,8 @@ def _introduction(plan: Plan, workers: int, together: int) -> str:
         lines.append(f'  {arm:<24} {", ".join(listed) or "no changes"}')
     if any(plan.ranges.values()):
         final = f'the best {min(plan.finalists, plan.trials)} with {len(plan.tuning)} replicates'
-        lines.append(f'tuning: {plan.trials} trials of each arm, {final}')
+        wider = f', up to {plan.widen} more beyond an edge' if plan.widen else ''
+        lines.append(f'tuning: {plan.trials} trials of each arm{wider}, {final}')
     lines += [f'  one compilation: {", ".join(arms)}' for arms in by_structure(plan)]
     return '\n'.join(lines)
 
@@ -350,7 +351,7 @@ class Progress:
         result, plan = self._store.result(run), self._store.plan
         assert result is not None
         if run.kind == 'trial':
-            point = plan.points[run.arm][run.trial]
+            point = self._store.points(run.arm)[run.trial]
             measures, split = plan.judges, 'validation'
             start = f'{run.arm}, trial {run.trial} ({_listed(point)})'
         else:

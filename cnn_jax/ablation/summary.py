@@ -54,6 +54,7 @@ def summary_of(store: Store) -> dict[str, Any]:
         'significance': statistics.SIGNIFICANCE,
         'trials': {
             'each': plan.trials,
+            'widen': plan.widen,
             'finalists': min(plan.finalists, plan.trials),
             'replicates': len(plan.tuning),
         }
@@ -208,7 +209,7 @@ def _tuned(store: Store, arm: str) -> dict[str, Any] | None:
         return None
     return {
         'ranges': {path: dataclasses.asdict(each) for path, each in store.plan.ranges[arm].items()},
-        'trials': store.plan.points[arm],
+        'trials': store.points(arm),
         'by': {judge: dataclasses.asdict(choice) for judge, choice in found.items()},
         'at_edge': sorted({path for choice in found.values() for path in choice.at_edge}),
     }

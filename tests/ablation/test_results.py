@@ -11,7 +11,7 @@ import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.ablation import decisions, figures
-from cnn_jax.ablation.plan import log, make_plan
+from cnn_jax.ablation.plan import linear, log, make_plan
 from cnn_jax.ablation.report import Ablation
 from cnn_jax.ablation.results import AGAIN, FLOOR, FORMAT, open_store, read_store
 from cnn_jax.ablation.summary import summary_of
@@ -126,6 +126,37 @@ def test_replicates_are_due_once_the_arms_trials_have_chosen(opened):
         chosen = {run.config.optimizer.learning_rate for run in due(store) if run.arm == arm}
         assert chosen == {rates[number]}
     assert store.choice('plain', 'loss').values[1] is None
+
+
+def test_a_choice_at_an_edge_is_followed_until_it_is_none(opened):
+    """Each step is as far as the last two lie apart; what the field cannot hold ends it."""
+    store = opened(tune=RATE, trials=4, widen=3, primaries=('loss',))
+    best = 0.05  # beyond the range, which ends at 1e-2
+    [path] = RATE
+    while missing := [run for run in decisions.missing(store) if run.kind == 'trial']:
+        assert not store.choice(missing[0].arm, 'loss')
+        for run in missing:
+            rate = run.config.optimizer.learning_rate
+            store.write(run, finished(loss=abs(np.log(rate / best))))
+    for arm in ARMS:
+        rates = [point[path] for point in store.points(arm)]
+        assert rates[:4] == [point[path] for point in store.plan.points[arm]]
+        steps = np.diff(np.log(sorted(rates)[-4:]))
+        assert np.allclose(steps, steps[0])
+        choice = store.choice(arm, 'loss')
+        assert choice.point[path] == min(rates, key=lambda rate: abs(np.log(rate / best)))
+        assert not choice.at_edge
+        assert [len(runs) for runs in store.trials(arm)[4:]] == [4] * (len(rates) - 4)
+
+
+def test_no_range_is_widened_beyond_what_its_field_can_hold(opened):
+    store = opened(tune={'loss.label_smoothing': linear(0.5, 0.94)}, trials=4, widen=9)
+    while missing := [run for run in decisions.missing(store) if run.kind == 'trial']:
+        for run in missing:
+            store.write(run, finished(loss=1 - run.config.loss.label_smoothing))
+    values = [point['loss.label_smoothing'] for point in store.points('plain')]
+    assert 4 < len(values) < 9
+    assert max(values) < 1
 
 
 def test_only_undecided_arms_and_their_controls_get_the_replicates_of_the_next_look(tmp_path):

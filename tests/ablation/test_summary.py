@@ -133,7 +133,7 @@ def test_the_choice_of_each_arm_and_its_trials_are_there(ablation):
     for name, arm in arms.items():
         for measure, best in (('accuracy', max), ('loss', min)):
             tuned = arm['tuned']['by'][measure]
-            assert tuned['point'] == store.plan.points[name][tuned['trial']]
+            assert tuned['point'] == store.points(name)[tuned['trial']]
             assert tuned['values'][tuned['trial']] == best(tuned['values'])
 
 
