@@ -8,8 +8,8 @@ OUT="${OUT:-runs/quickstart}"
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-say "1. What does each regularizer buy? A small net on 500 digits: 5 arms, tuned, 10 replicates"
-python -m launch.ablate --config=experiments/regularization.py --workdir="$OUT/regularization"
+say "1. What does each regularizer buy? A small net on 500 digits: 5 arms, tuned, 6 replicates"
+python -m launch.ablate --config=experiments/regularization.py --workdir="$OUT/regularization" --seeds=6
 
 say "2. What is pretraining worth? Frozen VGG16 on 200 digits 4 and 9, random or ImageNet's"
 python -m launch.ablate --config=experiments/finetune_digits.py --workdir="$OUT/pretraining"
