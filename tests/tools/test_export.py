@@ -3,8 +3,12 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -197,3 +201,44 @@ def test_a_folder_is_whole_or_absent(opened, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='No space left'):
         export(run, tmp_path / 'out')
     assert {path.name for path in tmp_path.iterdir()} == {'empty', 'file'}
+
+
+def test_the_readme_serves_what_launch_predict_says(opened, tmp_path):
+    run = opened((8, 8, 3), data__resize='crop', data__size=8)
+    (tmp_path / 'in').mkdir()
+    paths = photographs(tmp_path / 'in')
+    export(run, tmp_path / 'out')
+    _, classify, serve = (tmp_path / 'out' / 'README.md').read_text().split('```python\n')
+    (tmp_path / 'out' / 'classify.py').write_text(BLOCK + classify.split('```')[0])
+    code = serve.split('```')[0]
+    assert len([line for line in code.splitlines() if line]) <= 20
+    (tmp_path / 'out' / 'serve.py').write_text(code)
+    with socket.create_server(('localhost', 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, 'serve.py', str(port)]
+    with subprocess.Popen(command, cwd=tmp_path / 'out', stderr=subprocess.DEVNULL) as server:
+        try:
+            for path, row in zip(paths, predict_files(run, paths), strict=True):
+                answer = json.loads(post(port, path.read_bytes()))
+                assert list(answer) == run.class_names
+                expected = dict(row.classes)
+                got = [answer[name] for name in expected]
+                np.testing.assert_allclose(got, list(expected.values()), rtol=1e-5)
+            with pytest.raises(HTTPError, match='400'):
+                post(port, b'no image')
+            assert post(port, paths[0].read_bytes())
+        finally:
+            server.terminate()
+
+
+def post(port, content):
+    """The answer of the server, which may have yet to start."""
+    for _ in range(600):
+        try:
+            with urlopen(f'http://localhost:{port}', content) as answer:
+                return answer.read()
+        except HTTPError:
+            raise
+        except URLError:
+            time.sleep(0.1)
+    raise TimeoutError
