@@ -7,12 +7,13 @@ An `Augment` is a bound one: a field that is off is the number 0 and is not comp
 on may be traced, and then 0 changes no bit (`cnn_jax.config.is_on`).
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32, Key, Num, UInt8
+from jaxtyping import Array, Float, Int, Int32, Key, UInt8
 
 from cnn_jax.config import Augment, is_on
 from cnn_jax.data import policies
@@ -54,54 +55,38 @@ def augment_and_normalize(
     return augment_plane(augment, key, normalize(images), index)
 
 
-def augment_uint8(
-    augment: Augment,
-    key: Key[Array, ''],
-    images: UInt8[Array, 'b h w c'],
-    index: Int32[Array, ' b'],
-) -> UInt8[Array, 'b h w c']:
+def augment_uint8(augment: Augment, key: Key[Array, ''], images: Array, index: Array) -> Array:
     """Apply RandAugment, TrivialAugment and colour jitter; arguments: `augment_and_normalize`."""
     jitters = {n: getattr(augment, n) for n in JITTERS if is_on(getattr(augment, n))}
 
     def one(image, index):
         if is_on(augment.randaugment):
-            k = example_key(key, index, 'randaugment')
-            count = augment.randaugment_operations
+            k, count = example_key(key, index, 'randaugment'), augment.randaugment_operations
             image = policies.rand_augment(k, image, count, augment.randaugment)
         if is_on(augment.trivialaugment):
             k = example_key(key, index, 'trivialaugment')
             image = policies.trivial_augment(k, image, augment.trivialaugment)
         if jitters:
-            k = example_key(key, index, 'colour')
-            pixels = policies.jitter(k, image.astype(jnp.float32), **jitters)
-            image = policies.as_type(pixels, image.dtype)
+            k, pixels = example_key(key, index, 'colour'), image.astype(jnp.float32)
+            image = policies.as_type(policies.jitter(k, pixels, **jitters), image.dtype)
         return image
 
     return jax.vmap(one)(images, index)
 
 
-def augment_plane(
-    augment: Augment,
-    key: Key[Array, ''],
-    images: Num[Array, 'b h w c'],
-    index: Int32[Array, ' b'],
-    fill: Num[Array, ' c'] | float = 0,
-) -> Num[Array, 'b h w c']:
+def augment_plane(augment: Augment, key: Key[Array, ''], images: Images, index: Array) -> Images:
     """Apply flip, rotation, pad-and-crop, cutout and erasing, in this order.
 
     - flip: left to right, with probability 1/2.
-    - rotation: about the centre, by an angle uniform in ±rotation, bilinear, corners `fill`.
+    - rotation: about the centre, by an angle uniform in ±rotation, bilinear, corners 0.
     - crop: pad by `crop` pixels on each side, then cut a window of the old size at a uniformly
       random position (He et al. 2016, Deep residual learning, section 4.2).
     - cutout: a square of side `cutout` pixels, its centre uniform over the image, cut off at the
-      borders, becomes `fill` (DeVries & Taylor 2017, Improved regularization of CNNs with cutout).
+      borders, becomes 0 (DeVries & Taylor 2017, Improved regularization of CNNs with cutout).
     - erasing: see `erase`.
 
-    Args:
-        augment, key, images, index: As in `augment_and_normalize`; floats, too.
-        fill: The channel means in the images' units; 0 for normalized images.
+    Arguments as in `augment_and_normalize`, but images are normalized.
     """
-    fill = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (1, 1, images.shape[-1]))
 
     def one(image, index):
         bits = jax.random.bits(jax.random.fold_in(key, index), (5,))
@@ -110,13 +95,18 @@ def augment_plane(
         if is_on(augment.rotation):
             k = example_key(key, index, 'rotation')
             angle = augment.rotation * (2 * jax.random.uniform(k) - 1)
-            image = policies.affine(image, policies.rotation(angle), fill)
+            image = policies.affine(image, policies.rotation(angle))
         if augment.crop:
-            image = _crop(bits[1], bits[2], image, augment.crop, fill)
+            pad, places = augment.crop, 2 * augment.crop + 1
+            padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+            start = _below(places, bits[1]), _below(places, bits[2]), 0
+            image = lax.dynamic_slice(padded, start, image.shape)
         if augment.cutout:
-            image = _cut_out(bits[3], bits[4], image, augment.cutout, fill)
+            side, centre = augment.cutout, [_below(n, b) for n, b in zip(image.shape, bits[3:])]
+            rows, columns = (_interval(c - side // 2, side, n) for c, n in zip(centre, image.shape))
+            image = jnp.where((rows[:, None] & columns[None])[..., None], 0, image)
         if is_on(augment.erasing):
-            image = erase(augment, example_key(key, index, 'erasing'), image, fill)
+            image = erase(augment, example_key(key, index, 'erasing'), image)
         return image
 
     return jax.vmap(one)(images, index)
@@ -127,31 +117,21 @@ def example_key(key: Key[Array, ''], index: Int32[Array, ''], stream: str) -> Ke
     return jax.random.fold_in(jax.random.fold_in(key, index), STREAMS[stream])
 
 
-def _crop(row_bits: Array, column_bits: Array, image: Array, pad: int, fill: Array) -> Array:
-    height, width, channels = image.shape
-    padded = jnp.broadcast_to(fill, (height + 2 * pad, width + 2 * pad, channels))
-    padded = lax.dynamic_update_slice(padded, image, (pad, pad, 0))
-    top, left = _below(2 * pad + 1, row_bits), _below(2 * pad + 1, column_bits)
-    return lax.dynamic_slice(padded, (top, left, 0), image.shape)
-
-
-def _cut_out(row_bits: Array, column_bits: Array, image: Array, side: int, fill: Array) -> Array:
-    height, width, _ = image.shape
-    top, left = _below(height, row_bits) - side // 2, _below(width, column_bits) - side // 2
-    row, column = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
-    inside = (top <= row) & (row < top + side) & (left <= column) & (column < left + side)
-    return jnp.where(inside, fill, image)
-
-
 def _below(n: int, bits: Array) -> Array:
     """Uniform in 0…n−1, with a bias of at most n/2³²."""
     return (bits % n).astype(jnp.int32)
 
 
+def _interval(first: Array, count: Array | int, size: int) -> Array:
+    """A mask of the pixels first, …, first + count − 1 of an axis."""
+    pixel = jnp.arange(size, dtype=first.dtype)
+    return (first <= pixel) & (pixel < first + count)
+
+
 def erase(
-    augment: Augment, key: Key[Array, ''], image: Num[Array, 'h w c'], fill: Num[Array, '1 1 c']
-) -> Num[Array, 'h w c']:
-    """Set a random rectangle to the mean, with probability `augment.erasing`.
+    augment: Augment, key: Key[Array, ''], image: Float[Array, 'h w c']
+) -> Float[Array, 'h w c']:
+    """Set a random rectangle to 0, the mean, with probability `augment.erasing`.
 
     height = √(s·h·w·a), width = √(s·h·w / a), rounded; s ~ U(erase_least, erase_most),
     log a ~ U(log erase_aspect, −log erase_aspect), its position uniform over where it fits
@@ -172,12 +152,10 @@ def erase(
     area = fraction * height * width
     rows = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 0, height)
     columns = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 0, width)
-    top = jnp.floor(vertical * (height - rows + 1))
-    left = jnp.floor(horizontal * (width - columns + 1))
-    row = jnp.arange(height, dtype=jnp.float32)[:, None, None]
-    column = jnp.arange(width, dtype=jnp.float32)[None, :, None]
-    inside = (top <= row) & (row < top + rows) & (left <= column) & (column < left + columns)
-    return jnp.where(inside & (happens < augment.erasing), fill, image)
+    vertical = _interval(jnp.floor(vertical * (height - rows + 1)), rows, height)
+    horizontal = _interval(jnp.floor(horizontal * (width - columns + 1)), columns, width)
+    inside = (vertical[:, None] & horizontal[None])[..., None]
+    return jnp.where(inside & (happens < augment.erasing), 0, image)
 
 
 def normalize(
@@ -209,9 +187,7 @@ def mix(
     it; their code draws one for a batch. The partner does not depend on the batch's order.
 
     Args:
-        augment: The bound settings; `mixup` and `cutmix` are α.
-        key, index: As in `augment_and_normalize`.
-        images: Normalized, and augmented one by one.
+        augment, key, images, index: As in `augment_plane`; `mixup` and `cutmix` are α.
         labels: Class numbers.
 
     Returns:
@@ -281,22 +257,14 @@ def cutmix(
     Its sides are ⌊h·√(1 − λ)⌋ and ⌊w·√(1 − λ)⌋, its centre uniform over the image, and it is cut
     off at the borders. Also returned is the exact fraction of pixels that each keeps.
     """
-    _, height, width, _ = images.shape
+    _, *size, _ = images.shape
 
     def inside(key, lam):
-        vertical, horizontal = jax.random.uniform(key, (2,))
-        rows = _interval(vertical, jnp.sqrt(1 - lam), height)
-        columns = _interval(horizontal, jnp.sqrt(1 - lam), width)
-        return rows[:, None] & columns[None, :]
+        sides = [jnp.floor(n * jnp.sqrt(1 - lam)) for n in size]
+        centre = [jnp.floor(draw * n) for draw, n in zip(jax.random.uniform(key, (2,)), size)]
+        rows, columns = (_interval(c - s // 2, s, n) for c, s, n in zip(centre, sides, size))
+        return rows[:, None] & columns[None]
 
     cut = jax.vmap(inside)(keys, lam)
-    own = (height * width - cut.sum(axis=(1, 2))).astype(jnp.float32) / (height * width)
+    own = (math.prod(size) - cut.sum(axis=(1, 2))).astype(jnp.float32) / math.prod(size)
     return jnp.where(cut[..., None], others, images), own
-
-
-def _interval(draw: Array, fraction: Array, size: int) -> Array:
-    """A mask of the pixels of an axis that lie in an interval about a random centre."""
-    side = jnp.floor(size * fraction)
-    first = jnp.floor(draw * size) - side // 2
-    pixel = jnp.arange(size, dtype=jnp.float32)
-    return (first <= pixel) & (pixel < first + side)

@@ -22,22 +22,16 @@ Pixels = Float[Array, 'h w c']  # 0 to 255
 Number = Float[Array, ''] | float
 
 
-def affine(
-    image: Num[Array, 'h w c'], matrix: Float[Array, '2 3'], fill: Num[Array, '1 1 c'] | float = 0
-) -> Num[Array, 'h w c']:
+def affine(image: Num[Array, 'h w c'], matrix: Float[Array, '2 3']) -> Num[Array, 'h w c']:
     """Resample an image along an affine map about its centre.
 
     y[r, c] = x(centre + M·(r, c, 1)ᵀ), with r and c measured from the centre, in pixels
 
-    Between pixels x is bilinear; beyond the image it is `fill`, which the border pixels fade to
-    over the width of a pixel. The identity changes no bit; integers are rounded to the nearest.
+    Between pixels x is bilinear; beyond the image it is 0, which the border pixels fade to over
+    the width of a pixel. The identity changes no bit; integers are rounded to the nearest.
     """
     height, width, channels = image.shape
-    x = image.astype(jnp.float32)
-    fill = jnp.broadcast_to(jnp.asarray(fill, jnp.float32), (1, 1, channels))
-    padded = jnp.broadcast_to(fill, (height + 2, width + 2, channels))
-    padded = padded.at[1:-1, 1:-1].set(x).reshape(-1, channels)
-
+    padded = jnp.pad(image.astype(jnp.float32), ((1, 1), (1, 1), (0, 0))).reshape(-1, channels)
     middle = (height - 1) / 2, (width - 1) / 2
     r = jnp.arange(height, dtype=jnp.float32)[:, None] - middle[0]
     c = jnp.arange(width, dtype=jnp.float32)[None, :] - middle[1]
@@ -67,12 +61,12 @@ def rotation(degrees: Float[Array, '']) -> Float[Array, '2 3']:
     return jnp.stack([jnp.stack([cos, sin, zero]), jnp.stack([-sin, cos, zero])])
 
 
-def shift(rows: Float[Array, ''] | float, columns: Float[Array, ''] | float) -> Float[Array, '2 3']:
+def shift(rows: Number, columns: Number) -> Float[Array, '2 3']:
     """The matrix that moves an image up and to the left, in pixels."""
     return jnp.eye(2, 3).at[:, 2].set(jnp.stack([jnp.float32(rows), jnp.float32(columns)]))
 
 
-def shear(rows: Float[Array, ''] | float, columns: Float[Array, ''] | float) -> Float[Array, '2 3']:
+def shear(rows: Number, columns: Number) -> Float[Array, '2 3']:
     """The matrix that moves a row by `columns` pixels for each row below the centre, or columns."""
     return jnp.eye(2, 3).at[0, 1].set(jnp.float32(rows)).at[1, 0].set(jnp.float32(columns))
 
@@ -91,9 +85,9 @@ GREY = 0.2989, 0.587, 0.114  # ITU-R BT.601, with torchvision's digits
 def jitter(
     key: Key[Array, ''],
     x: Pixels,
-    brightness: Float[Array, ''] | float | None = None,
-    contrast: Float[Array, ''] | float | None = None,
-    saturation: Float[Array, ''] | float | None = None,
+    brightness: Number | None = None,
+    contrast: Number | None = None,
+    saturation: Number | None = None,
 ) -> Pixels:
     """Random brightness, contrast and saturation, in this order (torchvision's is drawn, too).
 
@@ -101,7 +95,7 @@ def jitter(
     bit. Grey images have no saturation.
     """
     draws = jax.random.uniform(key, (3,))
-    changes = [(black, brightness), (mean_grey, contrast), (grey, saturation)]
+    changes = [(jnp.zeros_like, brightness), (mean_grey, contrast), (grey, saturation)]
     for draw, (without, strength) in zip(draws, changes):
         if strength is None or (without is grey and x.shape[-1] == 1):
             continue
@@ -111,20 +105,15 @@ def jitter(
     return x
 
 
-def blend(x: Pixels, without: Pixels, factor: Float[Array, ''] | float) -> Pixels:
+def blend(x: Pixels, without: Pixels, factor: Number) -> Pixels:
     """f·x + (1 − f)·without, clipped to 0…255; f = 1 is the identity, f > 1 exaggerates.
 
-    `without` is the image without brightness (`black`), contrast (`mean_grey`), saturation (`grey`)
+    `without` is the image without brightness (zeros), contrast (`mean_grey`), saturation (`grey`)
     or sharpness (`smooth`).
 
     Source: torchvision's `adjust_brightness` etc. on float images; Pillow's `ImageEnhance`.
     """
     return jnp.clip(factor * x + (1 - factor) * without, 0, 255)
-
-
-def black(x: Pixels) -> Pixels:
-    """The image without brightness."""
-    return jnp.zeros_like(x)
 
 
 def grey(x: Pixels) -> Pixels:
@@ -150,7 +139,7 @@ def smooth(x: Pixels) -> Pixels:
     return jnp.where(inner, total / 13, x)
 
 
-def posterize(x: Image, dropped: Int[Array, ''] | int) -> Image:
+def posterize(x: Image, dropped: Array | int) -> Image:
     """Set the lowest bits of each pixel, 0 to 8 of them, to zero."""
     dropped = jnp.asarray(dropped, jnp.int32)
     return (x.astype(jnp.int32) >> dropped << dropped).astype(jnp.uint8)
@@ -207,12 +196,15 @@ PLANE: dict[str, Callable] = {  # functions of the signed level, the space, and 
     'rotate': lambda s, space, h, w: rotation(s * space.degrees),
     'shear_x': lambda s, space, h, w: shear(0.0, s * space.shear),
     'shear_y': lambda s, space, h, w: shear(s * space.shear, 0.0),
-    'translate_x': lambda s, space, h, w: shift(0.0, s * _far(space, w)),
-    'translate_y': lambda s, space, h, w: shift(s * _far(space, h), 0.0),
+    'translate_x': lambda s, space, h, w: shift(0.0, s * min(space.fraction * w, space.pixels)),
+    'translate_y': lambda s, space, h, w: shift(s * min(space.fraction * h, space.pixels), 0.0),
 }
-ENHANCE = {'brightness': black, 'saturation': grey, 'contrast': mean_grey, 'sharpness': smooth}
+ENHANCE: dict[str, Callable] = {
+    **{'brightness': jnp.zeros_like, 'saturation': grey},
+    **{'contrast': mean_grey, 'sharpness': smooth},
+}
 TONE: dict[str, Callable] = {  # functions of the image, the level and the space
-    'posterize': lambda x, level, space: posterize(x, _rounded(level * space.bits)),
+    'posterize': lambda x, level, space: posterize(x, jnp.round(level * space.bits)),
     'solarize': lambda x, level, space: solarize(x, 256 * (1 - level)),
     'autocontrast': lambda x, level, space: autocontrast(x),
     'equalize': lambda x, level, space: equalize(x),
@@ -292,11 +284,3 @@ def operate(
 def _once(x: Array) -> Array:
     """x, computed once and not for each pixel that is selected from it: a third of the time."""
     return lax.optimization_barrier(x)
-
-
-def _far(space: Space, side: int) -> float:
-    return min(space.fraction * side, space.pixels)
-
-
-def _rounded(x: Number) -> Int[Array, '']:
-    return jnp.round(x).astype(jnp.int32)

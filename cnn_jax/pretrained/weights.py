@@ -130,10 +130,7 @@ LITE0_SOURCES = {
 }
 # By the name of the backbone.
 PUBLISHED = {'vgg16': IMAGENET, 'efficientnet_lite0': LITE0}
-SOURCES_OF: dict[str, Mapping[str, File]] = {
-    'vgg16': SOURCES,
-    'efficientnet_lite0': LITE0_SOURCES,
-}
+SOURCES_OF: dict[str, Mapping[str, File]] = {'vgg16': SOURCES, 'efficientnet_lite0': LITE0_SOURCES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,9 +152,7 @@ class Pretrained:
 
 
 def load(
-    source: str | Path = 'auto',
-    sources: Mapping[str, File] | None = None,
-    backbone: str = 'vgg16',
+    source: str | Path = 'auto', sources: Mapping[str, File] | None = None, backbone: str = 'vgg16'
 ) -> Pretrained:
     """Load a backbone's weights and verify them.
 
@@ -178,9 +173,7 @@ def load(
 
 
 def published(
-    source: str = 'auto',
-    sources: Mapping[str, File] | None = None,
-    backbone: str = 'vgg16',
+    source: str = 'auto', sources: Mapping[str, File] | None = None, backbone: str = 'vgg16'
 ) -> tuple[Pretrained, dict[str, str]]:
     """Load the published weights, as `load` does, and leave a copy in the cache.
 
