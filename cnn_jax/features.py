@@ -243,8 +243,7 @@ class FeatureBatches(Batches):
             batch=data.batch if which == 'train' else data.eval_batch or data.batch,
             seed=seed,
             balance=data.balance and which == 'train',
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process=(jax.process_index(), jax.process_count()),
             sharding=layout and layout.batch,
         )
         self._views = views

@@ -1,10 +1,8 @@
 """Random changes to training images, on the device, keyed by example.
 
-The key of an example depends on its index in the source, not on its position in a batch: an image
-is changed in the same way whatever the batch size, the process or the device.
-
-An `Augment` is a bound one: a field that is off is the number 0 and is not compiled in; one that is
-on may be traced, and then 0 changes no bit (`cnn_jax.config.is_on`).
+The key depends on the example's index in the source, so the batch, the process and the device
+change nothing. An `Augment` is a bound one: a field that is off is the number 0 and is not compiled
+in; one that is on may be traced, and then 0 changes no bit (`cnn_jax.config.is_on`).
 """
 
 import math
@@ -136,9 +134,8 @@ def erase(
     height = √(s·h·w·a), width = √(s·h·w / a), rounded; s ~ U(erase_least, erase_most),
     log a ~ U(log erase_aspect, −log erase_aspect), its position uniform over where it fits
 
-    Deviations: the paper draws again until the rectangle fits, here a is drawn from where it
-    does; a is log-uniform as in torchvision, so that tall and wide are equally likely. Of the
-    paper's variants this is RE-M.
+    Deviations from the paper's RE-M: it draws again until the rectangle fits, here a is drawn from
+    where it does; a is log-uniform as in torchvision, so that tall and wide are equally likely.
 
     Source: Zhong et al. 2020, "Random erasing data augmentation".
     """
@@ -183,8 +180,7 @@ def mix(
 
     λ ~ Beta(α, α) for mixup; for CutMix it is what is left after a rectangle of about 1 − λ of
     the pixels. With α = 0 nothing changes, not a bit, and λ is 1. Where both are on, a coin
-    decides for each example. λ is drawn for each example, as the equations of both papers have
-    it; their code draws one for a batch. The partner does not depend on the batch's order.
+    decides for each example. λ is drawn for each example, as the papers' equations have it.
 
     Args:
         augment, key, images, index: As in `augment_plane`; `mixup` and `cutmix` are α.

@@ -5,7 +5,7 @@ endless concatenation of the epochs' permutations, `batch` examples a step; no b
 With `data.balance` it reads rounds of one example from each class (`balanced_indices`).
 Evaluation reads the examples in order and pads the last batch.
 
-Both providers yield the same batches in the same order:
+Both providers yield the same batches:
 `{'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B], 'mask': bool [B]}`, where
 `index` is the example's position in the source and `mask` is False for padding.
 """
@@ -36,6 +36,7 @@ from cnn_jax.runtime import cores
 
 Batch = dict[str, Array]
 Indices = tuple[Int32[np.ndarray, ' b'], Bool[np.ndarray, ' b']]  # index, mask
+Process = tuple[int, int]  # number, from 0, and count of those that share each batch
 PART = 32  # images that a thread reads at a time: large enough to hide the cost of handing it over
 SAMPLE_BYTES = 2**30  # decoded pixels that the statistics are computed from, at most
 SAMPLE_CHUNK = 1024  # images read at once for them, so that memory stays flat
@@ -43,11 +44,7 @@ SAMPLE_CHUNK = 1024  # images read at once for them, so that memory stays flat
 
 @functools.lru_cache(maxsize=8)
 def order(n: int, seed: int, epoch: int) -> Int32[np.ndarray, ' n']:
-    """The permutation of 0…n−1 for one epoch.
-
-    It ranks the raw output of Philox with the key (seed, epoch), whose stream NumPy keeps
-    across versions and machines.
-    """
+    """The permutation of 0…n−1 for one epoch: ranks of Philox's raw output, which NumPy keeps."""
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
     permutation = np.argsort(bits, kind='stable').astype(np.int32)
     permutation.flags.writeable = False
@@ -55,17 +52,17 @@ def order(n: int, seed: int, epoch: int) -> Int32[np.ndarray, ' n']:
 
 
 def train_indices(
-    n: int, batch: int, seed: int, step: int, process_index: int = 0, process_count: int = 1
+    n: int, batch: int, seed: int, step: int, process: Process = (0, 1)
 ) -> Int32[np.ndarray, ' b']:
     """The examples of training step `step` (from 0): positions step·batch … of the epochs' stream.
 
-    Of several processes, each gets its contiguous `batch / process_count` of the global batch.
+    Of several processes, each gets its contiguous part of the global batch.
 
     Errors:
-        UserError: `process_count` does not divide `batch`.
+        UserError: The number of processes does not divide `batch`.
     """
-    local = local_size(batch, process_count)
-    start = step * batch + process_index * local
+    local = local_size(batch, process)
+    start = step * batch + process[0] * local
     pieces = []
     while local:
         epoch, position = divmod(start, n)
@@ -80,12 +77,7 @@ _order = functools.lru_cache(maxsize=4096)(order.__wrapped__)
 
 
 def balanced_indices(
-    by_class: Sequence[Int32[np.ndarray, ' k']],
-    batch: int,
-    seed: int,
-    step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    by_class: Sequence[np.ndarray], batch: int, seed: int, step: int, process: Process = (0, 1)
 ) -> Int32[np.ndarray, ' b']:
     """The examples of training step `step` where each class is drawn equally often.
 
@@ -95,10 +87,10 @@ def balanced_indices(
 
     Args:
         by_class: The positions of the examples of each class that has any.
-        batch, seed, step, process_index, process_count: As in `train_indices`.
+        batch, seed, step, process: As in `train_indices`.
     """
-    local, classes = local_size(batch, process_count), len(by_class)
-    start = step * batch + process_index * local
+    local, classes = local_size(batch, process), len(by_class)
+    start = step * batch + process[0] * local
     index = np.empty(local, np.int32)
     for i in range(local):
         turn, place = divmod(start + i, classes)
@@ -109,31 +101,27 @@ def balanced_indices(
     return index
 
 
-def eval_batches(
-    n: int, batch: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Indices]:
+def eval_batches(n: int, batch: int, process: Process = (0, 1)) -> Iterator[Indices]:
     """`(index, mask)` of each evaluation batch; the last is filled up with index 0, mask False.
 
-    Of several processes, each gets its contiguous part of every global batch.
-
-    Errors:
-        UserError: `process_count` does not divide `batch`.
+    Parts of processes, and errors, as in `train_indices`.
     """
-    local = local_size(batch, process_count)
+    local = local_size(batch, process)
     for start in range(0, n, batch):
-        position = start + process_index * local + np.arange(local, dtype=np.int32)
+        position = start + process[0] * local + np.arange(local, dtype=np.int32)
         mask = position < n
         yield np.where(mask, position, 0).astype(np.int32), mask
 
 
-def local_size(batch: int, process_count: int) -> int:
+def local_size(batch: int, process: Process) -> int:
     """The number of a global batch's examples on each process; a remainder is a `UserError`."""
-    if batch % process_count:
+    _, count = process
+    if batch % count:
         raise UserError(
-            f'a batch of {batch} examples cannot be divided among {process_count} processes; set '
-            f'config.data.batch and config.data.eval_batch to multiples of {process_count}'
+            f'a batch of {batch} examples cannot be divided among {count} processes; set '
+            f'config.data.batch and config.data.eval_batch to multiples of {count}'
         )
-    return batch // process_count
+    return batch // count
 
 
 def load(
@@ -143,7 +131,6 @@ def load(
 
     Sources that decode are decoded once: the pixels are kept in the user's cache folder, by the
     content, the other arguments, the rule of decoding and Pillow's version, and mapped from there.
-    Damaged files there are made again.
     """
     import PIL
 
@@ -167,9 +154,8 @@ def statistics(batches: Any) -> tuple[Float64[np.ndarray, ' c'], Float64[np.ndar
     """Mean and standard deviation of each channel, of pixels in [0, 1].
 
     Computed from all images where their pixels fill at most 1 GiB (1.3 million of 28×28×1, 7,133 of
-    224×224×3), else from the first that do, in a fixed shuffled order, whether the set streams or
-    not. Sums of integers are exact. A channel that hardly varies has a standard deviation of one
-    grey level, 1/255.
+    224×224×3), else from the first that do, in a fixed shuffled order. Sums of integers are exact.
+    A channel that hardly varies has a standard deviation of one grey level, 1/255.
     """
     height, width, channels = batches.image_shape
     count = min(batches.n, max(1, SAMPLE_BYTES // (height * width * channels)))
@@ -191,8 +177,7 @@ def open_batches(
     *,
     source: Any = None,
     seed: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: Process = (0, 1),
     sharding: NamedSharding | None = None,
 ) -> 'DeviceBatches | StreamBatches':
     """Open the provider of the training or evaluation batches.
@@ -201,13 +186,13 @@ def open_batches(
         data: Sets larger than `memory_gb` (10⁹ bytes, decoded) stream, unless `stream` decides.
         which, source: As in `open_split`.
         seed: The seed of the training order.
-        process_index, process_count: The contiguous part of every batch that this process reads.
+        process: Decides the contiguous part of every batch that this process reads.
         sharding: The layout of batches that are global arrays; without it, a batch is the
             process's own part, on the default device.
 
     Errors:
-        UserError: A batch is larger than the data or the machine's memory, or `process_count`
-            does not divide it.
+        UserError: A batch is larger than the data or the machine's memory, or the number of
+            processes does not divide it.
     """
     source = open_split(data, which, source)
     batch = data.batch if which == 'train' else data.eval_batch or data.batch
@@ -232,8 +217,7 @@ def open_batches(
         batch=batch,
         seed=seed,
         balance=data.balance and which == 'train',
-        process_index=process_index,
-        process_count=process_count,
+        process=process,
         sharding=sharding,
     )
 
@@ -251,7 +235,7 @@ class Batches:
     Args:
         data: What has the labels and facts of a `Source`.
         image_shape: Height, width and channels.
-        batch, seed, process_index, process_count, sharding: As in `open_batches`.
+        batch, seed, process, sharding: As in `open_batches`.
         balance: Whether training draws each class equally often.
     """
 
@@ -265,16 +249,14 @@ class Batches:
         batch: int,
         seed: int = 0,
         balance: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        process: Process = (0, 1),
         sharding: NamedSharding | None = None,
     ):
-        local_size(batch, process_count)  # refuses a batch that cannot be divided
+        local_size(batch, process)  # refuses a batch that cannot be divided
         self._take(data)
-        self.class_names = data.class_names
-        self.image_shape = image_shape
+        self.class_names, self.image_shape = data.class_names, image_shape
         self.skipped, self.notes = data.skipped, data.notes
-        self._batch, self._seed, self._process = batch, seed, (process_index, process_count)
+        self._batch, self._seed, self._process = batch, seed, process
         self._sharding, self.balance = sharding, balance
 
     def _take(self, data: Any) -> None:
@@ -328,22 +310,19 @@ class Batches:
         raise NotImplementedError
 
     def _train_indices(self, step: int) -> Indices:
-        place = self._batch, self._seed, step, *self._process
-        balanced = self.balance
-        index = (
-            balanced_indices(self._by_class, *place) if balanced else train_indices(self.n, *place)
-        )
+        place = self._batch, self._seed, step, self._process
+        if self.balance:
+            index = balanced_indices(self._by_class, *place)
+        else:
+            index = train_indices(self.n, *place)
         return index, np.ones(len(index), bool)
 
     def _eval_indices(self) -> Iterator[Indices]:
-        return eval_batches(self.n, self._batch, *self._process)
+        return eval_batches(self.n, self._batch, self._process)
 
 
 class DeviceBatches(Batches):
-    """Batches gathered from images that were put on the device once: only indices cross.
-
-    With `sharding`, every device holds all images and gathers its own part of a batch.
-    """
+    """Batches gathered from images that were put on the device once, on each of several devices."""
 
     streams = False
 
@@ -387,8 +366,7 @@ class StreamBatches(Batches):
     """Batches read, decoded and resized by Grain's threads, ahead of the step that needs them.
 
     The threads share the work in parts of `PART` images. So a first batch takes all cores, and what
-    is alive at once depends on the batch and the cores, not on the source: what is read ahead, the
-    batch that is put together of it, one on its way to the device and one in use.
+    is alive at once depends on the batch and the cores, not on the source.
     """
 
     streams = True
@@ -424,28 +402,24 @@ class StreamBatches(Batches):
     ) -> Generator[dict[str, np.ndarray], None, None]:
         from grain import MapDataset, ReadOptions
 
-        parts = -(-local_size(self._batch, self._process[1]) // PART)  # of a batch
+        parts = -(-local_size(self._batch, self._process) // PART)  # of a batch
 
         def read(part: int) -> np.ndarray:
             index, first = indices(part // parts)[0], part % parts * PART
             return np.stack([self._read_image(i) for i in index[first : first + PART]])
 
+        def filled(index: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+            images = np.empty((len(index), *self.image_shape), np.uint8)
+            for first in range(0, len(index), PART):
+                images[first : first + PART] = next(done)
+            return {'image': images, 'label': self.labels[index], 'index': index, 'mask': mask}
+
         whole = MapDataset.range(min(count * parts, sys.maxsize)).map(read)
         ahead = max(cores() + 1, 2 * parts)
-        options = ReadOptions(num_threads=cores(), prefetch_buffer_size=ahead)
-        done = iter(whole.to_iter_dataset(options))
-        try:
+        done = iter(whole.to_iter_dataset(ReadOptions(cores(), ahead)))
+        with contextlib.closing(done):
             for number in range(count):
-                yield self._filled(done, *indices(number))
-        finally:
-            done.close()
-
-    def _filled(self, parts: Iterator, index: np.ndarray, mask: np.ndarray) -> dict:
-        """The batch whose images the next parts are."""
-        images = np.empty((len(index), *self.image_shape), np.uint8)
-        for first in range(0, len(index), PART):
-            images[first : first + PART] = next(parts)
-        return {'image': images, 'label': self.labels[index], 'index': index, 'mask': mask}
+                yield filled(*indices(number))
 
 
 def _gather(images: Array, labels: Array, index: Array, mask: Array) -> Batch:

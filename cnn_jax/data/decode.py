@@ -15,7 +15,6 @@ import hashlib
 import io
 import os
 import stat
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
+from tqdm import tqdm
 
 from cnn_jax.data.source import UNREADABLE, Skipped, Source
 from cnn_jax.errors import UserError
@@ -38,8 +38,7 @@ HAS_HEIF = find_spec('pillow_heif') is not None
 NO_HEIF = 'HEIC (pip install -r requirements-heic.txt)'  # what is left out, and its cure
 SUFFIXES = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.webp', '.bmp', '.gif'),
-    *('.tif', '.tiff', '.avif'),
-    *(HEIC if HAS_HEIF else ()),
+    *('.tif', '.tiff', '.avif', *(HEIC if HAS_HEIF else ())),
 )
 JPEG = ('JPEG', 'MPO')  # MPO: a JPEG with more behind it, such as another view
 BITS_PER_SAMPLE = 258  # the tag of a TIFF
@@ -129,17 +128,16 @@ def _read(data: bytes, then: Callable[[Any], T]) -> T:
             if width * height <= MAX_PIXELS:
                 return then(image)
             if jpeg:
-                sides = (2, 4, 8)
-                least = next(n for n in sides if width // n * (height // n) <= MAX_PIXELS)
+                least = next(n for n in (2, 4, 8) if width // n * (height // n) <= MAX_PIXELS)
                 image.draft(None, (width // least, height // least))
             with _one_large:
                 return then(image)
     except CorruptImage:
         raise
     except Image.UnidentifiedImageError:
-        if data[4:11] in (b'ftyphei', b'ftypmif', b'ftyphev') and not HAS_HEIF:
-            raise CorruptImage(NO_HEIF) from None
-        raise CorruptImage(f'not an image in {", ".join(FORMATS)} format') from None
+        heic = data[4:11] in (b'ftyphei', b'ftypmif', b'ftyphev') and not HAS_HEIF
+        reason = NO_HEIF if heic else f'not an image in {", ".join(FORMATS)} format'
+        raise CorruptImage(reason) from None
     except Exception as error:  # damaged bytes make decoders raise anything
         raise CorruptImage(' '.join(str(error).split()) or type(error).__name__) from error
 
@@ -150,18 +148,16 @@ def _pixels(image) -> np.ndarray:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in 'IF':
         return _deep_pixels(image)
-    grey = image.mode in GREY or (image.mode in ('P', 'PA') and _has_grey_palette(image))
+    grey = image.mode in GREY
+    if image.mode in ('P', 'PA'):
+        colours = np.array(image.getpalette()).reshape(-1, 3)
+        grey = bool((colours == colours[:, :1]).all())
     if image.has_transparency_data:
         rgba = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', rgba.size, 'white'), rgba)
     mode = 'L' if grey else 'RGB'
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if grey else pixels
-
-
-def _has_grey_palette(image) -> bool:
-    colours = np.array(image.getpalette()).reshape(-1, 3)
-    return bool((colours == colours[:, :1]).all())
 
 
 def _deep_pixels(image) -> np.ndarray:
@@ -224,20 +220,19 @@ def image_shape(
     Errors:
         UserError: `resize` is none, and images differ in size; two of them are named.
     """
-    channels = channels or source.channels
+    channels, sizes = channels or source.channels, source.sizes
     if resize != 'none':
         return size, size, channels
-    other = np.flatnonzero((source.sizes != source.sizes[0]).any(axis=1))
+    other = np.flatnonzero((sizes != sizes[0]).any(axis=1))
     if len(other):
         first, second = (
-            f'{source.describe(i)} is {source.sizes[i][1]}×{source.sizes[i][0]}'
-            for i in (0, int(other[0]))
+            f'{source.describe(i)} is {sizes[i][1]}×{sizes[i][0]}' for i in (0, int(other[0]))
         )
         raise UserError(
             f'the images of {source.name} differ in size ({first}, {second} pixels); set '
             'config.data.resize to stretch or crop and config.data.size to the size in pixels'
         )
-    height, width = source.sizes[0].tolist()
+    height, width = sizes[0].tolist()
     return height, width, channels
 
 
@@ -281,7 +276,7 @@ def skipped(
 def load_findings(key: str) -> list[Any]:
     """The rows stored under `key` by the present rule of decoding, or none."""
     try:
-        stored = read_json(_location(key))
+        stored = read_json(cache_folder() / 'index' / f'{key}.json')
     except (OSError, Corrupt):
         return []
     return stored['rows'] if stored.get('rule') == _rule() else []
@@ -290,7 +285,7 @@ def load_findings(key: str) -> list[Any]:
 def store_findings(key: str, rows: Sequence[Any]) -> None:
     """Store rows of JSON values under `key`."""
     try:
-        write_json(_location(key), {'rule': _rule(), 'rows': rows})
+        write_json(cache_folder() / 'index' / f'{key}.json', {'rule': _rule(), 'rows': rows})
     except OSError as error:
         warn_without_cache(error)
 
@@ -299,18 +294,10 @@ def _rule() -> Any:
     return [RULE, 'HEIF'] if HAS_HEIF else RULE
 
 
-def _location(key: str) -> Path:
-    return cache_folder() / 'index' / f'{key}.json'
-
-
 def parallel_map(function: Callable[[int], T], n: int, label: str) -> list[T]:
     """Compute `[function(0), …, function(n − 1)]` by threads; the first error ends the work."""
     chunks = [range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
     with ThreadPoolExecutor(cores()) as pool:
         done = pool.map(lambda chunk: [function(i) for i in chunk], chunks)
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import track
-
-            done = track(done, label, len(chunks), console=Console(stderr=True), transient=True)
-        return [result for chunk in done for result in chunk]
+        shown = tqdm(done, label, len(chunks), leave=False, disable=None)
+        return [result for chunk in shown for result in chunk]

@@ -11,49 +11,40 @@ from pathlib import Path
 import numpy as np
 
 from cnn_jax.data import decode
-from cnn_jax.data.decode import (
-    CorruptImage,
-    Finding,
-    load_findings,
-    parallel_map,
-    read_file,
-    scan,
-    skipped,
-    store_findings,
-)
+from cnn_jax.data.decode import CorruptImage, Finding
 from cnn_jax.data.source import Source, count_left_out, digest
 from cnn_jax.errors import UserError
 from cnn_jax.files import local_path
-
-Stamp = tuple[int, int, int]  # size, and times of the last change of content and of inode
 
 
 def examine_files(root: Path, paths: Sequence[str], *lists: str) -> dict[str, Finding]:
     """The `Finding` of each file, by its path below the root (or absolute), in the same order.
 
-    The findings are kept in an index in the cache, of the root, or of a list of files there. A file
-    is read when its stamp differs from the one there, as in git. One that could not be read at all
-    is not indexed: the obstacle may be gone the next time.
+    An index in the cache, of the root or of a list of files there, keeps them: a file is read when
+    its stamp differs. One that could not be read at all is not indexed, but tried again.
     """
     key = digest(os.fsencode(root.resolve()), *lists)
-    known = {path: (tuple(stamp), Finding(*row)) for path, stamp, row in load_findings(key)}
+    known = {path: (tuple(stamp), Finding(*row)) for path, stamp, row in decode.load_findings(key)}
     stamps = {path: _stamp(root / path) for path in paths}
     stale = [path for path in paths if path not in known or known[path][0] != stamps[path]]
-    read = parallel_map(lambda i: _examine(root / stale[i]), len(stale), 'Examining images')
+    read = decode.parallel_map(lambda i: _examine(root / stale[i]), len(stale), 'Examining images')
     known |= {path: (stamps[path], finding) for path, finding in zip(stale, read)}
     if stale:
-        store_findings(key, [(path, *known[path]) for path in paths if known[path][1].sha256])
+        decode.store_findings(
+            key, [(path, *known[path]) for path in paths if known[path][1].sha256]
+        )
     return {path: known[path][1] for path in paths}
 
 
 def _examine(path: Path) -> Finding:
     try:
-        return scan(read_file(path))
+        return decode.scan(decode.read_file(path))
     except (OSError, CorruptImage) as error:
         return Finding(0, 0, 0, getattr(error, 'strerror', None) or str(error), '')
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Size, and times of the last change of content and of inode."""
     try:
         stat = os.stat(path)
     except OSError:  # a link to nowhere, which `_examine` reports
@@ -62,11 +53,8 @@ def _stamp(path: Path) -> Stamp:
 
 
 UNPRINTABLE = ('Cc', 'Cs')  # control characters, and bytes that are not UTF-8
-PARTS = {
-    'train': 'train',
-    'test': 'test',
-    **dict.fromkeys(('val', 'valid', 'validation', 'dev'), 'validation'),
-}
+PARTS = {'train': 'train', 'test': 'test'}
+PARTS |= dict.fromkeys(('val', 'valid', 'validation', 'dev'), 'validation')
 LIKE_PARTS = {*PARTS, 'training', 'testing', 'tests'}
 COMPANIONS = ('@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN')  # of file servers and systems
 Listing = dict[str, int]  # path below the root, with slashes, and label
@@ -81,8 +69,7 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
     differ in their form alone are one class. Images lie below them at any depth. What else is there
     is left out and listed: files of other endings, hidden ones, thumbnails, images in no class.
 
-    A part, a class or an image may be a link, also to elsewhere. Below a class, links to folders
-    are not followed, so that none leads round in a circle.
+    A part, a class or an image may be a link. Below a class, links to folders are not followed.
 
     Args:
         folder: The path; ~ is the home folder.
@@ -99,18 +86,19 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
         layout = _layout(root)
         class_names = _class_names(layout)
         folders = [below.name for below in layout.values()]
-        left_out = _aside(root, root, folders) if 'train' in layout else []
+        found = _aside(root, folders) if 'train' in layout else []
         listings = {}
         for part, below in layout.items():
             listings[part], others = _list_part(root, part, below, class_names)
-            left_out += others
+            found += others
     except OSError as error:  # else its images would be missing without a word
         raise UserError(
             f'{error.filename} cannot be listed: {error.strerror}; make it readable or remove it'
         ) from error
+    left_out = [(Path(path).relative_to(root).as_posix(), kind) for path, kind in found]
     # All parts are read for any of them: that the images are grey or RGB is decided by all.
     files = examine_files(root, [path for listing in listings.values() for path in listing])
-    unreadable = skipped(name, list(files), list(files.values()), max_corrupt)
+    unreadable = decode.skipped(name, list(files), list(files.values()), max_corrupt)
 
     def open_part(part: str) -> Source:
         loose = [path for path, kind in left_out if kind == NO_CLASS]
@@ -135,7 +123,11 @@ def find_images(folder: Path, without: Sequence[str] = ()) -> tuple[list[Path], 
         `count_left_out` counts it; nothing of the sub-folders `without`.
     """
     images, left_out = [], []
-    for below, folders, files in os.walk(folder, onerror=_fail):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for below, folders, files in os.walk(folder, onerror=fail):
         if below == os.fspath(folder):
             folders[:] = [name for name in folders if name not in without]
         inside = Path(below).relative_to(folder).parts
@@ -151,9 +143,8 @@ def find_images(folder: Path, without: Sequence[str] = ()) -> tuple[list[Path], 
 
 def _kind(parts: Sequence[str]) -> str:
     """The kind of a file that is left out, by its path below a folder; '' of an image."""
-    for part in parts:
-        if companion := _companion(part):
-            return companion
+    if companion := next(filter(None, map(_companion, parts)), ''):
+        return companion
     ending = os.path.splitext(parts[-1])[1].lower()
     if ending in decode.SUFFIXES:
         return ''
@@ -233,7 +224,7 @@ def _list_part(
 ) -> tuple[Listing, LeftOut]:
     """The images of a part with their labels, and what is left out."""
     folders, listing = _class_folders(below), {}
-    left_out = _aside(root, below, [name for names in folders.values() for name in names])
+    left_out = _aside(below, [name for names in folders.values() for name in names])
     for label, class_name in enumerate(class_names):
         images: list[Path] = []
         others: LeftOut = []
@@ -249,22 +240,14 @@ def _list_part(
                 f'{", ".join(decode.SUFFIXES)}, or remove the folder'
             )
         listing |= {path.relative_to(root).as_posix(): label for path in images}
-        left_out += _below(root, others)
+        left_out += others
     return listing, left_out
 
 
-def _aside(root: Path, below: Path, folders: Sequence[str]) -> LeftOut:
+def _aside(below: Path, folders: Sequence[str]) -> LeftOut:
     """What lies beside the folders that are read, images too."""
     images, others = find_images(below, without=folders)
-    return _below(root, [(str(path), NO_CLASS) for path in images] + others)
-
-
-def _below(root: Path, left_out: LeftOut) -> LeftOut:
-    return [(Path(path).relative_to(root).as_posix(), kind) for path, kind in left_out]
-
-
-def _fail(error: OSError) -> None:
-    raise error
+    return [(str(path), NO_CLASS) for path in images] + others
 
 
 def _sub_folders(folder: Path) -> list[str]:
@@ -290,7 +273,7 @@ def source_of(
     def read(i: int) -> np.ndarray:
         path = root / paths[i]
         try:
-            data = read_file(path)
+            data = decode.read_file(path)
             if hashlib.sha256(data).hexdigest() != found[i].sha256:
                 raise CorruptImage('it holds other bytes')
             return decode.with_channels(decode.decode(data), channels)

@@ -3,10 +3,8 @@
 The list of operations is RandAugment's; grey images have no saturation to change. Deviations from
 the papers' code: maps of the plane are sampled bilinearly instead of by the nearest pixel, and
 shears keep the centre, not the corner; solarize starts from 256, so that level 0 changes nothing;
-fractions are rounded, not truncated. Beyond the image lies black, as in torchvision.
-
-All operations of one kind are one computation with drawn arguments (one resampling, one blend),
-for under `vmap` a choice costs the sum of what it chooses from.
+fractions are rounded, not truncated. Operations of one kind are one computation with drawn
+arguments, for under `vmap` a choice costs the sum of what it chooses from.
 """
 
 from collections.abc import Callable

@@ -106,19 +106,16 @@ def from_arrays(
     class_names: tuple[str, ...],
 ) -> Source:
     """A source of images that are already decoded."""
-    n, height, width, channels = images.shape
-    labels = np.asarray(labels, np.int32)
+    labels, shape = np.asarray(labels, np.int32), images.shape
     return Source(
         name=name,
         class_names=class_names,
         labels=labels,
-        sizes=np.broadcast_to(np.array([height, width], np.int32), (n, 2)),
-        channels=channels,
+        sizes=np.broadcast_to(np.array(shape[1:3], np.int32), (len(images), 2)),
+        channels=shape[3],
         read=lambda i: images[i],
         describe=lambda i: f'example {i}',
-        fingerprint=digest(
-            repr((images.shape, class_names)), images.ravel().data, labels.tobytes()
-        ),
+        fingerprint=digest(repr((shape, class_names)), images.ravel().data, labels.tobytes()),
     )
 
 
@@ -126,13 +123,13 @@ def as_source(data: Any, name: str = 'the data', class_names: Sequence[str] = ()
     """Return the user's images and labels as a `Source`.
 
     Args:
-        data: A `Source`, which is returned as it is; `(images, labels)`; or
-            `(images, labels, class_names)`. Images are [n, height, width, channels], grey or RGB,
-            uint8 or floats: those from 0 to 1 become round(255·x), whole numbers from 0 to 255
-            stay as they are. Labels are integers from 0, [n] or [n, 1].
+        data: A `Source`, `(images, labels)` or `(images, labels, class_names)`. Images are
+            [n, height, width, channels], grey or RGB, uint8 or floats: those from 0 to 1 become
+            round(255·x), whole numbers from 0 to 255 stay as they are. Labels are integers from 0,
+            [n] or [n, 1].
         name: The name of the data, for messages.
-        class_names: The names of classes 0, 1, … of data that bring none, such as those of the
-            training data for the evaluation data; by default '0', '1', … up to the largest label.
+        class_names: The names of classes 0, 1, … of data that bring none; by default '0', '1', …
+            up to the largest label.
 
     Errors:
         UserError: A wrong type, shape, length or range; see also `Source`.
@@ -197,10 +194,7 @@ def _labels(labels: Any, name: str) -> Int32[np.ndarray, ' n']:
 
 
 def digest(*parts: str | bytes | memoryview) -> str:
-    """SHA-256, in hex, of the parts, each preceded by its length (so that borders count).
-
-    A memoryview is one of bytes, in one dimension.
-    """
+    """SHA-256, in hex, of the parts, each preceded by its length (so that borders count)."""
     total = hashlib.sha256()
     for part in parts:
         part = part.encode('utf-8', 'surrogateescape') if isinstance(part, str) else part

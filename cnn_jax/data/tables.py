@@ -6,10 +6,11 @@ import glob
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cnn_jax import config
 from cnn_jax.data.decode import skipped
 from cnn_jax.data.folder import PARTS, Listing, check_class_name, examine_files, source_of
 from cnn_jax.data.source import Source
@@ -29,9 +30,7 @@ FEW = 20  # rows, of which most may have a label of their own
 Rows = dict[str, list[Any]]  # the values of each column
 
 
-def parts(
-    kind: str, files: str, columns: Mapping[str, str], max_corrupt: float
-) -> dict[str, Callable[[], Source]]:
+def parts(kind: str, files: str, data: config.Data) -> dict[str, Callable[[], Source]]:
     """The parts of a table: those of its column of parts, else `all`.
 
     Paths are absolute, or relative to the folder of their table. Labels are texts or whole numbers;
@@ -40,8 +39,8 @@ def parts(
     Args:
         kind: csv (UTF-8 with a header, separated by one of `DELIMITERS`) or parquet.
         files: The path of a table, or a pattern of several, such as `labels/*.csv`.
-        columns: By field of `config.Data`, the columns to take; '' for one of the usual `COLUMNS`.
-        max_corrupt: The largest fraction of images that may be missing or unreadable.
+        data: Its fields in `COLUMNS` name the columns to take ('' for one of the usual names),
+            `max_corrupt` the largest fraction of images that may be missing or unreadable.
 
     Errors:
         UserError: There is no such table or column, a cell is empty, an image is named twice,
@@ -54,7 +53,7 @@ def parts(
         raise UserError(f'{pattern} does not exist; give a {kind} file, or a pattern of several')
     root, labels, split_of = Path(found[0]).parent, {}, {}
     for table in map(Path, found):
-        rows = _chosen(table, (_read_csv if kind == 'csv' else _read_parquet)(table), columns)
+        rows = _chosen(table, (_read_csv if kind == 'csv' else _read_parquet)(table), data)
         for number, (path, label, split) in enumerate(zip(*rows), 1):
             path = _below(root, table.parent, path)
             if path in labels:
@@ -76,7 +75,7 @@ def parts(
         )
     listing: Listing = {path: class_names.index(label) for path, label in labels.items()}
     files_ = examine_files(root, list(listing), name)
-    unreadable = skipped(name, list(files_), list(files_.values()), max_corrupt)
+    unreadable = skipped(name, list(files_), list(files_.values()), data.max_corrupt)
 
     def open_part(part: str) -> Source:
         own = {path: label for path, label in listing.items() if split_of[path] == part}
@@ -117,20 +116,19 @@ def _read_parquet(path: Path) -> Rows:
         raise UserError(f'{path} is no whole Parquet file ({reason}); write it again') from error
 
 
-def _chosen(table: Path, rows: Rows, columns: Mapping[str, str]) -> tuple[list[str], ...]:
+def _chosen(table: Path, rows: Rows, data: config.Data) -> tuple[list[str], ...]:
     """The paths, labels and parts of a table's rows."""
     there = {re.sub(r'[\s_-]', '', name.lower()): name for name in reversed(rows)}
-    texts = []
+    texts: list[list[str]] = []
     for field, usual in COLUMNS.items():
-        column = columns[field] or next(
-            (there[name] for name in usual.split() if name in there), ''
-        )
+        known = (there[name] for name in usual.split() if name in there)
+        column = getattr(data, field) or next(known, '')
         if not column and field == 'split_column':
             texts.append(['all'] * len(texts[0]))
             continue
         if column not in rows:
-            asked = f'no column {column!r}{nearest(column, list(rows))}' if column else 'no usual'
-            what = asked if column else f'{asked} name of a {field.replace("_", " ")}'
+            what = f'no usual name of a {field.replace("_", " ")}'
+            what = f'no column {column!r}{nearest(column, list(rows))}' if column else what
             raise UserError(
                 f'{table} has {what}; its columns are {", ".join(rows) or "none"}: choose one by '
                 f'config.data.{field}'
@@ -142,7 +140,7 @@ def _chosen(table: Path, rows: Rows, columns: Mapping[str, str]) -> tuple[list[s
                 f'{table} has {split!r} as the part of row {number}; write {", ".join(PARTS)}, or '
                 'choose another column by config.data.split_column'
             )
-    return texts[0], texts[1], [SPLITS.get(split.lower(), split) for split in texts[2]]
+    return texts[0], texts[1], [SPLITS.get(split.lower(), 'all') for split in texts[2]]
 
 
 def _text(value: Any, table: Path, column: str, number: int) -> str:

@@ -23,9 +23,7 @@ def parts(name: str, data_dir: str, max_corrupt: float) -> dict[str, Callable[[]
     """The splits of a TFDS image classification set (`NAME`, `NAME/CONFIG`, `NAME:VERSION`).
 
     Args:
-        name: The name of the set.
-        data_dir: The folder of prepared sets; '' is TFDS's default.
-        max_corrupt: The largest fraction of a split's images that may be unreadable.
+        name, data_dir, max_corrupt: As in `cnn_jax.config.Data`; the name without `tfds:`.
 
     Errors:
         UserError: The set is unknown, is none of images and class labels, cannot be prepared or
@@ -120,13 +118,14 @@ def _feature_keys(name: str, builder) -> tuple[str, str]:
 def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: float) -> Source:
     import tensorflow_datasets as tfds
 
-    with _refusing_damage(f'tfds:{name} {part}', builder.data_path):
+    title = f'tfds:{name} {part}'
+    with _refusing_damage(title, builder.data_path):
         records = builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
         rows = _examine(records, builder, part, image, label)
     class_names = tuple(builder.info.features[label].names)
     channels = 1 if builder.info.features[image].shape[-1] in (1, 2) else 3
-    where = [f'tfds:{name} {part} record {i}' for i in range(len(records))]
-    wrong = skipped(f'tfds:{name} {part}', where, [finding for _, finding in rows], max_corrupt)
+    where = [f'{title} record {i}' for i in range(len(records))]
+    wrong = skipped(title, where, [finding for _, finding in rows], max_corrupt)
     readable = [i for i, (_, finding) in enumerate(rows) if not finding.reason]
     found = [rows[i] for i in readable]
     content = [value for number, finding in found for value in (str(number), finding.sha256)]
@@ -136,7 +135,7 @@ def _source(name: str, builder, part: str, image: str, label: str, max_corrupt: 
             return decode.with_channels(decode.decode(records[readable[i]][image]), channels)
 
     return Source(
-        name=f'tfds:{name} {part}',
+        name=title,
         class_names=class_names,
         labels=np.array([number for number, _ in found], np.int32),
         sizes=np.array([finding[:2] for _, finding in found], np.int32).reshape(-1, 2),
@@ -154,13 +153,13 @@ def _examine(records, builder, part: str, image: str, label: str) -> list[tuple[
     """The label and finding of every record, from the cache or by reading all of them once."""
     files = [(file, file.stat()) for file in builder.info.splits[part].filepaths]
     key = digest(*(f'{file} {stat.length} {stat.mtime}' for file, stat in files))
+    if known := load_findings(key):
+        return [(number, Finding(*row)) for number, row in known]
 
     def examine(i: int) -> tuple[int, Finding]:
         record = records[i]
         return int(record[label]), scan(record[image])
 
-    if known := load_findings(key):
-        return [(number, Finding(*row)) for number, row in known]
     rows = parallel_map(examine, len(records), 'Examining images')
     store_findings(key, rows)
     return rows

@@ -81,8 +81,7 @@ def open_data(
         test: Whether to open the evaluation split where there are held-out images, too.
     """
     part: dict[str, Any] = {
-        'process_index': jax.process_index(),
-        'process_count': jax.process_count(),
+        'process': (jax.process_index(), jax.process_count()),
         'sharding': layout.batch if layout else None,
     }
     own: Any = [None, None]

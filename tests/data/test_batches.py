@@ -83,7 +83,7 @@ def test_training_is_the_epochs_one_after_the_other(n, batch, seed, process_coun
     batch *= process_count
     steps = -(-3 * n // batch)
     parts = [
-        train_indices(n, batch, seed, step, process, process_count)
+        train_indices(n, batch, seed, step, (process, process_count))
         for step in range(steps)
         for process in range(process_count)
     ]
@@ -97,7 +97,7 @@ def test_evaluation_takes_every_example_once_and_pads_the_last_batch(n, batch, p
     batch *= process_count
     seen = []
     each = [
-        list(eval_batches(n, batch, process, process_count)) for process in range(process_count)
+        list(eval_batches(n, batch, (process, process_count))) for process in range(process_count)
     ]
     for number, processes in enumerate(zip(*each)):
         index, mask = (np.concatenate(parts) for parts in zip(*processes))
@@ -118,7 +118,7 @@ def test_classes_and_their_examples_are_drawn_equally_often(counts, batch, seed,
     batch *= parts
     stream = np.concatenate(
         [
-            balanced_indices(by_class, batch, seed, step, process, parts)
+            balanced_indices(by_class, batch, seed, step, (process, parts))
             for step in range(first + 3)
             for process in range(parts)
         ]
@@ -141,10 +141,8 @@ def test_the_balanced_order_is_the_same_for_ever_and_another_for_each_seed():
 
 
 def test_a_batch_that_processes_cannot_share():
-    with pytest.raises(UserError, match=r'batch of 10 examples .* 3 processes'):
-        train_indices(100, 10, 0, 0, 0, 3)
     with pytest.raises(UserError, match='3 processes'):
-        open_batches(config.Data(source='digits'), 'train', process_count=3)
+        open_batches(config.Data(source='digits'), 'train', process=(0, 3))
 
 
 # Decoded sets.
@@ -231,11 +229,9 @@ def test_batches_are_the_sources_examples_in_order(folder, stream):
         images = [resize_image(source[i][0], 'crop', 5) for i in index]
         np.testing.assert_array_equal(batch['image'], images)
         assert batch['mask'].all()
-    assert {key: (v.dtype, v.shape) for key, v in batch.items()} == {
-        'image': (np.uint8, (4, 5, 5, 3)),
-        'label': (np.int32, (4,)),
-        'index': (np.int32, (4,)),
-        'mask': (bool, (4,)),
+    assert {key: v.dtype for key, v in batch.items()} == {
+        **{'image': np.uint8, 'label': np.int32},
+        **{'index': np.int32, 'mask': bool},
     }
 
 
@@ -361,8 +357,8 @@ def numbered() -> Source:
 
 def processes(stream, count, seed=SEED):
     """The batches that each of `count` processes opens."""
-    parts = [{'process_index': p, 'process_count': count} for p in range(count)]
-    return [PROVIDERS[stream](numbered(), batch=BATCH, seed=seed, **part) for part in parts]
+    parts = [(number, count) for number in range(count)]
+    return [PROVIDERS[stream](numbered(), batch=BATCH, seed=seed, process=each) for each in parts]
 
 
 def joined(each):
@@ -382,10 +378,7 @@ def test_any_number_of_processes_resumes_with_the_same_batches(stream, seed, ste
     run = joined([first(p.train(step), 3) for p in processes(stream, before, seed)])
     resumed = joined([first(p.train(step + 1), 2) for p in processes(stream, after, seed)])
     assert_same(run[1:], resumed)
-    evaluated = [
-        joined([list(p.evaluate()) for p in processes(stream, n)]) for n in (before, after)
-    ]
-    assert_same(*evaluated)
+    assert_same(*(joined([[*p.evaluate()] for p in processes(stream, n)]) for n in (before, after)))
 
 
 SHARDED = """
@@ -503,7 +496,7 @@ def test_only_the_images_of_the_process_are_read():
         asked.add(i)
         return np.zeros((2, 2, 1), np.uint8)
 
-    stream = StreamBatches(computed(100, read), batch=20, process_index=3, process_count=5)
+    stream = StreamBatches(computed(100, read), batch=20, process=(3, 5))
     own = {int(i) for batch in stream.evaluate() for i in batch['index'][batch['mask']]}
     assert own == {i for i in range(100) if 12 <= i % 20 < 16}
     assert asked == own

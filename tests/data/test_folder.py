@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax.data import folder
+from cnn_jax.data import decode
 from cnn_jax.data.folder import examine_files, find_images
 from cnn_jax.data.source import count_left_out, remarks
 from cnn_jax.data.sources import open_source
@@ -372,9 +372,6 @@ def test_mistakes_in_folders_are_named(tmp_path, write_images, mistake):
     (tmp_path / 'set').mkdir()
     with pytest.raises(UserError, match=sentence):
         open_folder(write_images(tmp_path / 'set', folders))
-
-
-def test_a_missing_folder(tmp_path):
     with pytest.raises(UserError, match='nowhere is not a folder'):
         open_folder(tmp_path / 'nowhere')
 
@@ -388,8 +385,8 @@ PATHS = ['a/0.png', 'a/1.png', 'b/0.png']
 def read(monkeypatch):
     """The number of files read since the last look."""
     counts = []
-    scan = folder.scan
-    monkeypatch.setattr(folder, 'scan', lambda data: counts.append(0) or scan(data))
+    scan = decode.scan
+    monkeypatch.setattr(decode, 'scan', lambda data: counts.append(0) or scan(data))
 
     def count():
         n = len(counts)
@@ -416,22 +413,8 @@ def test_a_file_that_could_not_be_read_is_tried_again(root, read, monkeypatch):
         raise PermissionError(13, 'Permission denied')
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, 'read_file', fail)
+        patch.setattr(decode, 'read_file', fail)
         reasons = [each.reason for each in examine_files(root, PATHS).values()]
         assert (reasons, read()) == (['Permission denied'] * 3, 0)
     reasons = [each.reason for each in examine_files(root, PATHS).values()]
     assert (reasons, read()) == ([''] * 3, 3)
-
-
-def test_a_damaged_index_is_made_again(root, read, cache_dir):
-    first = examine_files(root, PATHS)
-    (index,) = cache_dir.rglob('*.json')
-    index.write_bytes(b'{"rule"')
-    assert (examine_files(root, PATHS), read()) == (first, 6)
-
-
-def test_folders_do_not_share_an_index(root, read, tmp_path, write_images):
-    write_images(tmp_path / 'other', {'a': 2, 'b': 1})
-    examine_files(root, PATHS)
-    examine_files(tmp_path / 'other', PATHS)
-    assert read() == 6

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from cnn_jax.data import folder, tables
+from cnn_jax.data import decode
 from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 
@@ -31,9 +31,7 @@ def text_of(rows, header='path,label', delimiter=','):
 
 
 def of_table(path, split='all', max_corrupt=0.0, columns: Any = ()):
-    source = f'{path.suffix[1:]}:{path}'
-    chosen = dict.fromkeys(tables.COLUMNS, '') | dict(columns)
-    return open_source(source, split=split, max_corrupt=max_corrupt, columns=chosen)
+    return open_source(f'{path.suffix[1:]}:{path}', split, max_corrupt=max_corrupt, **dict(columns))
 
 
 def write(path, content):
@@ -128,7 +126,7 @@ def test_a_table_and_its_folder_keep_an_index_each(root, monkeypatch):
     for _ in range(2):
         of_table(table)
         open_source(f'folder:{root}', split='all')
-        monkeypatch.setattr(folder, 'scan', None)  # nothing is read again
+        monkeypatch.setattr(decode, 'scan', None)  # nothing is read again
 
 
 @pytest.mark.parametrize(
