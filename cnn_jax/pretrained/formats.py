@@ -21,7 +21,7 @@ import numpy as np
 
 from cnn_jax.errors import UserError, printable
 from cnn_jax.params import flatten, unflatten
-from cnn_jax.pretrained.torch_files import LEGACY, is_torch_archive, open_torch
+from cnn_jax.pretrained.torch_files import LEGACY, open_torch
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # {'block1_conv1': {'kernel': …, 'bias': …}, …}
 
@@ -131,8 +131,7 @@ def read(path: Path, network: Network | None = None) -> tuple[Params, tuple[str,
 
     Args:
         path: Keras .h5 or .keras, ONNX, PyTorch's .pth or safetensors, the last two in
-            torchvision's, timm's or this project's names, under any prefix; the format is detected
-            from the content.
+            torchvision's, timm's or this project's names, under any prefix.
         network: Its tensors; None: VGG16's convolutions.
 
     Returns:
@@ -172,9 +171,10 @@ def _format(path: Path) -> str:
         return 'safetensors'
     if head.startswith(b'\x08'):  # field 1, the version, comes first
         return 'ONNX'
-    if head.startswith(b'PK') and _holds_keras_weights(path):
+    members = _members(path) if head.startswith(b'PK') else []
+    if KERAS_WEIGHTS in members:
         return '.keras'
-    if head == LEGACY or (head.startswith(b'PK') and is_torch_archive(path)):
+    if head == LEGACY or any(name.endswith('/data.pkl') for name in members):
         return 'PyTorch'
     if head.startswith((b'PK', b'\x80')):
         raise UserError(
@@ -185,6 +185,14 @@ def _format(path: Path) -> str:
         f'{path} is neither a Keras, ONNX, PyTorch nor safetensors file; give a file in one of '
         'these formats'
     )
+
+
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return []
 
 
 def _collect(contents: Contents, path: Path, network: Network) -> tuple[Params, tuple[str, ...]]:
@@ -203,7 +211,9 @@ def _collect(contents: Contents, path: Path, network: Network) -> tuple[Params, 
     for name, shape in network.optional.items():
         if name in tensors and tensors[name].shape == shape:
             expected[name] = shape
-    arrays = {name: _float32(tensors[name].read()) for name in expected}
+    arrays = {name: np.ascontiguousarray(tensors[name].read(), np.float32) for name in expected}
+    for array in arrays.values():
+        array.flags.writeable = False
     if invalid := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise UserError(
             f'{path} holds values that are not finite in {", ".join(invalid)}; '
@@ -219,10 +229,8 @@ def _mismatches(tensors: Mapping[str, LazyTensor], expected: dict) -> list[str]:
         for name in tensors
         if name not in expected and _BACKBONE.match(name)
     ]
-    for name, shape in expected.items():
-        if name not in tensors:
-            continue
-        tensor = tensors[name]
+    for name, tensor in [(name, tensors[name]) for name in expected if name in tensors]:
+        shape = expected[name]
         if tensor.shape != shape:
             problems.append(f'{name} is {list(tensor.shape)} instead of {list(shape)}')
         if tensor.dtype not in ('float16', 'float32'):
@@ -249,12 +257,6 @@ def _summary(tensors: Mapping[str, LazyTensor]) -> str:
     return f'it holds {len(tensors):,} tensors ({", ".join(first)}{more})'
 
 
-def _float32(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array, np.float32)
-    array.flags.writeable = False
-    return array
-
-
 # Keras's HDF5: published weights, whole models, `.weights.h5`, and the one inside a `.keras` file.
 
 
@@ -264,10 +266,9 @@ def _open_hdf5(
 ) -> Iterator[Contents]:
     """Open a Keras file, or the `content` of one.
 
-    A tensor's layer is the last group above it that is named after one. Keras 3's `.weights.h5`
-    numbers layers instead. (Their names are attributes, which libhdf5 cannot read safely from a
-    damaged file.) Only hard links are followed, so that a file cannot bring in what lies outside
-    of it.
+    A tensor's layer is the last group above it that is named after one, or numbered, as in Keras
+    3's `.weights.h5`. (Names in attributes libhdf5 cannot read safely from a damaged file.) Only
+    hard links are followed, so that a file cannot bring in what lies outside of it.
     """
     import h5py
 
@@ -298,22 +299,17 @@ def _of_keras(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     numbered, names = _numbered_layers(shapes), {}
     for name, shape in shapes.items():
         *groups, _ = name.split('/')
-        if layer := _named_layer(groups) or numbered.get('/'.join(groups)):
+        named = [g for g in groups if g in CONVOLUTIONS or _BACKBONE.fullmatch(g)]
+        if layer := named[-1] if named else numbered.get('/'.join(groups)):
             names[name] = f'{layer}/{_KERAS_TENSORS.get(len(shape), name)}'
     return names
-
-
-def _named_layer(groups: list[str]) -> str:
-    named = (g for g in reversed(groups) if g in CONVOLUTIONS or _BACKBONE.fullmatch(g))
-    return next(named, '')
 
 
 def _numbered_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The layers of groups such as `block1/layers/conv2d_1/vars`, by the order of their numbers.
 
     They are those below any one group whose names differ in numbers alone and whose kernels have
-    VGG16's shapes in this order. So it does not matter what else the model holds, and whether
-    numbers begin anew in each block.
+    VGG16's shapes in this order, whatever else the model holds.
     """
     series: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name, shape in shapes.items():
@@ -322,24 +318,16 @@ def _numbered_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
             for depth in range(len(groups)):
                 above, below = '/'.join(groups[:depth]), '/'.join(groups[depth:])
                 series[above, re.sub(r'_?\d+', '', below)].append('/'.join(groups))
+
+    def numbers(path: str) -> list[list[int]]:
+        return [[int(n) for n in re.findall(r'\d{1,9}', part)] for part in path.split('/')]
+
     layers = {}
     for convolutions in series.values():
-        convolutions.sort(key=_numbers)
+        convolutions.sort(key=numbers)
         if [shapes[f'{each}/0'] for each in convolutions] == list(CONVOLUTIONS.values()):
             layers |= zip(convolutions, CONVOLUTIONS)
     return layers
-
-
-def _numbers(path: str) -> list[list[int]]:
-    return [[int(number) for number in re.findall(r'\d{1,9}', part)] for part in path.split('/')]
-
-
-def _holds_keras_weights(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return KERAS_WEIGHTS in archive.namelist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return False
 
 
 @contextmanager
@@ -388,8 +376,7 @@ def _open_onnx(path: Path, network: Network) -> Iterator[Contents]:
             f'{path} has {len(nodes)} convolutions where VGG16 has {len(CONVOLUTIONS)}; '
             'give a file of this network'
         )
-    tensors = []
-    layouts = set()
+    tensors, layouts = [], set()
     for layer, node in zip(CONVOLUTIONS, nodes):
         layouts.add(_onnx_layout(node.input[1], layer, path))
         for tensor, name in zip(('kernel', 'bias'), node.input[1:]):
@@ -471,42 +458,33 @@ def _named(
     return Contents(found, 'torch' if translated else 'cnn_jax', metadata or {})
 
 
-_READERS = {
-    'HDF5': _open_hdf5,
-    '.keras': _open_keras,
-    'ONNX': _open_onnx,
-    'safetensors': _open_safetensors,
-    'PyTorch': _open_torch,
-}
+_READERS = {'HDF5': _open_hdf5, '.keras': _open_keras, 'ONNX': _open_onnx}
+_READERS |= {'safetensors': _open_safetensors, 'PyTorch': _open_torch}
 
 
 def vgg16() -> Network:
     """VGG16's convolutions."""
-
-    def of_torch(names: Sequence[str]) -> dict[str, str]:
-        return {name: canonical_name(known) for name, known in _of_features(names).items()}
-
-    return Network('VGG16', shapes(), of_torch, _of_keras)
+    return Network('VGG16', shapes(), _of_torch, _of_keras)
 
 
 # torchvision's and timm's names and axes.
 
 
-def _of_features(names: Sequence[str]) -> dict[str, str]:
-    """The names of VGG16's `features` under any prefix: `{'vgg.0.weight': 'features.0.weight'}`.
+def _of_torch(names: Sequence[str]) -> dict[str, str]:
+    """The names here of VGG16's `features.0.weight`, and of its `vgg.0.weight` under any prefix.
 
-    A prefix is one that ends in that word, or under which all 13 convolutions have their numbers.
+    A prefix is one that ends in `features`, or under which all 13 convolutions have their numbers.
     """
     below: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
         if match := _TORCH_NUMBERED.fullmatch(name):
             below[match[1]][name] = f'features.{match[2]}'
     whole = {f'{layer}.weight' for layer in _TORCH_LAYERS}
-    renamed = {}
+    found = {}
     for prefix, inside in below.items():
         if prefix.endswith('features.') or whole <= {*inside.values()}:
-            renamed |= inside
-    return renamed
+            found |= {name: canonical_name(known) for name, known in inside.items()}
+    return found
 
 
 def canonical_name(name: str) -> str:

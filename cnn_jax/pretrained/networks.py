@@ -3,7 +3,7 @@
 import collections
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,13 @@ from cnn_jax.params import flatten
 from cnn_jax.pretrained.formats import Network, vgg16
 
 CLASSES = 1000
-_TENSORS = {
-    'weight': 'kernel',
-    'bias': 'bias',
-    'running_mean': 'mean',
-    'running_var': 'var',
-    'num_batches_tracked': '',
-}
+_TENSORS = {'weight': 'kernel', 'bias': 'bias', 'running_mean': 'mean', 'running_var': 'var'}
+_TENSORS |= {'num_batches_tracked': ''}
 _LITE0_BLOCK = re.compile(r'(?:.+\.)?_blocks\.(\d{1,2})\.(_\w+)')
-_LITE0_UNITS = {'_expand_conv': '_bn0', '_depthwise_conv': '_bn1', '_project_conv': '_bn2'}
-_LITE0_OTHERS = {
-    '_conv_stem': 'stem_conv',
-    '_bn0': 'stem_norm',
-    '_conv_head': 'block17_conv',
-    '_bn1': 'block17_norm',
-    '_fc': 'predictions',
-}
+_LITE0_UNITS = {name: name for name in ('_expand_conv', '_depthwise_conv', '_project_conv')}
+_LITE0_UNITS |= {'_bn0': '_expand_norm', '_bn1': '_depthwise_norm', '_bn2': '_project_norm'}
+_LITE0_OTHERS = {'_conv_stem': 'stem_conv', '_bn0': 'stem_norm', '_fc': 'predictions'}
+_LITE0_OTHERS |= {'_conv_head': 'block17_conv', '_bn1': 'block17_norm'}
 
 _RESNET_COUNTS = [count for _, _, count in ResNet50.STAGES]
 _RESNET_BLOCK = re.compile(r'(?:.+\.)?layer(\d)\.(\d)\.(conv[123]|bn[123]|downsample\.[01])')
@@ -36,14 +27,8 @@ _RESNET_OTHERS = {'conv1': 'stem_conv', 'bn1': 'stem_norm', 'fc': 'predictions'}
 _KERAS_BLOCK = re.compile(r'conv(\d)_block(\d)_(\d)_(conv|bn)')
 _KERAS_OTHERS = {'conv1_conv': 'stem_conv', 'conv1_bn': 'stem_norm', 'predictions': 'predictions'}
 _KERAS_NUMBERED = re.compile(r'(.*?)(conv2d|batch_normalization|dense)(?:_(\d{1,9}))?/vars')
-_KERAS_TENSORS = {
-    'kernel': 'kernel',
-    'bias': 'bias',
-    'gamma': 'scale',
-    'beta': 'bias',
-    'moving_mean': 'mean',
-    'moving_variance': 'var',
-}
+_KERAS_TENSORS = {'kernel': 'kernel', 'bias': 'bias', 'gamma': 'scale', 'beta': 'bias'}
+_KERAS_TENSORS |= {'moving_mean': 'mean', 'moving_variance': 'var'}
 
 
 def network(name: str) -> Network:
@@ -66,41 +51,30 @@ def _normed(name: str) -> Network:
     return Network(backbone.TITLE, shapes, of_torch, of_keras, top)
 
 
-def _lite0(names: Sequence[str]) -> dict[str, str]:
-    """The names here of EfficientNet-PyTorch's `_blocks.0._bn1.weight`, under any prefix."""
+def _of_torch(layer_of: Callable[[str], str | None], names: Sequence[str]) -> dict[str, str]:
+    """The names here of torch's; '' for a count that nobody needs."""
     found = {}
     for name in names:
-        layer, _, tensor = name.rpartition('.')
-        ours = _LITE0_OTHERS.get(layer.rpartition('.')[2])
-        if match := _LITE0_BLOCK.fullmatch(layer):
-            ours = None
-            for conv, norm in _LITE0_UNITS.items():
-                if match[2] in (conv, norm):
-                    unit = conv if match[2] == conv else conv.replace('_conv', '_norm')
-                    ours = f'block{int(match[1]) + 1}{unit}'
-        if ours and tensor in _TENSORS:
-            found[name] = _joined(ours, tensor)
+        layer, _, word = name.rpartition('.')
+        if (ours := layer_of(layer)) and word in _TENSORS:
+            tensor = 'scale' if '_norm' in ours and word == 'weight' else _TENSORS[word]
+            found[name] = tensor and f'{ours}/{tensor}'
     return found
 
 
-def _joined(layer: str, tensor: str) -> str:
-    """`layer/tensor` for torch's word for the tensor; '' for a count that nobody needs."""
-    if '_norm' in layer and tensor == 'weight':
-        return f'{layer}/scale'
-    return _TENSORS[tensor] and f'{layer}/{_TENSORS[tensor]}'
+def _lite0(layer: str) -> str | None:
+    """The layer here of EfficientNet-PyTorch's `_blocks.0._bn1`, under any prefix."""
+    if match := _LITE0_BLOCK.fullmatch(layer):
+        unit = _LITE0_UNITS.get(match[2])
+        return unit and f'block{int(match[1]) + 1}{unit}'
+    return _LITE0_OTHERS.get(layer.rpartition('.')[2])
 
 
-def _resnet(names: Sequence[str]) -> dict[str, str]:
-    """The names here of torchvision's and timm's `layer1.0.bn1.weight`, under any prefix."""
-    found = {}
-    for name in names:
-        layer, _, tensor = name.rpartition('.')
-        ours = _RESNET_OTHERS.get(layer.rpartition('.')[2])
-        if match := _RESNET_BLOCK.fullmatch(layer):
-            ours = _in_block(int(match[1]), int(match[2]), match[3])
-        if ours and tensor in _TENSORS:
-            found[name] = _joined(ours, tensor)
-    return found
+def _resnet(layer: str) -> str | None:
+    """The layer here of torchvision's and timm's `layer1.0.bn1`, under any prefix."""
+    if match := _RESNET_BLOCK.fullmatch(layer):
+        return _in_block(int(match[1]), int(match[2]), match[3])
+    return _RESNET_OTHERS.get(layer.rpartition('.')[2])
 
 
 def _in_block(stage: int, index: int, part: str) -> str | None:
@@ -159,13 +133,9 @@ _KERAS_SERIES = {
 }
 
 
-def _nothing(names: Iterable[str]) -> dict[str, str]:
-    return {}
-
-
 # Of names in torch's files, and of those in Keras's.
 _TRANSLATIONS = {
-    'efficientnet_lite0': (_lite0, _nothing),
-    'resnet50': (_resnet, _nothing),
-    'resnet50_v1': (_nothing, _resnet_of_keras),
+    'efficientnet_lite0': (functools.partial(_of_torch, _lite0), lambda shapes: {}),
+    'resnet50': (functools.partial(_of_torch, _resnet), lambda shapes: {}),
+    'resnet50_v1': (lambda names: {}, _resnet_of_keras),
 }

@@ -24,8 +24,8 @@ STORAGES = {'torch FloatStorage': '<f4', 'torch HalfStorage': '<f2', 'torch Long
 TABLE, TENSOR = 'collections OrderedDict', 'torch._utils _rebuild_tensor_v2'
 MOST_OPERATIONS = 1_000_000  # that a file may take; ResNet-50's takes 11 thousand
 _PUSHES = {'BINUNICODE', 'BININT', 'BININT1', 'BININT2', 'LONG1'}  # their argument
-_CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 _MARK = object()
+_CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': (), 'MARK': _MARK}
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,6 @@ class Tensor:
         strides = [n * numbers.itemsize for n in self.strides]
         part = numbers[self.offset :]
         return np.lib.stride_tricks.as_strided(part, self.shape, strides, writeable=False).copy()
-
-
-def is_torch_archive(path: Path) -> bool:
-    """Return whether a file is a ZIP archive that `torch.save` wrote."""
-    try:
-        names = zipfile.ZipFile(path).namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError):
-        return False
-    return any(name.endswith('/data.pkl') for name in names)
 
 
 @contextmanager
@@ -168,10 +159,10 @@ def _load(program: Any, path: Path) -> Any:
             stack.append(_CONSTANTS[name])
         elif name in ('EMPTY_DICT', 'EMPTY_LIST'):
             stack.append({} if name == 'EMPTY_DICT' else [])
-        elif name == 'MARK':
-            stack.append(_MARK)
         elif name == 'GLOBAL':
-            stack.append(_known(argument, path))
+            if argument not in (TABLE, TENSOR, *STORAGES):
+                raise _refused(path, argument.replace(' ', '.'))
+            stack.append(Name(argument))
         elif name in ('BINPUT', 'LONG_BINPUT'):
             memo[argument] = stack[-1]
         elif name in ('BINGET', 'LONG_BINGET'):
@@ -183,7 +174,10 @@ def _load(program: Any, path: Path) -> Any:
             stack[-count:] = [tuple(stack[-count:])]
         elif name in ('SETITEM', 'SETITEMS'):
             items = marked() if name == 'SETITEMS' else [stack.pop(-2), stack.pop()]
-            _fill(stack[-1], items)
+            table = stack[-1]
+            if type(table) is not dict or not all(isinstance(key, str) for key in items[::2]):
+                raise ValueError('a table of other things')
+            table.update(zip(items[::2], items[1::2], strict=True))
         elif name == 'APPENDS':
             items = marked()
             stack[-1].extend(items)
@@ -201,23 +195,11 @@ def _load(program: Any, path: Path) -> Any:
     raise ValueError('it has no end')
 
 
-def _known(name: str, path: Path) -> Name:
-    if name not in (TABLE, TENSOR, *STORAGES):
-        raise _refused(path, name.replace(' ', '.'))
-    return Name(name)
-
-
 def _refused(path: Path, what: str) -> UserError:
     return UserError(
         f'{path} asks for {printable(what)}, which no table of tensors needs and which can run '
         'code; save the model.state_dict() alone, or as safetensors'
     )
-
-
-def _fill(table: Any, items: list[Any]) -> None:
-    if type(table) is not dict or not all(isinstance(key, str) for key in items[::2]):
-        raise ValueError('a table of other things')
-    table.update(zip(items[::2], items[1::2], strict=True))
 
 
 def _storage(facts: Any) -> Storage:

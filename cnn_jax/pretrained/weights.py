@@ -159,7 +159,7 @@ def load(
     Args:
         source: 'auto' (the cache, then each of `sources` until one delivers), the name of one of
             `sources` (downloaded again), or a weights file.
-        sources: The sources of published weights to try; None: those of the backbone.
+        sources: Those of the published weights; None: the backbone's in `SOURCES_OF`.
         backbone: One of `BACKBONES`.
 
     Errors:
@@ -179,7 +179,7 @@ def published(
 
     Returns:
         The weights, and the error of each place that was tried, in order: `''` for the one that
-        delivered them, which may be 'cache'. A cache that cannot be written is done without.
+        delivered them, which may be 'cache'.
     """
     if backbone not in PUBLISHED:
         raise UserError(
@@ -233,15 +233,9 @@ def from_file(path: Path, backbone: str = 'vgg16') -> Pretrained:
             f'{path} does not say which preprocessing its weights were trained with; save '
             f'them as safetensors with the metadata preprocessing, {" or ".join(PREPROCESSINGS)}'
         )
-    return Pretrained(
-        params,
-        PREPROCESSINGS[stated],
-        digest(params),
-        str(path),
-        metadata.get('licence', 'unknown: ask the author of the weights'),
-        metadata.get('citation', ''),
-        unused,
-    )
+    licence = metadata.get('licence', 'unknown: ask the author of the weights')
+    about = str(path), licence, metadata.get('citation', ''), unused
+    return Pretrained(params, PREPROCESSINGS[stated], digest(params), *about)
 
 
 def insert(model_params: Mapping, pretrained: Pretrained) -> dict:
@@ -290,9 +284,8 @@ def save_cached(params: Params, source: str, backbone: str = 'vgg16') -> None:
     from safetensors.numpy import save
 
     weights = PUBLISHED[backbone]
-    about = weights._asdict() | {'preprocessing': weights.preprocessing.name}
-    metadata = {**about, 'source': source}
-    path, content = cache_path(backbone), save(flatten(params), metadata)
+    about = weights._asdict() | {'preprocessing': weights.preprocessing.name, 'source': source}
+    path, content = cache_path(backbone), save(flatten(params), about)
     try:
         write_bytes(path, content)
     except OSError as error:
@@ -318,9 +311,8 @@ def load_cached(backbone: str = 'vgg16') -> Pretrained:
 def _recognize(params: Params, backbone: str) -> tuple[Params, bool]:
     """Identify published weights and put their channels into canonical order.
 
-    torchvision's IMAGENET1K_FEATURES are Oxford's convolutions with the first one's inputs in
-    RGB order, under the names of weights trained with mean and standard deviation: only the
-    values can tell.
+    torchvision's IMAGENET1K_FEATURES are Oxford's convolutions with the first one's inputs in RGB
+    order: only the values can tell.
     """
     if backbone != 'vgg16':
         return params, backbone in PUBLISHED and digest(params) == PUBLISHED[backbone].digest

@@ -63,11 +63,8 @@ def test_formats_hold_the_same_weights(write, small_params, kind):
     params, unused, _ = read(write(kind, small_params))
     assert digest(params) == digest(small_params)
     for array in flatten(params).values():
-        assert (array.dtype, array.flags.c_contiguous, array.flags.writeable) == (
-            np.float32,
-            True,
-            False,
-        )
+        flags = array.flags.c_contiguous, array.flags.writeable
+        assert (array.dtype, *flags) == (np.float32, True, False)
     assert unused == (('head/logits/bias',) if kind == 'own.safetensors' else ())
 
 

@@ -274,11 +274,7 @@ def test_what_a_keras_file_says_of_code_is_not_read(tmp_path, write, small_param
 @pytest.mark.parametrize(
     ('members', 'packing', 'sentence'),
     [
-        (
-            [('model.weights.h5', bytes(1 << 24))],
-            zipfile.ZIP_DEFLATED,
-            'would unpack to 16,777,216',
-        ),
+        ([('model.weights.h5', bytes(1 << 24))], zipfile.ZIP_DEFLATED, 'unpack to 16,777,216'),
         ([('model.weights.h5', b'x')] * 2, zipfile.ZIP_STORED, 'twice'),
         ([('model.weights.h5', b'x' * 99)], zipfile.ZIP_LZMA, 'packed in an unusual way'),
         ([('../model.weights.h5', b'x')], zipfile.ZIP_STORED, 'no model.weights.h5'),
