@@ -121,15 +121,8 @@ class Conv(nn.Module):
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = conv2d(
-            x,
-            kernel,
-            stride=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-            groups=groups,
-            winograd=self.winograd,
-        )
+        options = {'dilation': self.kernel_dilation, 'groups': groups, 'winograd': self.winograd}
+        y = conv2d(x, kernel, stride=self.strides, padding=self.padding, **options)
         y = y if bias is None else add_bias(y, bias)
         return y if self.activation is None else self.activation(y)
 
@@ -175,11 +168,7 @@ def max_pool(
         stride: Pixels between neighbouring windows; None: the window's own size.
         padding: VALID, which ignores what does not fill a window, or SAME, TensorFlow's rule.
 
-    Returns:
-        Images of the size that `output_shape` gives.
-
-    Errors:
-        UserError: A window is larger than the padded image.
+    Returns and errors: As `conv2d`.
 
     >>> nn.max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).item()
     3.0

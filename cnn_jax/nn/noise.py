@@ -23,10 +23,9 @@ _PARITY = 0x1BD11BDA
 def random_bits(key: Key[Array, ''], shape: tuple[int, ...]) -> UInt32[Array, '...']:
     """Return 32 random bits for each element; with a Threefry key by arithmetic that XLA fuses.
 
-    They are the first word of Threefry-2x32(key, (0, position)). `jax.random.bits` draws in loops;
-    without, a network with dropout compiles in about half the time. A CPU draws them once and
-    stores them, an accelerator where they are used. Keys of other kinds (`rbg`, `unsafe_rbg`) give
-    what `jax.random.bits` gives.
+    They are the first word of Threefry-2x32(key, (0, position)). Without the loops of
+    `jax.random.bits` a network with dropout compiles in about half the time. Keys of other kinds
+    (`rbg`, `unsafe_rbg`) give what `jax.random.bits` gives.
 
     Args:
         key: A random key of any kind, typed or raw.
@@ -63,9 +62,9 @@ def dropout(
 
     y = x · m / (1 − r), m ~ Bernoulli(1 − r); so E[y] = x and Var[y] = x² · r / (1 − r).
 
-    The mask compares 16 random bits with a threshold: r is rounded to a multiple of 2⁻¹⁶, and the
-    rounded r also divides, so the mean stays exact. Rates 0 (y is x, bit for bit;
-    XLA may flush subnormals) and 1 (y is zero) are exact, with their gradients.
+    r is rounded to a multiple of 2⁻¹⁶, and the rounded r also divides, so the mean stays exact.
+    Rates 0 (y is x, bit for bit; XLA may flush subnormals) and 1 (y is zero) are exact, with their
+    gradients.
 
     Args:
         key: A random key; the same key gives the same mask.
@@ -122,9 +121,8 @@ class Dropout(nn.Module):
         train: bool | None = None,
         deterministic: bool | None = None,
     ) -> Float[Array, '... c']:
-        if not is_training(train, deterministic, 'deterministic'):
-            return x
-        return self.noise(self.make_rng('dropout'), x, self.rate)
+        training = is_training(train, deterministic, 'deterministic')
+        return self.noise(self.make_rng('dropout'), x, self.rate) if training else x
 
 
 def channel_dropout(
@@ -265,12 +263,9 @@ def add_noise(
 
     y = x + σ·z, z ~ N(0, 1)
 
-    At σ = 0, y is x and nothing is drawn, as the running program decides: one compilation serves
-    every σ.
-
     Args:
         key, x: As in `dropout`.
-        deviation: σ, at least 0, in units of x; traced or not.
+        deviation: σ, at least 0, in units of x; traced or not. At 0, y is x and nothing is drawn.
 
     Source: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization".
 

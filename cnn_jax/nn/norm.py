@@ -80,7 +80,6 @@ class BatchNorm(nn.Module):
 
     def normalize(self, x, scale, bias, axes, running):
         """Return y and the statistics that the averages follow; variants override it."""
-        del running
         return batch_normalize(x, scale, bias, axes, self.epsilon)
 
 
@@ -89,15 +88,11 @@ class GhostBatchNorm(BatchNorm):
 
     y = scale · (x − μ_g) / √(σ_g² + ε) + bias, g the group of the example
 
-    The running averages follow the mean over the groups of μ_g and of σ_g², once a step. (Hoffer
-    et al. let them follow one group after the other.) All else is as in `BatchNorm`. How many
-    devices share the batch does not matter.
+    The running averages follow the mean over the groups of μ_g and of σ_g², once a step (those of
+    Hoffer et al. one group after the other). All else is as in `BatchNorm`.
 
     Attributes:
-        group_size: n; must divide the batch.
-
-    Errors:
-        UserError: It does not.
+        group_size: n; must divide the batch, else a `UserError`.
 
     Source: Hoffer et al. 2017, "Train longer, generalize better", algorithm 1.
 
@@ -110,7 +105,6 @@ class GhostBatchNorm(BatchNorm):
     group_size: int = 16
 
     def normalize(self, x, scale, bias, axes, running):
-        del running
         if len(x) % self.group_size:
             raise UserError(
                 f'{"/".join(self.path) or "GhostBatchNorm"}: its groups of {self.group_size} '
@@ -132,10 +126,9 @@ class BatchRenorm(BatchNorm):
     μ_B and σ_B are the batch's, μ and σ the running averages before this step. No gradient passes
     through r and d. Where neither is clipped, y is what inference would give.
 
-    Averages that have seen little must not correct much: with w, the share of the averages that
-    stems from data (0 at first, w ← m·w + (1 − m)), the limits in force are 1 + (r_max − 1)·w and
-    d_max·w, where Ioffe schedules both by step number. The averages are those of the variance; his
-    algorithm 1 and Keras average the deviation.
+    With w, the share of the averages that stems from data (0 at first, w ← m·w + (1 − m)), the
+    limits in force are 1 + (r_max − 1)·w and d_max·w; Ioffe schedules both by step number. The
+    averages are those of the variance; his algorithm 1 and Keras average the deviation.
 
     Attributes:
         r_max: At least 1; may be a traced scalar. With 1 and d_max = 0 this is `BatchNorm`.
@@ -154,13 +147,7 @@ class BatchRenorm(BatchNorm):
     d_max: float | Float[Array, ''] = 5.0
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, '... c'],
-        *,
-        train: bool | None = None,
-        use_running_average: bool | None = None,
-    ) -> Float[Array, '... c']:
+    def __call__(self, x, *, train: bool | None = None, use_running_average: bool | None = None):
         self.variable('batch_stats', 'share', jnp.zeros, (), jnp.float32)
         return super().__call__(x, train=train, use_running_average=use_running_average)
 
@@ -226,10 +213,8 @@ def _centred(x, axes):
 
 
 def _near_mean(x, axes):
-    """A number near the mean over the axes.
-
-    On a CPU it is the mean of the images' middle row. Elsewhere, where each further sum is a kernel
-    and an exchange between devices, it is the first image's middle pixel.
+    """On a CPU the mean of the images' middle row. Elsewhere, where each further sum is a kernel
+    and an exchange between devices, the first image's middle pixel.
     """
     x = lax.stop_gradient(x)
     if not on_cpu():
@@ -298,16 +283,13 @@ class GroupNorm(nn.Module):
     group: no example sees another, and training and inference are the same.
 
     Attributes:
-        num_groups: Must divide the channels. 1 is layer normalization (Ba et al. 2016; over
-            height, width and channels of an image, as Wu & He have it), None one group a channel,
-            instance normalization (Ulyanov et al. 2016).
+        num_groups: Must divide the channels, else a `UserError`. 1 is layer normalization (Ba et
+            al. 2016; over height, width and channels of an image, as Wu & He have it), None one
+            group a channel, instance normalization (Ulyanov et al. 2016).
         epsilon: ε.
 
     Parameters 'scale' and 'bias' are float32 [c]. Arithmetic and accuracy as in `BatchNorm`; the
     result has the type of x.
-
-    Errors:
-        UserError: The groups do not divide the channels.
 
     Source: Wu & He 2018, "Group Normalization"; ε as in Keras.
 

@@ -59,18 +59,15 @@ def resolve_padding(
     >>> nn.resolve_padding('SAME', 8, 3, stride=2), nn.resolve_padding('SAME_TORCH', 8, 3, stride=2)
     (((0, 1), (0, 1)), ((1, 1), (1, 1)))
     """
-    size = pair(size)
+    size, spare = pair(size), None  # the pixels that the padding may not take from the input
     extent = tuple(d * (k - 1) + 1 for k, d in zip(pair(kernel_size), pair(dilation)))
     if isinstance(padding, str):
         if padding not in NAMES:
             raise UserError(f'{layer}: padding is {padding!r}; it can be {", ".join(NAMES)}')
         pads = tuple(_named(padding, *axis) for axis in zip(size, extent, pair(stride)))
-    elif isinstance(padding, int):
-        pads = ((padding, padding), (padding, padding))
+        spare = {'REFLECT': 1, 'CIRCULAR': 0}.get(padding)
     else:
-        pads = tuple(pair(p) for p in padding)
-
-    spare = {'REFLECT': 1, 'CIRCULAR': 0}.get(padding) if isinstance(padding, str) else None
+        pads = tuple(map(pair, (padding, padding) if isinstance(padding, int) else padding))
     if spare is not None and any(max(p) > n - spare for n, p in zip(size, pads)):
         raise UserError(
             f'{layer}: {padding} padding of {_by(map(max, pads))} pixels needs more than its '
@@ -109,12 +106,8 @@ def output_shape(
 
 
 def _named(padding: str, size: int, extent: int, stride: int) -> Pair:
-    if padding == 'VALID':
-        total = 0
-    elif padding == 'SAME':
-        total = max((-(-size // stride) - 1) * stride + extent - size, 0)
-    else:
-        total = extent - 1
+    of_same = max((-(-size // stride) - 1) * stride + extent - size, 0)
+    total = {'VALID': 0, 'SAME': of_same}.get(padding, extent - 1)
     return total // 2, total - total // 2
 
 

@@ -35,14 +35,8 @@ def draw_case(data, winograd):
     pads = st.tuples(*4 * [st.integers(0, 2) if winograd else st.integers(-1, 3)])
     size = st.tuples(*2 * [st.integers(4 if winograd else 1, 21)])
     if winograd:
-        widths, taps, stride, dilation, groups = (
-            st.sampled_from([16, 48, 64]),
-            (3, 3),
-            (1, 1),
-            (1, 1),
-            1,
-        )
-        c, f = data.draw(widths), data.draw(st.sampled_from([16, 32, 80, 256]))
+        taps, stride, dilation, groups = (3, 3), (1, 1), (1, 1), 1
+        c, f = (data.draw(st.sampled_from(n)) for n in ([16, 48, 64], [16, 32, 80, 256]))
     else:
         taps = data.draw(st.tuples(*2 * [st.integers(1, 5)]))
         stride, dilation = data.draw(pairs()), data.draw(pairs())

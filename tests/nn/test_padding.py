@@ -79,30 +79,6 @@ def test_agrees_with_sliding_a_window(padding):
     assert (refused == 0) == (padding in ('SAME', 'SAME_TORCH'))
 
 
-def test_stride_1_no_padding_takes_7_to_5():
-    assert output_shape(7, 3, stride=1, padding='VALID') == (5, 5)
-
-
-def test_stride_2_no_padding_takes_7_to_3():
-    assert output_shape(7, 3, stride=2, padding='VALID') == (3, 3)
-
-
-@pytest.mark.parametrize('padding', ['SAME', 'SAME_TORCH', 'CIRCULAR', 'REFLECT'])
-def test_same_keeps_7(padding):
-    assert output_shape(7, 3, stride=1, padding=padding) == (7, 7)
-
-
-def test_stride_2_same_on_even_sizes_pads_only_the_end_in_tensorflow():
-    assert resolve_padding('SAME', 8, 3, stride=2) == ((0, 1), (0, 1))
-    assert resolve_padding('SAME_TORCH', 8, 3, stride=2) == ((1, 1), (1, 1))
-    assert output_shape(8, 3, 2, 1, 'SAME') == output_shape(8, 3, 2, 1, 'SAME_TORCH') == (4, 4)
-
-
-def test_a_kernel_larger_than_its_padded_input_names_layer_and_sizes():
-    with pytest.raises(UserError, match=r'^stem_conv: .*7×7.*input of 4×5, padded to 6×7'):
-        output_shape((4, 5), 7, padding=1, layer='stem_conv')
-
-
 def test_an_unknown_padding_lists_the_known_ones():
     with pytest.raises(UserError, match=r"'same'.*VALID, SAME, SAME_TORCH, CIRCULAR, REFLECT"):
         resolve_padding('same', 8, 3)

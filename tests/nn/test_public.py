@@ -58,36 +58,6 @@ def cross_entropy(logits, labels):
 
 
 @pytest.mark.usefixtures('standard')
-def test_a_net_of_ones_own_learns_with_optax():
-    (x, y), net, tx = problem(), Net(), optax.adam(1e-2)
-    variables = net.init(jax.random.key(0), x, train=False)
-    params, stats = variables['params'], variables['batch_stats']
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params, stats, state, key):
-        def loss(params):
-            logits, updated = net.apply(
-                {'params': params, 'batch_stats': stats},
-                x,
-                train=True,
-                rngs={'dropout': key},
-                mutable=['batch_stats'],
-            )
-            return cross_entropy(logits, y), updated['batch_stats']
-
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = tx.update(grads, state)
-        return optax.apply_updates(params, updates), stats, state, value
-
-    losses = []
-    for number in range(20):
-        params, stats, state, value = step(params, stats, state, jax.random.key(number))
-        losses.append(float(value))
-    assert losses[-1] < 0.2 < 0.5 < losses[0]
-
-
-@pytest.mark.usefixtures('standard')
 def test_it_trains_a_step_as_an_nnx_module():
     x, y = problem()
     model = nnx.bridge.ToNNX(Net(), rngs=nnx.Rngs(0))

@@ -59,7 +59,8 @@ def find(again: bool = False) -> Library:
     chosen = os.environ.get(SWITCH) or '1'
     if chosen == '0':
         return Library(None, reason=f'{SWITCH}=0')
-    compiler = _compiler()
+    names = [os.environ['CXX']] if os.environ.get('CXX') else ['g++', 'c++', 'clang++']
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         return Library(None, reason='no C++ compiler: install g++, or set CXX')
     if chosen != '1' and os.sep not in chosen:
@@ -71,14 +72,9 @@ def find(again: bool = False) -> Library:
         return Library(None, reason=f'the native library cannot be kept: {error}')
 
 
-def _compiler() -> str | None:
-    if chosen := os.environ.get('CXX'):
-        return shutil.which(chosen)
-    return next(filter(None, map(shutil.which, ('g++', 'c++', 'clang++'))), None)
-
-
 def _kept(compiler: str, folder: Path, again: bool) -> Library:
-    flags = (*FLAGS, _processor_flag())
+    is_arm = platform.machine() in ('arm64', 'aarch64')
+    flags = (*FLAGS, '-mcpu=native' if is_arm else '-march=native')
     key = _key(compiler, flags)
     built, failed = folder / f'{key}.so', folder / f'{key}.failed'
     if not built.exists():
@@ -121,10 +117,8 @@ def check(path: Path, seconds: float = CHECK_SECONDS) -> str:
         )
     except subprocess.TimeoutExpired:
         return f'the check of the native library did not end in {seconds:.0f} s'
-    if done.returncode:
-        how = _last_line(done.stderr) or f'exit {done.returncode}'
-        return f'the native library fails its check ({how})'
-    return ''
+    how = _last_line(done.stderr) or f'exit {done.returncode}'
+    return f'the native library fails its check ({how})' if done.returncode else ''
 
 
 def include() -> Path:
@@ -133,10 +127,6 @@ def include() -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent / 'include'
-
-
-def _processor_flag() -> str:
-    return '-mcpu=native' if platform.machine() in ('arm64', 'aarch64') else '-march=native'
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
