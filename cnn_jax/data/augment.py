@@ -40,14 +40,11 @@ def augment_and_normalize(
 ) -> Float[Array, 'b h w d']:
     """Return the network's input: colours changed, normalized, then changed in the plane.
 
-    Colours and the policies act on 8-bit pixels; flip, rotation, crop, cutout and erasing on
-    normalized ones, where the mean that they fill with is 0.
-
     Args:
         augment: The bound settings.
         key: The key of the seed and the step.
         images, index: The examples, and their positions in the source.
-        normalize: The function from uint8 images to the network's floats.
+        normalize: The function from uint8 images to the network's floats, whose mean is 0.
     """
     images = augment_uint8(augment, key, images, index)
     return augment_plane(augment, key, normalize(images), index)
@@ -219,8 +216,7 @@ def partners(keys: Key[Array, ' b']) -> Int32[Array, ' b']:
 def sample_lambda(keys: Key[Array, ' b'], alpha: Array | float) -> Lambdas:
     """Draw λ ~ Beta(α, α); 1 for α = 0.
 
-    Without a loop, for any α > 0, from uniform u: with cos = cos 2πu₂,
-    Y = 1/2 + 1/2·√(1 − u₁^(2/(2α+1)))·cos is Beta(α + 1, α + 1), and
+    From uniform u: Y = 1/2 + 1/2·√(1 − u₁^(2/(2α+1)))·cos 2πu₂ is Beta(α + 1, α + 1), and
     logit λ = logit Y + (log u₃ − log u₄)/α.
 
     Source: Ulrich 1984, "Computer generation of distributions on the m-sphere", for Y; Devroye

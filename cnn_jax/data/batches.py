@@ -1,9 +1,8 @@
 """Batches on the device, from arrays that live there or streamed from a source.
 
 The order is a pure function of (seed, step), so nothing has to be saved. Training reads the
-endless concatenation of the epochs' permutations, `batch` examples a step; no batch is partial.
-With `data.balance` it reads rounds of one example from each class (`balanced_indices`).
-Evaluation reads the examples in order and pads the last batch.
+endless concatenation of the epochs' permutations (or `balanced_indices`), `batch` examples a step;
+no batch is partial. Evaluation reads the examples in order and pads the last batch.
 
 Both providers yield the same batches:
 `{'image': uint8 [B, H, W, C], 'label': int32 [B], 'index': int32 [B], 'mask': bool [B]}`, where
@@ -81,13 +80,11 @@ def balanced_indices(
 ) -> Int32[np.ndarray, ' b']:
     """The examples of training step `step` where each class is drawn equally often.
 
-    The stream is rounds that take one example of every class, the classes in a new order each time.
-    Round r takes example r of the endless concatenation of the class's own permutations. So at any
-    time two classes were drawn equally often, to within one, and so were two examples of a class.
+    Round r of the stream takes example r of the endless concatenation of each class's own
+    permutations, the classes in a new order. So at any time two classes were drawn equally often,
+    to within one, and so were two examples of a class.
 
-    Args:
-        by_class: The positions of the examples of each class that has any.
-        batch, seed, step, process: As in `train_indices`.
+    `by_class` are the positions of each class that has any; else as `train_indices`.
     """
     local, classes = local_size(batch, process), len(by_class)
     start = step * batch + process[0] * local
@@ -230,13 +227,9 @@ def with_order(batches: Any, *, batch: int, seed: int = 0, balance: bool = False
 
 
 class Batches:
-    """The facts and options that all providers have in common.
+    """The facts and options that all providers have in common, those of `open_batches`.
 
-    Args:
-        data: What has the labels and facts of a `Source`.
-        image_shape: Height, width and channels.
-        batch, seed, process, sharding: As in `open_batches`.
-        balance: Whether training draws each class equally often.
+    `data` has the labels and facts of a `Source`.
     """
 
     streams: bool  # whether the next batch may have to be waited for

@@ -66,10 +66,9 @@ def parts(folder: str, max_corrupt: float) -> dict[str, Callable[[], Source]]:
     """The parts of a folder: `all`, or those of train/, test/ and validation/ (val/, valid/, dev/).
 
     Class names are the sub-folders' names in the Unicode form NFC, sorted; folders whose names
-    differ in their form alone are one class. Images lie below them at any depth. What else is there
-    is left out and listed: files of other endings, hidden ones, thumbnails, images in no class.
-
-    A part, a class or an image may be a link. Below a class, links to folders are not followed.
+    differ in their form alone are one class. Images lie below them at any depth, not behind links
+    to folders. What else is there is left out and listed: other endings, hidden files, thumbnails,
+    images in no class.
 
     Args:
         folder: The path; ~ is the home folder.

@@ -22,8 +22,7 @@ class Source:
     Images may be read or computed when they are needed; arrays are made a source by `as_source`.
 
     Errors:
-        UserError: No examples, fewer than two classes, or a label that is no index of
-            `class_names`.
+        UserError: No examples, fewer than two classes, or a label that names no class.
 
     >>> labels = np.array([0, 1, 0], np.int32)
     >>> source = Source(

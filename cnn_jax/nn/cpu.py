@@ -46,10 +46,9 @@ _LEAST_BYTES = 2**16  # in loops over less XLA knows no barriers, and there is n
 
 
 def materialize(x):
-    """x, computed once and kept in memory, on a CPU.
+    """x, computed once and kept in memory on a CPU, where XLA else computes it in each loop again.
 
-    XLA's CPU compiler else computes arithmetic again in every loop that reads its result. Barriers
-    are respected where `runtime.configure` has been called.
+    Barriers are respected where `runtime.configure` has been called.
     """
     if not on_cpu() or x.size * x.dtype.itemsize < _LEAST_BYTES:
         return x
@@ -64,8 +63,8 @@ def compute_type(x: Array) -> jnp.dtype:
 def broadcast_channels(b: Float[Array, ' c'], shape: tuple[int, ...]) -> Float[Array, '... c']:
     """b along the last axis of an array of this shape.
 
-    Its transpose is the gradient of a bias: on a CPU a sum down whole rows of images first, which
-    XLA adds up 2 to 10 times faster than channels, one by one.
+    Its transpose, a bias's gradient, sums down whole rows of images first on a CPU: 2 to 10 times
+    faster.
     """
     wide = b.astype(compute_type(b))  # in which the sum adds up
     if len(shape) < 3 or not on_cpu():
@@ -80,8 +79,8 @@ def sum_pair(
 ) -> tuple[Float[Array, '...'], Float[Array, '...']]:
     """Sums of two arrays of one shape over the same axes, ascending.
 
-    On a CPU read together, which takes half the time. Elsewhere as two plain sums, which XLA adds
-    up among devices; of a reduction of two arrays it gathers every device's part on each.
+    On a CPU read together, in half the time. Elsewhere two plain sums, which XLA adds up among
+    devices; of a reduction of two arrays it gathers every device's part on each.
     """
     if not on_cpu():
         return jnp.sum(u, axis=axes), jnp.sum(v, axis=axes)
@@ -239,10 +238,7 @@ def _by_xla(x, kernel, stride, pads, dilation, groups=1):
 
 
 def _direct(x, kernel, *settings):
-    """XLA's convolution; of many models one after the other.
-
-    As groups of one convolution they take 2 to 3 times as long.
-    """
+    """XLA's convolution; of many models one by one, as groups of one take 2 to 3 times as long."""
     one = jax.custom_batching.sequential_vmap(lambda x, kernel: _by_xla(x, kernel, *settings))
     return one(x, kernel)
 
@@ -345,10 +341,9 @@ def _kernel_shape(x, dy, window):
     return (*window.taps, x[3] // window.groups, dy[3])
 
 
-# A convolution's three products: each is linear in both of its operands, and its transposes are the
-# other two. A parameter `mapped` holds the mapped axis (0 or None) of both operands for each `vmap`
-# around them, the outermost first. XLA calls the native library for them, or compiles the functions
-# above, as `_is_native` decides while it lowers them: here and nowhere else.
+# A convolution's three products: each is linear in both operands, and its transposes are the other
+# two. `mapped` holds the mapped axis (0 or None) of both operands for each `vmap` around them, the
+# outermost first. `_is_native` decides, in lowering, whether the library or XLA computes them.
 
 
 def _is_native(context: Any, operands: Sequence[Any]) -> bool:

@@ -152,8 +152,8 @@ def stochastic_depth(
 
     y[b] = x[b] · m[b] / (1 − r), m ~ Bernoulli(1 − r); the layer's output is shortcut + y.
 
-    Huang et al. do not divide in training and multiply by 1 − r at inference, which is the same but
-    for the scale in which the branch's last layer learns. Arguments and exactness as in `dropout`.
+    Huang et al. multiply by 1 − r at inference instead of dividing. Arguments and exactness as in
+    `dropout`.
 
     Source: Huang et al. 2016, "Deep Networks with Stochastic Depth".
 

@@ -19,9 +19,8 @@ class BatchNorm(nn.Module):
 
     y = scale · (x − μ) / √(σ² + ε) + bias
 
-    In training μ and σ² are the batch's mean and biased variance over every axis but the last,
-    and the running averages follow as mean ← m·mean + (1−m)·μ, and var alike. At inference μ and
-    σ² are those averages, which then stay as they are.
+    In training μ and σ² are the batch's mean and biased variance over every axis but the last, and
+    the running averages follow, mean ← m·mean + (1−m)·μ, var alike; at inference they are these.
 
     Attributes:
         momentum: m, the share of the old average that is kept, 0 to 1; may be a traced scalar.
@@ -182,9 +181,9 @@ def batch_normalize(
 
     μ = E[x], σ² = E[(x − μ)²], y = scale · (x − μ) / √(σ² + ε) + bias
 
-    One pass over x gives μ and σ² from the sums of x − k and of (x − k)², k being a number near
-    the mean: σ² is exact to 1 + ((k − μ)/σ)² roundings of the computation's type, as from two
-    passes (Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3).
+    One pass over x gives the sums of x − k and of (x − k)², k being a number near the mean: σ² is
+    exact to 1 + ((k − μ)/σ)² roundings, as from two passes (Chan, Golub & LeVeque 1983, "Algorithms
+    for Computing the Sample Variance", section 3).
 
     Args:
         x: The input.

@@ -137,9 +137,8 @@ SOURCES_OF: dict[str, Mapping[str, File]] = {'vgg16': SOURCES, 'efficientnet_lit
 class Pretrained:
     """Weights, inseparable from the preprocessing that they were trained with.
 
-    `params` are `{'block1_conv1': {'kernel': float32 [3, 3, 3, 64], 'bias': …}, …}`, read-only;
-    with batch statistics (`{'stem_norm': {'mean': …, 'var': …}}`), and with `predictions`, the
-    classifier, where the file has one of `networks.CLASSES` classes.
+    `params` are `{'block1_conv1': {'kernel': float32 [3, 3, 3, 64], 'bias': …}, …}`, read-only,
+    with batch statistics, and `predictions`, a classifier of `networks.CLASSES`, if it is there.
     """
 
     params: Params

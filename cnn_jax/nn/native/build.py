@@ -2,8 +2,7 @@
 
 CNN_JAX_NATIVE=0 switches the library off, =1 (as unset) keeps it in the user's cache folder, a path
 is the folder to keep it in. Its name is a digest of all that its machine code depends on. Whatever
-goes wrong is a reason to do without it, told in `Library.reason` and remembered: XLA's own
-convolutions are slower, not worse.
+goes wrong is a reason to do without it, told in `Library.reason` and remembered.
 """
 
 import functools
