@@ -130,7 +130,9 @@ def scale_and_shift(
 
     The gradients of a and b are `sums_with`.
     """
-    return _SCALE_AND_SHIFT.bind(x, a, b, axes=axes)
+    if on_cpu():
+        return _SCALE_AND_SHIFT.bind(x, a, b, axes=axes)
+    return _scale_and_shift(x, a, b, axes=axes)
 
 
 def sums_with(
@@ -140,8 +142,10 @@ def sums_with(
 
     As a function of u it is the transpose of `scale_and_shift`.
     """
-    total, product = _SUMS_WITH.bind(x, u, axes=axes)
-    return total, product
+    if on_cpu():
+        total, product = _SUMS_WITH.bind(x, u, axes=axes)
+        return total, product
+    return _sums_with_as_one(x, u, axes=axes)
 
 
 def _scale_and_shift(x, a, b, *, axes):
@@ -151,6 +155,9 @@ def _scale_and_shift(x, a, b, *, axes):
 def _sums_with(x, u, *, axes):
     return sum_pair(u, u * x, axes) if axes else (u, u * x)
 
+
+# As one function its transpose is one sum of two terms, in the primitive's order of additions.
+_sums_with_as_one = jax.jit(_sums_with, static_argnames='axes')
 
 _SCALE_AND_SHIFT = _primitive('scale_and_shift', _scale_and_shift)
 _SUMS_WITH = _primitive('sums_with', _sums_with, outputs=2)

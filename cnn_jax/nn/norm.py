@@ -146,7 +146,13 @@ class BatchRenorm(BatchNorm):
     d_max: float | Float[Array, ''] = 5.0
 
     @nn.compact
-    def __call__(self, x, *, train: bool | None = None, use_running_average: bool | None = None):
+    def __call__(
+        self,
+        x: Float[Array, '... c'],
+        *,
+        train: bool | None = None,
+        use_running_average: bool | None = None,
+    ) -> Float[Array, '... c']:
         self.variable('batch_stats', 'share', jnp.zeros, (), jnp.float32)
         return super().__call__(x, train=train, use_running_average=use_running_average)
 

@@ -33,7 +33,7 @@ STUDY = (
     '--config.model.widths=(4,)',
     '--config.model.hidden=(8,)',
     '--config.train.epochs=2',
-    '--trials=2',
+    '--trials=1',  # of four replicates
     '--seeds=2',
 )
 

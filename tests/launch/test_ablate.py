@@ -6,7 +6,7 @@ from PIL import Image
 
 from cnn_jax.files import read_json, write_json
 
-# Of 5 arms 2 trials with 2 seeds, and 2 replicates; the baseline's first again, 2 of pixels.
+# Of 5 arms a trial with 4 seeds, and 2 replicates; the baseline's first again, 2 of pixels.
 RUNS = 5 * 2 * 2 + 5 * 2 + 1 + 2
 
 
