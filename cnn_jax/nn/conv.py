@@ -201,7 +201,8 @@ def avg_pool(
     """
     stride = stride or window
     output_shape(x.shape[1:3], window, stride, 1, padding, layer='avg_pool')
-    return nn.avg_pool(x, pair(window), pair(stride), padding, count_include_pad=False)
+    settings = {'window_shape': pair(window), 'strides': pair(stride), 'padding': padding}
+    return nn.avg_pool(x, **settings, count_include_pad=False)  # by name, as jax2onnx has it
 
 
 def global_avg_pool(x: Float[Array, 'b h w c']) -> Float[Array, 'b c']:

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +19,11 @@ import jax.numpy as jnp
 import pytest
 
 from cnn_jax.errors import UserError
-from cnn_jax.files import cache_folder
 from cnn_jax.models import build
 from cnn_jax.tools import compile_check
 from cnn_jax.tools.compile_check import CHIPS, COMPILERS, kernels, parse_target
 from experiments.baseline import get_config
+from tests.environments import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = '--config=experiments/baseline.py'
@@ -153,20 +152,11 @@ def test_without_a_compiler_one_is_told_how_to_get_it(launch, topology):
     assert COMPILERS[parse_target(topology).chip.family][1] in done.stderr
 
 
-@functools.cache
 def interpreter(family: str) -> Path:
-    """The Python of an environment with a compiler, made once and kept in the cache folder."""
+    """The Python of an environment with a compiler."""
     if (sys.platform, platform.machine()) != ('linux', 'x86_64'):
         pytest.skip('the compilers are published for Linux on x86-64 alone')
-    requirements = ROOT / COMPILERS[family][1], ROOT / 'requirements-lock.txt'
-    folder = cache_folder() / f'{family}-{sys.version_info.major}.{sys.version_info.minor}'
-    python = folder / 'bin' / 'python'
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-    command = [python, '-m', 'pip', 'install', '-q', '-r', requirements[0], '-c', requirements[1]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return python
+    return environment(family, COMPILERS[family][1], '-c', 'requirements-lock.txt')
 
 
 class Made(NamedTuple):

@@ -7,18 +7,21 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import numpy as np
+import onnx
 import pytest
 from jax import export as jax_export
+from onnx import helper
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from cnn_jax.errors import UserError
-from cnn_jax.tools.export import PLATFORMS, export, readme
+from cnn_jax.tools.export import OPSET, PLATFORMS, export, readme
 from cnn_jax.tools.predict import predict_files
 from cnn_jax.train.program import RunSpec, make_program, state_maker
 from cnn_jax.train.run import Curves, Run
@@ -201,6 +204,34 @@ def test_a_folder_is_whole_or_absent(opened, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='No space left'):
         export(run, tmp_path / 'out')
     assert {path.name for path in tmp_path.iterdir()} == {'empty', 'file'}
+
+
+def test_a_converter_that_errs_is_found_out(opened, tmp_path, monkeypatch):
+    """Also one whose network answers, but with other numbers."""
+    run = opened()
+
+    def certain(*_, **__):
+        value = onnx.numpy_helper.from_array(np.float32([[1, 0, 0]] * 2))
+        node = helper.make_node('Constant', [], ['out'], value=value)
+        ends = [
+            helper.make_tensor_value_info(name, kind, shape)
+            for name, kind, shape in (('images', 2, ['b', 8, 8, 1]), ('out', 1, ['b', 3]))
+        ]
+        opset = helper.make_opsetid('', OPSET)
+        graph = helper.make_graph([node], 'certain', ends[:1], ends[1:])
+        return helper.make_model(graph, opset_imports=[opset], ir_version=8)
+
+    def lacks(*_, **__):
+        raise NotImplementedError('no plugin for primitive \x1b[31m')
+
+    for convert, words in ((certain, 'Not equal'), (lacks, r'primitive \\x1b')):
+        monkeypatch.setitem(sys.modules, 'jax2onnx', SimpleNamespace(to_onnx=convert))
+        with pytest.raises(UserError, match=words):
+            export(run, tmp_path / 'out', 'onnx')
+    monkeypatch.setattr(sys.modules[export.__module__], 'MOST_OF_ONNX', 100)
+    with pytest.raises(UserError, match='GB'):
+        export(run, tmp_path / 'out', 'onnx')
+    assert not (tmp_path / 'out').exists()
 
 
 def test_the_readme_serves_what_launch_predict_says(opened, tmp_path):
