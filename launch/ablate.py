@@ -59,6 +59,7 @@ TOGETHER = flags.DEFINE_integer(
     'to 16 on a GPU or TPU.',
     lower_bound=0,
 )
+TRACKERS = cli.define_trackers()
 RETRY = flags.DEFINE_bool('retry_failed', False, 'Repeat failed runs.')
 EXECUTOR = flags.DEFINE_enum(
     'executor', 'local', ['local', 'ray'], 'Where workers run (ray: requirements-ray.txt).'
@@ -100,6 +101,7 @@ def main(_) -> int:
         workers=WORKERS.value or workers,
         together=TOGETHER.value,
         retry_failed=RETRY.value,
+        trackers=TRACKERS.value,
         executor=EXECUTOR.value,
         ray={'address': RAY_ADDRESS.value, 'gpus': GPUS.value, 'tpus': TPUS.value},
         command=shlex.join(['python', '-m', 'launch.ablate', *arguments]),

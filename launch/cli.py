@@ -102,6 +102,16 @@ def define_layout() -> tuple[flags.FlagHolder, flags.FlagHolder]:
     return model, fsdp
 
 
+def define_trackers() -> flags.FlagHolder:
+    """The flag --trackers, as `fit` and `ablate` take it."""
+    return flags.DEFINE_list(
+        'trackers',
+        [],
+        'Where else to log, separated by commas: tensorboard (its HParams), wandb, mlflow (to be '
+        'installed first).',
+    )
+
+
 def define_config() -> flags.FlagHolder:
     """The --config=FILE flag, required, beside which --config.KEY=VALUE overrides may stand."""
     return define_path(

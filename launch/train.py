@@ -43,6 +43,7 @@ DISTRIBUTED = flags.DEFINE_bool(
     'This process is one of several, which Slurm, Open MPI, a TPU pod or GKE started, or that '
     'have JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set.',
 )
+TRACKERS = cli.define_trackers()
 WAIT = flags.DEFINE_bool(
     'wait', False, 'If another process trains in --workdir, resume after it instead of giving up.'
 )
@@ -63,6 +64,7 @@ def main(_) -> int:
         components=components,
         wait=WAIT.value,
         trace=PROFILE.value,
+        trackers=TRACKERS.value,
         model_parallel=MODEL_PARALLEL.value,
         fsdp=FSDP.value,
         distributed=DISTRIBUTED.value,

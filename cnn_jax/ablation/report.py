@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,21 @@ from typing import Any
 from cnn_jax.ablation import figures
 from cnn_jax.ablation import summary as words
 from cnn_jax.ablation.plan import METRICS
-from cnn_jax.ablation.results import DEFINITION, Store, read_store, refuse_links, understood
+from cnn_jax.ablation.results import (
+    DEFINITION,
+    Store,
+    read_store,
+    refuse_links,
+    understood,
+    why_failed,
+)
 from cnn_jax.ablation.summary import cost, summary_of
 from cnn_jax.errors import printable
+from cnn_jax.fields import get
 from cnn_jax.files import write_bytes
 from cnn_jax.tools.figures import STYLE, themed
 from cnn_jax.tools.page import number, template, to_csv, to_json
+from cnn_jax.train.trackers import plain, tracked
 
 LABELS = {
     'forest': 'Differences from the controls',
@@ -104,6 +114,26 @@ class Ablation:
                 content = content.encode(errors='backslashreplace')
             write_bytes(self.workdir / name, content)
         return self.workdir / 'report.html'
+
+    def log_to(self, trackers: Sequence[str]) -> None:
+        """Log each replicate, once, with what arms change and tune; names as of `ablate`."""
+        plan = self.store.plan
+        paths = {path for arm in plan.configs for path in (*plan.changes[arm], *plan.ranges[arm])}
+        for arm, index in itertools.product(plan.configs, range(len(plan.seeds))):
+            for run in self.store.replicates(arm, index):
+                folder, result = self.workdir / 'tracked' / run.path.stem, self.store.result(run)
+                new = [name for name in trackers if not (folder / f'{name}.done').exists()]
+                if not new or not result or why_failed(result):
+                    continue
+                folder.mkdir(parents=True, exist_ok=True)
+                config = plain({path: get(run.config, path) for path in sorted(paths)})
+                config |= {'arm': arm, 'seed': run.seed}
+                found = result['metrics']['test'].items()
+                final = {name: value for name, value in found if isinstance(value, float)}
+                with tracked(new, folder, f'{plan.name} {run.path.stem}', config) as tell:
+                    tell('hyperparameters', config, final)
+                for name in new:
+                    (folder / f'{name}.done').touch()
 
     def _files(self) -> dict[str, str | bytes]:
         """The content of the report's files, by their names."""

@@ -40,6 +40,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.files import make_writable
 from cnn_jax.tools.page import number
 from cnn_jax.tools.progress import Interruption
+from cnn_jax.train.trackers import check as check_trackers
 
 TOGETHER_ON_ACCELERATORS = 16
 
@@ -57,6 +58,7 @@ def ablate(
     workers: int | None = None,
     together: int = 0,
     retry_failed: bool = False,
+    trackers: Sequence[str] = (),
     executor: str = 'local',
     ray: Mapping[str, Any] | None = None,
     command: str = '',
@@ -93,6 +95,8 @@ def ablate(
         together: The most runs that a process trains at once as one program on all its devices;
             0: 1 on a CPU, up to 16 on an accelerator.
         retry_failed: True to repeat failed runs.
+        trackers: Where else to log each replicate when all have ended: `tensorboard` (its HParams,
+            in the folder `tracked`), `wandb`, `mlflow`.
         executor, ray: `local`, or `ray` with the options `address`, `gpus`, `tpus`.
         command: The command that the user typed, for the report.
         components: Own parts as one object.
@@ -106,6 +110,7 @@ def ablate(
     """
     if components is None:
         components = from_objects(model, train, eval, optimizer, regularizers)
+    check_trackers(trackers)
     on_cpu = runtime.runs_on_cpu()
     here = components != NO_COMPONENTS and not components.experiment
     if here and (workers or executor != 'local'):
@@ -145,6 +150,7 @@ def ablate(
     result = Ablation(folder, interrupted=not finished)
     if finished:
         result.write_report()
+        result.log_to(trackers)
     return result
 
 

@@ -193,6 +193,7 @@ def train(
     live: bool | None = None,
     profile: Callable[..., Iterator[Step]] | None = None,
     saved: Callable[[], object] | None = None,
+    scalars: Callable[..., object] = lambda *_: None,
 ) -> Outcome:
     """Train from the latest checkpoint in `folder`, or from `state`, to the last step.
 
@@ -203,12 +204,13 @@ def train(
         live: As for `run.fit`.
         profile: `tools.profile.trace` with its first two arguments, to trace some of the steps.
         saved: Called after each checkpoint, in every process.
+        scalars: Called in process 0 with a step and its metrics by name.
 
     Errors:
         RunFailed: The loss is no longer finite, or the disk is full.
         UserError: There are checkpoints, but none that can be used.
     """
-    run = _Session(config, spec, phases, folder, layout, saved)
+    run = _Session(config, spec, phases, folder, layout, saved, scalars)
     start, before, notes = run.resume(state)
     stopped, over = False, run.is_over(start)
 
@@ -252,12 +254,13 @@ class _Session:
         folder: Path,
         layout: Layout | None,
         saved: Callable[[], object] | None,
+        scalars: Callable[..., object],
     ):
         self.config, self.spec, self.phases, self.layout = config, spec, phases, layout
         self.values, self._saved = traced_values(config), saved
         frozen = functools.partial(frozen_weights, phases[0].program)
         self.checkpoints = Checkpoints(folder / 'checkpoints', config, layout, frozen)
-        self.record = Record(folder) if mesh.is_process_zero() else NullRecord()
+        self.record = Record(folder, scalars) if mesh.is_process_zero() else NullRecord()
         self.watches = [Stopwatch(config.data.batch, phase.train.streams) for phase in phases]
         self.best = EarlyStopping()
         self.result: dict[str, Any] | None = None  # of the last evaluation

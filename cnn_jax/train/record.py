@@ -10,6 +10,7 @@ import contextlib
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ METRICS, STEPS, TIMING = 'metrics.jsonl', 'steps.f32', 'timing.jsonl'
 class Record:
     """The record of a run in its work directory, written as it goes on."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, scalars: Callable[..., object] = lambda *_: None):
+        self._folder, self._scalars = folder, scalars  # where else metrics go, by step and name
         self._content = {METRICS: b'', STEPS: b''}
         self._pending: list[tuple[float, float]] = []
         self._events: Any = None
@@ -59,9 +60,10 @@ class Record:
     def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Append the metrics of one split at one step, to the file and to TensorBoard."""
         self._append(METRICS, _encode([{'step': step, 'split': split, **values}]))
-        for name, number in values.items():
-            if isinstance(number, float):
-                self._events.add_scalar(f'{name}/{split}', number, step)
+        numbers = {name: number for name, number in values.items() if isinstance(number, float)}
+        self._scalars(step, {f'{name}/{split}': number for name, number in numbers.items()})
+        for name, number in numbers.items():
+            self._events.add_scalar(f'{name}/{split}', number, step)
 
     def timing(self, step: int, values: dict[str, float]) -> None:
         """Append speeds and times, which are not part of the result."""

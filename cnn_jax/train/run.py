@@ -42,6 +42,8 @@ from cnn_jax.train.program import (
 )
 from cnn_jax.train.record import data_notes, read_lines
 from cnn_jax.train.step import predict_step
+from cnn_jax.train.trackers import Tracker, plain, tracked
+from cnn_jax.train.trackers import check as check_trackers
 
 
 class Curves(dict):
@@ -146,6 +148,7 @@ def fit(
     wait: bool = False,
     live: bool | None = None,
     trace: bool = False,
+    trackers: Sequence[str | Tracker] = (),
     model_parallel: int = 1,
     fsdp: bool = False,
     distributed: bool = False,
@@ -168,6 +171,8 @@ def fit(
         wait: Whether to wait for another process that trains in the work directory.
         live: Whether to draw a progress bar; by default on a terminal and in a notebook.
         trace: Whether to trace five steps soon after the start into the folder `profile`.
+        trackers: Where else to log: `tensorboard` (its HParams), `wandb`, `mlflow`, or objects with
+            the methods of `cnn_jax.train.trackers.Tracker`.
         model_parallel, fsdp: The way in which devices share parameters (`mesh.make_mesh`).
         distributed: Whether this process is one of several.
         say: Called with each line for the user.
@@ -184,6 +189,7 @@ def fit(
     if components is None:
         components = own.from_objects(model, train, eval, optimizer, regularizers)
     config = cfg.validate(components.mark(config))
+    check_trackers(trackers)
     url = str(workdir) if remote.is_remote(str(workdir)) else ''
     copy = remote.Mirror(url) if url else None
     folder = copy.folder if copy else Path(workdir).expanduser()
@@ -207,7 +213,9 @@ def fit(
             settings = start(claim())
         say(str(settings))
         layout = setup.layout_of(config, model=model_parallel, fsdp=fsdp)
-        job = _Job(config, config, components, str(workdir), folder, settings, layout, say)
+        job = _Job(
+            config, config, components, str(workdir), folder, settings, layout, say, trackers
+        )
         saved = functools.partial(mesh.on_process_zero, copy.push) if copy else None
         run = job.start(tune or {}, live, trace, saved)
         if not copy:
@@ -228,6 +236,7 @@ class _Job:
     settings: runtime.Settings
     layout: mesh.Layout | None
     say: Callable[[str], object]
+    trackers: Sequence[str | Tracker]
 
     def start(
         self,
@@ -284,7 +293,13 @@ class _Job:
             traces = folder / 'profile' if mesh.is_process_zero() else Path(tempfile.mkdtemp())
             tracer = functools.partial(profile.trace, traces, [row.path for row in rows])
         options = {'layout': layout, 'live': live, 'profile': tracer, 'saved': saved}
-        outcome = loop.train(config, spec, phases, state, folder, **options)
+        logged = self.trackers if mesh.is_process_zero() else ()
+        settings, name = plain(cfg.to_flat(config)), Path(self.workdir).name
+        with tracked(logged, folder, name, settings, self.say) as tell:
+            options['scalars'] = functools.partial(tell, 'scalars')
+            outcome = loop.train(config, spec, phases, state, folder, **options)
+            if outcome.metrics:
+                tell('hyperparameters', settings, metrics.scalars(outcome.metrics))
         self._report(outcome, phases, rows, clock)
         program = phases[loop.phase_at(phases, int(outcome.state.step))].program
         return Run(
