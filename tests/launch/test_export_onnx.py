@@ -18,6 +18,7 @@ BLOCK = 'import sys\nfor name in ("cnn_jax", "flax", "jax"): sys.modules[name] =
 COLOUR = '--config.data.resize=stretch', '--config.data.size=32', '--config.data.channels=3'
 VGG16 = (
     '--config.model.name=vgg16',
+    '--config.model.outputs=0',
     '--config.model.weights=random',
     '--config.model.cut=block3_pool',
     "--config.train.frozen=('backbone/*',)",
@@ -27,7 +28,7 @@ NETS = {
     'group': ('small', '--config.model.norm=group', '--config.model.downsample=avg_pool'),
     'layer': ('small', '--config.model.norm=layer', '--config.model.padding=REFLECT'),
     'instance': ('small', '--config.model.norm=instance', '--config.model.residual=True'),
-    'vgg16': ('finetune', *COLOUR, *VGG16),
+    'vgg16': ('finetune_vgg16', *COLOUR, *VGG16),
     'own': ('own_resnet',),
     'bfloat16': ('small', '--config.model.dtype=bfloat16'),
 }
@@ -52,7 +53,7 @@ def exported(launch, tmp_path_factory):
     """Trains the networks for some steps and exports them: a folder of each."""
     places = {net: tmp_path_factory.mktemp(net) for net in NETS}
     for net, (experiment, *flags) in NETS.items():
-        digits = '--config.data.source=digits', '--config.data.train=train[:320]'
+        digits = ('--config.data.source=digits', '--config.data.train=train[:320]') * (net != 'own')
         short = '--config.data.batch=32', '--config.train.epochs=2', '--config.augment.crop=0'
         flags = f'--config=experiments/{experiment}.py', *digits, *short, *flags
         launch('train', *flags, f'--workdir={places[net]}/run', check=0)
