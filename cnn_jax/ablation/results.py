@@ -179,8 +179,9 @@ class Store:
         self, arm: str, judge: str, points: list[dict[str, float]]
     ) -> dict[str, float] | None:
         """The choice, moved beyond the edge that it is at; None if it is at none that can move."""
-        choice = self._choose(arm, judge, points)
-        for path in choice.at_edge if choice else ():
+        if not (choice := self._choose(arm, judge, points)):
+            return None
+        for path in choice.at_edge:
             tried = {point[path] for point in points}
             if len(tried) > 1:
                 further = self.plan.ranges[arm][path].beyond(tried, choice.point[path])

@@ -72,7 +72,8 @@ class _MLflow(Tracker):
     def hyperparameters(self, config, final):
         if self._new and not final:  # later it refuses other values
             self._mlflow.log_params(dict(config))
-        self._mlflow.log_metrics(dict(final))
+        # Its folder of files holds no metric `loss` beside `loss/eval`.
+        self._mlflow.log_metrics({f'final/{name}': value for name, value in final.items()})
 
     def close(self):
         self._mlflow.end_run()
@@ -115,6 +116,8 @@ def tracked(
                 getattr(each, method)(*arguments)
             except Exception as error:  # of whatever kind: the run is worth more
                 opened.remove(each)
+                with contextlib.suppress(Exception):
+                    each.close()
                 say(f'note: {type(each).__name__} is left out from here on: {error}')
 
     try:

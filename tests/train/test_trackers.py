@@ -142,7 +142,7 @@ def test_mlflow_has_the_numbers_of_a_run_and_of_its_resumption(tmp_path, monkeyp
         run = cj.fit(CONFIG, tmp_path / 'run', trackers=('mlflow',), live=False)
     (logged,) = mlflow.MlflowClient().search_runs(['0'])
     assert logged.data.params['data.source'] == 'digits'
-    assert logged.data.metrics['accuracy'] == pytest.approx(run.metrics['accuracy'])
+    assert logged.data.metrics['final/accuracy'] == pytest.approx(run.metrics['accuracy'])
     last = max(recorded(tmp_path / 'run'))[0]
     assert logged.data.metrics['loss/eval'] == recorded(tmp_path / 'run')[last, 'loss/eval']
 
