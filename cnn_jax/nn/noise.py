@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
-from cnn_jax.nn.cpu import compute_type, materialize
+from cnn_jax.nn.cpu import compute_type, materialize, on_cpu
 
 Rate = float | Float[Array, '']
 Noise = Callable[[Key[Array, ''], Float[Array, '...'], Rate], Array]
@@ -265,7 +265,8 @@ def add_noise(
 
     Args:
         key, x: As in `dropout`.
-        deviation: σ, at least 0, in units of x; traced or not. At 0, y is x and nothing is drawn.
+        deviation: σ, at least 0, in units of x; traced or not. At 0, y is x; a CPU then draws
+            nothing, where a GPU would wait for its host at a branch longer than it takes to draw.
 
     Source: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization".
 
@@ -278,4 +279,7 @@ def add_noise(
         noise = deviation * normal(key, x.shape)
         return (x.astype(compute) + noise.astype(compute)).astype(x.dtype)
 
-    return lax.cond(jnp.asarray(deviation) > 0, noisy, lambda x: x, x)
+    is_noisy = jnp.asarray(deviation) > 0
+    if on_cpu():
+        return lax.cond(is_noisy, noisy, lambda x: x, x)
+    return jnp.where(is_noisy, noisy(x), x)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 
 from cnn_jax import nn
+from cnn_jax.nn.cpu import compiling_for
 from cnn_jax.nn.noise import normal
 
 KEY = jax.random.key(0)
@@ -41,6 +42,14 @@ def test_rate_0_is_the_identity_bit_for_bit_with_its_gradient(noise):
     y = noise(KEY, x, 0.0)
     np.testing.assert_array_equal(np.asarray(y).view(np.uint32), np.asarray(x).view(np.uint32))
     np.testing.assert_array_equal(gradient(noise, x, 0.0), np.ones_like(x))
+
+
+def test_noise_of_strength_0_is_the_identity_without_a_branch_too():
+    x = SPECIAL.reshape(2, 5, 1, 1)
+    with compiling_for('gpu'):
+        y = jax.jit(lambda x: nn.add_noise(KEY, x, 0.0))(x)
+        np.testing.assert_array_equal(gradient(nn.add_noise, x, 0.0), np.ones_like(x))
+    np.testing.assert_array_equal(np.asarray(y).view(np.uint32), np.asarray(x).view(np.uint32))
 
 
 @over_masks
