@@ -43,12 +43,12 @@ def batch_sums(
     # Bins are open on the left, ((i-1)/BINS, i/BINS], as in the paper.
     place = jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
     in_bin = jax.nn.one_hot(place, BINS, dtype=jnp.float32) * mask[:, None]
-    none = jnp.zeros(log_probs.shape[-1], jnp.int32)
+    of_class = jax.nn.one_hot(labels, log_probs.shape[-1], dtype=jnp.int32) * weight[:, None]
     return {
         'count': weight.sum(),
         'loss': jnp.sum(jnp.where(mask, losses, 0.0)),
-        'class_count': none.at[labels].add(weight),
-        'class_correct': none.at[labels].add(weight * correct),
+        'class_count': of_class.sum(0),
+        'class_correct': (of_class * correct[:, None]).sum(0),
         'top5': jnp.sum(weight * (rank < 5)),
         'bin_count': in_bin.sum(0),
         'bin_confidence': (in_bin * confidence[:, None]).sum(0),
