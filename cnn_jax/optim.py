@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Key
 from cnn_jax.config import Optimizer
 from cnn_jax.errors import UserError
 from cnn_jax.freezing import FROZEN, keep
+from cnn_jax.packing import joined
 from cnn_jax.params import Flat, map_paths
 
 LAST_STEP = 2**31 - 1  # that an int32 holds
@@ -67,7 +68,7 @@ def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Cal
 
 def global_norm(tree: Any) -> Array:
     """√Σ‖leaf‖² over all leaves; as inner products, which take XLA on a CPU a third of the time."""
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
+    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in joined(jax.tree.leaves(tree))))
 
 
 def sam_perturb(params: Flat, gradients: Flat, radius: float | Array) -> Flat:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from cnn_jax.components import blamed_on
 from cnn_jax.config import Config, fields_by_path, get, is_on
 from cnn_jax.errors import UserError
+from cnn_jax.packing import joined
 from cnn_jax.params import Flat
 
 Term = Float[Array, ''] | Float[Array, ' b']
@@ -331,7 +332,19 @@ def _magnitude(leaf: Array) -> Array:
 
 
 def _sum_squares(leaves: Any) -> Array:
-    return _total(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves)
+    return _squares([leaf.astype(jnp.float32) for leaf in leaves])
+
+
+@jax.custom_jvp
+def _squares(leaves: list[Array]) -> Array:
+    return _total(jnp.sum(jnp.square(leaf)) for leaf in joined(leaves))
+
+
+@_squares.defjvp
+def _squares_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # Leaf by leaf, so that the gradient, 2w, joins what else is added to that of a leaf.
+    (leaves,), (changes,) = primals, tangents
+    return _squares(leaves), _total(jnp.sum(2 * w * dw) for w, dw in zip(leaves, changes))
 
 
 def _total(terms: Any) -> Array:

@@ -28,7 +28,7 @@ LAYERS = [
         'runtime',
     }
     | {'nn.native'},
-    {'backbones', 'nn', 'regularizers', 'freezing', 'data', 'pretrained', 'summary'},
+    {'packing', 'backbones', 'nn', 'regularizers', 'freezing', 'data', 'pretrained', 'summary'},
     {'models', 'optim', 'tools.profile', 'tools.progress', 'tools.selfcheck'},
     {'features', 'train.metrics', 'train.program', 'train.manifest'},
     {'train', 'tools.figures'},

@@ -27,9 +27,14 @@ from cnn_jax.nn.padding import Pair
 _chosen = contextvars.ContextVar('platform', default='')
 
 
+def platform() -> str:
+    """The platform that the computation that is traced now will run on: cpu, gpu or tpu."""
+    return _chosen.get() or jax.default_backend()
+
+
 def on_cpu() -> bool:
     """Return whether the computation that is traced now will run on a CPU."""
-    return (_chosen.get() or jax.default_backend()) == 'cpu'
+    return platform() == 'cpu'
 
 
 @contextlib.contextmanager
