@@ -21,6 +21,7 @@ from cnn_jax import freezing, optim, params, rng
 from cnn_jax.config import is_on
 from cnn_jax.data.augment import augment_and_normalize, mix
 from cnn_jax.data.batches import Batch
+from cnn_jax.packing import packed
 from cnn_jax.regularizers import (
     Context,
     Regularizer,
@@ -134,6 +135,7 @@ def step_gradients(
     grads, batch_stats, sums = gradients(trainable)
     if is_on(config.optimizer.sam):  # statistics and metrics remain those of the weights themselves
         grads, *_ = gradients(optim.sam_perturb(trainable, grads, config.optimizer.sam))
+    grads = packed(grads)
     return grads, batch_stats, sums | {'gradient_norm': optim.global_norm(grads)}
 
 

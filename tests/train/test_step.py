@@ -15,6 +15,7 @@ from cnn_jax import optim, params, rng
 from cnn_jax.data.augment import mix
 from cnn_jax.errors import UserError
 from cnn_jax.models import build
+from cnn_jax.nn.cpu import compiling_for
 from cnn_jax.regularizers import example_losses, log_probabilities
 from cnn_jax.train import step
 from cnn_jax.train.program import begin_phase
@@ -215,6 +216,19 @@ def test_bfloat16_computes_near_float32_with_float32_gradients(plain):
     assert {leaf.dtype for leaf in found.values()} == {jnp.dtype('float32')}
     assert float(sums['loss']) == pytest.approx(float(plain[2]['loss']), rel=0.05)
     assert sums['loss'] != plain[2]['loss']
+
+
+def test_a_step_in_the_form_for_a_gpu_is_the_step():
+    """Traced for one, computed here; with all that is summed over the parameters, and SAM."""
+    more = {'loss__l2': 0.1, 'loss__l2_sp': 0.1, 'model__input_noise': 0.1}
+    config = make_config(**TINY, **SGD, **more, optimizer__sam=0.05, optimizer__clip_norm=1.0)
+    found = []
+    for platform in ('cpu', 'gpu'):
+        program, state, values = begin(config)
+        with compiling_for(platform):
+            found.append(compiled(program)(state, make_batch(), values))
+    close(found[0][0], found[1][0], rtol=1e-3, atol=1e-5)
+    close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
 
 
 def test_sam_takes_the_gradient_uphill_and_nothing_else():
