@@ -38,7 +38,9 @@ def random_bits(key: Key[Array, ''], shape: tuple[int, ...]) -> UInt32[Array, '.
     """
     if str(jax.random.key_impl(key)) != 'threefry2x32':
         return materialize(jax.random.bits(key, shape, jnp.uint32))
-    k0, k1 = jax.random.key_data(key)
+    words = jax.random.key_data(key)
+    # A GPU else computes each word by a kernel of its own.
+    k0, k1 = words if on_cpu() else lax.optimization_barrier(words)
     position = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return materialize(_threefry(k0, k1, jnp.zeros_like(position), position)[0])
 
