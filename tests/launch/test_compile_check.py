@@ -199,7 +199,7 @@ def instructions(made: Made, *words: str) -> list[str]:
 
 # At most so many kernels on one H100 and on eight, and all-reduces on eight: what was counted when
 # this was written. Less is welcome: lower the number with it.
-COUNTED = {'strided': (212, 305, 24), 'small': (149, 219, 18), 'finetune_vgg16': (36, 49, 4)}
+COUNTED = {'strided': (163, 260, 23), 'small': (122, 195, 17), 'finetune_vgg16': (28, 44, 4)}
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_in_bfloat16_convolutions_are_and_batch_statistics_are_not():
     convolutions = instructions(made, 'custom_call_target="__cudnn$conv')
     assert len(convolutions) == 11
     assert all(re.search(r'= \(bf16\[', line) for line in convolutions)
-    sums = instructions(made, '_norm', 'reduce_sum', ' reduce(')
+    sums = instructions(made, '_norm', ' reduce(')
     assert sums
     assert all(re.search(r'= \(?f32\[', line) for line in sums)
 
@@ -269,11 +269,8 @@ def test_one_program_serves_all_values_of_an_arm():
 
 
 @pytest.mark.slow
-def test_determinism_costs_a_few_kernels_and_other_algorithms():
+def test_determinism_costs_no_kernel():
     (one, *_) = compiled('small', 'h100:1,h100:8')
     (other,) = compiled('small', 'h100:1', xla='--xla_gpu_deterministic_ops=false')
     assert one.cost['calls'] == other.cost['calls']  # whose algorithms are chosen on the card
-    changed = collections.Counter(one.cost['kernels'])
-    changed.subtract(other.cost['kernels'])
-    assert 0 < changed.total() <= 5  # sums by label that are not scattered
-    assert changed['reductions'] > 0
+    assert one.cost['kernels'] == other.cost['kernels']
