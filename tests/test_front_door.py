@@ -244,7 +244,7 @@ def test_replicates_of_an_ablation_go_through_the_folds(tmp_path):
     arms = {'none': {}, 'L2': {'loss.l2': 0.1}}
     parts = {'train': TRAIN, 'eval': EVAL}
     result = cj.ablate(arms, config, seeds=3, **parts, workdir=tmp_path, floor=False)
-    runs = [result.store.replicate('none', number) for number in range(3)]
+    runs = [result.store.replicate('none', number, 'loss') for number in range(3)]
     assert [run.config.data.fold for run in runs] == [0, 1, 2]
     assert [result.store.result(run)['metrics']['test']['count'] for run in runs] == [20] * 3
     assert 'one of 3 folds' in result.summary['population']
