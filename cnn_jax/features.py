@@ -193,7 +193,8 @@ class Extractor:
         network = f'{model.name} {model.cut} (weights: {model.weights})'
         about = f'{network}, {sides}, {self.config.features.dtype}{augmented}'
 
-        # An image has the same bits in each place of a batch, but not in batches of each size.
+        # By the native convolutions an image has the same bits in each place of a batch, but not in
+        # batches of each size.
         def fill(positions: np.ndarray, out: np.ndarray) -> None:
             for first in range(0, len(positions), size):
                 index = positions[first : first + size]
