@@ -45,7 +45,7 @@ def waiting(store: Store) -> int:
     """The number of runs that will be due once those that are due have finished."""
     plan = store.plan
     waiting = [arm for arm in plan.configs if not store.choice(arm, plan.judges[0])]
-    further = min(plan.finalists, plan.trials) * (len(plan.tuning) - 1)
+    further = plan.finalists * (len(plan.tuning) - 1)
     screening = sum(all(len(runs) < 2 for runs in store.trials(arm)) for arm in waiting)
     count = len(waiting) * plan.looks[0] + screening * further
     return count + (plan.baseline in waiting)

@@ -317,7 +317,7 @@ def make_plan(
         },
         ranges=ranges,
         trials=trials,
-        finalists=FINALISTS,
+        finalists=min(FINALISTS, trials),
         tuning=tuple((config.seed + MOST_SEEDS + i) % 2**32 for i in range(TUNING_REPLICATES)),
         looks=tuple(n for n in LOOKS if n <= most) if until_decided else (seeds,),
         first_seed=config.seed,

@@ -230,7 +230,7 @@ def _introduction(plan: Plan, workers: int, together: int) -> str:
         listed += [f'{path} tuned from {each}' for path, each in plan.ranges[arm].items()]
         lines.append(f'  {arm:<24} {", ".join(listed) or "no changes"}')
     if any(plan.ranges.values()):
-        final = f'the best {min(plan.finalists, plan.trials)} with {len(plan.tuning)} replicates'
+        final = f'the best {plan.finalists} with {len(plan.tuning)} replicates'
         wider = f', up to {plan.widen} more beyond an edge' if plan.widen else ''
         lines.append(f'tuning: {plan.trials} trials of each arm{wider}, {final}')
     lines += [f'  one compilation: {", ".join(arms)}' for arms in by_structure(plan)]

@@ -55,7 +55,7 @@ def summary_of(store: Store) -> dict[str, Any]:
         'trials': {
             'each': plan.trials,
             'widen': plan.widen,
-            'finalists': min(plan.finalists, plan.trials),
+            'finalists': plan.finalists,
             'replicates': len(plan.tuning),
         }
         if any(plan.ranges.values())
@@ -147,15 +147,14 @@ def _arm(
 ) -> dict[str, Any]:
     """What is known of an arm."""
     plan = store.plan
-    own = _replicates(store, results, arm, plan.primaries[0])
-    usable = _usable(own)
-    first = next(iter(usable.values()), None)
     control = plan.against.get(arm)
     shared = plan.ranges[plan.baseline]
     tuned = {p: f'{each}, tuned' for p, each in plan.ranges[arm].items() if p not in shared}
     by_measure = {m: _replicates(store, results, arm, m) for m in METRICS}
     failed = {s for each in by_measure.values() for s, r in each.items() if why_failed(r)}
     finished = {m: _usable(each) for m, each in by_measure.items()}
+    own, usable = by_measure[plan.primaries[0]], finished[plan.primaries[0]]
+    first = next(iter(usable.values()), None)
     measured = {
         m: runs
         for m, runs in finished.items()
