@@ -29,7 +29,7 @@ run() { # ID FLAGS…: start the run, or come back to it
     echo "$id" > id
     : > log
     setsid bash ~/cnn_jax/launch/tpu_worker.sh hold "$@" < /dev/null >> log 2>&1 &
-    echo $! > pid
+    until [ -e pid ] || ! kill -0 $!; do sleep 0.1; done
     lines=+1
   fi
   follow "$lines"
@@ -37,6 +37,7 @@ run() { # ID FLAGS…: start the run, or come back to it
 
 hold() { # FLAGS…: install and train, whether anybody looks on or not
   local code=0
+  echo $$ > "$place/pid" # its parent would name it before it has its command line
   trap : TERM # when the machine shuts down all get it; launch.train saves
   install "$@" || code=$?
   if [ -e "$place/stopped" ]; then # asked to while installing

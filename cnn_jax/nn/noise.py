@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
-from cnn_jax.nn.cpu import compute_type, materialize, on_cpu
+from cnn_jax.nn.cpu import compute_type, materialize, on_cpu, platform
 
 Rate = float | Float[Array, '']
 Noise = Callable[[Key[Array, ''], Float[Array, '...'], Rate], Array]
@@ -39,8 +39,9 @@ def random_bits(key: Key[Array, ''], shape: tuple[int, ...]) -> UInt32[Array, '.
     if str(jax.random.key_impl(key)) != 'threefry2x32':
         return materialize(jax.random.bits(key, shape, jnp.uint32))
     words = jax.random.key_data(key)
-    # A GPU else computes each word by a kernel of its own.
-    k0, k1 = words if on_cpu() else lax.optimization_barrier(words)
+    if platform() == 'gpu':  # which else computes each word by a kernel of its own
+        words = lax.optimization_barrier(words)  # a division over TPU chips has no barriers
+    k0, k1 = words
     position = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return materialize(_threefry(k0, k1, jnp.zeros_like(position), position)[0])
 
