@@ -27,8 +27,14 @@ class RunFailed(RuntimeError):
     """
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type where it has none."""
+def reason_of(error: object) -> str:
+    """An error in one line: the system's words, else the first of its text, else its type.
+
+    >>> reason_of(FileNotFoundError(2, 'No such file or directory', 'photo.jpg'))
+    'No such file or directory'
+    """
+    if text := getattr(error, 'strerror', None):
+        return text
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, reason_of
 
 SILENCE_SECONDS = 15  # without a byte, after which a server is given up
 START_SECONDS = 120  # for what precedes the first byte, such as pip's search
@@ -69,8 +69,7 @@ def _download(file: File, folder: Path) -> Path:
     try:
         received.result(file.seconds)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, 'reason', None) or error
-        reason = ' '.join(str(getattr(reason, 'strerror', None) or reason).split())
+        reason = reason_of(getattr(error, 'reason', None) or error)
         if not received.done():
             reason = f'it is not whole after {file.seconds:.0f} s'
         raise UserError(

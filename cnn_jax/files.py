@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, reason_of
 
 SEAL = 'seal.json'  # in a sealed folder
 SHA256 = 'sha256'  # the key of a JSON file's own digest
@@ -221,7 +221,7 @@ def read_sealed_folder(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Corrupt(f'{SEAL} is missing') from None
     except (OSError, Corrupt, KeyError) as error:
-        raise Corrupt(f'{SEAL} is damaged ({error})') from error
+        raise Corrupt(f'{SEAL} is damaged ({reason_of(error)})') from error
     found = _digests(folder)
     for name, sha256 in files.items():
         if found.get(name) != sha256:

@@ -17,8 +17,6 @@ from experiments import baseline
 from experiments.baseline import MOMENTUM
 from experiments.baseline import TUNE as TUNE
 
-CONSTANT = {'optimizer.schedule': 'constant'}
-
 ARMS = {
     'none': {},
     'dropout': {'model.dropout': linear(0.05, 0.5)},

@@ -35,14 +35,20 @@ def digest(result: dict[str, Any]) -> str:
     return hashlib.sha256((result['correct'] + result['losses']).encode()).hexdigest()
 
 
+def experiment(name: str) -> Any:
+    """The experiment file of this path in the checkout, as a module."""
+    return importlib.import_module(name.removesuffix('.py').replace('/', '.'))
+
+
 def kept(folder: Path) -> dict[str, Any]:
-    """What is kept of a finished ablation."""
+    """What is kept of a finished ablation; `launch.compare` reads it as a `summary.json`."""
     from cnn_jax import config as cfg
     from cnn_jax.ablation.report import Ablation
 
     study = Ablation(folder)
     summary, store = study.summary, study.store
-    if summary['runs']['missing'] or summary['runs']['failed'] or not summary['repeated']:
+    failed = [each for each in summary['runs']['failed'] if each['kind'] != 'trial']
+    if summary['runs']['missing'] or failed or not summary['repeated']:
         raise SystemExit(f'{folder} is not finished')
     manifest = store.definition()['manifest']
     cells = []
@@ -62,6 +68,7 @@ def kept(folder: Path) -> dict[str, Any]:
         )
     arms = {
         name: {
+            'control': arm['control'],
             'sentence': arm['verdict']['sentence'] if arm['verdict'] else '',
             'kind': arm['verdict']['kind'] if arm['verdict'] else 'baseline',
             'tuned': arm['tuned'] and {m: c['point'] for m, c in arm['tuned']['by'].items()},
@@ -71,16 +78,24 @@ def kept(folder: Path) -> dict[str, Any]:
         }
         for name, arm in summary['arms'].items()
     }
+    name = f'experiments/{summary["name"]}.py'
+    own = cfg.replace(experiment(name).get_config(), {'train.threads': store.plan.threads})
+    changes = cfg.differences(own, store.plan.configs[store.plan.baseline])
+    tuned = store.plan.ranges[store.plan.baseline]
     return {
-        'experiment': f'experiments/{summary["name"]}.py',
+        'experiment': name,
+        'changes': {path: new for path, (_, new) in changes.items() if path not in tuned},
         'question': summary['question'].partition('\n')[0],
         'date': str(datetime.date.today()),
         'commit': manifest['code'].get('commit'),
         'convolutions': manifest['machine']['convolutions'],  # their key, with the processor in it
         'jaxlib': manifest['packages']['jaxlib'],
+        'source': summary['source'],
+        'counts': summary['counts'],
         'population': summary['population'],
         'replicates': summary['looks'],
         'trials': summary['trials'],
+        'primaries': summary['primaries'],
         'margins': summary['margins'],
         'pixels': summary['floor'] and summary['floor']['accuracy'],
         'arms': arms,
@@ -109,11 +124,14 @@ def page() -> str:
             about.append(f'Chosen at an end of what was tried: {", ".join(edges)}.')
         tuned = answer['trials']
         how = f'{tuned["each"]} trials of each arm, ' if tuned else 'nothing tuned, '
+        given = [f'--config.{path}={value}' for path, value in answer.get('changes', {}).items()]
+        looks = answer['replicates']
+        most = looks[0] if len(looks) == 1 else f'until decided, at most {looks[-1]}'
         by = '' if not tuned or 'finalists' in tuned else EARLIER
         parts.append(
             f'## {answer["question"]}\n\n'
             + '\n'.join(f'- {line}' for line in about)
-            + f'\n\n`{answer["experiment"]}`, {how}{answer["replicates"][-1]} replicates, '
+            + f'\n\n`{" ".join([answer["experiment"], *given])}`, {how}{most} replicates, '
             f'{answer["date"]}, commit {answer["commit"][:10]}, jaxlib {answer["jaxlib"]}. '
             f'{answer["population"]}{by}\n'
         )
@@ -133,8 +151,9 @@ def rerun(answer: dict[str, Any]) -> list[dict[str, Any]]:
     from cnn_jax.nn.native import library
     from cnn_jax.train.setup import open_data
 
-    module = importlib.import_module(answer['experiment'].removesuffix('.py').replace('/', '.'))
-    config = cfg.replace(module.get_config(), {'train.threads': 1})
+    module = experiment(answer['experiment'])
+    changes = answer.get('changes', {})
+    config = cfg.replace(module.get_config(), {**changes, 'train.threads': 1})
     plan = plan_of(module, cfg.validate(config))
     data, found = open_data(plan.configs[plan.baseline], test=True), []
     key = library().key
@@ -165,7 +184,7 @@ def main() -> None:
     for folder in given.folders:
         answer = kept(folder)
         text = json.dumps(answer, indent=1, ensure_ascii=False) + '\n'
-        (FOLDER / f'{Path(answer["experiment"]).stem}.json').write_text(text)
+        (FOLDER / f'{folder.name}.json').write_text(text)
     (ROOT / 'docs' / 'answers.md').write_text(page())
 
 

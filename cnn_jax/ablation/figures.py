@@ -1,6 +1,7 @@
 """The figures of an ablation: differences from the controls, tuning, learning curves."""
 
 import functools
+import json
 import math
 import textwrap
 from pathlib import Path
@@ -10,6 +11,7 @@ from cnn_jax.ablation.plan import METRICS, Metric
 from cnn_jax.ablation.results import read_store, understood
 from cnn_jax.ablation.summary import summary_of
 from cnn_jax.errors import UserError, printable
+from cnn_jax.files import read_text
 from cnn_jax.tools.figures import (
     BLUE,
     GREY,
@@ -204,7 +206,8 @@ def draw_against_n(folders: list[Path], measure: str = 'loss'):
     """Draw the effect of each arm against the number of training images, the other arms in grey.
 
     Args:
-        folders: Work directories of ablations of the same data; each arm once at each number.
+        folders: Work directories of ablations of the same data, or what was kept of them, their
+            `summary.json`; each arm once at each number.
         measure: A primary measure of each.
 
     Errors:
@@ -241,25 +244,30 @@ def _effects(folders: list[Path], measure: str) -> tuple[dict[str, dict[int, Any
     common: dict[str, Any] = {}
     for folder in folders:
         with understood(folder):
-            store = read_store(folder)
-            summary = summary_of(store)
-            source = store.plan.configs[store.plan.baseline].data.source
-        if measure not in (found := summary['primaries']):
-            raise UserError(f'{folder} does not decide on {measure}, but on {", ".join(found)}')
-        arms, n = summary['arms'], summary['counts']['train']
-        facts = {f'control of {arm}': each['control'] for arm, each in arms.items()}
-        facts |= {'data source': source, 'margin': summary['margins'][measure]}
-        for what, fact in facts.items():
-            if common.setdefault(what, fact) != fact:
-                raise UserError(
-                    f'{folder} has another {what} than an earlier one, {printable(fact)} in the '
-                    f'place of {printable(common[what])}; draw it apart'
-                )
-        for arm, content in arms.items():
-            if compared := content['compared'].get(measure):
-                if n in effects.setdefault(arm, {}):
-                    raise UserError(f'{folder} has {arm} at {n:,} images once more; leave it out')
-                effects[arm][n] = compared
+            _add_effects(folder, measure, effects, common)
     if not effects:
         raise UserError('the ablations compare no arms yet')
     return {arm: dict(sorted(each.items())) for arm, each in effects.items()}, common['margin']
+
+
+def _add_effects(
+    path: Path, measure: str, effects: dict[str, dict[int, Any]], common: dict[str, Any]
+) -> None:
+    """Add those of one ablation, a work directory or its `summary.json`."""
+    summary = json.loads(read_text(path)) if path.is_file() else summary_of(read_store(path))
+    if measure not in (found := summary['primaries']):
+        raise UserError(f'{path} does not decide on {measure}, but on {", ".join(found)}')
+    arms, n = summary['arms'], summary['counts']['train']
+    facts = {f'control of {arm}': each['control'] for arm, each in arms.items()}
+    facts |= {'data source': summary['source'], 'margin': summary['margins'][measure]}
+    for what, fact in facts.items():
+        if common.setdefault(what, fact) != fact:
+            raise UserError(
+                f'{path} has another {what} than an earlier one, {printable(fact)} in the '
+                f'place of {printable(common[what])}; draw it apart'
+            )
+    for arm, content in arms.items():
+        if compared := content['compared'].get(measure):
+            if n in effects.setdefault(arm, {}):
+                raise UserError(f'{path} has {arm} at {n:,} images once more; leave it out')
+            effects[arm][n] = compared

@@ -162,8 +162,6 @@ def render(store: Store, summary: Any, spent: dict[str, Any], drawn: dict[str, A
 
     headline, *details = inspect.cleandoc(summary['question']).split('\n\n')
     definition, arms = store.definition(), summary['arms']
-    # An answer in an experiment's docstring, and what follows it, is of an earlier run.
-    details = itertools.takewhile(lambda block: not block.startswith('Answer'), details)
     titled = {'title': lambda m: f'{METRICS[m].title}, {METRICS[m].suffix or "nats"}'}
     return template(Path(__file__).with_suffix('.jinja'), **titled).render(
         summary=summary,

@@ -68,8 +68,8 @@ def ablate(
     """Tune every arm, train its replicates, compare it with its control, write the report.
 
     A replicate draws a training subset (`config.data.subset`), initial weights and order, the same
-    for all arms. What the study tunes is chosen by the loss on held-out images
-    (`config.data.validation`); the test images are used once, at the end of each replicate.
+    for all arms. What the study tunes is chosen on held-out images (`config.data.validation`), by
+    each primary measure for itself; the test images are used once, at the end of each replicate.
 
     The same call again trains only what is missing, and more seeds add to what is there. The
     work directory holds `ablation.json`, `cells/` (a result for each run), `logs/`, `report.html`,

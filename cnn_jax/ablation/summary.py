@@ -61,6 +61,7 @@ def summary_of(store: Store) -> dict[str, Any]:
         if any(plan.ranges.values())
         else None,
         'counts': counts,
+        'source': plan.configs[plan.baseline].data.source,
         'population': _population(store, counts),
         'runs': {
             'due': len(needed),

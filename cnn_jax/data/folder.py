@@ -13,7 +13,7 @@ import numpy as np
 from cnn_jax.data import decode
 from cnn_jax.data.decode import CorruptImage, Finding
 from cnn_jax.data.source import Source, count_left_out, digest
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, reason_of
 from cnn_jax.files import local_path
 
 
@@ -40,7 +40,7 @@ def _examine(path: Path) -> Finding:
     try:
         return decode.scan(decode.read_file(path))
     except (OSError, CorruptImage) as error:
-        return Finding(0, 0, 0, getattr(error, 'strerror', None) or str(error), '')
+        return Finding(0, 0, 0, reason_of(error), '')
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -277,10 +277,9 @@ def source_of(
                 raise CorruptImage('it holds other bytes')
             return decode.with_channels(decode.decode(data), channels)
         except (OSError, CorruptImage) as error:
-            reason = getattr(error, 'strerror', None) or error
             raise UserError(
-                f'{path} has changed since the run began ({reason}); leave the images alone while '
-                'a run uses them, and start it again'
+                f'{path} has changed since the run began ({reason_of(error)}); leave the images '
+                'alone while a run uses them, and start it again'
             ) from error
 
     content = [part for path in paths for part in (path, files[path].sha256)]

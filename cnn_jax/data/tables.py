@@ -14,7 +14,7 @@ from cnn_jax import config
 from cnn_jax.data.decode import skipped
 from cnn_jax.data.folder import PARTS, Listing, check_class_name, examine_files, source_of
 from cnn_jax.data.source import Source
-from cnn_jax.errors import UserError, nearest
+from cnn_jax.errors import UserError, nearest, reason_of
 from cnn_jax.files import local_path
 
 # By the config field that chooses a column: the names that are looked for, the first found first,
@@ -95,7 +95,7 @@ def _read_csv(path: Path) -> Rows:
             names, *rows = [row for row in reader if row] or [[]]
             wrong = next((n for n, row in enumerate(rows, 1) if len(row) != len(names)), None)
     except (OSError, UnicodeError, csv.Error) as error:
-        reason = getattr(error, 'strerror', None) or error
+        reason = reason_of(error)
         raise UserError(f'{path} cannot be read as CSV in UTF-8 ({reason}); save it so') from error
     if wrong:
         raise UserError(

@@ -18,7 +18,7 @@ from cnn_jax import regularizers, rng
 from cnn_jax.data import decode
 from cnn_jax.data.folder import find_images
 from cnn_jax.data.source import count_left_out
-from cnn_jax.errors import UserError, printable
+from cnn_jax.errors import UserError, printable, reason_of
 from cnn_jax.files import local_path
 from cnn_jax.models import Classifier
 from cnn_jax.nn import Dropout
@@ -133,10 +133,8 @@ def read_image(run: Run, path: Path) -> np.ndarray | str:
     data, wanted = run.config.data, run.spec.image_shape
     try:
         pixels = decode.decode(decode.read_file(path))
-    except OSError as error:
-        return error.strerror or str(error)
-    except decode.CorruptImage as error:
-        return str(error)
+    except (OSError, decode.CorruptImage) as error:
+        return reason_of(error)
     image = decode.resize_image(pixels, data.resize, data.size, wanted[-1])
     if image.shape != wanted:
         return f'it is {shape_text(image.shape)}, the network takes {shape_text(wanted)}'

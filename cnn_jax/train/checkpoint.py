@@ -17,7 +17,7 @@ import numpy as np
 
 from cnn_jax import config as cfg
 from cnn_jax import mesh, params
-from cnn_jax.errors import RunFailed, UserError, first_line
+from cnn_jax.errors import RunFailed, UserError, reason_of
 from cnn_jax.files import (
     SEAL,
     Corrupt,
@@ -360,8 +360,6 @@ def _structure(parts: dict[str, Any]) -> dict[str, str]:
 
 def _reason(error: Exception) -> str:
     """The short text of an error of the file system, or of TensorStore, whose report buries it."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     numbers = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
     buried = [text for text in map(os.strerror, numbers) if text in str(error)]
-    return buried[0] if buried else first_line(error)
+    return buried[0] if buried else reason_of(error)

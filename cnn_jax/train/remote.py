@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.errors import RunFailed, UserError, first_line
+from cnn_jax.errors import RunFailed, UserError, reason_of
 from cnn_jax.files import SEAL, Corrupt, cache_folder, digest, inside, lock, read_sealed_folder
 
 CONFIG = 'config.json'
@@ -107,7 +107,7 @@ class Mirror:
         except RunFailed:
             raise
         except Exception as error:
-            what = f'{self.url} cannot be written ({first_line(error)}); it is all in {self.folder}'
+            what = f'{self.url} cannot be written ({reason_of(error)}); it is all in {self.folder}'
             if last:
                 raise RunFailed(f'{what}; rerun the same command here to upload it') from error
             print(f'warning: {what}; the next checkpoint tries again', file=sys.stderr)
@@ -121,7 +121,7 @@ class Mirror:
             raise
         except Exception as error:
             raise UserError(
-                f'{self.url} cannot be used ({first_line(error)}); check the name of the bucket, '
+                f'{self.url} cannot be used ({reason_of(error)}); check the name of the bucket, '
                 'the network, and that your credentials allow reading and writing (gs://: gcloud '
                 'auth application-default login)'
             ) from error
@@ -213,7 +213,7 @@ def _open(url: str) -> tuple[Any, str]:
         fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
         raise UserError(
-            f'{url} needs a package ({first_line(error)}); install it (for gs://: pip install -r '
+            f'{url} needs a package ({reason_of(error)}); install it (for gs://: pip install -r '
             'requirements-gcs.txt)'
         ) from error
     return fs, root.rstrip('/')

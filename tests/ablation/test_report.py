@@ -279,6 +279,16 @@ def test_effects_stand_against_the_number_of_images(sizes, measure):
         assert points == [(n, pytest.approx(scale * expected[n])) for n in sorted(expected)]
 
 
+def test_a_kept_summary_takes_the_place_of_a_work_directory(sizes):
+    folders = [sizes(1000), sizes(200)]
+    Ablation(folders[1]).write_report()
+    kept = [folders[0], folders[1] / 'summary.json']
+    assert figures._effects(kept, 'loss') == figures._effects(folders, 'loss')
+    (folders[1] / 'summary.json').write_text('{"primaries": ["loss"]}')
+    with pytest.raises(UserError, match='did not write'):
+        figures.draw_against_n(kept)
+
+
 @pytest.mark.parametrize(
     ('options', 'match'),
     [
