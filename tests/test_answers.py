@@ -1,6 +1,7 @@
 """The answers that are kept still hold: their experiments are the same, and so are their runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,9 @@ KEPT = sorted(answers.FOLDER.glob('*.json'))
 def test_two_runs_of_every_answer_come_out_again(path):
     """In bits on the same kind of processor, elsewhere within what training makes of rounding."""
     answer = json.loads(path.read_text())
+    kind, _, folder = answer.get('source', '').partition(':')
+    if kind == 'idx' and not Path(folder).exists():
+        pytest.skip(f'{folder} is missing')
     for cell, again in zip(answer['cells'], answers.run_again(path), strict=True):
         assert again['config_hash'] == cell['config_hash'], 'the experiment has changed since'
         if again['convolutions'] == answer['convolutions']:
