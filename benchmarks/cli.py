@@ -1,12 +1,15 @@
 """What the commands of this folder have in common."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import contest, results
 from cnn_jax.errors import UserError
+from cnn_jax.files import cache_folder
+from cnn_jax.nn.native import build
 
 
 def parser(module: str, doc: str | None, rounds: int = 0) -> argparse.ArgumentParser:
@@ -42,8 +45,13 @@ def publish(title: str, body: str, out: Path | None) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; what its user can mend is one sentence."""
+    """Run a command; what its user can mend is one sentence.
+
+    The native library is built before, once a machine, as the peers' wheels bring their kernels.
+    """
     try:
+        os.environ.setdefault(build.SWITCH, str(cache_folder() / 'native'))
+        build.library()
         main()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)

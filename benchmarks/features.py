@@ -73,7 +73,7 @@ def main() -> None:
 
 224×224×3, batch {given.batch}, float32, 13 convolutions with ImageNet's weights.
 Median [quartiles] of {given.rounds} interleaved rounds. {results.of_best(reference)}
-First batch: from the process's start, with nothing compiled before.
+First batch: from the process's start, with nothing compiled before but the native library.
 Relative error: ‖f − f₁‖ / ‖f₁‖ of the features, f₁ those of {judge(entrants)}.
 {results.left_out(left_out)}
 {results.table(COLUMNS, rows)}

@@ -3,9 +3,9 @@
   bash benchmarks/setup_peers.sh
   python -m benchmarks.start --rounds=5 --out=benchmarks/RESULTS.md
 
-Each contender is started twice in every round: cold, with nothing compiled before, and warm, with
-what the first start has left. This project keeps what it compiles by itself; for Flax and Keras the
-two variables are set that make JAX keep it.
+Each contender is started twice in every round: cold, with nothing compiled before but the native
+library, and warm, with what the first start has left. This project keeps what it compiles by
+itself; for Flax and Keras the two variables are set that make JAX keep it.
 
 The log of launch.train does not tell when its first step ended, so the step is that of
 `benchmarks.step`; launch.train itself is timed to its end, with one step, an evaluation and a
@@ -52,7 +52,7 @@ def main() -> None:
 
 28×28×1, batch 64, float32, Adam; from the process's start to the end of its first training step.
 Median [quartiles] of {given.rounds} interleaved rounds; ratios are taken within a round.
-Cold: nothing compiled before; the best peer is {best[0]}.
+Cold: nothing compiled before but the native library; the best peer is {best[0]}.
 Warm: the start after that, compilations kept where there is a way; the best is {best[1]}.
 The launcher's row holds its evaluation and its checkpoint, too.
 {results.left_out(left_out)}

@@ -78,7 +78,7 @@ def main() -> None:
 {'×'.join(map(str, shape))}, batch {size}, float32, Adam; {flops / 1e9:.2f} GFLOP a step.
 Median [quartiles] of {given.rounds} interleaved rounds. {results.of_best(reference)}
 GEMM peak: {peak / 1e9:.0f} GFLOP/s, the best of a {ours.SIZE}² float32 product in the same rounds.
-First step: from the process's start, with nothing compiled before.
+First step: from the process's start, with nothing compiled before but the native library.
 The losses of the first {GATE_STEPS} steps without dropout agree within {found.checked:.0e} of their
 mean.
 {results.left_out(left_out)}
