@@ -3,9 +3,12 @@
 A linear classifier on the scaled mean of each channel of the last features, ImageNet's weights
 frozen: 512 features by 15 million parameters, or 1,280 by 3.4 million. Learning rate and L2 are
 tuned for both. Ten MNIST digits at 64×64 pixels, of which each seed draws 300 of 2,500; 500 are
-held out to tune on. On your own photographs:
+held out to tune on.
 
   python -m launch.ablate --config=experiments/backbones.py --workdir=runs/backbones
+
+On your own photographs:
+
   python -m launch.ablate --config=experiments/backbones.py --workdir=runs/mine \\
       --config.data.source=folder:photos --config.data.train=train --config.data.eval=test \\
       --config.data.subset=0 --config.data.validation=50 --config.data.size=224

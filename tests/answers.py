@@ -121,7 +121,7 @@ def page() -> str:
             about.append(f'An SVM on the pixels: accuracy {pixels["mean"]:.1%}.')
         edges = [name for name, arm in answer['arms'].items() if arm['at_edge']]
         if edges:
-            about.append(f'Chosen at an end of what was tried: {", ".join(edges)}.')
+            about.append(f'Chosen at an end of what was tried: {"; ".join(edges)}.')
         tuned = answer['trials']
         how = f'{tuned["each"]} trials of each arm, ' if tuned else 'nothing tuned, '
         given = [f'--config.{path}={value}' for path, value in answer.get('changes', {}).items()]

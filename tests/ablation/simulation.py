@@ -26,7 +26,7 @@ error of 22/√t points.
 
 An arm whose failures are rare can show none in a whole study (the last two rows). No rule on the
 differences can know of them: with no failure in n replicates, up to 3/n of all may fail (95%).
-A study that fears this begins to look later, `looks=(20, 30)`.
+A study that fears this begins to look later: `--seeds=20`, then `--seeds=30`.
 """
 SIZES = (4, 10)
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
