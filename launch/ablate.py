@@ -94,6 +94,12 @@ def main(_) -> int:
         curves=CURVES.value,
         **options,
     )
+    in_all = set.intersection(*map(set, plan.ranges.values()))
+    if useless := sorted(in_all & cli.overridden()):
+        raise UserError(
+            f'--config.{useless[0]} would change nothing: {CONFIG.value} tunes it; leave it out, '
+            'or take it out of TUNE'
+        )
     result = ablate(
         plan,
         workdir=WORKDIR.value,

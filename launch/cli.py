@@ -123,6 +123,11 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+def overridden() -> set[str]:
+    """The paths of the fields that --config.KEY=VALUE set."""
+    return set(_overrides)
+
+
 def read_experiment(holder: flags.FlagHolder) -> tuple[cfg.Config, Components]:
     """The validated config of a `define_config` flag, and what its file brings."""
     config, components = get_config(holder.value), from_experiment(holder.value)

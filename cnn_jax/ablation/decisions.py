@@ -22,7 +22,7 @@ def due(store: Store) -> list[Run]:
     decides them, first seed first, so that early results compare all arms; the controls.
     """
     plan, trials = store.plan, [store.trials(arm) for arm in store.plan.configs]
-    runs = [run for each in zip(*filter(None, trials)) for trial in each for run in trial]
+    runs = [run for each in itertools.zip_longest(*trials, fillvalue=()) for t in each for run in t]
     needed = replicates(store)
     for number in range(max(needed.values())):
         for arm in plan.configs:
@@ -42,7 +42,7 @@ def controls(store: Store) -> list[Run]:
 
 
 def waiting(store: Store) -> int:
-    """The number of runs that will be due once those that are due have finished."""
+    """The least number of runs that will be due once those that are due have finished."""
     plan = store.plan
     waiting = [arm for arm in plan.configs if not store.choice(arm, plan.judges[0])]
     further = plan.finalists * (len(plan.tuning) - 1)

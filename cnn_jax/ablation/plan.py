@@ -20,8 +20,8 @@ Changes = Mapping[str, Any]  # {'model.dropout': 0.25, 'loss.l2': log(1e-6, 1e-2
 TRAINING = ('ablation/training.py', 'ablation/floor.py')  # what decides a result in this package
 MOST_SEEDS = 10_000
 SEEDS = 10
-LOOKS = (5, 10, 20, 30)
 TRIALS = 8
+LOOKS = (5, 10, 20, 30)  # replicates
 FINALISTS = 3
 TUNING_REPLICATES = 4
 
@@ -101,7 +101,7 @@ class Plan:
     changes: dict[str, Changes]  # of each arm, to the experiment's config
     ranges: dict[str, dict[str, Range]]  # what is tuned in each arm, by config path
     trials: int  # of each arm that has ranges
-    finalists: int  # trials of an arm that get all replicates of `tuning`, the others its first
+    finalists: int  # an arm's best trials, by each judge, that get all replicates of `tuning`
     tuning: tuple[int, ...]  # the seeds of a trial's replicates
     looks: tuple[int, ...]  # replicates at each look; all arms have those of the first
     first_seed: int
@@ -260,7 +260,7 @@ def make_plan(
         config: The config that the arms change; its seed is the first one.
         seeds: Replicates of each arm.
         until_decided: Whether to add replicates until every arm is decided: looks after `LOOKS`.
-        tune: What is tuned in every arm, `{config path: Range}`.
+        tune: What is tuned in every arm that does not set it itself, `{config path: Range}`.
         trials: Trials of each arm that has a range.
         widen: The most further trials of an arm whose choice is at the edge of what was tried; each
             goes a step beyond it.
@@ -291,7 +291,7 @@ def make_plan(
         raise UserError(f'what is tuned{where} must be {{config path: log(low, high)}}')
     ranges = {
         arm: {
-            **tune,
+            **{path: each for path, each in tune.items() if path not in changes},
             **{path: each for path, each in changes.items() if isinstance(each, Range)},
         }
         for arm, changes in arms.items()

@@ -85,7 +85,7 @@ class Ablation:
             row |= {'mean': test.get('mean'), 'difference': compared.get('mean')}
             row |= {key: compared.get(key) for key in ('low', 'high', 'p')}
             row |= {'verdict': verdict, 'decided': compared.get('decided')}
-            rows.append(row | {'failed': arm['failed']})
+            rows.append(row | {'failed': arm['failed'][measure]})
         return rows
 
     @property

@@ -30,7 +30,6 @@ FOLDER = 'cells'
 FORMAT = 3  # of the definition
 FLOOR = 'SVM on pixels'
 AGAIN = 'once more'  # the baseline's first replicate
-KINDS = 'trial', 'replicate', FLOOR, AGAIN
 
 Result = dict[str, Any]
 
@@ -75,6 +74,7 @@ class Run:
         arm, seed: Which.
         trial: Where what is tuned stands, as the number of the point; −1 if nothing is.
         path: The file of its result.
+        point: What is tuned there, `{config path: number}`.
         config: Its config.
     """
 
@@ -83,6 +83,7 @@ class Run:
     seed: int
     trial: int
     path: Path
+    point: dict[str, float] = field(compare=False)
     config: cfg.Config = field(compare=False)
 
     @property
@@ -144,7 +145,12 @@ class Store:
             if not run.path.exists():
                 return None
             found = read(run.path)
-            if {name: found.get(name) for name in run.label} != run.label:
+            wanted = run.label | {'point': run.point}
+            if 'point' in found:  # trials that widen a range are numbered anew where there are more
+                del wanted['trial']
+            else:  # of an earlier version
+                del wanted['point']
+            if {name: found.get(name) for name in wanted} != wanted:
                 raise UserError(
                     f'{run.path} holds the result of another run ({printable(found.get("arm"))}, '
                     f'seed {found.get("seed")}); remove it and run launch.ablate again'
@@ -156,7 +162,8 @@ class Store:
         """The run of an arm with this seed and what is tuned at this point."""
         key = (kind, arm, seed, trial, *sorted(dict(point).items()))
         if key not in self._runs:
-            config = self.plan.config(arm, seed, dict(point))
+            point = dict(point)
+            config = self.plan.config(arm, seed, point)
             curves = self.plan.curves and kind == 'replicate'
             facts = {'config': cfg.content_hash(config), 'kind': kind, **self.provenance}
             facts |= {'curves': True} if curves else {}
@@ -164,7 +171,8 @@ class Store:
             word = re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-')[:60] or 'arm'
             mark = {'trial': f'trial{trial}-', 'replicate': ''}.get(kind, f'{kind[:3]}-'.lower())
             name = f'{word}-{mark}{seed}-{digest[:16]}.json'
-            self._runs[key] = Run(kind, arm, seed, trial, self.folder / FOLDER / name, config)
+            path = self.folder / FOLDER / name
+            self._runs[key] = Run(kind, arm, seed, trial, path, point, config)
         return self._runs[key]
 
     def points(self, arm: str) -> list[dict[str, float]]:
@@ -228,9 +236,10 @@ class Store:
     def choice(self, arm: str, measure: str) -> Choice | None:
         """What the trials of an arm chose for a measure: the finalist of the best mean.
 
-        Each measure has a choice of its own: the rate of the least loss is seldom that of the
-        highest accuracy, and an arm that is tuned for one alone would be unfairly judged by the
-        other. None until all trials have finished. A trial that failed is not chosen.
+        Accuracy and loss each have a choice of their own (top-5 accuracy follows the former, the
+        calibration error the latter): the rate of the least loss is seldom that of the highest
+        accuracy, and an arm that is tuned for one alone would be unfairly judged by the other.
+        None until all trials have finished. A trial that failed is not chosen.
         """
         judge = METRICS[measure].tuned_by
         key = arm, judge if judge in self.plan.judges else self.plan.judges[0]
@@ -250,6 +259,8 @@ class Store:
             known = [each for each in found if each is not None]
             values.append(float(np.mean(known)) if len(known) == len(found) else None)
         judged = [value if n in finalists else None for n, value in enumerate(values)]
+        if all(value is None for value in judged):  # every finalist has failed
+            judged = values
         choice = chosen(points, judged, METRICS[judge].sign)
         return dataclasses.replace(choice, values=values)
 
@@ -273,7 +284,7 @@ class Store:
 
     def write(self, run: Run, result: Result) -> None:
         """Record the result of a run."""
-        write_json(run.path, {**run.label, **result})
+        write_json(run.path, {**run.label, 'point': run.point, **result})
 
     def retry_failed(self) -> None:
         """Set the results of failed runs aside, so that they run again."""
@@ -333,9 +344,7 @@ def refuse_links(folder: Path) -> None:
 def open_store(
     folder: Path, plan: Plan, provenance: dict[str, str], facts: dict[str, Any]
 ) -> Store:
-    """Begin an ablation in a work directory, or resume the one that is there.
-
-    Replicates beyond those of an earlier call are looks of one study: the earlier ones count.
+    """Begin an ablation in a work directory, or resume the one that is there, as `extended`.
 
     Args:
         folder, plan, provenance: As in `Store`.
@@ -354,8 +363,7 @@ def open_store(
                     f'{folder} holds an ablation that differs from this one: '
                     f'{"; ".join(changed)}. Choose another --workdir; results are never mixed'
                 )
-            looks = tuple(sorted({*old.looks, *plan.looks}))
-            plan = dataclasses.replace(plan, looks=looks)
+            plan = extended(old, plan)
             if plan.to_json() == before['plan']:
                 return Store(folder, plan, provenance)
             facts = before | {'command': facts['command']}
@@ -366,6 +374,16 @@ def open_store(
             )
         write_json(path, facts | _definition(plan, provenance), indent=2)
     return Store(folder, plan, provenance)
+
+
+def extended(old: Plan, new: Plan) -> Plan:
+    """The new plan of a study that has followed the old one: its looks come after the old ones.
+
+    So the replicates that there are count, whether more are asked for or fewer; only a single one,
+    which nothing can be said of, is no look.
+    """
+    looks = (*old.looks, *(n for n in new.looks if n > old.looks[-1]))
+    return dataclasses.replace(new, looks=tuple(n for n in looks if n > 1) or looks)
 
 
 def read_store(folder: Path) -> Store:

@@ -22,6 +22,7 @@ from cnn_jax.ablation.results import (
     FOLDER,
     Run,
     Store,
+    extended,
     read_store,
     refuse_links,
     why_failed,
@@ -68,8 +69,8 @@ def ablate(
     """Tune every arm, train its replicates, compare it with its control, write the report.
 
     A replicate draws a training subset (`config.data.subset`), initial weights and order, the same
-    for all arms. What the study tunes is chosen on held-out images (`config.data.validation`), by
-    each primary measure for itself; the test images are used once, at the end of each replicate.
+    for all arms. What the study tunes is chosen on held-out images (`config.data.validation`), for
+    accuracy and loss each by itself; the test images are used once, at a replicate's end.
 
     The same call again trains only what is missing, and more seeds add to what is there. The
     work directory holds `ablation.json`, `cells/` (a result for each run), `logs/`, `report.html`,
@@ -101,7 +102,8 @@ def ablate(
         command: The command that the user typed, for the report.
         components: Own parts as one object.
         study: Arguments of `cnn_jax.ablation.plan.make_plan`: `seeds`, `until_decided`, `tune`,
-            `trials`, `primaries`, `margins`, `against`, `curves`, `floor`, `name`, `question`.
+            `trials`, `widen`, `primaries`, `margins`, `against`, `factors`, `curves`, `floor`,
+            `name`, `question`.
 
     Errors:
         UserError: An arm is not a valid config, the data cannot be opened, or the folder holds
@@ -199,10 +201,11 @@ def repeat(
     changed = [name for name, value in now.items() if store.provenance.get(name) != value]
     for name in changed:
         print(f'changed since the ablation began: {name}')
-    same, compiled = True, compile_structure(plan.configs[arm], data)
+    same = True
     for run, before in kept.items():
         assert before
-        [after] = train_runs([run.config], compiled, data, curves=plan.curves)
+        compiled = compile_structure(plan.configs[arm], data, before.get('together', 1))
+        [after] = train_runs([run.config], compiled, data, curves=False)
         point = f' ({_listed(store.points(arm)[run.trial])})' if len(kept) > 1 else ''
         for what, name in (('metrics', 'metrics'), ('hits', 'correct'), ('losses', 'losses')):
             equal = before[name] == after.get(name)
@@ -230,7 +233,7 @@ def _introduction(plan: Plan, workers: int, together: int) -> str:
         listed += [f'{path} tuned from {each}' for path, each in plan.ranges[arm].items()]
         lines.append(f'  {arm:<24} {", ".join(listed) or "no changes"}')
     if any(plan.ranges.values()):
-        final = f'the best {plan.finalists} with {len(plan.tuning)} replicates'
+        final = f'the best {plan.finalists} by each measure with {len(plan.tuning)} replicates'
         wider = f', up to {plan.widen} more beyond an edge' if plan.widen else ''
         lines.append(f'tuning: {plan.trials} trials of each arm{wider}, {final}')
     lines += [f'  one compilation: {", ".join(arms)}' for arms in by_structure(plan)]
@@ -258,7 +261,8 @@ def _run_in_workers(folder: Path, plan: Plan, task: Task, ray: dict[str, Any] | 
                     return False
                 going = pool.running()
                 if not progress and (folder / DEFINITION).exists():
-                    store = replace(read_store(folder), plan=plan)  # which may go further
+                    store = read_store(folder)
+                    store = replace(store, plan=extended(store.plan, plan))
                     progress = screen.enter_context(Progress(store))
                 if progress:
                     progress.update()

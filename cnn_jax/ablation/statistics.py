@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, special, stats
 
+from cnn_jax.ablation.plan import LOOKS
+
 SIGNIFICANCE = 0.05
-LOOKS = (5, 10, 20, 30)  # replicates
 VERDICTS = ['better', 'worse', 'equivalent']
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(128)
 SPENDING = {  # the error α spent by the fraction t of the planned replicates
@@ -190,8 +191,8 @@ class Design:
 
     Attributes:
         comparisons: Size m of the family: arms × primary measures.
-        looks: Replicates at each look; one look is a study of fixed size. The last cannot be
-            raised once it was looked at, since the error is spent.
+        looks: Replicates at each look; one look is a study of fixed size. Together they hold if
+            they were planned: a last look that is raised because of what it showed errs more.
         spending: How much of the error early looks may spend, a key of `SPENDING`.
         moderated: Whether the comparisons share their variances (`moderate`).
         overlap: ρ = test images a training image, where replicates train on each other's test

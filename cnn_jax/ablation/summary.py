@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cnn_jax.ablation import statistics
-from cnn_jax.ablation.decisions import decisions, design, due, images_of, values
+from cnn_jax.ablation.decisions import OF_IMAGES, decisions, design, due, images_of, values
 from cnn_jax.ablation.plan import METRICS, Metric
 from cnn_jax.ablation.results import AGAIN, FLOOR, FOLDER, Result, Run, Store, value_of, why_failed
 from cnn_jax.tools.page import number
@@ -97,9 +97,11 @@ def _population(store: Store, counts: dict[str, int]) -> str:
         drawn = f'initial weights and order; all have the same {train} training images'
     else:
         drawn = f'{train} of {pool} training images, initial weights and order'
+    alone = [METRICS[m].title for m in store.plan.primaries if m not in OF_IMAGES]
+    same = f' (of {" and ".join(alone)}: on these test images)' if alone else ''
     return (
         f'A replicate draws {drawn}. Intervals speak of other replicates and other test images of '
-        f'the same source, of which there are {test}.'
+        f'the same source, of which there are {test}{same}.'
     )
 
 
@@ -149,10 +151,10 @@ def _arm(
     """What is known of an arm."""
     plan = store.plan
     control = plan.against.get(arm)
-    shared = plan.ranges[plan.baseline]
-    tuned = {p: f'{each}, tuned' for p, each in plan.ranges[arm].items() if p not in shared}
+    common = set.intersection(*(set(ranges.items()) for ranges in plan.ranges.values()))
+    own_ranges = [pair for pair in plan.ranges[arm].items() if pair not in common]
+    tuned = {path: f'{each}, tuned' for path, each in own_ranges}
     by_measure = {m: _replicates(store, results, arm, m) for m in METRICS}
-    failed = {s for each in by_measure.values() for s, r in each.items() if why_failed(r)}
     finished = {m: _usable(each) for m, each in by_measure.items()}
     own, usable = by_measure[plan.primaries[0]], finished[plan.primaries[0]]
     first = next(iter(usable.values()), None)
@@ -167,7 +169,7 @@ def _arm(
         'control': control,
         'tuned': _tuned(store, arm),
         'n': len(own),
-        'failed': len(failed),
+        'failed': {m: len(by_measure[m]) - len(finished[m]) for m in plan.primaries},
         'per_seed': {  # a failed one has None
             m: {str(seed): value_of(each, 'test', m) for seed, each in by_measure[m].items()}
             for m in plan.primaries
@@ -181,7 +183,7 @@ def _arm(
         'steps': first['steps'] if first else None,
         'curves': curves(list(usable.values())),
         'compared': compared,
-        'verdict': verdict(arm, control, compared) if control else None,
+        'verdict': verdict(arm, control, compared, plan.looks[0]) if control else None,
     }
 
 
@@ -248,7 +250,8 @@ def _repeated(store: Store, results: dict[Run, Result]) -> bool | None:
     again = next((each for run, each in results.items() if run.kind == AGAIN), None)
     run = store.replicate(store.plan.baseline, 0, store.plan.judges[0])
     first = run and results.get(run)
-    if not again or not first:
+    # Runs that are trained together agree to rounding with those that are not.
+    if not again or not first or again.get('together') != first.get('together'):
         return None
     return all(again.get(name) == first.get(name) for name in ('metrics', 'correct', 'losses'))
 
@@ -324,7 +327,9 @@ def cost(store: Store) -> dict[str, Any]:
     spent: dict[str, list[float]] = {arm: [] for arm in arms}
     other = 0.0
     for run in due(store):
-        seconds = (store.result(run) or {}).get('seconds', 0.0)
+        if not (result := store.result(run)):
+            continue
+        seconds = result.get('seconds', result.get('wall_seconds', 0.0))
         if run.kind == 'trial':
             arms[run.arm]['trials'] += seconds
         elif run.kind == 'replicate':
@@ -375,7 +380,9 @@ def estimate(mean: float | None, ends: Any, metric: Metric, signed: bool = False
     return f'{number(mean * metric.scale, places, signed)} ({interval(low, high, metric)})'
 
 
-def verdict(arm: str, control: str, compared: dict[str, dict[str, Any] | None]) -> dict[str, str]:
+def verdict(
+    arm: str, control: str, compared: dict[str, dict[str, Any] | None], first_look: int
+) -> dict[str, str]:
     """The verdict on an arm: `kind`, over its primary measures, and `sentence`.
 
     better or worse: in at least one measure, and in none the opposite; mixed: one of each;
@@ -383,10 +390,8 @@ def verdict(arm: str, control: str, compared: dict[str, dict[str, Any] | None]) 
     """
     known = {m: each for m, each in compared.items() if each is not None}
     if not known:
-        return {
-            'kind': 'no claim',
-            'sentence': f'{arm}: no claim can be made of fewer than 2 replicates.',
-        }
+        least = max(first_look, 2)
+        return {'kind': 'no claim', 'sentence': f'{arm}: no claim before {least} replicates.'}
     kinds = {each['verdict'] for each in known.values()}
     if {'better', 'worse'} <= kinds:
         kind = 'mixed'

@@ -384,10 +384,12 @@ class _Structure:
         if kind == FLOOR:
             return [train_floor(configs[0], data)]
         if not self._compiled:
-            self._compiled = compile_structure(configs[0], data, len(runs), self._components)
-        return train_runs(
-            configs, self._compiled, data, trial=kind == 'trial', curves=self._store.plan.curves
-        )
+            # Not a trial's own config: beyond an edge, a strength of 0 would be compiled out.
+            config = self._store.plan.configs[runs[0].arm]
+            self._compiled = compile_structure(config, data, len(runs), self._components)
+        curves = self._store.plan.curves and kind == 'replicate'
+        results = train_runs(configs, self._compiled, data, trial=kind == 'trial', curves=curves)
+        return [{**each, 'together': self._compiled.together} for each in results]
 
     def _train_fewer(self, runs: list[Run]) -> list[Result]:
         """Train the same, half as many at a time, and so those that follow."""

@@ -78,6 +78,13 @@ def test_what_is_tuned_in_all_arms_has_the_same_trials_in_all_and_all_have_as_ma
     assert plan.config('drop', 3, {'model.dropout': 0.2}).model.dropout == 0.2
 
 
+def test_an_arm_that_sets_what_is_tuned_keeps_its_value():
+    fixed = {'optimizer.learning_rate': 0.1}
+    plan = make_plan({'none': {}, 'fixed': fixed}, HELD_OUT, tune=RATE)
+    assert plan.ranges['fixed'] == {}
+    assert plan.configs['fixed'].optimizer.learning_rate == 0.1
+
+
 def test_trials_added_keep_those_that_were_made():
     few, many = (make_plan({'a': {}}, HELD_OUT, tune=RATE, trials=n) for n in (4, 7))
     assert many.points['a'][:4] == few.points['a']

@@ -159,7 +159,7 @@ def test_reports_are_written_of_whatever_failed(ablation, kinds):
 def test_report_of_little_claims_nothing(ablation):
     folder = ablation(seeds=1)
     text = page(folder)
-    assert text.count('no claim can be made of fewer than 2 replicates') == 4
+    assert text.count('no claim before 2 replicates') == 4
     assert 'Else undecided' not in text
     for path in (folder / 'cells').iterdir():
         path.unlink()

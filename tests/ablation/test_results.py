@@ -149,6 +149,42 @@ def test_a_choice_at_an_edge_is_followed_until_it_is_none(opened):
         assert [len(runs) for runs in store.trials(arm)[4:]] == [4] * (len(rates) - 4)
 
 
+def test_an_arm_that_alone_is_at_an_edge_is_tuned_to_the_end(opened):
+    store = opened(tune=RATE, trials=4, widen=3, primaries=('loss',))
+    best = {'plain': 0.05, 'drop, 0.3/x': 1e-3}
+    while missing := [run for run in decisions.missing(store) if run.kind == 'trial']:
+        for run in missing:
+            rate = run.config.optimizer.learning_rate
+            store.write(run, finished(loss=abs(np.log(rate / best[run.arm]))))
+    assert [len(store.points(arm)) > 4 for arm in ARMS] == [True, False]
+    assert {run.arm for run in due(store)} == {*ARMS}
+
+
+def test_where_every_finalist_fails_the_best_other_trial_is_chosen(opened):
+    store = opened(tune=RATE, trials=6, primaries=('loss',))
+    for (run,), loss in zip(store.trials('plain'), (None, 1.0, 2.0, 3.0, 9.0, 8.0), strict=True):
+        store.write(run, finished(loss=loss) if loss else FAILED)
+    for run in decisions.missing(store):
+        if run.arm == 'plain':
+            store.write(run, FAILED)
+    assert store.choice('plain', 'loss').trial == 5
+
+
+def test_a_replicate_is_known_by_its_point_however_trials_are_numbered(opened):
+    store = opened(tune=RATE, trials=4, widen=1, primaries=('loss',))
+    while missing := [run for run in decisions.missing(store) if run.arm == 'plain']:
+        for run in missing:
+            store.write(run, finished(loss=1 / run.config.optimizer.learning_rate))
+    choice = store.choice('plain', 'loss')
+    assert choice.trial == 4
+    run = store.run('replicate', 'plain', 0, 9, choice.point)
+    assert store.result(run)
+    other = store.run('replicate', 'plain', 0, 1, store.points('plain')[1])
+    other.path.write_bytes(run.path.read_bytes())
+    with pytest.raises(UserError, match='another run'):
+        store.result(other)
+
+
 def test_no_range_is_widened_beyond_what_its_field_can_hold(opened):
     store = opened(tune={'loss.label_smoothing': linear(0.5, 0.94)}, trials=4, widen=9)
     while missing := [run for run in decisions.missing(store) if run.kind == 'trial']:
@@ -195,9 +231,16 @@ def test_the_definition_follows_the_last_command_and_no_look_is_forgotten(opened
     store = opened(seeds=2, command='second', primaries=('loss',))
     definition = store.definition()
     assert definition['command'] == 'second'
-    assert (store.plan.primaries, store.plan.looks) == (('loss',), (2, 3))
+    assert (store.plan.primaries, store.plan.looks) == (('loss',), (3,))
     assert opened(seeds=2, command='third', primaries=('loss',)).definition() == definition
-    assert status(opened(seeds=4)).count('done') == 1
+    store = opened(seeds=4)
+    assert store.plan.looks == (3, 4)
+    assert status(store).count('done') == 1
+
+
+def test_a_single_replicate_is_no_look(opened):
+    assert opened(seeds=1).plan.looks == (1,)
+    assert opened(seeds=4).plan.looks == (4,)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_a_failed_replicate_is_judged_as_a_guess_and_named(ablation):
     assert (failed['arm'], failed['seed']) == ('x', 2)
     assert failed['reason'] == 'the loss became NaN at step 7'
     arm = summary['arms']['x']
-    assert (arm['n'], arm['failed']) == (5, 1)
+    assert (arm['n'], arm['failed']) == (5, {'accuracy': 1, 'loss': 0})
     lost = (0.85 - guess(10)['accuracy']) / 5
     assert arm['compared']['accuracy']['mean'] == pytest.approx(before['mean'] - lost, abs=0.01)
     assert arm['verdict']['kind'] == 'undecided'

@@ -102,6 +102,11 @@ def test_a_value_that_cannot_be_is_refused_at_once(mistake, tiny, tmp_path, argu
     assert sentence in mistake('train', *tiny, f'--workdir={tmp_path}/run', argument)
 
 
+def test_a_setting_that_is_tuned_is_not_overridden_in_silence(mistake, tmp_path):
+    flags = '--config=experiments/regularization.py', f'--workdir={tmp_path}/study'
+    assert 'would change nothing' in mistake('ablate', *flags, '--config.optimizer.learning_rate=1')
+
+
 def test_a_list_may_be_written_plainly(launch, tmp_path):
     flags = '--config=experiments/small.py', '--config.data.source=digits', '--steps=1'
     for classes in ('4,9', '(4,9)', "('4','9')"):
