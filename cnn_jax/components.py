@@ -126,6 +126,14 @@ def from_objects(
 NO_COMPONENTS = Components()
 
 
+def one_of(components: Components | None, *objects: Any) -> Components:
+    """The components, or those that `from_objects` makes of the objects; a UserError of both."""
+    made = from_objects(*objects)
+    if components and made != NO_COMPONENTS:
+        raise UserError('own parts are given as components and one by one; give them in one way')
+    return components or made
+
+
 @dataclass(frozen=True)
 class _Constant:
     """A function that returns the same object for every config."""

@@ -36,7 +36,7 @@ from cnn_jax.fields import (  # noqa: F401  (what others reach as `config.NAME`)
     traced_values,
     without_noise,
 )
-from cnn_jax.validation import unread, validate  # noqa: F401
+from cnn_jax.validation import is_read, unread, validate  # noqa: F401
 
 STRIDED: dict[str, Any] = {'only_for': ('strided_net',)}
 NORMED_BACKBONES = 'efficientnet_lite0', 'resnet50', 'resnet50_v1'
@@ -350,8 +350,8 @@ def averaging_notes(config: Config, steps: int) -> list[str]:
     """
     notes, decay = [], config.train.ema
     if decay or config.train.swa_from:
-        norms = {config.model.norm, config.model.head_norm} & {*BATCH_NORMS}
-        if norms and config.model.name != OWN and not config.train.precise_norm:
+        moving = config.model.name != OWN and is_read(config, 'train.precise_norm')
+        if moving and not config.train.precise_norm:
             notes.append(
                 'the averaged weights are evaluated with the batch statistics of the others; '
                 'config.train.precise_norm=10 takes their own'

@@ -88,6 +88,7 @@ class Settings:
 
 
 _in_force: Settings | None = None  # what `configure` chose in this process
+_NPROC = os.environ.get('NPROC')  # as this process was started
 
 
 def configure(threads: int = 0) -> Settings:
@@ -104,10 +105,14 @@ def configure(threads: int = 0) -> Settings:
         others = 'not set, for JAX had started before cnn_jax was used'
         flags = os.environ.get('XLA_FLAGS', '')
         return _in_force or Settings(flags, _default_threads(), others, others)
-    if threads:
-        os.environ['NPROC'] = str(threads)  # read by XLA's CPU client for its thread pools
-    given = os.environ.get('XLA_FLAGS')
-    flags = add_xla_flags(default_flags(jaxlib_version(), runs_on_cpu()))
+    nproc = str(threads) if threads else _NPROC
+    if nproc:
+        os.environ['NPROC'] = nproc  # read by XLA's CPU client for its thread pools
+    else:
+        os.environ.pop('NPROC', None)  # an earlier call's
+    ours = default_flags(jaxlib_version(), runs_on_cpu())
+    given = {*os.environ.get('XLA_FLAGS', '').split()} - {*ours.values()}
+    flags = add_xla_flags(ours)
     if given:
         _check_xla_flags()
     allocator = _keep_freed_memory() if runs_on_cpu() else 'the system default'

@@ -41,12 +41,14 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
         if context.method_name == '__call__':
             own = module.variables.get('params', {})
             kernel = own.get('kernel')
+            shapes = [leaf.shape for leaf in jax.tree.leaves(y) if hasattr(leaf, 'shape')]
+            shape = shapes[0] if shapes else ()  # of several outputs the first
             rows[module.path] = Layer(
                 path='/'.join(module.path),
                 kind=type(module).__name__,
-                output=y.shape[1:],
+                output=shape[1:],
                 parameters=sum(p.size for p in jax.tree.leaves(own)),
-                flops=0 if kernel is None else 2 * math.prod(y.shape[:-1]) * kernel.size,
+                flops=0 if kernel is None else 2 * math.prod(shape[:-1]) * kernel.size,
             )
         return y
 
@@ -60,7 +62,11 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
 
 def summary(model: nn.Module, input_shape: tuple[int, ...]) -> str:
     """The network as a table of at most 100 columns, its totals in the last line."""
-    rows = layers(model, input_shape)
+    return table_of(layers(model, input_shape))
+
+
+def table_of(rows: list[Layer]) -> str:
+    """The table of a `summary`, from its rows."""
     name = max(len(row.path) for row in rows)
     line = f'{{:{name}}}  {{:<10}}  {{:>14}}  {{:>12}}  {{:>10}}'
     table = [line.format('layer', 'type', 'output', 'parameters', 'MFLOP')]

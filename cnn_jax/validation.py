@@ -12,14 +12,23 @@ def validate(config: C) -> C:
     """Return the config with types, choices, ranges and combinations checked, or a UserError."""
     flat, fields = to_flat(config), fields_by_path(config)
     paths = [path for path, f in fields.items() if f.metadata.get('path') and flat[path]]
-    changes = {p: local_path(flat[p], f'config.{p}') for p in paths}
+    changes = {path: _without_numpy(value) for path, value in flat.items()}
+    changes |= {p: local_path(flat[p], f'config.{p}') for p in paths}
     config = replace(config, changes)
+    flat = to_flat(config)
     for path, f in fields.items():
         _check_field(path, f.metadata, flat[path])
     for wrong, sentence in _combinations(config):
         if wrong:
             raise UserError(sentence)
     return config
+
+
+def _without_numpy(value: Any) -> Any:
+    """A number of NumPy's, or a tuple of them, as Python's, which JSON can hold."""
+    if isinstance(value, tuple):
+        return tuple(map(_without_numpy, value))
+    return value.item() if hasattr(value, 'item') else value
 
 
 def _check_field(path: str, facts: Any, value: Any) -> None:
@@ -174,7 +183,7 @@ def unread(config: Any, channels: int = 3) -> list[str]:
     """
     flat, phrases = to_flat(config), []
     for path, f in fields_by_path(config).items():
-        if is_other(f, flat[path], f.default) and not _is_read(config, path):
+        if is_other(f, flat[path], f.default) and not is_read(config, path):
             others = [f'config.{other} is {flat[other]}' for other in f.metadata['needs']]
             phrases.append(f'config.{path} is {flat[path]}, but {" and ".join(others)}')
     if config.augment.saturation and channels != 3:
@@ -184,7 +193,7 @@ def unread(config: Any, channels: int = 3) -> list[str]:
     return phrases
 
 
-def _is_read(config: Any, path: str) -> bool:
+def is_read(config: Any, path: str) -> bool:
     """Return whether a field can matter; what the user brings reads any of its group."""
     facts = fields_by_path(config)[path].metadata
     if config.model.name not in facts.get('only_for', (config.model.name,)):
@@ -194,5 +203,5 @@ def _is_read(config: Any, path: str) -> bool:
         if getattr(config, group).name == OWN and any(f'{group}.' in each for each in others):
             return True
     return not others or any(
-        decides(get(config, other)) and _is_read(config, other) for other, decides in others.items()
+        decides(get(config, other)) and is_read(config, other) for other, decides in others.items()
     )

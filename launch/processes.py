@@ -29,7 +29,10 @@ from launch import cli
 COUNT = flags.DEFINE_integer('count', 2, 'Number of processes.', lower_bound=1)
 DEVICES = flags.DEFINE_integer('devices', 1, 'CPU devices of each process.', lower_bound=1)
 RESTARTS = flags.DEFINE_integer(
-    'restarts', 0, 'Number of times that all are restarted after one failed or was killed.'
+    'restarts',
+    0,
+    'Number of times that all are restarted after one failed or was killed.',
+    lower_bound=0,
 )
 GRACE = 30.0  # seconds for the others to end by themselves after one has
 # Log lines of C++ libraries, and their continuations.

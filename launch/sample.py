@@ -29,7 +29,8 @@ def main(_) -> int:
     chosen = range(0, len(source), max(1, len(source) // COUNT.value))[: COUNT.value]
     for i in chosen:
         image, label = source[i]
-        path = folder / f'{i:05d}_{source.class_names[label]}.png'
+        name = source.class_names[label].replace('/', '_')  # a table's may be any text
+        path = folder / f'{i:05d}_{name}.png'
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
     print(f'{len(chosen)} images of {source.name} in {folder}')
     return cli.OK

@@ -60,7 +60,7 @@ def main(_) -> int:
     run = fit(
         config,
         WORKDIR.value,
-        tune=getattr(load_experiment(CONFIG.value), 'TUNE', None),
+        tune=getattr(load_experiment(CONFIG.value), 'TUNE', None) if config.train.trials else None,
         components=components,
         wait=WAIT.value,
         trace=PROFILE.value,

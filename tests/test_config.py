@@ -1,6 +1,8 @@
 """The configuration: round trips, hashes, differences, and errors that name the way out."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +10,26 @@ import pytest
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def test_json_round_trip_keeps_every_field_and_the_hash():
     config = cfg.replace(cfg.Config(), {'model.widths': (8, 16), 'loss.l2': 5e-4, 'seed': 7})
     again = cfg.from_json(cfg.to_json(config))
     assert again == config
     assert cfg.content_hash(again) == cfg.content_hash(config)
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain = {'seed': 3, 'model.dropout': 0.5, 'model.widths': (4, 8)}
+    given = {
+        'seed': np.int64(3),
+        'model.dropout': np.float32(0.5),
+        'model.widths': np.array([4, 8]),
+    }
+    given['model.widths'] = tuple(np.array([4, 8]))
+    config = cfg.validate(cfg.replace(cfg.Config(), given))
+    assert cfg.to_json(config) == cfg.to_json(cfg.replace(cfg.Config(), plain))
 
 
 def test_every_field_is_part_of_the_hash():
@@ -172,3 +188,15 @@ def test_the_default_of_an_earlier_version_is_that_of_this_one(model):
     assert not cfg.differences(then, now)
     cfg.validate(then)
     assert cfg.differences(cfg.replace(now, {'model.cut': 'block4_pool'}), now)
+
+
+def test_the_page_names_fields_that_exist_and_pictures_that_are_there():
+    page = (ROOT / 'docs' / 'regularizers.md').read_text()
+    known = cfg.fields_by_path(cfg.Config())
+    groups = '|'.join({path.split('.')[0] for path in known if '.' in path})
+    named = set(re.findall(rf'`((?:{groups})\.\w+)', page))
+    assert named <= set(known)
+    assert {path for path in known if path.startswith('augment.')} <= named
+    pictures = re.findall(r'\]\((\w+\.png)\)', page)
+    assert pictures
+    assert all((ROOT / 'docs' / name).is_file() for name in pictures)

@@ -16,9 +16,13 @@ from safetensors.numpy import save_file
 import cnn_jax as cj
 from cnn_jax import config as config_module
 from cnn_jax.ablation import log
+from cnn_jax.components import Components
 from cnn_jax.files import read_json, write_json
 from cnn_jax.nn import BatchNorm, Conv, Dropout
+from cnn_jax.params import flatten
 from cnn_jax.pretrained.formats import CONVOLUTIONS
+from cnn_jax.tools.export import export
+from cnn_jax.tools.predict import mc_dropout
 
 ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)
@@ -108,6 +112,28 @@ def test_load_run_opens_it_again(run, folder):
         cj.load_run(folder)
     with pytest.raises(cj.UserError, match='code of the model'):
         cj.load_run(folder, model=Net(0.5))
+
+
+def test_a_net_that_names_its_mode_otherwise_is_exported_and_drawn_from(run, tmp_path):
+    export(run, tmp_path / 'exported')
+    content = (tmp_path / 'exported' / 'model.stablehlo').read_bytes()
+    weights = flatten(run.variables)
+    exported = jax.export.deserialize(bytearray(content)).call(weights, EVAL[0])
+    np.testing.assert_allclose(exported, run.predict(EVAL[0]), rtol=1e-5)
+    draw = mc_dropout(run)(EVAL[0])
+    assert np.abs(np.asarray(draw(0)) - np.asarray(draw(1))).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {'components': Components(experiment='x.py')},
+        {'tune': {'optimizer.learning_rate': log(1, 2)}},
+    ],
+)
+def test_what_fit_would_not_use_is_refused(tmp_path, arguments):
+    with pytest.raises(cj.UserError):
+        cj.fit(CONFIG, tmp_path, model=Net(), **PARTS, **arguments)
 
 
 def test_a_run_on_cached_features_predicts_from_images(tmp_path, monkeypatch):

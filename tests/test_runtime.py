@@ -90,6 +90,12 @@ def test_threads_are_what_was_asked_for(settings):
     assert (made['threads'], environment['NPROC']) == (1, '1')
 
 
+@pytest.mark.parametrize('given', [{}, {'NPROC': '2'}])
+def test_a_later_call_that_asks_for_none_has_the_users(settings, given):
+    _, environment = settings(threads=1, code='settings = runtime.configure()', **given)
+    assert environment.get('NPROC') == given.get('NPROC')
+
+
 def test_bits_depend_on_the_threads_and_not_on_the_cores(settings):
     """So that a run can be gone on with on a machine with fewer cores."""
     code = (

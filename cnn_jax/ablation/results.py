@@ -145,11 +145,11 @@ class Store:
             if not run.path.exists():
                 return None
             found = read(run.path)
-            wanted = run.label | {'point': run.point}
-            if 'point' in found:  # trials that widen a range are numbered anew where there are more
+            wanted = run.label | {'tuned': run.point}
+            if 'tuned' in found:  # trials that widen a range are numbered anew where there are more
                 del wanted['trial']
             else:  # of an earlier version
-                del wanted['point']
+                del wanted['tuned']
             if {name: found.get(name) for name in wanted} != wanted:
                 raise UserError(
                     f'{run.path} holds the result of another run ({printable(found.get("arm"))}, '
@@ -284,7 +284,7 @@ class Store:
 
     def write(self, run: Run, result: Result) -> None:
         """Record the result of a run."""
-        write_json(run.path, {**run.label, 'point': run.point, **result})
+        write_json(run.path, {**run.label, 'tuned': run.point, **result})
 
     def retry_failed(self) -> None:
         """Set the results of failed runs aside, so that they run again."""

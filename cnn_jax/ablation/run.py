@@ -36,7 +36,7 @@ from cnn_jax.ablation.workers import (
     provenance,
     run_missing,
 )
-from cnn_jax.components import NO_COMPONENTS, Components, from_objects
+from cnn_jax.components import NO_COMPONENTS, Components, one_of
 from cnn_jax.errors import UserError
 from cnn_jax.files import make_writable
 from cnn_jax.tools.page import number
@@ -110,8 +110,7 @@ def ablate(
             another ablation.
         RunFailed: Every worker died.
     """
-    if components is None:
-        components = from_objects(model, train, eval, optimizer, regularizers)
+    components = one_of(components, model, train, eval, optimizer, regularizers)
     check_trackers(trackers)
     on_cpu = runtime.runs_on_cpu()
     here = components != NO_COMPONENTS and not components.experiment

@@ -315,7 +315,7 @@ class Batches:
 
 
 class DeviceBatches(Batches):
-    """Batches gathered from images that were put on the device once, on each of several devices."""
+    """Batches gathered from images that are put on the device once, on each of several devices."""
 
     streams = False
 
@@ -330,18 +330,20 @@ class DeviceBatches(Batches):
             in_specs = (whole, whole, part, part)
             gather = jax.shard_map(_gather, mesh=sharding.mesh, in_specs=in_specs, out_specs=part)
         self._gather = jax.jit(gather)
-        self._put()
+        self._on_device = self._once_put()
 
-    def _put(self) -> None:
+    def _once_put(self) -> Callable[[], Any]:
+        """Puts images and labels on the device when they are first used there."""
         mesh = self._sharding and self._sharding.mesh
         everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
-        self._images, self._labels = put((self._on_host, self.labels), everywhere)
+        host = self._on_host, self.labels
+        return functools.cache(lambda: put(host, everywhere))
 
     def at(self, rows: np.ndarray) -> 'DeviceBatches':
         """The batches of the examples at `rows`, which are not decoded again."""
         part = super().at(rows)
         part._on_host = self._on_host[rows]
-        part._put()
+        part._on_device = part._once_put()
         return part
 
     def read(self, index: np.ndarray) -> UInt8[np.ndarray, 'k h w c']:
@@ -352,7 +354,7 @@ class DeviceBatches(Batches):
             index_and_mask = indices(number)
             if self._sharding:  # else the jitted call takes them over, in a tenth of the time
                 index_and_mask = put(index_and_mask, self._sharding)
-            yield self._gather(self._images, self._labels, *index_and_mask)
+            yield self._gather(*self._on_device(), *index_and_mask)
 
 
 class StreamBatches(Batches):
@@ -396,6 +398,7 @@ class StreamBatches(Batches):
         from grain import MapDataset, ReadOptions
 
         parts = -(-local_size(self._batch, self._process) // PART)  # of a batch
+        indices = functools.lru_cache(64)(indices)  # once a batch, not once a part of it
 
         def read(part: int) -> np.ndarray:
             index, first = indices(part // parts)[0], part % parts * PART

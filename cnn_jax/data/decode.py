@@ -296,7 +296,8 @@ def _rule() -> Any:
 
 def parallel_map(function: Callable[[int], T], n: int, label: str) -> list[T]:
     """Compute `[function(0), …, function(n − 1)]` by threads; the first error ends the work."""
-    chunks = [range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+    size = max(1, min(CHUNK, -(-n // cores())))
+    chunks = [range(start, min(start + size, n)) for start in range(0, n, size)]
     with ThreadPoolExecutor(cores()) as pool:
         done = pool.map(lambda chunk: [function(i) for i in chunk], chunks)
         shown = tqdm(done, label, len(chunks), leave=False, disable=None)

@@ -73,7 +73,8 @@ def parts(kind: str, files: str, data: config.Data) -> dict[str, Callable[[], So
             f'no file that {name} names exists, such as {root / next(iter(labels))}; '
             f'paths must be absolute or relative to {root}'
         )
-    listing: Listing = {path: class_names.index(label) for path, label in labels.items()}
+    number_of = {label: number for number, label in enumerate(class_names)}
+    listing: Listing = {path: number_of[label] for path, label in labels.items()}
     files_ = examine_files(root, list(listing), name)
     unreadable = skipped(name, list(files_), list(files_.values()), data.max_corrupt)
 

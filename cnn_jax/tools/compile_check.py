@@ -405,7 +405,8 @@ def _batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
         network = spec.network(cfg.replace(config, {'model.cut': program.cached}))
         features = functools.partial(network.apply, train=False, method='features')
         prepared = jax.eval_shape(spec.prepare, image)
-        made: Any = jax.eval_shape(features, {'params': program.shapes}, prepared)
+        variables = {'params': program.shapes, 'batch_stats': program.statistics}
+        made: Any = jax.eval_shape(features, variables, prepared)
         image = jax.ShapeDtypeStruct(made.shape, config.features.dtype)
     numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
     mask = jax.ShapeDtypeStruct((size,), jnp.bool_)

@@ -182,7 +182,8 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
 
     Args:
         run: An opened run.
-        split: The split; '' for the run's config.data.eval.
+        split: The split; '' for the one that training evaluated: the run's config.data.eval, or
+            its fold of config.data.train.
         data: A `Source` or arrays in the place of the config's data.
         train: The same for the images that the run was trained on, which are only compared with
             those of the split, to find duplicates.
@@ -190,18 +191,21 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
     Errors:
         UserError: The data cannot be had, or their classes are not those of the run.
     """
-    config, split = run.config, split or run.config.data.eval
+    config = run.config
+    folds = 0 if split or data is not None else config.data.folds
+    asked = split or config.data.eval
+    split = f'{config.data.train}, fold {config.data.fold} of {folds}' if folds else asked
     if data is None and config.data.source == cfg.OWN:
         if run.source is None:
             raise UserError('the run was trained on own data; give those to evaluate on as data=…')
         own = [run.source(config, each) for each in ('train', 'eval')]
-        train, data = own if train is None else (train, own[1])
+        train, data = (own[0] if train is None else train), own[0 if folds else 1]
     if data is not None:  # arrays bring no names, and not always the last class
         names = () if config.data.classes else run.class_names
         data = as_source(data, 'the evaluation data', class_names=names)
     layout = setup.layout_of(config)
     batches = open_batches(
-        cfg.replace(config, {'data.eval': split}).data,
+        cfg.replace(config, {'data.eval': asked, 'data.folds': folds}).data,
         'eval',
         source=data,
         sharding=layout.batch if layout else None,
@@ -220,7 +224,7 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
     found |= {'reliability': reliability(sums), 'duplicates': duplicates}
     seen = batches.fingerprint == run.manifest['data']['eval']['fingerprint']
     notes = [*batches.notes, *_warnings(found)]
-    if split == config.data.eval and not seen and not config.data.holds_out:
+    if (folds or split == config.data.eval) and not seen and not config.data.holds_out:
         notes.insert(0, 'these are not the images that the run was evaluated on')
     files = [batches.describe(i) for i in range(batches.n)]
     result = run, split, files, labels, predicted, probabilities, found

@@ -19,6 +19,7 @@ from cnn_jax import config as cfg
 from cnn_jax import params
 from cnn_jax.errors import UserError, printable
 from cnn_jax.files import make_folder, read_text, sync, sync_all
+from cnn_jax.freezing import mode_arguments
 from cnn_jax.nn.cpu import compiling_for
 from cnn_jax.regularizers import log_probabilities
 from cnn_jax.train.run import Run
@@ -104,10 +105,11 @@ def serialize(run: Run) -> bytearray:
 def _probabilities(run: Run, config: cfg.Config) -> Callable:
     """The function (flat variables, uint8 images) → float32 class probabilities."""
     network = run.spec.network(config)
+    mode: dict[str, Any] = mode_arguments(network, train=False)
 
     def probabilities(weights, images):
         variables = params.unflatten(weights)
-        logits: Any = network.apply(variables, run.spec.prepare(images), train=False)
+        logits: Any = network.apply(variables, run.spec.prepare(images), **mode)
         return jnp.exp(log_probabilities(logits))
 
     return probabilities

@@ -15,16 +15,19 @@ from jaxtyping import Array, Float
 from scipy.special import entr
 
 from cnn_jax import regularizers, rng
+from cnn_jax.config import OWN
 from cnn_jax.data import decode
 from cnn_jax.data.folder import find_images
 from cnn_jax.data.source import count_left_out
 from cnn_jax.errors import UserError, printable, reason_of
 from cnn_jax.files import local_path
+from cnn_jax.freezing import mode_arguments
 from cnn_jax.models import Classifier
 from cnn_jax.nn import Dropout
+from cnn_jax.summary import layers
 from cnn_jax.tools import heatmap
 from cnn_jax.train.run import Run
-from cnn_jax.train.setup import shape_text
+from cnn_jax.train.setup import prepared_shape, shape_text
 
 Answer = tuple[np.ndarray, dict[str, float]]  # probabilities of the classes, uncertainty
 
@@ -176,8 +179,12 @@ def mc_dropout(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float
     Source: Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation".
     """
     model = run.config.model
+    mode: dict[str, Any] = mode_arguments(run.model, train=False)
     in_trunk = model.name == 'strided_net' and (model.dropout or model.stochastic_depth)
-    if not in_trunk and not (model.hidden and model.head_dropout):
+    acts = in_trunk or (model.hidden and model.head_dropout)
+    if model.name == OWN:
+        acts = any(layer.kind == 'Dropout' for layer in layers(run.model, prepared_shape(run.spec)))
+    if not acts:
         raise UserError(
             'the network of this run has no dropout, so Monte-Carlo dropout would draw the same '
             'answer each time; leave --mc out, or train with config.model.head_dropout above 0'
@@ -188,15 +195,15 @@ def mc_dropout(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float
     def features(variables, images) -> Any:
         x = run.spec.prepare(images)
         if has_backbone:
-            return run.model.apply(variables, x, train=False, method='features')
+            return run.model.apply(variables, x, **mode, method='features')
         return x
 
     @jax.jit
     def sample(variables, x, number):
         rngs = {'dropout': rng.key(run.config.seed, 'dropout', run.step + number)}
-        method = 'classify' if has_backbone else None
+        how: dict[str, Any] = {**mode, 'method': 'classify'} if has_backbone else mode
         with nn.intercept_methods(with_dropout):
-            logits: Any = run.model.apply(variables, x, train=False, rngs=rngs, method=method)
+            logits: Any = run.model.apply(variables, x, rngs=rngs, **how)
         return regularizers.log_probabilities(logits)
 
     def prepare(images):
@@ -209,11 +216,13 @@ def mc_dropout(run: Run) -> Callable[[Array | np.ndarray], Callable[[int], Float
 def with_dropout(call, args, kwargs, context):
     """A Linen interceptor that lets every `Dropout` act as in training, and nothing else.
 
-    In a network called with `train=False`, normalization stays in inference mode, and noise on the
-    images off.
+    In a network called in inference, normalization stays so, and noise on the images off.
     """
-    if isinstance(context.module, Dropout) and context.method_name == '__call__':
-        kwargs = kwargs | {'train': True}
+    if context.method_name == '__call__':
+        if isinstance(context.module, Dropout):
+            args, kwargs = args[:1], {'train': True}
+        elif isinstance(context.module, nn.Dropout) and context.module.deterministic is None:
+            args, kwargs = args[:1], kwargs | {'deterministic': False}
     return call(*args, **kwargs)
 
 

@@ -178,8 +178,8 @@ def traced_values(config: cfg.Config) -> Values:
     return {**cfg.traced_values(config), 'seed': np.uint32(config.seed)}
 
 
-def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0, cached: str = '') -> Program:
-    """Work out everything static about one phase of a run, and check it.
+def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
+    """Work out everything static about one phase of a run on images, and check it.
 
     Errors:
         UserError: A pattern matches nothing, the images are too small for the net, a frozen module
@@ -200,7 +200,7 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0, cached: str 
     ever = {name for member in by_phase for name in member}
     known = (*REGULARIZERS, *spec.regularizers)
     on = tuple(r for r in known if r.is_on(config))
-    program = Program(config, spec, phase, cached, weights, statistics, members, {}, on)
+    program = Program(config, spec, phase, '', weights, statistics, members, {}, on)
     strengths = {r.on: cfg.get(config, r.field) for r in known if r.on and not r.needs_activations}
     strengths['optimizer.decay_on'] = config.optimizer.weight_decay
     strengths['optimizer.max_norm_on'] = config.optimizer.max_norm

@@ -25,7 +25,7 @@ from cnn_jax.ablation.plan import Range
 from cnn_jax.ablation.tuning import choose
 from cnn_jax.components import Components
 from cnn_jax.errors import UserError
-from cnn_jax.summary import Layer, layers, summary
+from cnn_jax.summary import Layer, layers, table_of
 from cnn_jax.tools import figures, profile
 from cnn_jax.tools.selfcheck import self_check
 from cnn_jax.train import loop, manifest, metrics, remote, setup
@@ -186,9 +186,10 @@ def fit(
 
     >>> run = fit(Config(train=Train(epochs=5)), 'runs/first')  # doctest: +SKIP
     """
-    if components is None:
-        components = own.from_objects(model, train, eval, optimizer, regularizers)
+    components = own.one_of(components, model, train, eval, optimizer, regularizers)
     config = cfg.validate(components.mark(config))
+    if tune and not config.train.trials:
+        raise UserError('tune has no effect while config.train.trials is 0; set it, to 8 say')
     check_trackers(trackers)
     url = str(workdir) if remote.is_remote(str(workdir)) else ''
     copy = remote.Mirror(url) if url else None
@@ -212,6 +213,11 @@ def fit(
         else:
             settings = start(claim())
         say(str(settings))
+        if config.train.threads not in (0, settings.threads):
+            say(
+                f'note: config.train.threads is {config.train.threads}, but JAX has started with '
+                f'{runtime.count(settings.threads, "thread")} in this process, which train the run'
+            )
         layout = setup.layout_of(config, model=model_parallel, fsdp=fsdp)
         job = _Job(
             config, config, components, str(workdir), folder, settings, layout, say, trackers
@@ -279,8 +285,8 @@ class _Job:
         self._introduce(data, spec)
         with own.blamed_on('the own model' if spec.model else None):
             net, shape = spec.network(config), setup.prepared_shape(spec)
-            self.say(summary(net, shape))
             rows = layers(net, shape)
+            self.say(table_of(rows))
         phases, state = setup.open_phases(config, data, spec, layout)
         for number, phase in enumerate(phases, start=1):
             cut = phase.program.cached

@@ -284,7 +284,7 @@ def make_programs(config: cfg.Config, spec: RunSpec) -> list[Program]:
         need_images = [r.field for r in program.regularizers if r.needs_images]
         facts = config, spec.network(config), prepared_shape(spec)
         if cut := cached_cut(*facts, program.trainable, need_images):
-            programs[phase] = make_program(config, spec, phase, cut)
+            programs[phase] = dataclasses.replace(program, cached=cut)
     return programs
 
 
@@ -316,7 +316,7 @@ def with_scale(
     Mean and deviation of each channel are those of the training images' features, not augmented;
     where there is no deviation, it is 1.
     """
-    if not config.model.scale_features:
+    if not config.model.scale_features or config.model.name == cfg.OWN:
         return state
     count, total, squares = 0, np.zeros(()), np.zeros(())
     rows = _extractor(config, description, spec, state).extract(train)

@@ -1,5 +1,6 @@
 """The summary against the compiler's count and against counts by hand."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -46,3 +47,27 @@ def test_the_text_of_any_input_shape_fits_100_columns_and_ends_in_the_totals(sha
     lines, rows = summary(NET, shape).splitlines(), layers(NET, shape)
     assert max(map(len, lines)) <= 100
     assert f'{sum(row.parameters for row in rows):,} parameters' in lines[-1]
+
+
+class Two(nn.Module):
+    """A layer with two outputs."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x), x
+
+
+class Skipping(nn.Module):
+    """A net whose layers pass on more than an array."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y, x = Two()(x.reshape(len(x), -1))
+        _, y = nn.OptimizedLSTMCell(3)((y[:, :3], y[:, :3]), x)
+        return y
+
+
+def test_layers_may_return_more_than_an_array():
+    rows = {row.path: row for row in layers(Skipping(), (2, 2, 1))}
+    assert rows['Two_0/Dense_0'].output == (4,)
+    assert sum(row.parameters for row in rows.values()) >= 4 * 4 + 4

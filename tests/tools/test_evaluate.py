@@ -311,3 +311,21 @@ def test_a_run_on_images_that_its_experiment_brings_is_evaluated_on_them(tmp_pat
     assert result.metrics['count'] == 1000
     assert result.metrics['accuracy'] == pytest.approx(trained.metrics['accuracy'])
     assert '200 training images' in result.sought
+
+
+def test_a_run_of_a_fold_is_evaluated_on_it_and_on_what_is_asked_for(tmp_path):
+    images = made_up(80, 2)
+    config = cj.Config(
+        model=cj.Model(stem_width=0, widths=(4,), hidden=(8,)),
+        data=cj.Data(batch=20, folds=4, fold=1),
+        train=cj.Train(epochs=1),
+    )
+    parts = {'train': images, 'eval': images, 'say': lambda line: None}
+    run = cj.fit(config, tmp_path / 'run', **parts)
+    own = cj.evaluate(run)
+    assert own.metrics['count'] == 20
+    assert own.metrics['loss'] == pytest.approx(run.metrics['loss'], rel=1e-5)
+    assert 'fold 1 of 4' in own.split
+    assert '60 training images' in own.sought
+    more = cj.evaluate(run, data=made_up(31, 2, seed=1))
+    assert (more.metrics['count'], more.split) == (31, config.data.eval)

@@ -1,5 +1,6 @@
 """Small runs on made-up images, for the tests of the step, the loop and the tools."""
 
+import dataclasses
 import functools
 
 import jax
@@ -37,7 +38,8 @@ def make_spec(shape=SHAPE, prepare=scale, steps_per_epoch=10.0, phase_ends=(50,)
 
 def begin(config, shape=SHAPE, phase=0, cached='', **options):
     """The program of a config, a fresh state, and the values that go with it."""
-    program = make_program(config, make_spec(shape, **options), phase, cached)
+    program = make_program(config, make_spec(shape, **options), phase)
+    program = dataclasses.replace(program, cached=cached)
     return program, state_maker(program)(config.seed), traced_values(config)
 
 
