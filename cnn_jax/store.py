@@ -94,7 +94,7 @@ class Store:
             label: What the progress bar says.
             share: The number of this process and of all that begin at once: each starts elsewhere.
         """
-        count, (own, shares) = len(keys), share
+        count, (own, shares), most = len(keys), share, limit()
         missing: dict[bytes, int] = {}  # position by key, in the order of computing
         for i in [*range(count * own // shares, count), *range(count * own // shares)]:
             missing.setdefault(keys[i], i)
@@ -127,7 +127,7 @@ class Store:
                     computed = True
                     take(*self._add([keys[i] for i in chosen], np.array(chosen), fill))
         if computed:
-            remove_oldest(self.folder.parent, limit())
+            remove_oldest(self.folder.parent, most)
         return Rows(parts, np.array([found[key] for key in keys], np.int64).reshape(-1, 2))
 
     def _open(self, path: Path, count: int) -> np.ndarray | None:
