@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,11 +106,12 @@ def kept(folder: Path) -> dict[str, Any]:
 
 def page() -> str:
     """The page of all answers that are kept."""
-    answers = [json.loads(path.read_text()) for path in sorted(FOLDER.glob('*.json'))]
+    paths = sorted(FOLDER.glob('*.json'))
+    answers = [json.loads(path.read_text()) for path in paths]
     margins = answers[0]['margins']
     equal = f'±{100 * margins["accuracy"]:g} point and ±{margins["loss"]:g} nats'
     parts = [HEAD.format(margins=f'Equivalent: within {equal}.')]
-    for answer in answers:
+    for path, answer in zip(paths, answers):
         baseline = next(iter(answer['arms']))
         first = answer['arms'][baseline]
         about = [
@@ -125,11 +127,13 @@ def page() -> str:
         tuned = answer['trials']
         how = f'{tuned["each"]} trials of each arm, ' if tuned else 'nothing tuned, '
         given = [f'--config.{path}={value}' for path, value in answer.get('changes', {}).items()]
+        drawn = path.with_suffix('.png').name
+        picture = f'![Differences]({FOLDER.name}/{drawn})\n\n' if (FOLDER / drawn).exists() else ''
         looks = answer['replicates']
         most = looks[0] if len(looks) == 1 else f'until decided, at most {looks[-1]}'
         by = '' if not tuned or 'finalists' in tuned else EARLIER
         parts.append(
-            f'## {answer["question"]}\n\n'
+            f'## {answer["question"]}\n\n{picture}'
             + '\n'.join(f'- {line}' for line in about)
             + f'\n\n`{" ".join([answer["experiment"], *given])}`, {how}{most} replicates, '
             f'{answer["date"]}, commit {answer["commit"][:10]}, jaxlib {answer["jaxlib"]}. '
@@ -185,6 +189,7 @@ def main() -> None:
         answer = kept(folder)
         text = json.dumps(answer, indent=1, ensure_ascii=False) + '\n'
         (FOLDER / f'{folder.name}.json').write_text(text)
+        shutil.copy(folder / 'figures' / 'forest.png', FOLDER / f'{folder.name}.png')
     (ROOT / 'docs' / 'answers.md').write_text(page())
 
 
