@@ -25,10 +25,10 @@ def validate(config: C) -> C:
 
 
 def _without_numpy(value: Any) -> Any:
-    """A number of NumPy's, or a tuple of them, as Python's, which JSON can hold."""
+    """A number of NumPy's, or several, as Python's, which JSON can hold."""
     if isinstance(value, tuple):
         return tuple(map(_without_numpy, value))
-    return value.item() if hasattr(value, 'item') else value
+    return value.tolist() if hasattr(value, 'tolist') else value
 
 
 def _check_field(path: str, facts: Any, value: Any) -> None:
