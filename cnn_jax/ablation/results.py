@@ -145,11 +145,10 @@ class Store:
             if not run.path.exists():
                 return None
             found = read(run.path)
+            # By its point: trials that widen a range are numbered anew where there are more. An
+            # earlier version wrote the number alone.
             wanted = run.label | {'tuned': run.point}
-            if 'tuned' in found:  # trials that widen a range are numbered anew where there are more
-                del wanted['trial']
-            else:  # of an earlier version
-                del wanted['tuned']
+            del wanted['trial' if 'tuned' in found else 'tuned']
             if {name: found.get(name) for name in wanted} != wanted:
                 raise UserError(
                     f'{run.path} holds the result of another run ({printable(found.get("arm"))}, '
