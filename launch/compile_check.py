@@ -49,6 +49,12 @@ CLASSES = flags.DEFINE_integer(
     '0: ten, or two for one output.',
     lower_bound=0,
 )
+TOGETHER = flags.DEFINE_integer(
+    'together',
+    1,
+    'Runs of an ablation that a chip trains together, as --together of launch.ablate has it.',
+    lower_bound=1,
+)
 JSON = cli.define_path('json', 'Also write the costs to this file, as JSON.')
 
 
@@ -61,7 +67,11 @@ def main(_) -> int:
     targets = [compile_check.parse_target(name) for name in TOPOLOGY.value or ['']]
     compile_check.prepare(targets)
     description = compile_check.describe_data(config, components, CLASSES.value)
-    options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value}
+    options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value, 'together': TOGETHER.value}
+    if TOGETHER.value > 1 and any(target.count > 1 for target in targets):
+        raise UserError(
+            '--together: each run of an ablation is on one chip; give a topology of one, h100:1'
+        )
     costs: list[dict] = []
     for target in sorted(targets, key=lambda target: target.count):
         if BATCH.value:

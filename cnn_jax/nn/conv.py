@@ -13,8 +13,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.cpu import Window, broadcast_channels, convolve
+from cnn_jax.nn.cpu import broadcast_channels
 from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
+from cnn_jax.nn.products import Window, convolve
 
 _PAD_MODE = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
 _EPSILON = 1e-5  # of weight standardization

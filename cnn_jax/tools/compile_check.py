@@ -37,6 +37,7 @@ from cnn_jax.nn.cpu import compiling_for
 from cnn_jax.train import setup
 from cnn_jax.train.loop import compile_phase
 from cnn_jax.train.program import Program, begin_phase, state_maker, traced_values
+from cnn_jax.train.step import train_step
 
 # libtpu is to ask no metadata server, which Google's machines alone have, is not to miss the
 # answer, and may be loaded by several processes; the plugin is not to miss CUDA's libraries.
@@ -187,12 +188,13 @@ def compile_steps(
     components: Components,
     description: dict[str, Any],
     target: Target,
+    together: int = 1,
     **layout_options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Compile the training step of each phase and yield its cost, as JSON.
 
     The config's batch is that of all chips together; `layout_options` are `model` and `fsdp` of
-    `mesh.make_mesh`.
+    `mesh.make_mesh`. A chip takes the step of `together` runs at once, as an ablation's do.
 
     Errors:
         UserError: The batch or the layout does not fit the chips.
@@ -215,7 +217,11 @@ def compile_steps(
             flops = here.train_step.lower(state, batch, values).cost_analysis()['flops']
             place = _with_sharding(state, layout.state_sharding(state))
             batch = _with_sharding(batch, dict.fromkeys(batch, layout.batch))
-            compiled = _compile(step.lower(place, batch, values))
+            arguments = place, batch, values
+            if together > 1:
+                step = jax.jit(jax.vmap(functools.partial(train_step, program)), donate_argnums=0)
+                arguments = jax.tree.map(functools.partial(_stacked, together), arguments)
+            compiled = _compile(step.lower(*arguments))
             yield {
                 'topology': target.name,
                 'phase': number,
@@ -223,7 +229,10 @@ def compile_steps(
                 'dtype': config.model.dtype,
                 'batch': data.batch,
                 'batch_per_chip': data.batch // layout.mesh.shape['data'],
-                **cost(compiled, flops / layout.mesh.size, target.chip, config.model.dtype),
+                'together': together,
+                **cost(
+                    compiled, flops * together / layout.mesh.size, target.chip, config.model.dtype
+                ),
             }
 
 
@@ -361,12 +370,14 @@ def _column(cost: dict[str, Any]) -> dict[str, str]:
     names = ''.join(f'{count} {name}, ' for name, count in moved.items())
     nbytes = sum(each['nbytes'] for each in cost['collectives'])
     verdict = 'fits' if cost['fits'] else 'DOES NOT FIT'
-    rates = [f'{cost["batch_per_chip"] / each:,.0f}' for each in reversed(seconds)]
+    images = cost['batch_per_chip'] * cost['together']
+    rates = [f'{images / each:,.0f}' for each in reversed(seconds)]
+    runs = f' of each of {cost["together"]} runs' if cost['together'] > 1 else ''
     return {
         'target': cost['topology'],
         'phase': str(cost['phase']),
         'layout': cost['layout'],
-        'batch': f'{cost["batch"]:,}, {cost["batch_per_chip"]:,} per chip; {cost["dtype"]}',
+        'batch': f'{cost["batch"]:,}, {cost["batch_per_chip"]:,} per chip{runs}; {cost["dtype"]}',
         'memory': f'{memory["total"] / 1e6:,.1f} MB of {memory["chip"] / 1e9:.0f} GB: {verdict}',
         'FLOPs': f'{cost["flops"] / 1e9:.4g} G',
         'bytes accessed': f'{cost["bytes_accessed"] / 1e6:,.1f} MB',
@@ -395,6 +406,12 @@ def _compile(lowered: Any) -> Any:
 
 def _with_sharding(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, shardings)
+
+
+def _stacked(together: int, leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf of so many runs, where it lies."""
+    shape, dtype = (together, *jnp.shape(leaf)), jnp.result_type(leaf)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(leaf, 'sharding', None))
 
 
 def _batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:

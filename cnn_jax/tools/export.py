@@ -145,7 +145,7 @@ def _as_onnx(run: Run, origin: dict[str, str]) -> tuple[dict[str, Any], dict[str
     expected = jax.jit(function)(images)
     logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # it warns of shapes that it leaves out
     try:
-        with compiling_for('gpu'):  # in operations of JAX alone
+        with compiling_for('onnx'):  # in operations of JAX alone
             model: Any = jax2onnx.to_onnx(
                 function,
                 [jax.ShapeDtypeStruct(('b', *run.spec.image_shape), np.uint8)],

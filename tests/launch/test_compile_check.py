@@ -269,6 +269,17 @@ def test_one_program_serves_all_values_of_an_arm():
 
 
 @pytest.mark.slow
+def test_sixteen_runs_take_the_kernels_of_one_and_cudnns_gradient_of_a_kernel():
+    (one, *_) = compiled('small', 'h100:1,h100:8')
+    (many,) = compiled('small', 'h100:1', '--together=16')
+    filters = '__cudnn$convBackwardFilter'
+    assert many.cost['calls'][filters] == one.cost['calls'][filters] == 4
+    assert sum(many.cost['kernels'].values()) <= 129
+    assert many.cost['flops'] == pytest.approx(16 * one.cost['flops'])
+    assert not many.cost['host_transfers']
+
+
+@pytest.mark.slow
 def test_determinism_costs_no_kernel():
     (one, *_) = compiled('small', 'h100:1,h100:8')
     (other,) = compiled('small', 'h100:1', xla='--xla_gpu_deterministic_ops=false')
