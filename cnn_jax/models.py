@@ -1,6 +1,5 @@
 """Networks from a config: the strided net, a backbone, and the head that both have."""
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -24,7 +23,6 @@ from cnn_jax.nn.noise import (
     stochastic_depth,
 )
 from cnn_jax.nn.norm import BatchNorm, BatchRenorm, GhostBatchNorm, GroupNorm
-from cnn_jax.nn.padding import Pair, Size, output_shape, pair
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'relu': nn.relu,  # max(x, 0)
@@ -141,7 +139,7 @@ class StridedNet(nn.Module):
     Layers: `stem_conv`, `block1_conv1`, `block1_norm1`, `block1_conv2`, `block1_norm2`,
     `block1_drop`, `block2_conv1`, …, `head`; with `residual` also `block1_shortcut_conv` and
     `block1_depth`. The call takes normalized images and returns float32 logits [b, K]; images
-    below `minimum_size` are a `UserError`.
+    that are too small for a kernel are a `UserError` that names its layer.
 
     Source: Springenberg et al. 2015, "Striving for Simplicity", for strides instead of pooling;
     He et al. 2016, "Deep Residual Learning", for the shortcut.
@@ -153,7 +151,6 @@ class StridedNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, 'b h w c'], *, train: bool) -> Float[Array, 'b k']:
         c = self.config
-        _check_size(c, x.shape[1:3])
         standardize, winograd = c.weight_standardization, c.winograd == 'always'
         conv = functools.partial(Conv, dtype=c.dtype, standardize=standardize, winograd=winograd)
         if train:
@@ -177,41 +174,6 @@ class StridedNet(nn.Module):
                 x += conv(width, 1, c.stride, 'VALID', **shortcut)(before)
             x = make_dropout(c, f'{block}_drop')(x, train=train)
         return Head(c, self.num_outputs, name='head')(x, train=train)
-
-
-def feature_map_size(config: Model, size: Size) -> Pair:
-    """Height and width of the map that the head reads; UserError where a kernel is too large."""
-    c, size = config, pair(size)
-    if c.stem_width:
-        stem = c.stem_kernel, c.stem_stride, 1, c.stem_padding
-        size = output_shape(size, *stem, layer='stem_conv')
-    for i in range(1, len(c.widths) + 1):
-        size = output_shape(size, c.kernel, 1, 1, c.padding, layer=f'block{i}_conv1')
-        # Stride 1 and a pool give the same size, see StridedNet.
-        size = output_shape(size, c.kernel, c.stride, 1, c.padding, layer=f'block{i}_conv2')
-    return size
-
-
-def minimum_size(config: Model) -> int:
-    """Side of the smallest square image that the network accepts, in pixels."""
-
-    for side in itertools.count(1):
-        with contextlib.suppress(UserError):
-            feature_map_size(config, (side, side))
-            return side
-    raise AssertionError
-
-
-def _check_size(config: Model, size: Size) -> None:
-    try:
-        feature_map_size(config, size)
-    except UserError as error:
-        height, width = pair(size)
-        least = minimum_size(config)
-        raise UserError(
-            f'{error}; the network needs images of at least {least}×{least} pixels, and these '
-            f'are {height}×{width}'
-        ) from error
 
 
 class Classifier(nn.Module):
