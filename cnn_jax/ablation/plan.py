@@ -275,8 +275,7 @@ def make_plan(
     """
     levels: dict[str, dict[str, str]] = {}
     if factors:
-        if not isinstance(factors, Mapping) or not all(isinstance(each, str) for each in factors):
-            raise UserError(f'the factors{where} must be {{factor: {{level: changes}}}}')
+        _check_table(factors, f'the factors{where} must be {{factor: {{level: changes}}}}')
         for factor, each in factors.items():
             _check_arms(each, f' of factor {factor!r}{where}')
         arms, levels = grid(factors)
@@ -287,8 +286,7 @@ def make_plan(
     check_count(widen, 1000, f'the trials{where} that widen a range', least=0)
     measures = _measures(primaries, margins, where)
     tune = {} if tune is None else tune
-    if not isinstance(tune, Mapping) or not all(isinstance(r, Range) for r in tune.values()):
-        raise UserError(f'what is tuned{where} must be {{config path: log(low, high)}}')
+    _check_table(tune, f'what is tuned{where} must be {{config path: log(low, high)}}', Range)
     ranges = {
         arm: {
             **{path: each for path, each in tune.items() if path not in changes},
@@ -306,6 +304,7 @@ def make_plan(
         if (configs[one], ranges[one]) == (configs[other], ranges[other]):
             raise UserError(f'the arms {one!r} and {other!r}{where} are the same')
     baseline = next(iter(arms))
+    against = dict.fromkeys([*arms][1:], baseline) | _controls(against or {}, arms, where)
     return Plan(
         name=name,
         question=question,
@@ -323,7 +322,7 @@ def make_plan(
         first_seed=config.seed,
         primaries=tuple(measures),
         margins=measures,
-        against={arm: _control(arm, baseline, arms, against or {}, where) for arm in [*arms][1:]},
+        against=against,
         factors={f: list(each) for f, each in factors.items()} if factors else None,
         levels=levels,
         curves=curves,
@@ -341,8 +340,7 @@ def check_count(value: Any, most: int, what: str, least: int = 1) -> None:
 def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:
     """The margin of each primary measure."""
     margins = {} if margins is None else margins
-    if not isinstance(margins, Mapping):
-        raise UserError(f'the margins{where} must be {{measure: number}}')
+    _check_table(margins, f'the margins{where} must be {{measure: number}}')
     for measure in (*primaries, *margins) if isinstance(primaries, (list, tuple)) else [primaries]:
         if not isinstance(measure, str) or measure not in METRICS:
             near = nearest(str(measure), METRICS)
@@ -362,20 +360,26 @@ def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:
     return {each: float(margin) for each, margin in chosen.items()}
 
 
-def _control(arm: str, baseline: str, arms: Any, against: Mapping[str, str], where: str) -> str:
-    if not isinstance(against, Mapping):
-        raise UserError(f'AGAINST{where} must be {{arm: control}}')
-    for each in (*against, *against.values()):
-        if each not in arms:
-            raise UserError(
-                f'AGAINST{where} names {each!r}, which is no arm{nearest(str(each), arms)}'
-            )
-    control = against.get(arm, baseline)
-    if control == arm or baseline in against:
-        raise UserError(
-            f'AGAINST{where} compares {arm if control == arm else baseline!r} with none'
-        )
-    return control
+def _controls(against: Any, arms: Any, where: str) -> dict[str, str]:
+    """The controls that are not the baseline, the first arm."""
+    _check_table(against, f'AGAINST{where} must be {{arm: control}}', str)
+    for arm, control in against.items():
+        for each in (arm, control):
+            if each not in arms:
+                near = nearest(str(each), arms)
+                raise UserError(f'AGAINST{where} names {each!r}, which is no arm{near}')
+        if arm in (control, next(iter(arms))):
+            raise UserError(f'AGAINST{where} compares {arm!r} with none')
+    return dict(against)
+
+
+def _check_table(value: Any, message: str, kind: type = object) -> None:
+    """Refuse what is no mapping from text to values of a kind."""
+    if not (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) and isinstance(each, kind) for name, each in value.items())
+    ):
+        raise UserError(message)
 
 
 def _arm_config(
@@ -414,8 +418,8 @@ def _check_arms(arms: Any, where: str) -> None:
     for arm, changes in arms.items():
         if not isinstance(arm, str) or not arm.strip() or printable(arm) != arm:
             raise UserError(f'arm {arm!r}{where} needs a name of characters that can be printed')
-        if not isinstance(changes, Mapping) or not all(isinstance(each, str) for each in changes):
-            raise UserError(f'arm {arm!r}{where} is {changes!r}; it must be {{config path: value}}')
+        form = f'arm {arm!r}{where} is {changes!r}; it must be {{config path: value}}'
+        _check_table(changes, form)
 
 
 def grid(

@@ -7,7 +7,6 @@ processes on one folder never do the same run at once.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -112,28 +111,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Store:
-    """The runs of an ablation in its work directory."""
+    """The runs of an ablation in its work directory, and what has been found out about them."""
 
     folder: Path
     plan: Plan
     provenance: dict[str, str]  # what results depend on besides the config: `code`, `jaxlib`, …
-
-    @functools.cached_property
-    def _results(self) -> dict[Run, Result]:
-        return {}
-
-    @functools.cached_property
-    def undecided(self) -> dict[int, list[str]]:
-        """The arms that each look has left undecided; filled by `decisions.replicates`."""
-        return {}
-
-    @functools.cached_property
-    def _choices(self) -> dict[tuple[str, str], Choice]:
-        return {}
-
-    @functools.cached_property
-    def _runs(self) -> dict[tuple, Run]:
-        return {}
+    # The arms that each look has left undecided; filled by `decisions.replicates`.
+    undecided: dict[int, list[str]] = field(default_factory=dict, init=False)
+    _results: dict[Run, Result] = field(default_factory=dict, init=False)
+    _choices: dict[tuple[str, str], Choice] = field(default_factory=dict, init=False)
+    _runs: dict[tuple, Run] = field(default_factory=dict, init=False)
 
     def result(self, run: Run) -> Result | None:
         """The result of a run, once there is one.
@@ -278,9 +265,6 @@ class Store:
         """The definition that `open_store` wrote."""
         return read(self.folder / DEFINITION)
 
-    def _lock(self, run: Run) -> Path:
-        return self.folder / 'locks' / f'{run.path.stem}.lock'
-
     def write(self, run: Run, result: Result) -> None:
         """Record the result of a run."""
         write_json(run.path, {**run.label, 'tuned': run.point, **result})
@@ -297,7 +281,7 @@ class Store:
 
         The lock lasts as long as the context, or the process.
         """
-        with lock(self._lock(run)) as mine:
+        with lock(self.folder / 'locks' / f'{run.path.stem}.lock') as mine:
             yield mine and not run.path.exists()
 
 
@@ -371,7 +355,8 @@ def open_store(
                 f'{folder} has results of an ablation, but its {DEFINITION} is missing; restore it '
                 'or choose another --workdir'
             )
-        write_json(path, facts | _definition(plan, provenance), indent=2)
+        defined = {'format': FORMAT, 'plan': plan.to_json(), 'identity': provenance}
+        write_json(path, facts | defined, indent=2)
     return Store(folder, plan, provenance)
 
 
@@ -415,10 +400,6 @@ def _stored(path: Path) -> tuple[dict[str, Any], Plan]:
             f'{path} was written by another version of this package; choose another --workdir'
         )
     return definition, Plan.from_json(definition['plan'])
-
-
-def _definition(plan: Plan, provenance: dict[str, str]) -> dict[str, Any]:
-    return {'format': FORMAT, 'plan': plan.to_json(), 'identity': provenance}
 
 
 def _differences(old: Plan, new: Plan, before: dict[str, str], now: dict[str, str]) -> list[str]:
