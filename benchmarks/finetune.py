@@ -9,6 +9,7 @@ weights, no cached features. First the losses of a few steps must agree. Contend
 every round.
 """
 
+import itertools
 import json
 import shutil
 import sys
@@ -40,7 +41,7 @@ COLUMNS = (
     *('contender', 'whole process, s', results.OF_BEST),
     *('an epoch, s', 'peak MB', 'accuracy'),
 )
-COMPUTED = ('features', 'images', 'index', 'compiled')  # of the cache; the rest is downloaded
+COMPUTED = ('features', 'images', 'index', 'compiled*')  # of the cache; the rest is downloaded
 
 
 def main() -> None:
@@ -118,8 +119,8 @@ def contenders_of(folder: Path, peers: Path) -> dict[str, Callable[[], dict[str,
             work = folder / 'work'
             shutil.rmtree(work, ignore_errors=True)
             if not warm:
-                for part in COMPUTED:
-                    shutil.rmtree(folder / cache / part, ignore_errors=True)
+                for part in itertools.chain(*map((folder / cache).glob, COMPUTED)):
+                    shutil.rmtree(part)
             command = [
                 *(sys.executable, '-m', 'launch.train', f'--workdir={work}'),
                 '--config=experiments/finetune_vgg16.py',

@@ -29,7 +29,7 @@ def get_config() -> Config:
         ),
         data=Data(source='folder:photos', resize='crop', size=224, channels=3, batch=32),
         optimizer=Optimizer(name='adam', schedule='cosine'),
-        train=Train(epochs=30, trials=8, frozen=('backbone/*',), best='loss'),
+        train=Train(epochs=30, trials=8, checkpoint_every=10, frozen=('backbone/*',), best='loss'),
     )
     config.data.validation_share = 0.15
     config.loss.l2_on = ('head/*/kernel',)

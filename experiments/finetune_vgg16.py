@@ -26,5 +26,5 @@ def get_config() -> Config:
         ),
         data=Data(source='folder:photos', resize='stretch', size=224, channels=3),
         optimizer=Optimizer(name='sgd', learning_rate=1e-3, momentum=0.9),
-        train=Train(epochs=10, frozen=('backbone/*',)),
+        train=Train(epochs=10, checkpoint_every=5, frozen=('backbone/*',)),
     )

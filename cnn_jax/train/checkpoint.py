@@ -328,7 +328,8 @@ def _orbax():
 
     alone = MultiprocessingOptions(0, {0}, 'first')
     alone = alone if mesh.is_multiprocess() else MultiprocessingOptions()
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    # Weights are noise to a compressor: 8% less to write for several times the work.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
