@@ -29,8 +29,10 @@ for study in 'regularization', 'pretraining':
     print(f'  {study}')
     for name, arm in summary['arms'].items():
         accuracy, loss = (arm['test'][measure]['mean'] for measure in ('accuracy', 'loss'))
-        verdict = arm['verdict']['kind'] if arm['verdict'] else 'the baseline'
-        print(f'    {name:<14} test accuracy {accuracy:.1%}, loss {loss:.3f} nats  {verdict}')
+        better, less = (arm['compared'].get(measure, {}) for measure in ('accuracy', 'loss'))
+        first = f'test accuracy {accuracy:.1%} {better.get("verdict", "(baseline)")}'
+        second = f'loss {loss:.3f} nats {less.get("verdict", "")}'
+        print(f'    {name:<14} {first:<31} {second}')
     if pixels := summary['floor']['accuracy']:
         print(f'    {"SVM on pixels":<14} test accuracy {pixels["mean"]:.1%}')
 print(f"""

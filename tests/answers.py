@@ -104,14 +104,40 @@ def kept(folder: Path) -> dict[str, Any]:
     }
 
 
+def all_kept() -> dict[Path, dict[str, Any]]:
+    """The answers that are kept, by experiment and number of training images."""
+    answers = {path: json.loads(path.read_text()) for path in FOLDER.glob('*.json')}
+    order = {  # earlier ones, which have no counts, have one size
+        path: (each['experiment'], each.get('counts', {}).get('train'))
+        for path, each in answers.items()
+    }
+    return {path: answers[path] for path in sorted(answers, key=order.__getitem__)}
+
+
+def of_several_sizes() -> dict[Path, list[Path]]:
+    """The answers of one experiment at several numbers of images, by the picture of them all."""
+    groups: dict[Path, list[Path]] = {}
+    for path, answer in all_kept().items():
+        name = Path(answer['experiment']).stem
+        groups.setdefault(FOLDER / f'{name}.png', []).append(path)
+    return {drawn: group for drawn, group in groups.items() if len(group) > 1}
+
+
 def page() -> str:
     """The page of all answers that are kept."""
-    paths = sorted(FOLDER.glob('*.json'))
-    answers = [json.loads(path.read_text()) for path in paths]
+    kept, together = all_kept(), of_several_sizes()
+    answers = [*kept.values()]
     margins = answers[0]['margins']
     equal = f'±{100 * margins["accuracy"]:g} point and ±{margins["loss"]:g} nats'
     parts = [HEAD.format(margins=f'Equivalent: within {equal}.')]
-    for path, answer in zip(paths, answers):
+    for drawn, group in together.items():
+        sizes = ', '.join(f'{kept[path]["counts"]["train"]:,}' for path in group)
+        parts.append(
+            f'![Differences against training images]({FOLDER.name}/{drawn.name})\n\n'
+            f'`{kept[group[0]]["experiment"]}` at {sizes} training images: negative '
+            'log-likelihood against the control of each arm.\n'
+        )
+    for path, answer in kept.items():
         baseline = next(iter(answer['arms']))
         first = answer['arms'][baseline]
         about = [
@@ -129,11 +155,13 @@ def page() -> str:
         given = [f'--config.{path}={value}' for path, value in answer.get('changes', {}).items()]
         drawn = path.with_suffix('.png').name
         picture = f'![Differences]({FOLDER.name}/{drawn})\n\n' if (FOLDER / drawn).exists() else ''
+        several = any(path in group for group in together.values())
+        size = f' ({answer["counts"]["train"]:,} images)' if several else ''
         looks = answer['replicates']
         most = looks[0] if len(looks) == 1 else f'until decided, at most {looks[-1]}'
         by = '' if not tuned or 'finalists' in tuned else EARLIER
         parts.append(
-            f'## {answer["question"]}\n\n{picture}'
+            f'## {answer["question"]}{size}\n\n{picture}'
             + '\n'.join(f'- {line}' for line in about)
             + f'\n\n`{" ".join([answer["experiment"], *given])}`, {how}{most} replicates, '
             f'{answer["date"]}, commit {answer["commit"][:10]}, jaxlib {answer["jaxlib"]}. '
@@ -184,12 +212,17 @@ def main() -> None:
     if given.rerun:
         json.dump(rerun(json.loads(given.rerun.read_text())), sys.stdout)
         return
+    from cnn_jax.ablation.figures import draw_against_n
+    from cnn_jax.tools.figures import save
+
     FOLDER.mkdir(parents=True, exist_ok=True)
     for folder in given.folders:
         answer = kept(folder)
         text = json.dumps(answer, indent=1, ensure_ascii=False) + '\n'
         (FOLDER / f'{folder.name}.json').write_text(text)
         shutil.copy(folder / 'figures' / 'forest.png', FOLDER / f'{folder.name}.png')
+    for drawn, group in of_several_sizes().items():
+        save(draw_against_n(group), drawn)
     (ROOT / 'docs' / 'answers.md').write_text(page())
 
 
