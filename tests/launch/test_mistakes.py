@@ -43,7 +43,7 @@ def mistake(launch, tmp_path):
         ('--config.data.source=folder:/nowhere', '/nowhere'),
         ('--config.data.train=trian', 'train'),
         ('--config.train.frozen=("blokc*",)', 'matches no parameter'),
-        ('--config.model.padding=VALID --config.model.kernel=9', 'at least'),
+        ('--config.model.padding=VALID --config.model.kernel=9', 'kernel that spans 9×9'),
     ],
 )
 def test_train_names_the_mistake(mistake, tiny, tmp_path, argument, sentence):
