@@ -131,7 +131,7 @@ def page() -> str:
     equal = f'±{100 * margins["accuracy"]:g} point and ±{margins["loss"]:g} nats'
     parts = [HEAD.format(margins=f'Equivalent: within {equal}.')]
     for drawn, group in together.items():
-        sizes = ', '.join(f'{kept[path]["counts"]["train"]:,}' for path in group)
+        sizes = ' and '.join(f'{kept[path]["counts"]["train"]:,}' for path in group)
         parts.append(
             f'![Differences against training images]({FOLDER.name}/{drawn.name})\n\n'
             f'`{kept[group[0]]["experiment"]}` at {sizes} training images: negative '
@@ -156,7 +156,7 @@ def page() -> str:
         drawn = path.with_suffix('.png').name
         picture = f'![Differences]({FOLDER.name}/{drawn})\n\n' if (FOLDER / drawn).exists() else ''
         several = any(path in group for group in together.values())
-        size = f' ({answer["counts"]["train"]:,} images)' if several else ''
+        size = f' {answer["counts"]["train"]:,} images.' if several else ''
         looks = answer['replicates']
         most = looks[0] if len(looks) == 1 else f'until decided, at most {looks[-1]}'
         by = '' if not tuned or 'finalists' in tuned else EARLIER
