@@ -81,11 +81,12 @@ def kept(folder: Path) -> dict[str, Any]:
     }
     name = f'experiments/{summary["name"]}.py'
     own = cfg.replace(experiment(name).get_config(), {'train.threads': store.plan.threads})
-    changes = cfg.differences(own, store.plan.configs[store.plan.baseline])
-    tuned = store.plan.ranges[store.plan.baseline]
+    baseline = store.plan.baseline
+    changes = cfg.differences(own, store.plan.configs[baseline])
+    of_arm = store.plan.ranges[baseline] | store.plan.changes[baseline]
     return {
         'experiment': name,
-        'changes': {path: new for path, (_, new) in changes.items() if path not in tuned},
+        'changes': {path: new for path, (_, new) in changes.items() if path not in of_arm},
         'question': summary['question'].partition('\n')[0],
         'date': str(datetime.date.today()),
         'commit': manifest['code'].get('commit'),
