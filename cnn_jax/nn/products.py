@@ -147,8 +147,8 @@ def _product(name: str, function: Callable, shape: Callable) -> Primitive:
 
     def compute(left, right, *, window, mapped):
         run = functools.partial(function, window=window)
-        # All images of a shared kernel are one batch. On a CPU, XLA takes groups of a batch apart by
-        # products with 0, and what is not finite in one run would be so in all.
+        # All images of a shared kernel are one batch. On a CPU, XLA takes groups of a batch apart
+        # by products with 0, and what is not finite in one run would be so in all.
         if on_cpu() or any(None in axes for axes in mapped):
             for axes in reversed(mapped):
                 run = jax.vmap(run, axes)
