@@ -83,7 +83,7 @@ def kept(folder: Path) -> dict[str, Any]:
     own = cfg.replace(experiment(name).get_config(), {'train.threads': store.plan.threads})
     baseline = store.plan.baseline
     changes = cfg.differences(own, store.plan.configs[baseline])
-    of_arm = store.plan.ranges[baseline] | store.plan.changes[baseline]
+    of_arm = {*store.plan.ranges[baseline], *store.plan.changes[baseline]}
     return {
         'experiment': name,
         'changes': {path: new for path, (_, new) in changes.items() if path not in of_arm},
