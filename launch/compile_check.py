@@ -65,13 +65,13 @@ def main(_) -> int:
     from cnn_jax.tools import compile_check
 
     targets = [compile_check.parse_target(name) for name in TOPOLOGY.value or ['']]
-    compile_check.prepare(targets)
-    description = compile_check.describe_data(config, components, CLASSES.value)
-    options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value, 'together': TOGETHER.value}
     if TOGETHER.value > 1 and any(target.count > 1 for target in targets):
         raise UserError(
             '--together: each run of an ablation is on one chip; give a topology of one, h100:1'
         )
+    compile_check.prepare(targets)
+    description = compile_check.describe_data(config, components, CLASSES.value)
+    options = {'model': MODEL_PARALLEL.value, 'fsdp': FSDP.value, 'together': TOGETHER.value}
     costs: list[dict] = []
     for target in sorted(targets, key=lambda target: target.count):
         if BATCH.value:

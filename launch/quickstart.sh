@@ -29,9 +29,9 @@ for study in 'regularization', 'pretraining':
     print(f'  {study}')
     for name, arm in summary['arms'].items():
         accuracy, loss = (arm['test'][measure]['mean'] for measure in ('accuracy', 'loss'))
-        better, less = (arm['compared'].get(measure, {}) for measure in ('accuracy', 'loss'))
-        first = f'test accuracy {accuracy:.1%} {better.get("verdict", "(baseline)")}'
-        second = f'loss {loss:.3f} nats {less.get("verdict", "")}'
+        verdicts = [arm['compared'].get(measure, {}).get('verdict') for measure in ('accuracy', 'loss')]
+        first = f'test accuracy {accuracy:.1%} {verdicts[0] or "(baseline)"}'
+        second = f'loss {loss:.3f} nats {verdicts[1] or ""}'
         print(f'    {name:<14} {first:<31} {second}')
     if pixels := summary['floor']['accuracy']:
         print(f'    {"SVM on pixels":<14} test accuracy {pixels["mean"]:.1%}')

@@ -115,10 +115,10 @@ def all_kept() -> dict[Path, dict[str, Any]]:
     return {path: answers[path] for path in sorted(answers, key=order.__getitem__)}
 
 
-def of_several_sizes() -> dict[Path, list[Path]]:
+def of_several_sizes(kept: dict[Path, dict[str, Any]]) -> dict[Path, list[Path]]:
     """The answers of one experiment at several numbers of images, by the picture of them all."""
     groups: dict[Path, list[Path]] = {}
-    for path, answer in all_kept().items():
+    for path, answer in kept.items():
         name = Path(answer['experiment']).stem
         groups.setdefault(FOLDER / f'{name}.png', []).append(path)
     return {drawn: group for drawn, group in groups.items() if len(group) > 1}
@@ -126,8 +126,8 @@ def of_several_sizes() -> dict[Path, list[Path]]:
 
 def page() -> str:
     """The page of all answers that are kept."""
-    kept, together = all_kept(), of_several_sizes()
-    answers = [*kept.values()]
+    kept = all_kept()
+    answers, together = [*kept.values()], of_several_sizes(kept)
     margins = answers[0]['margins']
     equal = f'±{100 * margins["accuracy"]:g} point and ±{margins["loss"]:g} nats'
     parts = [HEAD.format(margins=f'Equivalent: within {equal}.')]
@@ -222,7 +222,7 @@ def main() -> None:
         text = json.dumps(answer, indent=1, ensure_ascii=False) + '\n'
         (FOLDER / f'{folder.name}.json').write_text(text)
         shutil.copy(folder / 'figures' / 'forest.png', FOLDER / f'{folder.name}.png')
-    for drawn, group in of_several_sizes().items():
+    for drawn, group in of_several_sizes(all_kept()).items():
         save(draw_against_n(group), drawn)
     (ROOT / 'docs' / 'answers.md').write_text(page())
 

@@ -17,7 +17,7 @@ _chosen = contextvars.ContextVar('platform', default='')
 
 
 def platform() -> str:
-    """The platform that the computation that is traced now will run on: cpu, gpu or tpu."""
+    """The platform that the computation that is traced now is for: cpu, gpu, tpu or onnx."""
     return _chosen.get() or jax.default_backend()
 
 
