@@ -21,6 +21,7 @@ CHECKS = {  # what a regularizer should move, and how it is printed
     'training_loss': ('loss in training', 3),
     'weight_norm': ('norm of the kernels', 1),
     'gradient_norm': ('gradient norm', 3),
+    'dropped': ('share dropped', 3),
 }
 
 
@@ -221,16 +222,17 @@ def _checks(own: dict[int, Result], control: dict[int, Result]) -> dict[str, dic
     """What the arm moved besides its results: means, and ratios to its control's."""
     found = {}
     for name in CHECKS:
-        mine = np.array([each['checks'][name] for each in own.values()])
+        mine = [each['checks'].get(name) for each in own.values()]  # earlier runs have fewer
         pairs = [
             own[seed]['checks'][name] / control[seed]['checks'][name]
             for seed in own
             if seed in control
             and not why_failed(control[seed])
-            and control[seed]['checks'][name] > 0
+            and control[seed]['checks'].get(name, 0) > 0
         ]
         ratio = float(np.exp(np.mean(np.log(pairs)))) if pairs and min(pairs) > 0 else None
-        found[name] = {'mean': float(mine.mean()) if len(mine) else None, 'ratio': ratio}
+        mean = float(np.mean(mine)) if mine and None not in mine else None
+        found[name] = {'mean': mean, 'ratio': ratio}
     return found
 
 

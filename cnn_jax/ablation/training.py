@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from cnn_jax import config as cfg
+from cnn_jax import rng
 from cnn_jax.components import NO_COMPONENTS, Components
 from cnn_jax.data.batches import Batch, with_order
 from cnn_jax.params import flatten
@@ -58,7 +60,7 @@ class Compiled:
     init: Callable[[int], State]  # from a seed to a run's state before its first step
     stack: Callable[[Sequence[Any]], Any]  # from one tree a run to what the functions take
     choose: Callable[[Any, State, State], State]  # (flags, new, old): one flag a run
-    weight_norm: Callable[[State], Array]  # ‖w‖₂ of all kernels
+    look: Callable[[State, Batch, Values], dict[str, Array]]  # `_look`
 
     def split(self, results: Any) -> list[Any]:
         """From what the functions return to one tree of arrays on the host a run."""
@@ -127,7 +129,7 @@ def compile_structure(
         state_maker(programs[0]),
         stacked,
         jitted(_chosen),
-        jitted(_weight_norm),
+        jitted(functools.partial(_look, programs[-1])),
     )
 
 
@@ -135,9 +137,33 @@ def _chosen(flag: Array, new: State, old: State) -> State:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
 
 
-def _weight_norm(state: State) -> Array:
+def _look(program: Program, state: State, batch: Batch, values: Values) -> dict[str, Array]:
+    """The checks that a state tells of itself: ‖w‖₂ of all kernels, and the share dropped.
+
+    The latter is that of the activations other than 0 that modules called `Dropout` set to 0 in a
+    training pass over a batch; 0 if there are none.
+    """
     kernels = [leaf for path, leaf in flatten(state.params).items() if path.endswith('kernel')]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in kernels))
+    some: list[Array] = []
+    dropped: list[Array] = []
+
+    def watch(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+        y = call(*args, **kwargs)
+        if type(context.module).__name__ == 'Dropout':
+            x = args[0] if args else kwargs['x']
+            some.append(jnp.sum(x != 0))
+            dropped.append(jnp.sum((x != 0) & (y == 0)))
+        return y
+
+    config = step.bound_config(program, state, values)
+    images = batch['image'] if program.cached else program.spec.prepare(batch['image'])
+    with nn.intercept_methods(watch):
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        program.forward(config, variables, images, rng.key(config.seed, 'dropout', state.step))
+    return {
+        'weight_norm': jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in kernels)),
+        'dropped': jnp.asarray(sum(dropped) / jnp.maximum(sum(some), 1), jnp.float32),
+    }
 
 
 def _judge(program: Program, state: State, batch: Batch, values: Values) -> metrics.Sums:
@@ -172,9 +198,9 @@ def train_runs(
         The results as JSON: `status` (`done`, or `failed` with `reason`), `metrics` by split,
         `train`, `validation` (where images are held out) and `test`, in inference; `curves`;
         `correct` (a bit for each test image, packed, in hexadecimal) and `losses` (float16 in
-        hexadecimal); `checks` of what the regularizers did: `weight_norm` at the end,
-        `gradient_norm` and `training_loss` over the last tenth of the steps; `seconds` (the run's
-        share), `parameters`, `steps`.
+        hexadecimal); `checks` of what the regularizers did: `weight_norm` and `dropped` at the
+        end, `gradient_norm` and `training_loss` over the last tenth of the steps; `seconds` (the
+        run's share), `parameters`, `steps`.
     """
     began = time.perf_counter()
     runs = _Runs(configs, compiled, data, curves)
@@ -323,18 +349,19 @@ class _Runs:
 
     def checks(self, state: State) -> list[dict[str, float]]:
         """What tells for each run whether its regularizers did something."""
-        norms = self._compiled.split(self._compiled.weight_norm(state))
+        batch = next(self._phases[-1].train.train(self._compiled.spec.phase_ends[-1]))
+        found = self._compiled.split(self._compiled.look(state, batch, self._values))
         latest = [self._compiled.split(sums) for sums in self._latest]
         return [
             {
-                'weight_norm': float(norm),
+                **{name: float(value) for name, value in looked.items()},
                 'gradient_norm': float(np.mean([sums[i]['gradient_norm'] for sums in latest])),
                 'training_loss': float(
                     sum(sums[i]['loss'] for sums in latest)
                     / sum(sums[i]['count'] for sums in latest)
                 ),
             }
-            for i, norm in enumerate(norms)
+            for i, looked in enumerate(found)
         ]
 
     def judge(self, number: int, state: State, split: str) -> list[Judgement]:

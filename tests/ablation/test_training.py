@@ -128,7 +128,7 @@ def test_a_run_is_what_fit_trains(case, tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
     """A finished ablation of three arms, tuned, and two replicates."""
-    config, data, components = opened(make_config(**SPLITS))
+    config, data, components = opened(make_config(**SPLITS, **{'model.head_dropout': 0.0}))
     plan = make_plan(ARMS, config, seeds=2, tune=RATE, trials=2, primaries=('loss',))
     store = open_store(tmp_path_factory.mktemp('study'), plan, {'code': 'x'}, FACTS)
     return store, data, components, workers.run_missing(store, data, components=components)
@@ -166,6 +166,13 @@ def test_a_run_alone_gives_the_bits_it_gave_in_company(study):
         [alone] = train_runs([run.config], compiled, data, curves=False)
         for name in ('metrics', 'curves', 'correct', 'losses', 'checks', 'parameters'):
             assert json.loads(json.dumps(alone[name])) == store.result(run)[name], (run.arm, name)
+
+
+def test_a_check_measures_the_share_of_activations_that_dropout_drops(study):
+    store, *_ = study
+    for run in replicates(store):
+        rate = 0.3 if run.arm == 'dropout' else 0.0
+        assert store.result(run)['checks']['dropped'] == pytest.approx(rate, abs=rate / 3), run.arm
 
 
 def test_only_missing_runs_are_trained_and_to_the_same_result(study):
