@@ -69,22 +69,22 @@ def broadcast_channels(b: Float[Array, ' c'], shape: tuple[int, ...]) -> Float[A
 
 
 def sum_pair(
-    u: Float[Array, '...'], v: Float[Array, '...'], axes: tuple[int, ...]
+    u: Float[Array, '...'], v: Float[Array, '...'], axes: tuple[int, ...], paired: bool
 ) -> tuple[Float[Array, '...'], Float[Array, '...']]:
     """Sums of two arrays of one shape over the same axes, ascending.
 
-    On a CPU read together, in half the time. Elsewhere two plain sums, which XLA adds up among
-    devices; of a reduction of two arrays it gathers every device's part on each.
+    Paired, both are read together by one reduction, which takes half the time of two. Of such a
+    reduction XLA gathers every device's part on each, where it adds up plain sums.
     """
-    if not on_cpu():
+    if not paired:
         return jnp.sum(u, axis=axes), jnp.sum(v, axis=axes)
     zero = jnp.zeros((), u.dtype)
 
     def reduce(u, v, axes):
         return lax.reduce((u, v), (zero, zero), lambda s, t: (s[0] + t[0], s[1] + t[1]), axes)
 
-    if len(axes) > 1:  # First down the columns of an image, so that the inner loop is contiguous.
-        column = axes[-2]
+    if on_cpu() and len(axes) > 1:
+        column = axes[-2]  # of an image first, so that the inner loop is contiguous
         u, v = reduce(u, v, (column,))
         axes = tuple(a - (a > column) for a in axes if a != column)
     return reduce(u, v, axes)
@@ -124,37 +124,44 @@ def scale_and_shift(
 
     The gradients of a and b are `sums_with`.
     """
-    if on_cpu():
-        return _SCALE_AND_SHIFT.bind(x, a, b, axes=axes)
-    return _scale_and_shift(x, a, b, axes=axes)
+    if platform() == 'onnx':
+        return _scale_and_shift(x, a, b, axes=axes)
+    return _SCALE_AND_SHIFT.bind(x, a, b, axes=axes)
 
 
 def sums_with(
     x: Float[Array, '...'], u: Float[Array, '...'], axes: tuple[int, ...]
 ) -> tuple[Float[Array, '...'], Float[Array, '...']]:
-    """Σu and Σu·x over `axes`, ascending, read together on a CPU.
+    """Σu and Σu·x over `axes`, ascending, read together on a CPU and on one GPU.
 
     As a function of u it is the transpose of `scale_and_shift`.
     """
-    if on_cpu():
-        total, product = _SUMS_WITH.bind(x, u, axes=axes)
-        return total, product
-    return _sums_with_as_one(x, u, axes=axes)
+    if platform() == 'onnx':  # which knows plain sums alone
+        return _sums_with(x, u, axes=axes)
+    total, product = _SUMS_WITH.bind(x, u, axes=axes)
+    return total, product
 
 
 def _scale_and_shift(x, a, b, *, axes):
     return x * jnp.expand_dims(a, axes) + jnp.expand_dims(b, axes)
 
 
-def _sums_with(x, u, *, axes):
-    return sum_pair(u, u * x, axes) if axes else (u, u * x)
+def _sums_with(x, u, *, axes, paired=None):
+    if not axes:
+        return u, u * x
+    return sum_pair(u, u * x, axes, paired=on_cpu() if paired is None else paired)
 
 
-# As one function its transpose is one sum of two terms, in the primitive's order of additions.
-_sums_with_as_one = jax.jit(_sums_with, static_argnames='axes')
+def _lower_sums(context, *operands, axes):
+    devices = getattr(context.module_context.axis_context, 'num_devices', None)
+    paired = on_cpu() or (platform() == 'gpu' and devices == 1)
+    function = functools.partial(_sums_with, axes=axes, paired=paired)
+    return mlir.lower_fun(function, multiple_results=True)(context, *operands)
+
 
 _SCALE_AND_SHIFT = _primitive('scale_and_shift', _scale_and_shift)
 _SUMS_WITH = _primitive('sums_with', _sums_with, outputs=2)
+mlir.register_lowering(_SUMS_WITH, _lower_sums)
 
 
 def _scale_and_shift_jvp(primals, tangents, *, axes):

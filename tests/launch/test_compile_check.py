@@ -199,7 +199,7 @@ def instructions(made: Made, *words: str) -> list[str]:
 
 # At most so many kernels on one H100 and on eight, and all-reduces on eight: what was counted when
 # this was written. Less is welcome: lower the number with it.
-COUNTED = {'strided': (163, 260, 23), 'small': (122, 195, 17), 'finetune_vgg16': (28, 44, 4)}
+COUNTED = {'strided': (153, 260, 23), 'small': (115, 195, 17), 'finetune_vgg16': (28, 44, 4)}
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_sixteen_runs_take_the_kernels_of_one_and_cudnns_gradient_of_a_kernel():
     (many,) = compiled('small', 'h100:1', '--together=16')
     filters = '__cudnn$convBackwardFilter'
     assert many.cost['calls'][filters] == one.cost['calls'][filters] == 4
-    assert sum(many.cost['kernels'].values()) <= 129
+    assert sum(many.cost['kernels'].values()) <= 121
     assert many.cost['flops'] == pytest.approx(16 * one.cost['flops'])
     assert not many.cost['host_transfers']
 

@@ -440,12 +440,12 @@ def test_no_example_sees_another_and_training_is_inference():
 PAIRS = [((4, 3), (0,)), ((2, 5, 7, 3), (0, 1, 2)), ((2, 5, 7, 3), (1, 2)), ((2, 5, 7, 3), (0, 3))]
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize(('platform', 'paired'), [('cpu', True), ('gpu', True), ('tpu', False)])
 @pytest.mark.parametrize(('shape', 'axes'), PAIRS)
-def test_paired_sums_agree_with_float64_on_every_platform(platform, shape, axes):
+def test_paired_sums_agree_with_float64_on_every_platform(platform, paired, shape, axes):
     u, v = (np.random.default_rng(i).normal(size=shape).astype(np.float32) for i in (0, 1))
     with compiling_for(platform):
-        sums = sum_pair(jnp.array(u), jnp.array(v), axes)
+        sums = sum_pair(jnp.array(u), jnp.array(v), axes, paired)
     for found, array in zip(sums, (u, v)):
         expected = array.astype(np.float64).sum(axis=axes)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
