@@ -74,7 +74,7 @@ def test_predict_gives_the_probabilities_that_were_evaluated(run):
     assert np.mean(probabilities.argmax(axis=-1) == EVAL[1]) == pytest.approx(
         run.metrics['accuracy']
     )
-    np.testing.assert_array_equal(run.predict(EVAL[0][0]), probabilities[:1])
+    np.testing.assert_allclose(run.predict(EVAL[0][0]), probabilities[:1], rtol=1e-5)
     with pytest.raises(cj.UserError, match='uint8'):
         run.predict(EVAL[0].astype(np.float32))
 

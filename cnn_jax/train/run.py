@@ -125,7 +125,9 @@ class Run:
                 f'the images are {images.dtype} {list(images.shape)}; this run takes uint8 '
                 f'[n, {", ".join(map(str, self.spec.image_shape))}]'
             )
-        size = self.config.data.eval_batch or self.config.data.batch
+        # One image costs one; powers of two, so that few programs serve all numbers.
+        few = 1 << max(len(images) - 1, 0).bit_length()
+        size = min(few, self.config.data.eval_batch or self.config.data.batch)
         values, parts = traced_values(self.config), []
         for start in range(0, len(images), size):
             part = images[start : start + size]
