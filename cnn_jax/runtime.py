@@ -218,7 +218,7 @@ def add_xla_flags(wanted: dict[str, str]) -> str:
 def _check_xla_flags() -> None:
     """Refuse XLA_FLAGS that XLA does not take: it would end this process, as it does a child."""
     command = [sys.executable, '-c', 'from jaxlib import _jax; _jax.CompileOptions()']
-    told = subprocess.run(command, capture_output=True, text=True).stderr
+    told = subprocess.run(command, capture_output=True, text=True, errors='replace').stderr
     if found := re.search(r"(Unknown flag|Couldn't interpret|Could not open file)[^\n]*", told):
         raise UserError(f'XLA does not take the XLA_FLAGS of the environment: {found[0]}')
 

@@ -187,7 +187,7 @@ def entries(root: Path) -> list[Entry]:
             sizes = {path: path.stat().st_size for path in folder.iterdir()}
             rows = sum(size // KEY_BYTES for path, size in sizes.items() if path.suffix == '.keys')
             about = folder / ABOUT
-            text = about.read_text(errors='replace') if about in sizes else 'of another version'
+            text = about.read_text('utf-8', 'replace') if about in sizes else 'of another version'
             found.append(Entry(folder, text, rows, sum(sizes.values()), folder.stat().st_mtime))
     return sorted(found, key=lambda entry: -entry.used)
 

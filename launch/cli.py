@@ -204,6 +204,12 @@ def _sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f'{error.filename}: {error.strerror}; mend that, and the same command goes on'
+    if isinstance(error, UnicodeEncodeError):
+        missing = error.object[error.start : error.end]
+        return (
+            f"the environment's text encoding, {error.encoding}, has no {missing!r}; "
+            'set PYTHONUTF8=1, and the same command goes on'
+        )
     if mesh := sys.modules.get('cnn_jax.mesh'):
         return mesh.describe_error(error)
     return f'{type(error).__name__}: {error} (--debug shows where)'

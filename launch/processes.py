@@ -91,6 +91,7 @@ class Group:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                errors='replace',
                 start_new_session=True,
             )
             self._processes.append(process)

@@ -244,7 +244,7 @@ def _run_in_workers(folder: Path, plan: Plan, task: Task, ray: dict[str, Any] | 
     logs = folder / 'logs'
     logs.mkdir(exist_ok=True)
     path = logs / f'task-{time.time_ns()}.json'
-    path.write_text(json.dumps(asdict(task)))
+    path.write_text(json.dumps(asdict(task)), 'utf-8')
     module = 'cnn_jax.ablation.workers'
     command = [sys.executable, '-m', module, f'--workdir={folder}', f'--task={path}']
     if ray is None:

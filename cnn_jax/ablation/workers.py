@@ -150,7 +150,9 @@ class RayWorkers(Workers):
         )
         def work(number: int) -> tuple[int, str]:
             line = [*command, f'--parent={os.getpid()}', f'--worker={number}']
-            done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(
+                line, cwd=folder, capture_output=True, text=True, errors='replace'
+            )
             return done.returncode, done.stdout if done.returncode == 0 else done.stderr
 
         self._tasks = [work.remote(number) for number in range(workers)]
@@ -426,7 +428,7 @@ def main() -> None:
     options = dict(argument.lstrip('-').split('=', 1) for argument in sys.argv[1:])
     if 'parent' in options:
         end_with_parent(int(options['parent']))
-    task = Task(**json.loads(Path(options['task']).read_text()))
+    task = Task(**json.loads(Path(options['task']).read_text('utf-8')))
     try:
         work(Path(options['workdir']), task, int(options['worker']))
     except UserError as error:

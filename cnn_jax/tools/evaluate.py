@@ -107,7 +107,10 @@ class Evaluation:
         content |= self.metrics | metrics.as_json(self.metrics)
         content |= {'confusion': content['confusion'].tolist(), 'duplicates_sought': self.sought}
         write_text(numbers, _to_json(content))
-        with replacing(predictions) as temporary, temporary.open('w', newline='') as file:
+        with (
+            replacing(predictions) as temporary,
+            temporary.open('w', encoding='utf-8', newline='') as file,
+        ):
             write_csv(self._rows(), file)
         write_text(page, self._page())
         return paths

@@ -60,7 +60,9 @@ def code_version() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         command = ['git', '-C', str(root), *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors='replace', timeout=10, check=True
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()

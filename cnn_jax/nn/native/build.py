@@ -81,10 +81,10 @@ def _kept(compiler: str, folder: Path, again: bool) -> Library:
             if again:
                 failed.unlink(missing_ok=True)
             if failed.exists():
-                return Library(None, reason=failed.read_text())
+                return Library(None, reason=failed.read_text('utf-8'))
             if not built.exists() and (reason := _build(compiler, flags, built)):
                 write_text(failed, f'{reason}; {AGAIN}')
-                return Library(None, reason=failed.read_text())
+                return Library(None, reason=failed.read_text('utf-8'))
     return Library(built, key)
 
 
@@ -95,7 +95,7 @@ def _build(compiler: str, flags: tuple[str, ...], path: Path) -> str:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder) / path.name
         command = [compiler, *flags, f'-I{include()}', str(SOURCES / 'ffi.cc'), '-o', str(new)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors='replace')
         if done.returncode:
             return f'the native library does not compile: {_last_line(done.stderr)}'
         if reason := check(new):
@@ -112,7 +112,12 @@ def check(path: Path, seconds: float = CHECK_SECONDS) -> str:
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=seconds
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors='replace',
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
         return f'the check of the native library did not end in {seconds:.0f} s'
@@ -131,9 +136,10 @@ def include() -> Path:
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
     from cnn_jax.runtime import processor
 
-    version = subprocess.run([compiler, '--version'], capture_output=True, text=True).stdout
+    command = [compiler, '--version']
+    version = subprocess.run(command, capture_output=True, text=True, errors='replace').stdout
     sources = sorted(p for p in SOURCES.iterdir() if p.suffix in ('.cc', '.h'))
-    texts = [path.read_text() for path in (*sources, SOURCES / 'check.py')]
+    texts = [path.read_text('utf-8') for path in (*sources, SOURCES / 'check.py')]
     facts = [*texts, *flags, version, importlib.metadata.version('jaxlib'), processor()]
     return hashlib.sha256('\0'.join(facts).encode()).hexdigest()[:16]
 
