@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 _chosen = contextvars.ContextVar('platform', default='')
@@ -34,6 +35,22 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def takes_plain_operations(*arrays: Array) -> bool:
+    """Whether JAX's own operations must compute on these arrays, not primitives of ours.
+
+    ONNX's converter knows those alone. And JAX's alone say in their types how a mesh divides the
+    result: along explicit axes, or within a `shard_map` that checks it.
+    """
+    return platform() == 'onnx' or any(_is_divided(jax.typeof(x)) for x in arrays)
+
+
+def _is_divided(of: core.ShapedArray) -> bool:
+    if of.sharding.mesh.empty:
+        return False
+    undivided = core.ShapedArray(of.shape, of.dtype, of.weak_type, sharding=of.sharding)
+    return AxisType.Explicit in of.sharding.mesh.axis_types or of != undivided
 
 
 _LEAST_BYTES = 2**16  # in loops over less XLA knows no barriers, and there is nothing to win
@@ -124,7 +141,7 @@ def scale_and_shift(
 
     The gradients of a and b are `sums_with`.
     """
-    if platform() == 'onnx':
+    if takes_plain_operations(x, a, b):
         return _scale_and_shift(x, a, b, axes=axes)
     return _SCALE_AND_SHIFT.bind(x, a, b, axes=axes)
 
@@ -136,8 +153,8 @@ def sums_with(
 
     As a function of u it is the transpose of `scale_and_shift`.
     """
-    if platform() == 'onnx':  # which knows plain sums alone
-        return _sums_with(x, u, axes=axes)
+    if takes_plain_operations(x, u):
+        return _sums_with(x, u, axes=axes, paired=False)
     total, product = _SUMS_WITH.bind(x, u, axes=axes)
     return total, product
 

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from cnn_jax.nn import native
-from cnn_jax.nn.cpu import on_cpu, platform
+from cnn_jax.nn.cpu import on_cpu, takes_plain_operations
 from cnn_jax.nn.padding import Pair
 
 
@@ -34,7 +34,7 @@ class Window(NamedTuple):
 
 def convolve(x: Any, kernel: Any, window: Window) -> Any:
     """`nn.conv.conv2d`, its padding resolved; differentiable in every mode."""
-    if platform() == 'onnx':  # which knows JAX's own operations alone
+    if takes_plain_operations(x, kernel):
         return _conv(x, kernel, window)
     return _CONV.bind(x, kernel, window=window, mapped=())
 

@@ -2,6 +2,9 @@
 
 import doctest
 import inspect
+import os
+import subprocess
+import sys
 
 import flax.linen
 import jax
@@ -73,3 +76,43 @@ def test_it_trains_a_step_as_an_nnx_module():
     assert np.isfinite(first)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, nnx.state(model, nnx.Param))
     assert any(jax.tree.leaves(changed))
+
+
+DIVIDED = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from tests.nn.test_public import Net, cross_entropy, problem
+
+x, y = problem()
+variables = Net().init(jax.random.key(0), x, train=False)
+held = {'batch_stats': variables['batch_stats']}
+
+def loss(params, x, y):
+    rngs, changed = {'dropout': jax.random.key(1)}, ['batch_stats']
+    logits, _ = Net().apply(held | {'params': params}, x, train=True, rngs=rngs, mutable=changed)
+    return cross_entropy(logits, y)
+
+def close(found, expected):
+    largest = max(abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, atol=1e-5 * largest)
+
+params, gradient, alone = variables['params'], jax.grad(loss), jax.jit(jax.grad(loss))
+explicit, auto = (jax.make_mesh((2,), ('d',), (AxisType[n],)) for n in ('Explicit', 'Auto'))
+with jax.set_mesh(explicit):
+    place = lambda tree, spec: jax.device_put(tree, NamedSharding(explicit, spec))
+    found = jax.jit(gradient)(place(params, P()), place(x, P('d')), place(y, P('d')))
+close(found, alone(params, x, y))
+with jax.set_mesh(auto):  # the sum over both halves, each with statistics of its own
+    specs = P(), P('d'), P('d')
+    found = jax.jit(jax.shard_map(gradient, in_specs=specs, out_specs=P()))(params, x, y)
+halves = [alone(params, x[half], y[half]) for half in (slice(16), slice(16, None))]
+close(found, jax.tree.map(lambda a, b: a + b, *halves))
+"""
+
+
+def test_two_devices_give_its_gradients_along_explicit_axes_and_in_a_shard_map():
+    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=2'
+    env = os.environ | {'XLA_FLAGS': flags}
+    done = subprocess.run([sys.executable, '-c', DIVIDED], env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
