@@ -6,9 +6,9 @@
   python -m launch.ablate --config=experiments/regularization.py --workdir=/shared/regularization \\
       --executor=ray --ray_address=auto --workers=16
 
-Rerun the same command to train what is missing. --config.KEY=VALUE overrides change every arm. The
-work directory holds ablation.json, cells/, logs/, report.html, figures/, cost.json, and
-summary.json and .csv.
+Rerun the same command to train what is missing. --config.KEY=VALUE overrides change every arm
+that does not set the field itself; one that is tuned in all arms is refused. The work directory
+holds ablation.json, cells/, logs/, report.html, figures/, cost.json, and summary.json and .csv.
 """
 
 import shlex

@@ -2,9 +2,8 @@
 
   python -m launch.compare --out=atlas.png runs/atlas_200 runs/atlas_1000 runs/atlas_5000
 
-A work directory's `summary.json` will do, should that be all that is left of it. Every arm has a
-panel: its difference from its control, with simultaneous intervals, filled where it is decided; the
-other arms in grey.
+A saved `summary.json` works in place of its work directory. Every arm has a panel: its difference
+from its control, with simultaneous intervals, filled where it is decided; the other arms in grey.
 """
 
 from pathlib import Path

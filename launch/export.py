@@ -9,8 +9,8 @@ weights.safetensors, classes.json and a README.md whose code uses them with JAX,
 and Pillow, also as a server. Averaged weights are exported where the run has them. A folder that is
 not empty is refused.
 
-With --format=onnx it holds model.onnx in the place of the first two, for ONNX Runtime, which it has
-been compared with. The converter needs an environment of its own:
+With --format=onnx, model.onnx replaces the first two; its output is checked against ONNX Runtime's.
+The converter needs an environment of its own:
 
   python3 -m venv .onnx
   .onnx/bin/pip install -r requirements-onnx.txt

@@ -11,8 +11,8 @@ same weights. They are stored in $CNN_JAX_CACHE, else $XDG_CACHE_HOME/cnn_jax, e
 ~/.cache/cnn_jax. A file with other weights than the published ones is reported but not cached:
 name it in --config.model.weights.
 
-Cached features are bounded: once they take more than $CNN_JAX_CACHE_GB gigabytes (20), those of
-them that were not used for longest are removed, but for what a running process uses.
+Cached features are bounded: once they take more than $CNN_JAX_CACHE_GB gigabytes (20), the least
+recently used are removed, except those in use by a running process.
 """
 
 import logging

@@ -5,8 +5,8 @@
       --config.optimizer.name=sgd --lowest=1e-5 --highest=10 --steps=200
 
 Prints a tenth of the rate at which the smoothed loss is lowest, and writes the curve as
-lr_finder.csv and lr_finder.png into the folder. Of two phases, the rate is that of the first. No
-run is changed: a training afterwards gives the same bits as without it.
+lr_finder.csv and lr_finder.png into the folder. For a run of two phases, the rate is that of the
+first. No run is changed: a training afterwards gives the same bits as without it.
 """
 
 import math

@@ -10,8 +10,8 @@ Run the same command again to resume. The work directory holds config.json,
 manifest.json, metrics.jsonl, steps.f32 (objective and gradient norm of every step), timing.jsonl,
 TensorBoard events, curves.png, speed.json, checkpoints/ and, if images were left out, skipped.csv.
 
-All devices that JAX finds share each batch, of one process or, with --distributed, of several;
-launch.processes tries the latter out on this machine.
+The devices that JAX finds share each batch, as many as divide it, of one process or, with
+--distributed, of several; launch.processes tries the latter out on this machine.
 
 The last line says how fast the run was: images and FLOP a second, the latter as a share of what a
 plain matrix product reaches here, the time spent compiling, and the most memory held. --profile
