@@ -94,12 +94,14 @@ def main(_) -> int:
         curves=CURVES.value,
         **options,
     )
-    in_all = set.intersection(*map(set, plan.ranges.values()))
+    in_all = set.intersection(*({*plan.ranges[a], *plan.changes[a]} for a in plan.configs))
     if useless := sorted(in_all & cli.overridden()):
         raise UserError(
-            f'--config.{useless[0]} would change nothing: {CONFIG.value} tunes it; leave it out, '
-            'or take it out of TUNE'
+            f'--config.{useless[0]} would change nothing: every arm of {CONFIG.value} sets or '
+            'tunes it; leave it out'
         )
+    if EXECUTOR.value != 'ray' and (RAY_ADDRESS.value or GPUS.value or TPUS.value):
+        raise UserError('--ray_address, --gpus and --tpus need --executor=ray')
     result = ablate(
         plan,
         workdir=WORKDIR.value,

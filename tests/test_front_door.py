@@ -181,6 +181,18 @@ def test_trials_choose_what_is_tuned_once(tmp_path):
     assert other.manifest['tuned'] == tried['points'][0]
     assert sum('held-out loss' in line for line in said) == 2
 
+    # Unless it was tried of another run.
+    (tmp_path / 'changed').mkdir()
+    write_json(tmp_path / 'changed' / 'tuning.json', tried | {'losses': [0.0]})
+    del said[:]
+    cj.fit(
+        cj.replace(config, {'optimizer.clip_norm': 1.0}),
+        tmp_path / 'changed',
+        **parts,
+        say=said.append,
+    )
+    assert sum('held-out loss' in line for line in said) == 3
+
 
 def test_a_network_that_is_wrong_with_confidence_says_so(tmp_path):
     config = cj.replace(CONFIG, {'optimizer.learning_rate': 30.0, 'train.frozen': ()})

@@ -311,7 +311,9 @@ def make_plan(
         baseline=baseline,
         configs=configs,
         changes={
-            arm: {p: v for p, v in changes.items() if not isinstance(v, Range)}
+            arm: {
+                p: cfg.get(configs[arm], p) for p, v in changes.items() if not isinstance(v, Range)
+            }
             for arm, changes in arms.items()
         },
         ranges=ranges,
@@ -341,6 +343,8 @@ def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:
     """The margin of each primary measure."""
     margins = {} if margins is None else margins
     _check_table(margins, f'the margins{where} must be {{measure: number}}')
+    if isinstance(primaries, str) and primaries in METRICS:
+        primaries = [primaries]
     for measure in (*primaries, *margins) if isinstance(primaries, (list, tuple)) else [primaries]:
         if not isinstance(measure, str) or measure not in METRICS:
             near = nearest(str(measure), METRICS)
@@ -429,6 +433,8 @@ def grid(
     arms, levels = {}, {}
     for combination in itertools.product(*(factor.items() for factor in factors.values())):
         name = ', '.join(level for level, _ in combination)
+        if name in arms:
+            raise UserError(f'two arms of the factors are named {name!r}; rename a level')
         arms[name] = {k: v for _, changes in combination for k, v in changes.items()}
         levels[name] = dict(zip(factors, (level for level, _ in combination)))
     return arms, levels
@@ -455,7 +461,7 @@ def code_digest() -> str:
     """SHA-256 of the source files that a result depends on: all but the analysis."""
     root = Path(__file__).resolve().parents[1]
     total = hashlib.sha256()
-    for path in sorted(root.rglob('*.py')):
+    for path in sorted(p for p in root.rglob('*') if p.suffix in ('.py', '.cc', '.h')):
         relative = path.relative_to(root).as_posix()
         if not relative.startswith('ablation/') or relative in TRAINING:
             total.update(relative.encode() + b'\0' + path.read_bytes() + b'\0')

@@ -155,6 +155,8 @@ class Store:
             facts |= {'curves': True} if curves else {}
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
             word = re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-')[:60] or 'arm'
+            if word != arm.replace(' ', '-'):  # which another arm may share
+                word += '-' + hashlib.sha256(arm.encode()).hexdigest()[:8]
             mark = {'trial': f'trial{trial}-', 'replicate': ''}.get(kind, f'{kind[:3]}-'.lower())
             name = f'{word}-{mark}{seed}-{digest[:16]}.json'
             path = self.folder / FOLDER / name

@@ -119,7 +119,7 @@ def ablate(
             'own parts that are given as Python objects live in this process; leave out workers '
             'and executor, or bring the parts by an experiment file'
         )
-    if workers is None and (here or not on_cpu):
+    if workers is None and executor == 'local' and (here or not on_cpu):
         workers = 0
     if isinstance(arms, Plan):
         plan = arms
@@ -129,7 +129,7 @@ def ablate(
             config = cfg.replace(config, {'train.threads': config.train.threads or 1})
         plan = make_plan(_with_baseline(arms), config, **study)
     if workers is None:
-        workers = max(1, runtime.cores() // plan.threads)
+        workers = max(1, runtime.cores() // (plan.threads or runtime.cores()))
     folder = Path(workdir)
     make_writable(folder)
     refuse_links(folder)

@@ -47,10 +47,11 @@ def guess(classes: int) -> dict[str, float]:
     """The results, on average and for each image, of a replicate whose training failed.
 
     A failed network is worth a guess, p(k) = 1/K: accuracy 1/K, loss ln K. So an arm that diverges
-    in 2 of 20 replicates is judged on all 20.
+    in 2 of 20 replicates is judged on all 20. Its calibration error is the largest of a guesser,
+    that of a sure one: by that of 1/K, which is 0, an arm would be the better for diverging.
     """
-    loss, top5 = float(np.log(classes)), min(5, classes) / classes
-    return {'accuracy': 1 / classes, 'top5': top5, 'loss': loss, 'calibration_error': 0.0}
+    accuracy, top5, loss = 1 / classes, min(5, classes) / classes, float(np.log(classes))
+    return {'accuracy': accuracy, 'top5': top5, 'loss': loss, 'calibration_error': 1 - accuracy}
 
 
 def wins(differences: Float[np.ndarray, ' n']) -> tuple[float, float, float]:

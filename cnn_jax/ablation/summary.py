@@ -87,7 +87,7 @@ def _population(store: Store, counts: dict[str, int]) -> str:
     """The sentence that says over what the answers generalize."""
     data = store.plan.configs[store.plan.baseline].data
     train, test = f'{counts["train"]:,}', f'{counts["test"]:,}'
-    pool = f'{counts["pool"] - counts["validation"]:,}'
+    pool = f'{counts["pool"] - counts.get("reserved", counts["validation"]):,}'
     if data.folds:
         return (
             f'A replicate is tested on one of {data.folds} folds, {test} images of '
@@ -265,6 +265,8 @@ def _factorial(store: Store) -> dict[str, Any] | None:
         return None
     reference = plan.levels[plan.baseline]
     weights = statistics.contrasts(plan.factors, list(plan.levels.values()), reference)
+    if not weights:  # no factor has a second level
+        return None
     rows = np.array(list(weights.values()))
     rules = design(plan, len(rows) * len(plan.primaries))
     effects: dict[str, dict[str, Any]] = {name: {} for name in weights}

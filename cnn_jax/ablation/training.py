@@ -325,10 +325,12 @@ class _Runs:
         """Look for failures, and add a point to each curve: training since the last, and now."""
         epoch = round(number / self._compiled.spec.steps_per_epoch, 6)
         for i, sums in enumerate(self._compiled.split(total)):
+            if i in self._over:  # what it does beyond its end is not kept
+                continue
             # One step that is not finite leaves a sum that is not.
             if not np.isfinite([sums['objective'], sums['gradient_norm']]).all():
                 self.failures.setdefault(i, f'the loss is not finite by step {number}')
-            if i in self._over or not evaluated:
+            if not evaluated:
                 continue
             count = int(sums['count'])
             means = {  # with regularization on
@@ -409,5 +411,13 @@ class _Stacked:
         return map(self._stack, zip(*(run['training'].train(start) for run in self._runs)))
 
     def split(self, name: str) -> Iterator[Any]:
-        """The examples of a split, `train`, `validation` or `test`, once and not augmented."""
-        return map(self._stack, zip(*(run[name].evaluate() for run in self._runs)))
+        """The examples of a split, `train`, `validation` or `test`, once and not augmented.
+
+        Folds differ by an image, and so perhaps by a batch: in its place the last one is masked.
+        """
+        latest: list[Any] = [None] * len(self._runs)
+        for batches in itertools.zip_longest(*(run[name].evaluate() for run in self._runs)):
+            for i, batch in enumerate(batches):
+                spent = batch is None
+                latest[i] = latest[i] | {'mask': latest[i]['mask'] & False} if spent else batch
+            yield self._stack(latest)

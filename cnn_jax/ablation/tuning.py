@@ -1,11 +1,13 @@
 """Tuning of a single run: some trials on held-out images choose its numbers before it begins."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
-from cnn_jax.ablation.plan import Range, make_plan
+from cnn_jax.ablation.plan import Range, code_digest, make_plan
 from cnn_jax.ablation.results import Choice, chosen, value_of
 from cnn_jax.ablation.training import compile_structure, train_runs
 from cnn_jax.components import Components
@@ -26,7 +28,7 @@ def choose(
     """Choose the point of the least loss on the held-out images, of `config.train.trials`.
 
     A trial is the run itself at one point, its early stopping included. `tuning.json` keeps each
-    as it ends, so that an interrupted choice goes on.
+    as it ends, so that an interrupted choice goes on, unless config, data or code have changed.
 
     Args:
         config, data, components: The run's.
@@ -41,14 +43,16 @@ def choose(
         )
     plan = make_plan({'run': {}}, config, tune=tune, trials=config.train.trials, seeds=1)
     points, path = plan.points['run'], folder / NAME
-    losses = _losses(path, points)
+    facts = [cfg.content_hash(config), code_digest(), data.description]
+    about = {'points': points, 'of': hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
+    losses = _losses(path, about)
     compiled = None
     for number, point in enumerate(points[len(losses) :], len(losses)):
         compiled = compiled or compile_structure(plan.configs['run'], data, components=components)
         at = cfg.replace(plan.configs['run'], point)
         [result] = train_runs([at], compiled, data, trial=True, curves=False)
         losses.append(value_of(result, 'validation', 'loss'))
-        write_json(path, {'points': points, 'losses': losses})
+        write_json(path, {**about, 'losses': losses})
         listed = ', '.join(f'{path}={value:.3g}' for path, value in point.items())
         found = 'failed' if losses[-1] is None else f'held-out loss {losses[-1]:.4f}'
         say(f'trial {number + 1} of {len(points)}: {listed}: {found}')
@@ -64,10 +68,10 @@ def choose(
     return best.point
 
 
-def _losses(path: Path, points: list[dict[str, float]]) -> list[float | None]:
-    """The losses of the trials that have ended."""
+def _losses(path: Path, about: dict[str, Any]) -> list[float | None]:
+    """The losses of the trials that have ended, of the same run at the same points."""
     try:
         before = read_json(path)
     except (FileNotFoundError, Corrupt):  # it costs seconds to try again
         return []
-    return before['losses'] if before['points'] == points else []
+    return before['losses'] if {name: before.get(name) for name in about} == about else []

@@ -208,6 +208,7 @@ def open_ablation(
             'pool': data.pool.n,
             'train': data.train.n,
             'validation': data.held_out.n if data.held_out else 0,
+            'reserved': data.held_out.n if data.held_out and not data.validation else 0,
             'test': data.test.n,
             'classes': len(description['class_names']),
         },
@@ -220,12 +221,16 @@ def open_ablation(
 
 def provenance(plan: Plan, data: Any, settings: runtime.Settings) -> dict[str, str]:
     """What the results of an ablation depend on besides the configs."""
+    from cnn_jax.train import manifest
+
+    machine = runtime.machine(settings)
     found = {
         'code': code_digest(),
         'training data': data.pool.fingerprint,
         'test data': data.test.fingerprint,
-        'jaxlib': runtime.jaxlib_version(),
-        'devices': runtime.devices(),
+        **manifest.packages(),
+        'convolutions': 'XLA' if machine['convolutions'] == 'XLA' else 'native',
+        'devices': machine['devices'],
         'XLA_FLAGS': settings.xla_flags,
     }
     if not plan.threads:  # as many as the cores of this machine
@@ -264,12 +269,23 @@ def _check_arms(plan: Plan, data: Any, components: Components) -> None:
             'the ablation tunes, on images that other folds are tested on; leave out '
             'config.data.folds, or give values in the place of ranges'
         )
+    choosing = any(plan.ranges.values()) or any(c.train.patience for c in plan.configs.values())
+    own = data.validation  # images of the source's, to hold out
+    if choosing and own and own.fingerprint == data.test.fingerprint:
+        raise UserError(
+            'the images held out to choose by are the test images (there is a val/, but no test/); '
+            'set config.data.validation=N, which holds out N of train/, and '
+            'config.data.validation_share=0'
+        )
     if 'top5' in plan.primaries and classes <= 5:
         raise UserError(f'the measure top5 needs more than 5 classes; the data have {classes}')
+    least = data.train.n
+    if plan.folds:
+        least = min(least, data.pool.n - math.ceil(data.pool.n / plan.folds))
     for arm, config in plan.configs.items():
         try:
-            if config.data.batch > data.train.n:
-                raise UserError(f'config.data.batch is larger than its {data.train.n} images')
+            if config.data.batch > least:
+                raise UserError(f'config.data.batch is larger than its {least} images')
             own = setup.for_arm(config, data) if arm in firsts else data
             spec = setup.make_spec(config, own.description, own.weights, components)
             if arm in firsts:
@@ -345,33 +361,40 @@ class _Structure:
                     continue
                 if claims.enter_context(self._store.claim(run)):
                     runs.append(run)
-                if runs and len(runs) == self._width(len(missing), runs[0].kind):
+                if runs and len(runs) == self._width(runs[0].kind):
                     break
             results = self._train(runs) if runs else []
             for run, result in zip(runs, results):
                 self._store.write(run, result)
         return len(runs)
 
-    def _width(self, missing: int, kind: str) -> int:
-        """The number of runs to train together: as compiled, else so that all rounds are full."""
+    def _width(self, kind: str) -> int:
+        """The number of runs to train together: as compiled, else so that all rounds are full.
+
+        Whatever is missing: sums of more or fewer runs together have another rounding.
+        """
         if kind == FLOOR:
             return 1
         if self._compiled:
             return self._compiled.together
-        rounds = math.ceil(missing / self._together)
-        return math.ceil(missing / rounds)
+        plan = self._store.plan
+        count = sum(len(plan.points[arm]) or plan.looks[0] for arm in self._arms)
+        return math.ceil(count / math.ceil(count / self._together))
 
     def _train(self, runs: list[Run]) -> list[Result]:
         """The results of claimed runs, all of one kind."""
         began = time.perf_counter()
+        results: list[Result] = []
         try:
             results = self._results(runs)
+        except (UserError, OSError):  # which say nothing of the arm
+            raise
         except Exception as error:  # one arm's failure must not stop the others
-            if OUT_OF_MEMORY in str(error) and len(runs) > 1:
-                return self._train_fewer(runs)
-            reason = f'{type(error).__name__}: {error}'
-            failed: Result = {'status': 'failed', 'reason': reason}
-            results = [dict(failed) for _ in runs]
+            if OUT_OF_MEMORY not in str(error) or len(runs) == 1:
+                reason = f'{type(error).__name__}: {error}'
+                results = [{'status': 'failed', 'reason': reason} for _ in runs]
+        if not results:  # outside of `except`, which would keep the memory of what has failed
+            return self._train_fewer(runs)
         for result in results:
             result['wall_seconds'] = (time.perf_counter() - began) / len(runs)
             result['classes'] = len(self._data.description['class_names'])
@@ -419,7 +442,9 @@ def pin(number: int, workers: int, threads: int) -> None:
     if not hasattr(os, 'sched_setaffinity'):  # macOS
         return
     mine = sorted(os.sched_getaffinity(0))
-    if workers == len(mine) // threads > 1:  # fewer may have another launcher beside them
+    if (
+        threads and workers == len(mine) // threads > 1
+    ):  # fewer may have another launcher beside them
         os.sched_setaffinity(0, mine[number * threads : (number + 1) * threads])
 
 

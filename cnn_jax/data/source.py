@@ -22,7 +22,7 @@ class Source:
     Images may be read or computed when they are needed; arrays are made a source by `as_source`.
 
     Errors:
-        UserError: No examples, fewer than two classes, or a label that names no class.
+        UserError: No examples, fewer than two classes, two of one name, or a label that names none.
 
     >>> labels = np.array([0, 1, 0], np.int32)
     >>> source = Source(
@@ -57,6 +57,8 @@ class Source:
             raise UserError(f'{self.name} has no images; name a source or a split that has some')
         if len(self.class_names) < 2:
             raise UserError(f'{self.name} has one class only; a classification needs two or more')
+        if len({*self.class_names}) < len(self.class_names):
+            raise UserError(f'{self.name} has two classes of one name; rename one of them')
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
         if len(wrong):
             i = int(wrong[0])
@@ -149,7 +151,7 @@ def as_source(data: Any, name: str = 'the data', class_names: Sequence[str] = ()
         raise UserError(
             f'{name} has {len(images)} images but {len(labels)} labels; give a label for each'
         )
-    names = tuple(data[2]) if len(data) == 3 else tuple(class_names)
+    names = tuple(map(str, data[2] if len(data) == 3 else class_names))
     if not names:
         names = tuple(str(k) for k in range(int(labels.max(initial=0)) + 1))
     return from_arrays(name, images, labels, names)

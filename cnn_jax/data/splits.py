@@ -99,7 +99,7 @@ def fold(
 
 def held_out(labels: Int32[np.ndarray, ' n'], count: int) -> Int64[np.ndarray, ' count']:
     """The last `count` positions of the fixed order: the part to choose and to stop by."""
-    _refuse_short(labels, count, 'validation')
+    _refuse_short(labels, count, 'validation', left=1)
     return interleaved(labels)[len(labels) - count :]
 
 
@@ -114,7 +114,7 @@ def drawn(
     Errors:
         UserError: There are fewer examples.
     """
-    _refuse_short(labels, count + validation, 'subset')
+    _refuse_short(labels, count, 'subset', left=validation)
     rest = interleaved(labels)[: len(labels) - validation]
     if not count:
         return rest
@@ -123,11 +123,18 @@ def drawn(
     return rest[seed * count :][:count]
 
 
-def _refuse_short(labels: np.ndarray, count: int, field: str) -> None:
-    if count > len(labels):
+def _refuse_short(labels: np.ndarray, count: int, field: str, left: int) -> None:
+    if count + left > len(labels):
+        held = f', of which {left:,} are held out' if left > 1 else ''
         raise UserError(
-            f'config.data.{field} asks for {count:,} of {len(labels):,} training images; lower it'
+            f'config.data.{field} asks for {count:,} of {len(labels):,} training images{held}; '
+            'lower it'
         )
+
+
+def part_of(split: str) -> str:
+    """The part of a source that a split is of: `train` of `train[:500]`."""
+    return _parse(split)[0]
 
 
 def _parse(split: str) -> tuple[str, str | None, str | None]:

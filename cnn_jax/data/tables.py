@@ -141,6 +141,7 @@ def _chosen(table: Path, rows: Rows, data: config.Data) -> tuple[list[str], ...]
                 f'{table} has {split!r} as the part of row {number}; write {", ".join(PARTS)}, or '
                 'choose another column by config.data.split_column'
             )
+    texts[1] = [unicodedata.normalize('NFC', label) for label in texts[1]]  # both spellings are one
     return texts[0], texts[1], [SPLITS.get(split.lower(), 'all') for split in texts[2]]
 
 
@@ -153,12 +154,15 @@ def _text(value: Any, table: Path, column: str, number: int) -> str:
         raise UserError(
             f'{table} has nothing in column {column} of row {number}; fill or remove it'
         )
-    return unicodedata.normalize('NFC', re.sub(r'^(\d+)\.0$', r'\1', text))
+    return re.sub(r'^(\d+)\.0$', r'\1', text)
 
 
 def _below(root: Path, folder: Path, path: str) -> str:
     """A path in a table of `folder`, relative to `root` where it lies below it."""
     path = path if '/' in path else path.replace('\\', '/')
+    if not path.isascii():  # ü may be written as one character or as two
+        spellings = path, *(unicodedata.normalize(form, path) for form in ('NFC', 'NFD'))
+        path = next((each for each in spellings if (folder / each).exists()), path)
     whole = Path(os.path.normpath(folder / path))
     return (whole.relative_to(root) if whole.is_relative_to(root) else whole).as_posix()
 

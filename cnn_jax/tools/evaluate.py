@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from cnn_jax import config as cfg
 from cnn_jax.data.batches import open_batches
 from cnn_jax.data.source import as_source
+from cnn_jax.data.splits import part_of
 from cnn_jax.errors import UserError, printable
 from cnn_jax.files import replacing, write_text
 from cnn_jax.tools import heatmap
@@ -201,8 +202,12 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
     if data is None and config.data.source == cfg.OWN:
         if run.source is None:
             raise UserError('the run was trained on own data; give those to evaluate on as data=…')
-        own = [run.source(config, each) for each in ('train', 'eval')]
-        train, data = (own[0] if train is None else train), own[0 if folds else 1]
+        own = {each: run.source(config, each) for each in ('train', 'eval')}
+        parts = {part_of(config.data.train): 'train', part_of(config.data.eval): 'eval'}
+        if (part := part_of(asked)) not in parts:
+            raise UserError(f'own data have no part {part!r}, only {" and ".join(parts)}')
+        train = own['train'] if train is None else train
+        data = own['train' if folds else parts[part]]
     if data is not None:  # arrays bring no names, and not always the last class
         names = () if config.data.classes else run.class_names
         data = as_source(data, 'the evaluation data', class_names=names)

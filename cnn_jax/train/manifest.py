@@ -46,10 +46,15 @@ def manifest(
         'config_hash': cfg.content_hash(config),
         'steps_hash': cfg.content_hash(cfg.without_length(config)),
         'code': code_version(),
-        'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
+        'packages': packages(),
         'machine': machine,
         'data': data,
     }
+
+
+def packages() -> dict[str, str]:
+    """The versions of the packages that compute."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def code_version() -> dict[str, Any]:

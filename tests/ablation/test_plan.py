@@ -6,6 +6,7 @@ import math
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
@@ -20,6 +21,10 @@ ARMS = {
 FACTORS = {
     'dropout': {'off': {'model.dropout': 0.0}, 'on': {'model.dropout': 0.25}},
     'L2': {'no L2': {}, 'L2': {'loss.l2': 5e-4}},
+}
+TWO = {
+    name: {'model.dropout': rate}
+    for name, rate in (('a', 0.1), ('a, b', 0.2), ('c', 0.3), ('b, c', 0.4))
 }
 EXPERIMENTS = Path(__file__).resolve().parents[2] / 'experiments'
 
@@ -38,6 +43,13 @@ def test_arms_are_the_config_with_their_changes():
     assert plan.configs['some'].model.dropout == 0.3
     assert plan.config('BN', 12).seed == 12
     assert plan.question == 'Which one?'
+
+
+def test_numbers_of_numpy_and_a_single_measure_are_taken():
+    arms = {'none': {}, **{f'batch {n}': {'data.batch': n} for n in 2 ** np.arange(6, 8)}}
+    plan = plan_of(experiment(ARMS=arms, PRIMARIES='loss'), cfg.Config())
+    assert plan.primaries == ('loss',)
+    assert plan.to_json()['changes']['batch 64'] == {'data.batch': 64}
 
 
 def test_arms_that_differ_in_numbers_share_a_compilation():
@@ -110,6 +122,7 @@ def test_until_decided_has_looks_and_controls_are_the_baseline_unless_named():
         *[({'ARMS': {'a': {}, 'b': changes}}, "arm 'b'") for changes in (None, 'x', [], {3: 4})],
         *[({'FACTORS': factors}, 'factor') for factors in (['a'], 'a', {3: {}}, {'f': {}})],
         *[({'FACTORS': {'f': each}}, 'factor') for each in ('x', {'a': None}, {3: {}})],
+        ({'FACTORS': {'f': TWO, 'g': TWO}}, "two arms .* named 'a, b, c'"),
         ({'ARMS': ARMS, 'METRIC': 'loss'}, 'PRIMARIES'),
         *[({'ARMS': ARMS, 'PRIMARIES': each}, 'measure') for each in (['acc'], '', None, [], 3)],
         *[

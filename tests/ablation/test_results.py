@@ -72,6 +72,15 @@ def test_runs_come_seed_by_seed_with_names_of_their_own(opened):
     assert {r.path.parent.name for r in decisions.due(store)} == {'cells'}
 
 
+def test_arms_that_look_alike_and_have_one_point_have_results_of_their_own(tmp_path):
+    arms = {'узкий': linear(0.2, 0.4), 'широкий': linear(0.1, 0.5)}
+    arms = {'plain': {}} | {name: {'model.dropout': each} for name, each in arms.items()}
+    config = cfg.replace(cfg.Config(), {'data.validation': 9})
+    store = open_store(tmp_path, make_plan(arms, config, trials=1), PROVENANCE, FACTS)
+    runs = decisions.due(store)
+    assert len({run.path for run in runs}) == len(runs)
+
+
 def test_results_are_found_again_and_failed_ones_can_be_repeated(opened):
     store = opened()
     first, second, *_ = due(store)

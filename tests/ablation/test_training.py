@@ -16,7 +16,8 @@ from cnn_jax.ablation import decisions, summary, training, workers
 from cnn_jax.ablation.plan import log, make_plan
 from cnn_jax.ablation.results import open_store
 from cnn_jax.ablation.training import compile_structure, train_runs
-from cnn_jax.components import from_objects
+from cnn_jax.components import NO_COMPONENTS, from_objects
+from cnn_jax.errors import UserError
 from cnn_jax.files import read_json
 from cnn_jax.train import setup
 from cnn_jax.train.loop import compilations, steps
@@ -199,6 +200,50 @@ def test_what_is_kept_of_each_image_adds_up_to_the_measures(study):
             kept = decisions.per_image(result, measure)
             assert kept.shape == (21,)
             assert kept.mean() == pytest.approx(result['metrics']['test'][measure], rel=error)
+
+
+def test_runs_together_judge_every_image_of_folds_that_differ_by_one():
+    config, data, components = opened(make_config(**{'data.folds': 3, 'data.batch': 2}))
+    configs = [cfg.replace(config, {'data.fold': number}) for number in range(3)]
+    compiled = compile_structure(config, data, 3, components)
+    runs = train_runs(configs, compiled, data, curves=False)
+    counts = [[run['metrics'][split]['count'] for split in ('train', 'test')] for run in runs]
+    assert counts == [[27, 13], [27, 13], [26, 14]]
+
+
+def test_a_run_that_has_ended_is_not_failed_by_what_comes_after():
+    config, data, components = opened(make_config(**SPLITS, **{'train.patience': 1.0}))
+    runs = training._Runs(
+        [config], compile_structure(config, data, components=components), data, True
+    )
+    runs._over[0] = 3
+    sums = {'count': 8, 'loss': 1.0, 'bin_correct': np.ones(1), 'objective': np.nan}
+    runs._report(5, sums | {'gradient_norm': 1.0}, [])
+    assert not runs.failures
+
+
+def test_images_to_choose_by_are_not_those_to_test_on():
+    config, data, _ = opened(make_config(**SPLITS))
+    plan = make_plan(ARMS, config, tune=RATE, trials=2)
+    with pytest.raises(UserError, match='are the test images'):
+        workers._check_arms(plan, dataclasses.replace(data, validation=data.test), NO_COMPONENTS)
+
+
+def test_what_says_nothing_of_an_arm_is_no_result_of_it(study, monkeypatch):
+    finished, data, components, _ = study
+    store = dataclasses.replace(finished)
+    run = replicates(finished)[1]
+    kept = run.path.read_bytes()
+    run.path.unlink()
+
+    def full(*_, **__):
+        raise OSError('no space left')
+
+    monkeypatch.setattr(training, 'train_runs', full)
+    with pytest.raises(OSError, match='no space left'):
+        workers.run_missing(store, data, components=components)
+    assert not run.path.exists()
+    run.path.write_bytes(kept)
 
 
 def test_a_seed_gives_every_arm_the_same_start(study):

@@ -28,6 +28,7 @@ def test_an_example_is_an_image_and_a_label():
         ([0, 0], ('a',), 'two has one class only'),
         ([0, 2], ('a', 'b'), 'example 1 of two has label 2, but labels run from 0 to 1'),
         ([0, -1], ('a', 'b'), 'example 1 of two has label -1'),
+        ([0, 1], ('a', 'a'), 'two has two classes of one name'),
     ],
 )
 def test_a_source_that_cannot_be_classified(labels, class_names, sentence):
@@ -83,6 +84,7 @@ def test_arrays_are_a_source(images, labels):
 
 def test_class_names_are_given_or_taken_from_elsewhere():
     assert as_source((IMAGES, LABELS, 'abc')).class_names == ('a', 'b', 'c')
+    assert as_source((IMAGES, LABELS, np.arange(3))).class_names == ('0', '1', '2')
     source = as_source((IMAGES, LABELS * 0), class_names=('x', 'y'))
     assert source.class_names == ('x', 'y')
     assert as_source(source) is source

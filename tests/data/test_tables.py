@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,15 @@ def same_as(table, source):
     assert table.fingerprint == source.fingerprint
     np.testing.assert_array_equal(table.labels, source.labels)
     np.testing.assert_array_equal(table[7][0], source[7][0])
+
+
+@pytest.mark.parametrize('forms', [('NFC', 'NFD'), ('NFD', 'NFC'), ('NFD', 'NFD')])
+def test_a_name_is_found_in_either_spelling(root, forms):
+    on_disk, written = (unicodedata.normalize(form, 'cat/ü.png') for form in forms)
+    first, *rest = rows_of(root)
+    (root / first[0]).rename(root / on_disk)
+    table = of_table(write(root / 'table.csv', text_of([(written, first[1]), *rest])))
+    assert (len(table), table.skipped) == (24, ())
 
 
 def test_paths_may_be_absolute_and_tables_several(root, tmp_path):

@@ -311,6 +311,10 @@ def test_a_run_on_images_that_its_experiment_brings_is_evaluated_on_them(tmp_pat
     assert result.metrics['count'] == 1000
     assert result.metrics['accuracy'] == pytest.approx(trained.metrics['accuracy'])
     assert '200 training images' in result.sought
+    run = cj.load_run(tmp_path / 'run')
+    assert cj.evaluate(run, split=f'{config.data.train}[:90]').metrics['count'] == 90
+    with pytest.raises(cj.UserError, match="no part 'nonsense', only "):
+        cj.evaluate(run, split='nonsense')
 
 
 def test_a_run_of_a_fold_is_evaluated_on_it_and_on_what_is_asked_for(tmp_path):
