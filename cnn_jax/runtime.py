@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -174,10 +175,14 @@ def _native() -> list[Any]:
 
 
 def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The number of cores that this process may use: its own, or a container's quota of them."""
+    if not hasattr(os, 'sched_getaffinity'):
+        return os.cpu_count() or 1
+    mine = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no quota, or none that cgroups v2 tell
+        quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text('ascii').split())
+        mine = min(mine, max(1, math.ceil(quota / period)))
+    return mine
 
 
 def count(number: int, noun: str) -> str:

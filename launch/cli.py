@@ -5,14 +5,17 @@ stopped by Ctrl-C before there was anything to save.
 """
 
 import builtins
+import functools
 import io
 import os
 import re
+import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
-from logging import CRITICAL, getLogger
+from logging import CRITICAL, WARNING, Handler, LogRecord, getLogger
 from typing import Any, NoReturn
 
 from absl import flags
@@ -27,7 +30,8 @@ from cnn_jax.files import local_path
 PRINT = print  # as Python has it
 _overrides: dict[str, Any] = {}  # the values of --config.KEY=VALUE
 
-OK, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
+OK, FAILED, MISTAKE, STOPPED, INTERRUPTED, TERMINATED = 0, 1, 2, os.EX_TEMPFAIL, 130, 143
+DEBUG = re.compile(r'--?debug(=(?i:true|t|yes|y|1))?')
 
 # The flags defined here belong to the launcher that asks for them: its --help shows them.
 flags.disclaim_key_flags()
@@ -140,22 +144,27 @@ def read_experiment(holder: flags.FlagHolder) -> tuple[cfg.Config, Components]:
     return cfg.validate(components.mark(cfg.replace(config, _overrides))), components
 
 
-def run(main: Callable[[list[str]], int | None], takes_words: bool = False) -> None:
+def run(
+    main: Callable[[list[str]], int | None], takes_words: bool = False, ends_unread: bool = False
+) -> None:
     """Run a launcher's `main` and leave the process with its exit code.
 
     A `UserError` is one sentence on standard error and exit code 2; any other exception is a
-    failed run, exit code 1, with one sentence, too. `--debug` shows the traceback.
+    failed run, exit code 1, with one sentence, too. `--debug` shows the traceback before it.
 
     Args:
         main: Takes the words that are no flags, behind the program's name.
         takes_words: Whether it reads them; else one is an error.
+        ends_unread: Whether it ends, with exit code 0, once nobody reads its output.
     """
     arguments = sys.argv
     for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
-    builtins.print = _print
-    debug = any(a in ('--debug', '--debug=true') for a in arguments)
+    builtins.print = functools.partial(_print, ends_unread)
+    debug = any(DEBUG.fullmatch(argument) for argument in arguments)
+    if os.getpid() == 1:  # in a container, where the kernel drops what nobody handles
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(TERMINATED))
     if {'--help', '-h', '-help'} & set(arguments[1:]):
         print((sys.modules['__main__'].__doc__ or '') + flags.FLAGS.main_module_help())
         print('  --debug: Show the traceback of an error.')
@@ -168,28 +177,41 @@ def run(main: Callable[[list[str]], int | None], takes_words: bool = False) -> N
             _quieten()
         if unused := runtime.forget_settings():
             print(f'note: {", ".join(unused)} of the environment: not used', file=sys.stderr)
-        sys.exit(main(words) or OK)
-    except UserError as error:
-        if debug:
-            raise
-        print(f'error: {printable(error)}', file=sys.stderr)
-        _leave(MISTAKE)
-    except BrokenPipeError:  # the reader of the output, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = main(words) or OK
+        print(end='', flush=True)
+        sys.exit(code)
+    except BrokenPipeError:
+        _drop(sys.stdout)
         sys.exit(OK)
     except KeyboardInterrupt:  # before there was anything to save
         print('stopped', file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _leave(INTERRUPTED)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
+        if isinstance(error, UserError):
+            print(f'error: {printable(error)}', file=sys.stderr)
+            _leave(MISTAKE)
         print(f'failed: {printable(_sentence(error))}', file=sys.stderr)
         _leave(FAILED)
 
 
-def _print(*values: object, **options: Any) -> None:
-    """`print` for a launcher's whole process: names of files and classes are data, not controls."""
-    PRINT(*(printable(value, keep='\n\t') for value in values), **options)
+def _print(ends_unread: bool, *values: object, **options: Any) -> None:
+    """`print` for a launcher's whole process: names of files and classes are data, not controls.
+
+    A training goes on when the reader of its output, such as `head`, has had enough.
+    """
+    try:
+        PRINT(*(printable(value, keep='\n\t') for value in values), **options)
+    except BrokenPipeError:
+        if ends_unread:
+            raise
+        _drop(options.get('file') or sys.stdout)
+
+
+def _drop(stream: Any) -> None:
+    """Write what follows to nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _leave(code: int) -> None:
@@ -215,6 +237,13 @@ def _sentence(error: Exception) -> str:
     return f'{type(error).__name__}: {error} (--debug shows where)'
 
 
+class _Warnings(Handler):
+    """Prints the package's own warnings."""
+
+    def emit(self, record: LogRecord) -> None:
+        print(f'warning: {record.getMessage()}', file=sys.stderr)
+
+
 def _quieten() -> None:
     """Let libraries say nothing of their own accord: their errors are raised, and told once."""
     from absl import logging  # has flags of its own, which are not the launchers'
@@ -222,6 +251,10 @@ def _quieten() -> None:
     logging.use_absl_handler()
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of all threads that fail
     getLogger('asyncio').setLevel(CRITICAL)
+    ours = getLogger('cnn_jax')
+    ours.setLevel(WARNING)
+    ours.propagate = False
+    ours.addHandler(_Warnings())
 
     def tell(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's writer is a thread
         name = failed.thread.name if failed.thread else 'a thread'

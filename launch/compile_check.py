@@ -75,8 +75,8 @@ def main(_) -> int:
     costs: list[dict] = []
     for target in sorted(targets, key=lambda target: target.count):
         if BATCH.value:
-            replicas = target.count // MODEL_PARALLEL.value
-            data = dataclasses.replace(config.data, batch=BATCH.value * replicas)
+            replicas = max(target.count // MODEL_PARALLEL.value, 1)
+            data = dataclasses.replace(config.data, batch=BATCH.value * replicas, eval_batch=0)
             config = validate(dataclasses.replace(config, data=data))
         costs += compile_check.compile_steps(config, components, description, target, **options)
     print(compile_check.table(costs))

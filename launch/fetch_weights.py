@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from cnn_jax import config as cfg
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, printable
 from launch import cli
 
 if TYPE_CHECKING:  # else --help would wait for JAX
@@ -67,6 +67,7 @@ def show(model: str, pretrained: 'Pretrained', errors: dict[str, str]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from cnn_jax.pretrained.networks import network
     from cnn_jax.pretrained.weights import PUBLISHED, SOURCES_OF, cache_path
@@ -74,10 +75,10 @@ def show(model: str, pretrained: 'Pretrained', errors: dict[str, str]) -> None:
     console = Console()
     places = Table('source', 'state', 'location', box=box.SIMPLE_HEAD, show_lines=True)
     if model in PUBLISHED:
-        places.add_row('cache', cache_state(model), str(cache_path(model)))
+        places.add_row('cache', Text(cache_state(model)), Text(str(cache_path(model))))
     for name, file in SOURCES_OF.get(model, {}).items():
         state = errors.get(name, 'not tried') or 'downloaded'
-        places.add_row(name, state, f'{file.location}\n{file.algorithm} {file.hash}')
+        places.add_row(name, Text(state), f'{file.location}\n{file.algorithm} {file.hash}')
     places.columns[1].max_width = console.width // 3
     for column in places.columns:
         column.overflow = 'fold'
@@ -86,7 +87,7 @@ def show(model: str, pretrained: 'Pretrained', errors: dict[str, str]) -> None:
     name = known.name if known and pretrained.digest == known.digest else 'not published'
     weights = Table(box=None, show_header=False, pad_edge=False)
     weights.add_row('weights', name)
-    weights.add_row('source', pretrained.source)
+    weights.add_row('source', Text(printable(pretrained.source)))  # names are no markup
     weights.add_row('digest', pretrained.digest)
     weights.add_row('preprocessing', pretrained.preprocessing.name)
     weights.add_row('licence', pretrained.licence)
@@ -120,9 +121,7 @@ def show_cache() -> None:
     total, most = sum(entry.nbytes for entry in found) / 1e9, store.limit() / 1e9
     console = Console()
     console.print(table)
-    console.print(
-        f'{total:,.2f} GB of at most {most:g} ({store.LIMIT}) in {feature_folder()}', soft_wrap=True
-    )
+    print(f'{total:,.2f} GB of at most {most:g} ({store.LIMIT}) in {feature_folder()}')
 
 
 def cache_state(model: str) -> str:

@@ -36,6 +36,7 @@ def main(_) -> int:
     import numpy as np
     from tqdm import tqdm
 
+    from cnn_jax import config as cfg
     from cnn_jax.files import make_writable
     from cnn_jax.tools import lr_finder
     from cnn_jax.train import setup
@@ -43,6 +44,9 @@ def main(_) -> int:
 
     make_writable(folder, 'the folder for the curve', '--out')
     config = lr_finder.constant_rate(config)
+    swept = cfg.replace(config, {'optimizer.learning_rate': HIGHEST.value})
+    if any('optimizer.learning_rate' in phrase for phrase in components.unread(swept)):
+        raise UserError('the own optimizer does not read config.optimizer.learning_rate')
     layout = setup.layout_of(config)
     data = setup.open_data(config, layout, components)
     spec = setup.make_spec(config, data.description, data.weights, components)

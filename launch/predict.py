@@ -99,4 +99,4 @@ def opened() -> 'Run':
 
 
 if __name__ == '__main__':
-    cli.run(main, takes_words=True)
+    cli.run(main, takes_words=True, ends_unread=True)

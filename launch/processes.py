@@ -10,6 +10,7 @@ process 0's output is passed on, and the others' errors with their number in fro
 fails, all end; with --restarts they are then started again.
 """
 
+import functools
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from typing import IO
 
 from absl import flags
 
+from cnn_jax.ablation.workers import end_with_parent
 from cnn_jax.errors import UserError
 from cnn_jax.runtime import cores
 from launch import cli
@@ -55,7 +57,7 @@ def main(arguments: list[str]) -> int:
                 f'restarting all {COUNT.value} (restart {attempt} of {RESTARTS.value})', flush=True
             )
         code = Group(command, COUNT.value, DEVICES.value).wait()
-        if code in (cli.OK, cli.MISTAKE, cli.STOPPED, cli.INTERRUPTED):
+        if code in (cli.OK, cli.MISTAKE, cli.STOPPED, cli.INTERRUPTED, cli.TERMINATED):
             break
     return code
 
@@ -81,7 +83,9 @@ class Group:
             'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip(),
             'NPROC': os.environ.get('NPROC', str(max(1, cores() // count))),
         }
-        self._processes, self._readers = [], []
+        self._processes, self._readers, self._asked = [], [], 0
+        asked = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+        self._handlers = {number: signal.signal(number, self._forward) for number in asked}
         for number in range(count):
             environment = os.environ | shared | {'JAX_PROCESS_ID': str(number)}
             # Not in the terminal's group, from which Ctrl-C would come a second time.
@@ -93,6 +97,7 @@ class Group:
                 text=True,
                 errors='replace',
                 start_new_session=True,
+                preexec_fn=functools.partial(end_with_parent, os.getpid()),
             )
             self._processes.append(process)
             for stream, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
@@ -106,7 +111,6 @@ class Group:
 
         A process that was killed by a signal is taken for the cause, whichever is seen first.
         """
-        handlers = {n: signal.signal(n, self._forward) for n in (signal.SIGTERM, signal.SIGINT)}
         failed: dict[int, int] = {}
         deadline = float('inf')
         while True:
@@ -121,11 +125,13 @@ class Group:
                     process.kill()
                 break
             time.sleep(0.1)
-        for number, handler in handlers.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         for reader in self._readers:
             reader.join(5)
         number, code = min(failed.items(), key=lambda item: item[1] >= 0, default=(0, 0))
+        if code < 0 and self._asked:  # before there was anything to save
+            return 128 + self._asked
         if code < 0:
             name = signal.Signals(-code).name
             print(
@@ -137,9 +143,10 @@ class Group:
         return code
 
     def _forward(self, number: int, _) -> None:
+        self._asked = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(self._asked)
 
 
 def _pass_on(stream: IO[str], out: IO[str], prefix: str) -> None:

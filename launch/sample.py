@@ -22,10 +22,11 @@ def main(_) -> int:
     from PIL import Image
 
     from cnn_jax.data.sources import open_source
+    from cnn_jax.files import make_writable
 
     source = open_source(SOURCE.value, split=SPLIT.value, classes=tuple(CLASSES.value))
     folder = Path(OUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder, 'the folder for the images', '--out')
     chosen = range(0, len(source), max(1, len(source) // COUNT.value))[: COUNT.value]
     for i in chosen:
         image, label = source[i]

@@ -153,7 +153,7 @@ prepare() { # until the TPU VM is ready
           say "is $state and was not made by this script: delete it, or allow that by --delete"
           exit 75
         fi
-        remove
+        remove || pause
         ;;
       *) pause ;;
     esac

@@ -203,6 +203,11 @@ def compile_steps(
     data = config.data
     sizes = data.batch // config.optimizer.accumulate, data.eval_batch or data.batch
     layout = make_mesh(devices(target), sizes, **layout_options)
+    if layout.mesh.size != target.count:
+        raise UserError(
+            f'batches of {sizes[0]} and {sizes[1]} keep {layout.mesh.size} of the {target.count} '
+            f'chips of {target.name} busy; give --batch_per_chip, or sizes that all divide'
+        )
     spec = setup.make_spec(config, description, components=components)
     with compiling_for(target.chip.family):
         programs = setup.make_programs(config, spec)

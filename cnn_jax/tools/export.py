@@ -59,6 +59,7 @@ def export(run: Run, folder: Path, form: str = 'stablehlo') -> None:
         'classes.json': (json.dumps(facts, indent=2) + '\n').encode(),
         'README.md': readme(facts).encode(),
     }
+    folder = folder.absolute()
     partial = folder.with_name(f'.{folder.name}.partial')
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed

@@ -46,6 +46,11 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
     settings = prepare_process(manifest.threads(folder, config))
     print(settings)
     components = reopened(config, before)
+    if missing := before.get('own', {'digests': {}})['digests'].keys() - components.digests.keys():
+        raise UserError(
+            f'the run has its own {" and ".join(sorted(missing))}, which its work directory does '
+            'not hold; verify takes the runs of an experiment file that brings them'
+        )
     had = before['machine'].get('layout') or {}
     layout = setup.layout_of(config, model=had.get('model', 1), fsdp=had.get('fsdp', False))
     data = setup.open_data(config, layout, components)

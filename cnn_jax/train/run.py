@@ -386,7 +386,8 @@ class _Job:
         if not mesh.is_process_zero():
             return
         programs = [phase.program for phase in phases]
-        flops = [profile.training_flops(rows, p.trainable, p.cached) for p in programs]
+        again = bool(self.config.optimizer.sam) + bool(self.config.loss.r_drop)  # whole passes
+        flops = [profile.training_flops(rows, p.trainable, p.cached) * 2**again for p in programs]
         dtype = self.config.model.dtype
         facts = profile.measure(outcome.watches, flops, dtype, clock, self.layout)
         profile.write_speed(self.folder, facts)
