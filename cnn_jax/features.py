@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from cnn_jax import config as cfg
 from cnn_jax import params, rng, runtime
+from cnn_jax.backbones import BACKBONES
 from cnn_jax.data import decode
 from cnn_jax.data.augment import augment_and_normalize
 from cnn_jax.data.batches import Batches, put
@@ -70,9 +71,10 @@ def cached_cut(
     """
     mode, augment, reason = config.features.cache, config.augment, ''
     trained = [name for name in trainable if name.startswith('backbone/')]
-    layers = network.frozen_layers(trained) if isinstance(network, Classifier) else []
+    known = isinstance(network, Classifier) and config.model.name in BACKBONES
+    layers = network.frozen_layers(trained) if known else []
     cut = layers[-1] if layers else ''
-    if not isinstance(network, Classifier):
+    if not known:
         reason = f'config.model.name is {config.model.name}, which has no backbone'
     elif not cut:
         reason = 'the backbone is trained (config.train.frozen lacks backbone/*)'

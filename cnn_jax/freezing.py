@@ -6,6 +6,7 @@ dropout must be off. A module that cannot be held still is an error.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -158,6 +159,12 @@ def mode_arguments(module: Any, train: bool) -> dict[str, bool]:
     {'use_running_average': False}
     """
     known = inspect.signature(type(module).__call__).parameters
+    modes = [name for name in known if re.search('train|infer|determin|eval', name)]
+    if modes and not MODES.keys() & set(known):
+        raise UserError(
+            f'{type(module).__name__} is called with {modes[0]}, which is no name of the training '
+            f'mode that is known here; call it {", ".join(MODES)}'
+        )
     return {name: value != train for name, value in MODES.items() if name in known}
 
 

@@ -68,7 +68,9 @@ def schedule(config: Optimizer, steps_per_epoch: float, total_steps: int) -> Cal
 
 def global_norm(tree: Any) -> Array:
     """√Σ‖leaf‖² over all leaves; as inner products, which take XLA on a CPU a third of the time."""
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in joined(jax.tree.leaves(tree))))
+    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(tree)]
+    leaves = joined(wide)
+    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in leaves))
 
 
 def sam_perturb(params: Flat, gradients: Flat, radius: float | Array) -> Flat:

@@ -18,23 +18,35 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from cnn_jax.errors import UserError
 
 Flat = dict[str, Any]  # {'block1_conv1/kernel': array}
+SLASH = '∕'
 
 
 def flatten(params: Mapping) -> Flat:
-    """A nested parameter tree as `{path: leaf}`, in the order of the paths."""
-    return dict(sorted(flatten_dict(meta.unbox(dict(params)), sep='/').items()))
+    """A nested parameter tree as `{path: leaf}`, in the order of the paths.
+
+    A slash within a name, as Flax's `WeightNorm` has it, becomes `∕`.
+    """
+    flat = flatten_dict(meta.unbox(dict(params)))
+    return dict(sorted(('/'.join(map(_escaped, keys)), leaf) for keys, leaf in flat.items()))
 
 
 def unflatten(flat: Flat) -> dict:
     """The nested tree that Flax's `apply` takes."""
-    return unflatten_dict(flat, sep='/')
+    return unflatten_dict(
+        {tuple(p.replace(SLASH, '/') for p in path.split('/')): leaf for path, leaf in flat.items()}
+    )
+
+
+def _escaped(name: str) -> str:
+    return str(name).replace('/', SLASH)
 
 
 def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """Return any tree with `function(path, leaf)` in the place of each leaf."""
 
     def at(keys: Any, leaf: Any) -> Any:
-        return function(jax.tree_util.keystr(keys, simple=True, separator='/'), leaf)
+        names = (jax.tree_util.keystr((key,), simple=True) for key in keys)
+        return function('/'.join(map(_escaped, names)), leaf)
 
     return jax.tree_util.tree_map_with_path(at, tree)
 

@@ -95,6 +95,33 @@ def test_the_same_call_resumes(run, folder):
     np.testing.assert_array_equal(again.predict(EVAL[0]), run.predict(EVAL[0]))
 
 
+class Normed(nn.Module):
+    """Flax's wrappers, whose variables have slashes in their names."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.relu(nn.WeightNorm(nn.Dense(8))(x.reshape(len(x), -1)))
+        return nn.SpectralNorm(nn.Dense(3))(x, update_stats=train)
+
+
+def test_a_net_whose_variables_have_slashes_in_their_names_and_any_seed(tmp_path):
+    config = cj.replace(CONFIG, {'train.frozen': (), 'loss.l2': 0.0, 'seed': 2**32 - 1})
+    run = cj.fit(config, tmp_path, model=Normed(), **PARTS, say=lambda line: None)
+    again = cj.load_run(tmp_path, model=Normed())
+    np.testing.assert_array_equal(again.predict(EVAL[0]), run.predict(EVAL[0]))
+
+
+class Odd(nn.Module):
+    @nn.compact
+    def __call__(self, x, is_train=False):
+        return nn.Dense(3)(nn.Dropout(0.5)(x.mean((1, 2)), deterministic=not is_train))
+
+
+def test_a_mode_of_another_name_is_refused(tmp_path):
+    with pytest.raises(cj.UserError, match='called with is_train'):
+        cj.fit(cj.replace(CONFIG, {'train.frozen': ()}), tmp_path, model=Odd(), **PARTS)
+
+
 def test_other_code_or_data_is_another_run(run, folder):
     for parts in ({'model': Net(0.5)}, {'model': Net(), 'optimizer': optax.adamw(2e-2)}):
         with pytest.raises(cj.UserError, match='own'):

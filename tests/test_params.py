@@ -23,6 +23,13 @@ def test_flatten_and_unflatten_are_inverse():
     jax.tree.map(np.testing.assert_array_equal, params.unflatten(flat), TREE)
 
 
+def test_a_slash_within_a_name_is_kept():
+    tree = {'WeightNorm_0': {'Dense_0/kernel/scale': jnp.ones(3)}, 'Dense_0': {'bias': jnp.ones(3)}}
+    assert list(params.flatten(tree)) == params.paths_of(tree)
+    assert len(params.paths_of(tree)[1].split('/')) == 2
+    assert jax.tree.structure(params.unflatten(params.flatten(tree))) == jax.tree.structure(tree)
+
+
 @pytest.mark.parametrize(
     ('patterns', 'expected'),
     [

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnn_jax.errors import UserError
-from cnn_jax.nn.cpu import broadcast_channels
+from cnn_jax.nn.cpu import broadcast_channels, compute_type
 from cnn_jax.nn.padding import Padding, Size, output_shape, pair, resolve_padding
 from cnn_jax.nn.products import Window, convolve
 
@@ -52,11 +52,22 @@ def conv2d(
         Images of the size that `output_shape` gives.
 
     Errors:
-        UserError: The kernel does not fit the padded input.
+        UserError: The kernel does not fit the padded input, or the shapes do not fit each other.
 
     >>> nn.conv2d(jnp.ones((1, 7, 7, 3)), jnp.ones((3, 3, 3, 8)), stride=2, padding='VALID').shape
     (1, 3, 3, 8)
     """
+    if (
+        x.ndim != 4
+        or kernel.ndim != 4
+        or x.shape[3] != groups * kernel.shape[2]
+        or kernel.shape[3] % groups
+    ):
+        raise UserError(
+            f'a convolution of images {list(x.shape)} with a kernel {list(kernel.shape)} in '
+            f'{groups} groups; they must be [n, height, width, channels] and [height, width, '
+            'channels/groups, features], features a multiple of the groups'
+        )
     pads = resolve_padding(padding, x.shape[1:3], kernel.shape[:2], stride, dilation)
     if isinstance(padding, str) and padding in _PAD_MODE:
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode=_PAD_MODE[padding])
@@ -174,6 +185,7 @@ def max_pool(
     >>> nn.max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).item()
     3.0
     """
+    _refuse_padding(padding, 'max_pool')
     size, stride = x.shape[1:3], pair(stride or window)
     height, width = output_shape(size, window, stride, 1, padding, layer='max_pool')
     pads = resolve_padding(padding, size, window, stride)
@@ -200,10 +212,18 @@ def avg_pool(
     >>> nn.avg_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).item()
     1.5
     """
+    _refuse_padding(padding, 'avg_pool')
     stride = stride or window
     output_shape(x.shape[1:3], window, stride, 1, padding, layer='avg_pool')
     settings = {'window_shape': pair(window), 'strides': pair(stride), 'padding': padding}
-    return nn.avg_pool(x, **settings, count_include_pad=False)  # by name, as jax2onnx has it
+    wide = x.astype(compute_type(x))
+    means = nn.avg_pool(wide, **settings, count_include_pad=False)  # by name, as jax2onnx has it
+    return means.astype(x.dtype)
+
+
+def _refuse_padding(padding: str, layer: str) -> None:
+    if padding not in ('VALID', 'SAME'):
+        raise UserError(f'{layer}: padding is {padding!r}; it can be VALID or SAME')
 
 
 def global_avg_pool(x: Float[Array, 'b h w c']) -> Float[Array, 'b c']:

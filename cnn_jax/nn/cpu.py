@@ -81,8 +81,9 @@ def broadcast_channels(b: Float[Array, ' c'], shape: tuple[int, ...]) -> Float[A
     if len(shape) < 3 or not on_cpu():
         return jnp.broadcast_to(wide, shape).astype(b.dtype)
     *_, width, channels = shape
-    row = jnp.broadcast_to(wide, (width, channels)).astype(b.dtype).reshape(-1)
-    return jnp.broadcast_to(row, (math.prod(shape[:-2]), row.size)).reshape(shape)
+    row = jnp.broadcast_to(wide, (width, channels)).reshape(-1)
+    rows = jnp.broadcast_to(row, (math.prod(shape[:-2]), row.size))
+    return rows.reshape(shape).astype(b.dtype)
 
 
 def sum_pair(

@@ -81,7 +81,7 @@ def dropout(
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     kept = jnp.round((1 - jnp.asarray(rate, jnp.float32)) * _LEVELS).astype(jnp.uint32)
-    is_kept = random_bits(key, shape or x.shape) >> 16 < kept
+    is_kept = random_bits(key, x.shape if shape is None else shape) >> 16 < kept
     return _kept(x, is_kept, _LEVELS / jnp.maximum(kept, 1).astype(compute_type(x)))
 
 
@@ -211,8 +211,8 @@ def drop_block(
     dropped = _spread(materialize(_spread(materialize(corners), 1, sides[0])), 2, sides[1])
 
     is_kept = ~materialize(dropped)
-    count = jnp.maximum(jnp.sum(is_kept, dtype=jnp.int32), 1)
-    return _kept(x, is_kept, x.size / count.astype(compute_type(x)))
+    count = jnp.maximum(jnp.sum(is_kept, dtype=jnp.uint32), 1)
+    return _kept(x, is_kept, float(x.size) / count.astype(compute_type(x)))
 
 
 def _spread(mask: Bool[Array, 'b h w c'], axis: int, side: int) -> Bool[Array, 'b h2 w2 c']:

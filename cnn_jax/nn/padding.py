@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from cnn_jax.errors import UserError
 
 Pair = tuple[int, int]
@@ -13,10 +15,8 @@ NAMES = ('VALID', 'SAME', 'SAME_TORCH', 'CIRCULAR', 'REFLECT')
 
 def pair(value: Size) -> Pair:
     """`(value, value)` for a number; two numbers as they are."""
-    if isinstance(value, int):
-        return value, value
-    vertical, horizontal = value
-    return vertical, horizontal
+    vertical, horizontal = (value, value) if isinstance(value, (int, np.integer)) else value
+    return int(vertical), int(horizontal)
 
 
 def resolve_padding(
@@ -67,7 +67,8 @@ def resolve_padding(
         pads = tuple(_named(padding, *axis) for axis in zip(size, extent, pair(stride)))
         spare = {'REFLECT': 1, 'CIRCULAR': 0}.get(padding)
     else:
-        pads = tuple(map(pair, (padding, padding) if isinstance(padding, int) else padding))
+        number = isinstance(padding, (int, np.integer))
+        pads = tuple(map(pair, (padding, padding) if number else padding))
     if spare is not None and any(max(p) > n - spare for n, p in zip(size, pads)):
         raise UserError(
             f'{layer}: {padding} padding of {_by(map(max, pads))} pixels needs more than its '

@@ -84,6 +84,7 @@ class Network:
     # The same of the names, with shapes, in a Keras file.
     of_keras: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, str]] = lambda shapes: {}
     optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # read where they fit
+    block: re.Pattern[str] = re.compile('(?!)')  # in others' names of its blocks' tensors
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -202,7 +203,7 @@ def _collect(contents: Contents, path: Path, network: Network) -> tuple[Params, 
         ((twice, _),) = Counter(name for name, _ in contents.tensors).most_common(1)
         raise UserError(f'{path} holds {twice} twice; save {network.title} alone')
     expected, title = dict(network.shapes), network.title
-    problems, other = _mismatches(tensors, expected), _relative(tensors)
+    problems, other = _mismatches(tensors, expected, network.block), _relative(tensors)
     if other not in ('', title) and (problems or other.endswith('normalization')):
         raise UserError(f'{path} holds {other}; give a file of {title}')
     if problems:
@@ -222,12 +223,14 @@ def _collect(contents: Contents, path: Path, network: Network) -> tuple[Params, 
     return unflatten(arrays), tuple(name for name in tensors if name not in expected)
 
 
-def _mismatches(tensors: Mapping[str, LazyTensor], expected: dict) -> list[str]:
+def _mismatches(
+    tensors: Mapping[str, LazyTensor], expected: dict, block: re.Pattern[str]
+) -> list[str]:
     problems = [f'{name} is missing' for name in expected if name not in tensors]
     problems += [
         f'{name} is not part of it'
         for name in tensors
-        if name not in expected and _BACKBONE.match(name)
+        if name not in expected and (_BACKBONE.match(name) or block.search(name))
     ]
     for name, tensor in [(name, tensors[name]) for name in expected if name in tensors]:
         shape = expected[name]

@@ -27,6 +27,8 @@ _RESNET_OTHERS = {'conv1': 'stem_conv', 'bn1': 'stem_norm', 'fc': 'predictions'}
 _KERAS_BLOCK = re.compile(r'conv(\d)_block(\d)_(\d)_(conv|bn)')
 _KERAS_OTHERS = {'conv1_conv': 'stem_conv', 'conv1_bn': 'stem_norm', 'predictions': 'predictions'}
 _KERAS_NUMBERED = re.compile(r'(.*?)(conv2d|batch_normalization|dense)(?:_(\d{1,9}))?/vars')
+# A relative's block, with more layers in it or more blocks, must not be taken for ours.
+_BLOCKS = re.compile(r'(^|\.)(_blocks|layer\d+)\.\d+\.|(^|/)conv\d+_block\d+_')
 _KERAS_TENSORS = {'kernel': 'kernel', 'bias': 'bias', 'gamma': 'scale', 'beta': 'bias'}
 _KERAS_TENSORS |= {'moving_mean': 'mean', 'moving_variance': 'var'}
 
@@ -48,7 +50,7 @@ def _normed(name: str) -> Network:
     }
     top = {'predictions/kernel': (features.shape[-1], CLASSES), 'predictions/bias': (CLASSES,)}
     of_torch, of_keras = _TRANSLATIONS[name]
-    return Network(backbone.TITLE, shapes, of_torch, of_keras, top)
+    return Network(backbone.TITLE, shapes, of_torch, of_keras, top, _BLOCKS)
 
 
 def _of_torch(layer_of: Callable[[str], str | None], names: Sequence[str]) -> dict[str, str]:

@@ -21,7 +21,8 @@ from cnn_jax.errors import UserError, printable
 
 LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # PyTorch's magic number, itself pickled
 STORAGES = {'torch FloatStorage': '<f4', 'torch HalfStorage': '<f2', 'torch LongStorage': '<i8'}
-TABLE, TENSOR = 'collections OrderedDict', 'torch._utils _rebuild_tensor_v2'
+TABLE = 'collections OrderedDict'
+TENSORS = 'torch._utils _rebuild_tensor_v2', 'torch._utils _rebuild_tensor'  # of PyTorch 0.3
 MOST_OPERATIONS = 1_000_000  # that a file may take; ResNet-50's takes 11 thousand
 _PUSHES = {'BINUNICODE', 'BININT', 'BININT1', 'BININT2', 'LONG1'}  # their argument
 _MARK = object()
@@ -144,7 +145,7 @@ def _load(program: Any, path: Path) -> Any:
     memo: dict[int, Any] = {}
 
     def marked() -> list[Any]:
-        start = max(i for i, each in enumerate(stack) if each is _MARK)
+        start = next(i for i in reversed(range(len(stack))) if stack[i] is _MARK)
         items = stack[start + 1 :]
         del stack[start:]
         return items
@@ -160,7 +161,7 @@ def _load(program: Any, path: Path) -> Any:
         elif name in ('EMPTY_DICT', 'EMPTY_LIST'):
             stack.append({} if name == 'EMPTY_DICT' else [])
         elif name == 'GLOBAL':
-            if argument not in (TABLE, TENSOR, *STORAGES):
+            if argument not in (TABLE, *TENSORS, *STORAGES):
                 raise _refused(path, argument.replace(' ', '.'))
             stack.append(Name(argument))
         elif name in ('BINPUT', 'LONG_BINPUT'):
@@ -215,7 +216,7 @@ def _call(function: Any, arguments: Any) -> Any:
     """The value of a named function: an empty table, or a tensor."""
     if function == Name(TABLE) and arguments == ():
         return {}
-    if function != Name(TENSOR) or not isinstance(arguments[0], Storage):
+    if function not in map(Name, TENSORS) or not isinstance(arguments[0], Storage):
         raise ValueError('a call of another thing')
     storage, offset, shape, strides, *_ = arguments
     return Tensor(storage, offset, shape, strides)

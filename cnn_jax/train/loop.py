@@ -264,6 +264,7 @@ class _Session:
         self.watches = [Stopwatch(config.data.batch, phase.train.streams) for phase in phases]
         self.best = EarlyStopping()
         self.result: dict[str, Any] | None = None  # of the last evaluation
+        self.evaluated = 0  # the step of it
         self.best_result: dict[str, Any] | None = None
 
     def resume(self, state: State) -> tuple[int, State, list[str]]:
@@ -340,7 +341,7 @@ class _Session:
             f'eval loss {result["loss"]:.4f} accuracy {result["accuracy"]:.4f}  '
             f'{speed:,.0f} images/s'
         )
-        self.result = result
+        self.result, self.evaluated = result, number
         scores = metrics.scalars(result)
         if self.config.train.patience:
             score = metrics.score_of(self.config, scores)
@@ -387,7 +388,8 @@ class _Session:
             {'train': compilations(phase.train_step), 'eval': compilations(phase.eval_step)}
             for phase in self.phases
         ]
-        return Outcome(state, self.result, stopped, counts, self.watches)
+        result = None if stopped and self.evaluated != int(state.step) else self.result
+        return Outcome(state, result, stopped, counts, self.watches)
 
     @contextlib.contextmanager
     def explained(self, progress: Progress) -> Iterator[None]:

@@ -243,7 +243,8 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
     def note(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
         path = '/'.join(context.module.path)
         if path and path not in layers and context.method_name == '__call__':
-            layers[path] = any(layers.values()) or path in trained
+            inside = any(f'{each}/'.startswith(f'{path}/') for each in trained)
+            layers[path] = any(layers.values()) or inside
         return call(*args, **kwargs)
 
     def run(batch_stats: Any, weights: Any, images: Any, key: Any) -> Any:
@@ -259,6 +260,7 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
     trace = jax.make_jaxpr(run, return_shape=True)
     jaxpr, (_, logits) = trace(program.statistics, program.shapes, *inputs)
     outputs = program.config.model.outputs or spec.num_classes
+    outputs = outputs if spec.num_classes == 2 else spec.num_classes
     if getattr(logits, 'shape', None) not in ((number, spec.num_classes), (number, outputs)):
         raise UserError(
             f'the network returns {getattr(logits, "shape", type(logits).__name__)} for {number} '
@@ -348,7 +350,7 @@ def state_maker(program: Program) -> Callable[[int], State]:
 
     def make(seed: int) -> State:
         copies = {path: jnp.copy(leaf) for path, leaf in given.items()}
-        variables = params.unflatten(draw_the_rest(seed) | copies)
+        variables = params.unflatten(draw_the_rest(np.uint32(seed)) | copies)
         weights, batch_stats = variables['params'], variables.get('batch_stats', {})
         flat = params.flatten(weights)
         return State(
@@ -411,7 +413,8 @@ def eval_state_shapes(program: Program) -> State:
 def _anchored(program: Program) -> list[str]:
     """Paths of the parameters whose initial values a regularizer needs."""
     fields = [r.on for r in program.regularizers if r.needs_initial]
-    return sorted({path for field in fields for path in program.acted_on[field]})
+    acted_on = program.acted_on | {'': program.trainable}
+    return sorted({path for field in fields for path in acted_on[field]})
 
 
 def _copies(flat: params.Flat, names: Sequence[str]) -> params.Flat:

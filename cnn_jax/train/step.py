@@ -264,7 +264,10 @@ def pool_statistics(average: dict[str, Any], batch: dict[str, Any], count: Int[A
             moved[path] += jnp.square(new[mean] - old[mean]) * (n - 1) / (n * n)
     # Frozen statistics are the same in each batch, and keep their bits.
     return params.unflatten(
-        {path: jnp.where(count == 1, new[path], leaf) for path, leaf in moved.items()}
+        {
+            path: jnp.where(count == 1, new[path], leaf).astype(new[path].dtype)
+            for path, leaf in moved.items()
+        }
     )
 
 

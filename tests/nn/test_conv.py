@@ -24,7 +24,7 @@ from cnn_jax.nn import (
     standardize_kernel,
 )
 from cnn_jax.nn.conv import add_bias
-from cnn_jax.nn.cpu import compiling_for
+from cnn_jax.nn.cpu import broadcast_channels, compiling_for
 
 PAD_MODES = {'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}
 
@@ -356,6 +356,42 @@ def test_derivatives_of_both_modes_and_orders_also_of_many(pool, padding):
 def test_a_window_larger_than_the_image_is_refused(pool):
     with pytest.raises(UserError, match=rf'^{pool.__name__}: .*2×2.* input of 1×3'):
         pool(jnp.ones((1, 1, 3, 1)), 2)
+
+
+@pytest.mark.parametrize('pool', [max_pool, avg_pool])
+def test_a_pool_keeps_the_type_and_refuses_padding_that_it_does_not_have(pool):
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        assert pool(jnp.ones((1, 4, 4, 1), dtype), 2).dtype == dtype
+    for padding in ('REFLECT', 'CIRCULAR', 'SAME_TORCH'):
+        with pytest.raises(UserError, match=f'^{pool.__name__}: .*VALID or SAME'):
+            pool(jnp.ones((1, 4, 4, 1)), 3, 1, padding)
+
+
+@pytest.mark.parametrize(
+    ('image', 'kernel', 'groups'),
+    [
+        ((1, 8, 8, 3), (3, 3, 1, 8), 1),
+        ((1, 8, 8, 3), (3, 3, 4, 8), 1),
+        ((1, 8, 8, 4), (3, 3, 2, 3), 2),
+        ((8, 8, 3), (3, 3, 3, 8), 1),
+        ((1, 8, 8, 3), (3, 3, 3), 1),
+    ],
+)
+def test_shapes_that_do_not_fit_each_other_are_refused(image, kernel, groups):
+    with pytest.raises(UserError, match='they must be'):
+        conv2d(jnp.ones(image), jnp.ones(kernel), groups=groups)
+
+
+def test_sizes_may_be_numpys():
+    x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+    y = conv2d(x, kernel, stride=np.int64(2), padding=np.int64(1))
+    assert y.shape == conv2d(x, kernel, stride=2, padding=1).shape
+
+
+def test_a_biass_gradient_adds_up_in_float32():
+    b = jnp.zeros(4, jnp.float16)
+    gradient = jax.grad(lambda b: broadcast_channels(b, (64, 64, 1, 4)).astype(jnp.float32).sum())
+    assert gradient(b).tolist() == [4096] * 4
 
 
 def test_global_average():

@@ -140,6 +140,14 @@ def test_what_misses_is_named(tmp_path, lite0):
         read(tmp_path / 'w.pth', network('efficientnet_lite0'))
 
 
+@pytest.mark.parametrize('extra', ['_blocks.0._se_reduce.weight', '_blocks.16._bn2.bias'])
+def test_a_relative_with_more_in_its_blocks_is_refused(tmp_path, lite0, extra):
+    tensors = torch_names(lite0.params) | {extra: np.ones(8, np.float32)}
+    archive_pth(tensors, tmp_path / 'w.pth')
+    with pytest.raises(UserError, match=r'EfficientNet-Lite0: .* is not part of it'):
+        read(tmp_path / 'w.pth', network('efficientnet_lite0'))
+
+
 def test_names_of_the_config_are_those_of_the_backbones():
     assert BACKBONE['only_for'] == tuple(BACKBONES)
     normed = [name for name in BACKBONES if any('/mean' in n for n in network(name).shapes)]
