@@ -154,8 +154,8 @@ class Store:
             facts = {'config': cfg.content_hash(config), 'kind': kind, **self.provenance}
             facts |= {'curves': True} if curves else {}
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-            word = re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-')[:60] or 'arm'
-            if word != arm.replace(' ', '-'):  # which another arm may share
+            word = _word(arm)
+            if [_word(each) for each in self.plan.configs].count(word) > 1:
                 word += '-' + hashlib.sha256(arm.encode()).hexdigest()[:8]
             mark = {'trial': f'trial{trial}-', 'replicate': ''}.get(kind, f'{kind[:3]}-'.lower())
             name = f'{word}-{mark}{seed}-{digest[:16]}.json'
@@ -285,6 +285,11 @@ class Store:
         """
         with lock(self.folder / 'locks' / f'{run.path.stem}.lock') as mine:
             yield mine and not run.path.exists()
+
+
+def _word(arm: str) -> str:
+    """An arm in the name of a file."""
+    return re.sub(r'[^A-Za-z0-9.]+', '-', arm).strip('-')[:60] or 'arm'
 
 
 def ranked(values: list[float | None], sign: int) -> list[int]:
