@@ -185,7 +185,7 @@ def max_pool(
     >>> nn.max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).item()
     3.0
     """
-    _refuse_padding(padding, 'max_pool')
+    _refuse_padding(padding, ('VALID', 'SAME', 'SAME_TORCH'), 'max_pool')
     size, stride = x.shape[1:3], pair(stride or window)
     height, width = output_shape(size, window, stride, 1, padding, layer='max_pool')
     pads = resolve_padding(padding, size, window, stride)
@@ -212,7 +212,7 @@ def avg_pool(
     >>> nn.avg_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), 2).item()
     1.5
     """
-    _refuse_padding(padding, 'avg_pool')
+    _refuse_padding(padding, ('VALID', 'SAME'), 'avg_pool')
     stride = stride or window
     output_shape(x.shape[1:3], window, stride, 1, padding, layer='avg_pool')
     settings = {'window_shape': pair(window), 'strides': pair(stride), 'padding': padding}
@@ -221,9 +221,9 @@ def avg_pool(
     return means.astype(x.dtype)
 
 
-def _refuse_padding(padding: str, layer: str) -> None:
-    if padding not in ('VALID', 'SAME'):
-        raise UserError(f'{layer}: padding is {padding!r}; it can be VALID or SAME')
+def _refuse_padding(padding: Padding, names: tuple[str, ...], layer: str) -> None:
+    if isinstance(padding, str) and padding not in names:
+        raise UserError(f'{layer}: padding is {padding!r}; it can be {" or ".join(names)}')
 
 
 def global_avg_pool(x: Float[Array, 'b h w c']) -> Float[Array, 'b c']:

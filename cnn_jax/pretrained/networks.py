@@ -28,7 +28,7 @@ _KERAS_BLOCK = re.compile(r'conv(\d)_block(\d)_(\d)_(conv|bn)')
 _KERAS_OTHERS = {'conv1_conv': 'stem_conv', 'conv1_bn': 'stem_norm', 'predictions': 'predictions'}
 _KERAS_NUMBERED = re.compile(r'(.*?)(conv2d|batch_normalization|dense)(?:_(\d{1,9}))?/vars')
 # A relative's block, with more layers in it or more blocks, must not be taken for ours.
-_BLOCKS = re.compile(r'(^|\.)(_blocks|layer\d+)\.\d+\.|(^|/)conv\d+_block\d+_')
+_BLOCKS = re.compile(r'^block\d+_|(^|\.)(_blocks|layer\d+)\.\d+\.|(^|/)conv\d+_block\d+_')
 _KERAS_TENSORS = {'kernel': 'kernel', 'bias': 'bias', 'gamma': 'scale', 'beta': 'bias'}
 _KERAS_TENSORS |= {'moving_mean': 'mean', 'moving_variance': 'var'}
 
