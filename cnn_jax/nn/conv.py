@@ -178,7 +178,8 @@ def max_pool(
         x: Images.
         window: Height and width of a window, in pixels; a single number means a square.
         stride: Pixels between neighbouring windows; None: the window's own size.
-        padding: VALID, which ignores what does not fill a window, or SAME, TensorFlow's rule.
+        padding: VALID, which ignores what does not fill a window, or SAME, TensorFlow's rule; a
+            maximum takes SAME_TORCH, too.
 
     Returns and errors: As `conv2d`.
 

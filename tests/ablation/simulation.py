@@ -1,6 +1,6 @@
 """Simulate the rules of `cnn_jax.ablation.statistics`: error, coverage and power, as tables.
 
-  python -m tests.ablation.simulation                              # two minutes on one core
+  python -m tests.ablation.simulation                              # ten minutes on one core
   python -m tests.ablation.simulation --trials=20000 --write=docs/statistics.md
 
 Every draw has a fixed seed. With t trials a share of 5% has a standard error of 22%/√t: 0.35
