@@ -20,9 +20,9 @@ from cnn_jax.ablation import statistics as s
 HEAD = """# Simulations of the statistics
 
 Written by `python -m tests.ablation.simulation --write=docs/statistics.md`, {trials:,} families a
-cell. Differences have standard deviation 1 unless said otherwise; looks come after 5, 10, 20 and 30
-replicates; an arm stops at the look that decides it. With t families a share of 5% has a standard
-error of 22/√t points.
+cell, a fifth of that over test images and for power. Differences have standard deviation 1 unless
+said otherwise; looks come after 5, 10, 20 and 30 replicates; an arm stops at the look that decides
+it. With t families a share of 5% has a standard error of 22/√t points.
 
 An arm whose failures are rare can show none in a whole study (the last two rows). No rule on the
 differences can know of them: with no failure in n replicates, up to 3/n of all may fail (95%).
