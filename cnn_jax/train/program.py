@@ -244,7 +244,7 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
         path = '/'.join(context.module.path)
         if path and path not in layers and context.method_name == '__call__':
             inside = any(f'{each}/'.startswith(f'{path}/') for each in trained)
-            layers[path] = any(layers.values()) or inside
+            layers[path] = inside or any(each in trained for each in layers)
         return call(*args, **kwargs)
 
     def run(batch_stats: Any, weights: Any, images: Any, key: Any) -> Any:
