@@ -213,7 +213,7 @@ def test_a_seed_draws_each_class_in_proportion():
 
 def test_more_than_there_is_cannot_be_drawn():
     labels = np.zeros(10, np.int32)
-    with pytest.raises(UserError, match='subset asks for 11'):
+    with pytest.raises(UserError, match='subset asks for 8 of 10 training images, of which 3 are'):
         drawn(labels, 8, 0, 3)
     with pytest.raises(UserError, match='validation asks for 11'):
         held_out(labels, 11)
