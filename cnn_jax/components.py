@@ -280,6 +280,12 @@ def describe(thing: Any, seen: dict[int, Any] | None = None) -> Iterator[str]:
     elif hasattr(thing, '__array__') and hasattr(thing, 'dtype') and hasattr(thing, 'shape'):
         import numpy as np
 
+        kind = str(thing.dtype)
+        if kind.startswith('key<'):  # random keys
+            import jax
+
+            yield kind
+            thing = jax.random.key_data(thing)
         array = np.asarray(thing)
         digest = hashlib.sha256(array.tobytes()).hexdigest()
         yield f'array {array.dtype} {array.shape} {digest}'

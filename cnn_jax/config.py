@@ -112,7 +112,7 @@ class Model(Fields):
     norm: str = choice(*NORMS, 'none', **STRIDED, noiseless=GHOST_AS_BATCH)
     norm_position: str = choice('after', 'before', **normed(*NORMS))  # the activation
     # share of the old moving average that is kept
-    norm_momentum: float = traced(0.99, high=1, noiseless=0.0, **MOVING)
+    norm_momentum: float = traced(0.99, high=1, **MOVING)
     norm_epsilon: float = number(1e-3, **normed(*NORMS))
     norm_groups: int = number(8, **WIDTH, **normed('group'))  # parts that share statistics
     ghost_batch: int = number(16, **WIDTH, **normed('ghost'))  # examples that share statistics

@@ -197,7 +197,7 @@ def is_on(value: Any) -> bool:
 def without_noise(config: Any) -> dict[str, Any]:
     """Return the changes under which the network in training computes without any noise.
 
-    Batch statistics are then the batch's own, and each layer sees what it sees in inference.
+    Batch statistics are then of the whole batch, and each layer sees what it sees in inference.
     """
     changes = {path: f.metadata.get('noiseless') for path, f in fields_by_path(config).items()}
     changes |= {p: v.get(get(config, p)) for p, v in changes.items() if isinstance(v, dict)}

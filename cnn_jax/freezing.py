@@ -136,6 +136,19 @@ def in_inference(
     return intercept
 
 
+def without_memory(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+    """A Linen interceptor after which running averages of statistics are the batch's own."""
+    module = context.module
+    if 'momentum' not in module.__dataclass_fields__ or context.method_name == 'setup':
+        return call(*args, **kwargs)
+    momentum = module.momentum
+    object.__setattr__(module, 'momentum', 0.0)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(module, 'momentum', momentum)
+
+
 def _call_in_inference(context: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of a call with the training mode, if it has one, switched off."""
     method = getattr(type(context.module), context.method_name)

@@ -156,7 +156,7 @@ def make_optimizer(
         if twice := label.keys() & group.paths:
             raise ValueError(f'{min(twice)} is in two groups, or frozen and in one')
         label |= dict.fromkeys(group.paths, f'group {number}')
-        parts[f'group {number}'] = own or _rule(config, group, decayed)
+        parts[f'group {number}'] = storable(own) if own else _rule(config, group, decayed)
     return optax.partition(parts, lambda tree: map_paths(lambda path, _: label[path], tree))
 
 
@@ -166,13 +166,51 @@ def _rule(config: Optimizer, group: Group, decayed: Iterable[str]) -> optax.Grad
     elif config.name in ('adam', 'adamw'):
         direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
     else:
-        return optax.chain(_from_optax(config, group.rate), _scaled(group.scales))
+        return optax.chain(storable(_from_optax(config, group.rate)), _scaled(group.scales))
     named = set(decayed)
     decay = optax.add_decayed_weights(
         config.weight_decay, mask=lambda tree: map_paths(lambda path, _: path in named, tree)
     )
     rate = optax.scale_by_learning_rate(group.rate)
     return optax.chain(direction, decay, rate, _scaled(group.scales))
+
+
+def storable(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The same optimizer with the random keys of its state as the numbers that they consist of.
+
+    A checkpoint holds numbers, and its digest is of them.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def is_key(leaf: Any) -> bool:
+        return hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+    def numbers(state: Any) -> Any:
+        return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, state)
+
+    def init(tree: Any) -> Any:
+        # A step gives the memory of its state away, which may be that of the user's own key.
+        return jax.tree.map(jnp.copy, numbers(inner.init(tree)))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        kinds: list[Any] = []
+
+        def begin(tree: Any) -> None:
+            leaves = jax.tree.leaves(inner.init(tree))
+            kinds.extend(jax.random.key_impl(x) if is_key(x) else None for x in leaves)
+
+        jax.eval_shape(begin, updates if params is None else params)
+        leaves, tree = jax.tree.flatten(state)
+        leaves = [
+            jax.random.wrap_key_data(leaf, impl=kind) if kind else leaf
+            for leaf, kind in zip(leaves, kinds, strict=True)
+        ]
+        updates, state = inner.update(updates, tree.unflatten(leaves), params, **extra)
+        return updates, numbers(state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _scaled(scales: Mapping[str, float | Array]) -> optax.GradientTransformation:

@@ -32,7 +32,8 @@ class Context:
     config: Config  # its numbers perhaps traced
     params: Flat  # by path those that it acts on: trained, and matching its patterns
     initial: Flat  # the same as their training began; only where `needs_initial`
-    activations: Flat  # outputs of the layers that match, by path; only where `needs_activations`
+    # Where `needs_activations`: by path of the layers that match, their outputs, one for each call.
+    activations: Mapping[str, tuple[Any, ...]]
     log_probs: Float[Array, 'b k']  # log class probabilities
     batch: Mapping[str, Any]  # `image` (prepared, or cached features), `label`, `index`, `mask`
     # Another pass of the network in training: `forward(images)` with the same dropout mask,
@@ -246,7 +247,7 @@ def activity_l1(strength: float | Array, context: Context) -> Float[Array, '']:
     Source: Glorot, Bordes & Bengio 2011, "Deep Sparse Rectifier Neural Networks", section 3.
     """
     size = context.log_probs.shape[0]
-    return strength * _total(_magnitude(a) / size for a in context.activations.values())
+    return strength * _total(_magnitude(a) / size for a in jax.tree.leaves(context.activations))
 
 
 def input_gradient(strength: float | Array, context: Context) -> Float[Array, '']:

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from cnn_jax import freezing
 
@@ -39,7 +40,7 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
         y = call(*args, **kwargs)
         module = context.module
         if context.method_name == '__call__':
-            own = module.variables.get('params', {})
+            own = meta.unbox(module.variables.get('params', {}))
             kernel = own.get('kernel')
             shapes = [leaf.shape for leaf in jax.tree.leaves(y) if hasattr(leaf, 'shape')]
             shape = shapes[0] if shapes else ()  # of several outputs the first

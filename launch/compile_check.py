@@ -19,8 +19,6 @@ host. XLA_FLAGS="--xla_dump_to=FOLDER" keeps the programs.
 
 import dataclasses
 import json
-from pathlib import Path
-
 from absl import flags
 
 from cnn_jax.config import validate
@@ -64,6 +62,8 @@ def main(_) -> int:
 
     from cnn_jax.tools import compile_check
 
+    if JSON.value:
+        _write(JSON.value, '', 'a')  # what cannot be written fails now, not after the compiling
     targets = [compile_check.parse_target(name) for name in TOPOLOGY.value or ['']]
     if TOGETHER.value > 1 and any(target.count > 1 for target in targets):
         raise UserError(
@@ -81,12 +81,17 @@ def main(_) -> int:
         costs += compile_check.compile_steps(config, components, description, target, **options)
     print(compile_check.table(costs))
     if JSON.value:
-        try:
-            Path(JSON.value).write_text(json.dumps(costs, indent=1) + '\n')
-        except OSError as error:
-            raise UserError(f'--json={JSON.value}: {error.strerror}') from error
+        _write(JSON.value, json.dumps(costs, indent=1) + '\n')
     good = all(cost['fits'] and not cost['host_transfers'] for cost in costs)
     return cli.OK if good else cli.FAILED
+
+
+def _write(path: str, text: str, mode: str = 'w') -> None:
+    try:
+        with open(path, mode) as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f'--json={path}: {error.strerror}') from error
 
 
 if __name__ == '__main__':

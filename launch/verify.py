@@ -37,6 +37,9 @@ def main(_) -> int:
     if (folder := Path(WORKDIR.value)).joinpath('ablation.json').exists():
         from cnn_jax.ablation.run import repeat
 
+        if flags.FLAGS['steps'].present:
+            raise UserError(f'{folder} is an ablation, whose replicate is whole; leave out --steps')
+
         same, changed = repeat(folder, ARM.value, SEED.value, tell)
     elif ARM.value or SEED.value is not None:
         raise UserError(f'{folder} is no ablation; leave out --arm and --seed')

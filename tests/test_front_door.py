@@ -117,9 +117,58 @@ class Odd(nn.Module):
         return nn.Dense(3)(nn.Dropout(0.5)(x.mean((1, 2)), deterministic=not is_train))
 
 
-def test_a_mode_of_another_name_is_refused(tmp_path):
-    with pytest.raises(cj.UserError, match='called with is_train'):
-        cj.fit(cj.replace(CONFIG, {'train.frozen': ()}), tmp_path, model=Odd(), **PARTS)
+class Fixed(nn.Module):
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=self.deterministic)(x.mean((1, 2))))
+
+
+class Listed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        first, second = self.param('pair', lambda key: [np.ones((1, 3)), np.ones(3)])
+        return x.mean((1, 2)) @ first + second
+
+
+@pytest.mark.parametrize(
+    ('model', 'word'),
+    [
+        (Odd(), 'called with is_train'),
+        (Fixed(), 'draws random numbers, or changes its batch statistics, in inference'),
+        (Listed(), 'the parameter pair of the network is a list'),
+    ],
+)
+def test_a_net_that_cannot_be_trained_or_evaluated_is_refused(tmp_path, model, word):
+    with pytest.raises(cj.UserError, match=word):
+        cj.fit(cj.replace(CONFIG, {'train.frozen': ()}), tmp_path, model=model, **PARTS)
+
+
+class Partitioned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = nn.with_partitioning(nn.initializers.lecun_normal(), (None, 'model'))
+        return nn.Dense(3, kernel_init=kernel)(x.mean((1, 2)))
+
+
+def test_annotated_parameters_and_random_keys_in_an_optimizers_state_are_saved(tmp_path):
+    noisy = optax.chain(optax.add_noise(0.1, 0.55, jax.random.key(0)), optax.sgd(0.1))
+    parts = PARTS | {'model': Partitioned(), 'optimizer': noisy}
+    config = cj.replace(CONFIG, {'train.frozen': ()})
+    runs = [cj.fit(config, tmp_path / each, **parts, say=lambda line: None) for each in 'ab']
+    again = cj.load_run(tmp_path / 'a', model=Partitioned(), optimizer=noisy)
+    for run in (*runs, again):
+        np.testing.assert_array_equal(run.predict(EVAL[0]), runs[0].predict(EVAL[0]))
+
+
+def test_precise_statistics_of_an_own_net_are_those_of_the_images(tmp_path):
+    """Whatever the momentum of its averages: Flax's is 0.99."""
+    config = cj.replace(CONFIG, {'train.frozen': (), 'train.precise_norm': 3})
+    run = cj.fit(config, tmp_path, model=Net(), **PARTS, say=lambda line: None)
+    images, found = run.spec.prepare(TRAIN[0]), run.variables['batch_stats']['norm']
+    np.testing.assert_allclose(found['mean'], images.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(found['var'], images.var((0, 1, 2)), rtol=1e-5)
 
 
 def test_other_code_or_data_is_another_run(run, folder):

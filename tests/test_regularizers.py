@@ -210,9 +210,10 @@ def test_gradients_are_those_of_finite_differences(name, seed):
 
 
 def test_activity_is_summed_over_layers_and_averaged_over_examples():
-    outputs = {'conv': jnp.float32([[[1.0], [-2.0]], [[0.0], [3.0]]]), 'dense': -jnp.ones((2, 5))}
-    seen = context(activations=outputs, logits=[[0.0, 0.0]] * 2)
-    assert float(regularizers.activity_l1(0.5, seen)) == 0.5 * (6 + 10) / 2
+    conv, dense = jnp.float32([[[1.0], [-2.0]], [[0.0], [3.0]]]), -jnp.ones((2, 5))
+    called_twice = (dense, (dense, conv))  # which the second time returns two
+    seen = context(activations={'conv': (conv,), 'shared': called_twice}, logits=[[0.0, 0.0]] * 2)
+    assert float(regularizers.activity_l1(0.5, seen)) == 0.5 * (6 + 10 + 10 + 6) / 2
 
 
 def test_the_input_gradient_of_a_linear_network_has_a_closed_form():

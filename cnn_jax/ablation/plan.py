@@ -241,7 +241,7 @@ def make_plan(
     seeds: int = SEEDS,
     until_decided: bool = False,
     tune: Mapping[str, Range] | None = None,
-    trials: int = TRIALS,
+    trials: int | None = None,
     widen: int = 0,
     primaries: tuple[str, ...] = PRIMARIES,
     margins: Mapping[str, float] | None = None,
@@ -261,7 +261,7 @@ def make_plan(
         seeds: Replicates of each arm.
         until_decided: Whether to add replicates until every arm is decided: looks after `LOOKS`.
         tune: What is tuned in every arm that does not set it itself, `{config path: Range}`.
-        trials: Trials of each arm that has a range.
+        trials: Trials of each arm that has a range; None for `TRIALS`.
         widen: The most further trials of an arm whose choice is at the edge of what was tried; each
             goes a step beyond it.
         primaries: The measures to decide on: accuracy, loss, calibration_error or top5.
@@ -282,7 +282,7 @@ def make_plan(
     _check_arms(arms, where)
     most = min(MOST_SEEDS, 2**32 - config.seed)
     check_count(seeds, most, f'the seeds{where}')
-    check_count(trials, 1000, f'the trials{where}')
+    check_count(TRIALS if trials is None else trials, 1000, f'the trials{where}')
     check_count(widen, 1000, f'the trials{where} that widen a range', least=0)
     measures = _measures(primaries, margins, where)
     tune = {} if tune is None else tune
@@ -300,10 +300,15 @@ def make_plan(
             f'the ablation{where} tunes, for which config.data.validation must hold out images of '
             'the training split; set it, to 500 say'
         )
+    if (trials or widen) and not any(ranges.values()):
+        raise UserError(
+            f'the ablation{where} has trials, but tunes nothing; leave them out, or give an arm or '
+            'TUNE a range, log(1e-4, 1e-2) say'
+        )
     for one, other in itertools.combinations(configs, 2):
         if (configs[one], ranges[one]) == (configs[other], ranges[other]):
             raise UserError(f'the arms {one!r} and {other!r}{where} are the same')
-    baseline = next(iter(arms))
+    baseline, trials = next(iter(arms)), trials or TRIALS
     against = dict.fromkeys([*arms][1:], baseline) | _controls(against or {}, arms, where)
     return Plan(
         name=name,

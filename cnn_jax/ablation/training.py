@@ -278,6 +278,7 @@ class _Runs:
         )
         self._best = [EarlyStopping() for _ in configs]
         self._over: dict[int, int] = {}  # the step at which a run ran out of patience
+        self._tails: dict[int, list[metrics.Sums]] = {}  # its latest sums then
 
     def train(self) -> State:
         """Train to the end, or until no run goes on; the last state, or with patience the best."""
@@ -313,8 +314,10 @@ class _Runs:
             score = metrics.score_of(self._config, result.metrics)
             self._best[i] = self._best[i].after(number, score)
             flags.append(np.bool_(i not in self._over and score >= self._best[i].score))
-            if self._best[i].is_over(self._config, number, self._compiled.spec.steps_per_epoch):
-                self._over.setdefault(i, number)
+            over = self._best[i].is_over(self._config, number, self._compiled.spec.steps_per_epoch)
+            if over and i not in self._over:
+                self._over[i] = number
+                self._tails[i] = [self._compiled.split(sums)[i] for sums in self._latest]
         return self._compiled.choose(self._compiled.stack(flags), state, best)
 
     def steps_done(self, i: int) -> int:
@@ -353,17 +356,17 @@ class _Runs:
         """What tells for each run whether its regularizers did something."""
         batch = next(self._phases[-1].train.train(self._compiled.spec.phase_ends[-1]))
         found = self._compiled.split(self._compiled.look(state, batch, self._values))
-        latest = [self._compiled.split(sums) for sums in self._latest]
+        latest = zip(*map(self._compiled.split, self._latest))
+        tails = [self._tails.get(i, own) for i, own in enumerate(latest)]
         return [
             {
                 **{name: float(value) for name, value in looked.items()},
-                'gradient_norm': float(np.mean([sums[i]['gradient_norm'] for sums in latest])),
+                'gradient_norm': float(np.mean([sums['gradient_norm'] for sums in tail])),
                 'training_loss': float(
-                    sum(sums[i]['loss'] for sums in latest)
-                    / sum(sums[i]['count'] for sums in latest)
+                    sum(sums['loss'] for sums in tail) / sum(sums['count'] for sums in tail)
                 ),
             }
-            for i, looked in enumerate(found)
+            for looked, tail in zip(found, tails)
         ]
 
     def judge(self, number: int, state: State, split: str) -> list[Judgement]:

@@ -29,7 +29,7 @@ from cnn_jax.ablation import decisions
 from cnn_jax.ablation.plan import Plan, budget, by_structure, code_digest
 from cnn_jax.ablation.results import DEFINITION, FLOOR, Result, Run, Store, open_store
 from cnn_jax.components import NO_COMPONENTS, Components, from_experiment
-from cnn_jax.errors import RunFailed, UserError, printable
+from cnn_jax.errors import RunFailed, UserError, printable, reason_of
 
 RETRIES = 10  # of a Ray worker, for nodes that die
 MISTAKE = 2  # a worker's exit code when the user must mend something
@@ -390,7 +390,14 @@ class _Structure:
         except (UserError, OSError):  # which say nothing of the arm
             raise
         except Exception as error:  # one arm's failure must not stop the others
-            if OUT_OF_MEMORY not in str(error) or len(runs) == 1:
+            full = OUT_OF_MEMORY in str(error) or isinstance(error, MemoryError)
+            if full and len(runs) == 1:  # nor count as an answer
+                raise UserError(
+                    f'a run of arm {runs[0].arm!r} does not fit into the memory '
+                    f'({reason_of(error)}); make room, or lower config.data.batch, and rerun the '
+                    'same command'
+                ) from error
+            if not full:
                 reason = f'{type(error).__name__}: {error}'
                 results = [{'status': 'failed', 'reason': reason} for _ in runs]
         if not results:  # outside of `except`, which would keep the memory of what has failed

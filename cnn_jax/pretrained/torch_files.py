@@ -1,13 +1,14 @@
 """A reader of PyTorch's weights files that runs nothing in them.
 
 `torch.save` writes a pickle, a program for a stack machine that may call any function. Here a
-machine of our own reads it: it knows the operations of which a table of tensors is made, the four
-names below stand for values of ours, and everything else in a file is a `UserError`.
+machine of our own reads it: it knows the operations of which a table of tensors is made, the names
+below stand for values of ours, and everything else in a file is a `UserError`.
 """
 
 import math
 import mmap
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # PyTorch's magic number, 
 STORAGES = {'torch FloatStorage': '<f4', 'torch HalfStorage': '<f2', 'torch LongStorage': '<i8'}
 TABLE = 'collections OrderedDict'
 TENSORS = 'torch._utils _rebuild_tensor_v2', 'torch._utils _rebuild_tensor'  # of PyTorch 0.3
+PARAMETER = 'torch._utils _rebuild_parameter'  # a tensor, and whether it is trained
 MOST_OPERATIONS = 1_000_000  # that a file may take; ResNet-50's takes 11 thousand
 _PUSHES = {'BINUNICODE', 'BININT', 'BININT1', 'BININT2', 'LONG1'}  # their argument
 _MARK = object()
@@ -161,7 +163,12 @@ def _load(program: Any, path: Path) -> Any:
         elif name in ('EMPTY_DICT', 'EMPTY_LIST'):
             stack.append({} if name == 'EMPTY_DICT' else [])
         elif name == 'GLOBAL':
-            if argument not in (TABLE, *TENSORS, *STORAGES):
+            if re.fullmatch(r'torch \w+Storage', argument) and argument not in STORAGES:
+                raise UserError(
+                    f'{path} has a {argument.replace(" ", ".")}, which is not read; save '
+                    'model.float().state_dict()'
+                )
+            if argument not in (TABLE, PARAMETER, *TENSORS, *STORAGES):
                 raise _refused(path, argument.replace(' ', '.'))
             stack.append(Name(argument))
         elif name in ('BINPUT', 'LONG_BINPUT'):
@@ -216,6 +223,8 @@ def _call(function: Any, arguments: Any) -> Any:
     """The value of a named function: an empty table, or a tensor."""
     if function == Name(TABLE) and arguments == ():
         return {}
+    if function == Name(PARAMETER) and arguments and isinstance(arguments[0], Tensor):
+        return arguments[0]
     if function not in map(Name, TENSORS) or not isinstance(arguments[0], Storage):
         raise ValueError('a call of another thing')
     storage, offset, shape, strides, *_ = arguments

@@ -56,6 +56,7 @@ COMPILERS = {
     'gpu': ('jax_cuda12_plugin', 'requirements-gpu-compile.txt'),
 }
 LAUNCH = {'tpu': (0.0, 0.0), 'gpu': (2e-6, 4e-6)}  # seconds to start a kernel, at least and at most
+SHARE = {'tpu': 1.0, 'gpu': 0.75}  # of a chip's memory that JAX takes by default
 FLOAT32 = {'tpu': 1.0, 'gpu': 0.5}  # of the peak: JAX takes bfloat16, on a GPU TF32, by default
 
 
@@ -169,6 +170,11 @@ def describe_data(config: cfg.Config, components: Components, classes: int = 0) 
     """Describe data like `setup.describe`; if their shape is given, they need not exist."""
     data, model = config.data, config.model
     if data.resize == 'none' or not (data.size and data.channels):
+        if classes:
+            raise UserError(
+                '--classes is for data that are not opened, and those of this config are: it has '
+                'not all of config.data.resize, size and channels; leave it out'
+            )
         return setup.open_data(config, components=components).description
     preprocessing: dict[str, Any] = {'kind': 'caffe'}
     backbone = model.name in BACKBONES
@@ -244,6 +250,7 @@ def compile_steps(
 def cost(compiled: Any, flops: float, chip: Chip, dtype: str) -> dict[str, Any]:
     """The cost of a program with so many FLOPs on one chip, as JSON; seconds are estimates."""
     memory, found = compiled.memory_analysis(), kernels(compiled.as_text())
+    there = chip.memory * SHARE[chip.family]
     held = {
         'arguments': memory.argument_size_in_bytes,
         'results': memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -260,8 +267,8 @@ def cost(compiled: Any, flops: float, chip: Chip, dtype: str) -> dict[str, Any]:
     }
     serial = max(times['compute'], times['memory']) + times['links']
     return {
-        'memory': held | {'total': total, 'chip': chip.memory},
-        'fits': total <= chip.memory,
+        'memory': held | {'total': total, 'chip': there},
+        'fits': total <= there,
         'flops': flops,
         'bytes_accessed': nbytes,
         'kernels': Counter(each.kind for each in found),

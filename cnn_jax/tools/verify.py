@@ -62,7 +62,8 @@ def verify_run(workdir: str, count: int, tell: Tell = print) -> tuple[bool, list
     phases, state = setup.open_phases(config, data, spec, layout)
     frozen = functools.partial(frozen_weights, phases[0].program)
     checkpoints = Checkpoints(folder / 'checkpoints', config, layout, frozen)
-    differences = [name for name in manifest.DATA.values() if name in changed]
+    decisive = *manifest.DATA.values(), 'train data', 'eval data'
+    differences = [name for name in decisive if name in changed]
     found = [('the state before the first step', _same(digest(state) == before['initial_state']))]
     for name in damaged_files(folder, checkpoints.place(saved[0])):
         found.append((name, 'it was altered since the newest checkpoint was saved'))

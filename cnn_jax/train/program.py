@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.core import meta
 from jaxtyping import Array, Float, Int, UInt8
 
 from cnn_jax import config as cfg
@@ -139,7 +141,7 @@ class Program:
 
         Returns:
             Logits; the new batch statistics; the outputs of the layers that a regularizer looks
-            at, by path.
+            at, by path one for each call.
         """
         watching = [each.on for each in self.regularizers if each.needs_activations]
         watched = {path for on in watching for path in self.acted_on.get(on, [])}
@@ -161,7 +163,7 @@ class Program:
             )
         logits, updated = applied
         activations = params.flatten(updated.get('intermediates', {}))
-        outputs = {path.removesuffix('/__call__'): calls[0] for path, calls in activations.items()}
+        outputs = {path.removesuffix('/__call__'): calls for path, calls in activations.items()}
         return logits, updated.get('batch_stats', variables['batch_stats']), outputs
 
     def optimizer(self, config: cfg.Config, phases: int | None = None):
@@ -193,7 +195,13 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
             f'the network keeps variables in {", ".join(sorted(unknown))}; only params and '
             'batch_stats can be trained and saved here'
         )
-    weights, statistics = shapes['params'], shapes.get('batch_stats', {})
+    weights, statistics = shapes.get('params', {}), shapes.get('batch_stats', {})
+    for path, leaf in params.flatten(weights).items():
+        if not hasattr(leaf, 'shape'):
+            raise UserError(
+                f'the parameter {path} of the network is a {type(leaf).__name__}; parameters are '
+                'arrays here: give each a name of its own'
+            )
     names = list(params.flatten(weights))
     by_phase = trainable_by_phase(config, names)
     members = tuple(tuple(member) for member in by_phase[: phase + 1])
@@ -208,6 +216,11 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
     for field, strength in strengths.items():
         patterns: Sequence[str] = cfg.get(config, field)
         matched = params.select(names, patterns, field=f'config.{field}') if strength else ever
+        if not patterns and strength:
+            raise UserError(
+                f'config.{field} is empty, so that what it is for would change nothing; name some '
+                "parameters, ('*/kernel',) say"
+            )
         if not ever.intersection(matched):
             raise UserError(
                 f'config.{field} is {tuple(patterns)}, which matches frozen parameters alone, so '
@@ -221,6 +234,7 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
     if watching or spec.model or held:
         with blamed_on(own_model):
             layers = _checked_layers(program, frozen)
+            _check_inference(program)
         acted_on |= {field: _select_layers(program, layers, field) for field in watching}
     program = dataclasses.replace(program, acted_on=acted_on)
     if spec.optimizer:
@@ -269,6 +283,23 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
         )
     freezing.check_statistics(jaxpr, program.statistics, frozen)
     return layers
+
+
+def _check_inference(program: Program) -> None:
+    """Trace a pass in inference, which must neither draw random numbers nor change statistics."""
+    spec = program.spec
+    net = spec.network(program.config)
+    variables = {'params': program.shapes, 'batch_stats': program.statistics}
+    images = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8)
+    inputs = jax.eval_shape(spec.prepare, images)
+    mode: dict[str, Any] = freezing.mode_arguments(net, train=False)
+    try:
+        jax.eval_shape(functools.partial(net.apply, **mode), variables, inputs)
+    except (flax.errors.InvalidRngError, flax.errors.ModifyScopeVariableError) as error:
+        raise UserError(
+            'the network draws random numbers, or changes its batch statistics, in inference; let '
+            f'its __call__ take an argument ({", ".join(freezing.MODES)}) that stops it'
+        ) from error
 
 
 def _select_layers(program: Program, layers: dict[str, bool], field: str) -> list[str]:
@@ -323,7 +354,7 @@ def _draw(config: cfg.Config, spec: RunSpec, seed: Any) -> dict[str, Any]:
     net, blank = spec.network(config), np.zeros((1, *spec.image_shape), np.uint8)
     mode: dict[str, Any] = freezing.mode_arguments(net, train=False)
     variables: Any = net.init(rng.key(seed, 'params'), spec.prepare(jnp.asarray(blank)), **mode)
-    return dict(variables)
+    return dict(meta.unbox(variables))
 
 
 def state_maker(program: Program) -> Callable[[int], State]:

@@ -9,7 +9,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,7 @@ class _Job:
     layout: mesh.Layout | None
     say: Callable[[str], object]
     trackers: Sequence[str | Tracker]
+    ranges: Mapping[str, str] = field(default_factory=dict)  # of what was tuned, in words
 
     def start(
         self,
@@ -259,8 +260,14 @@ class _Job:
         if not self.config.train.trials:
             return self.train(data, clock, live, trace, saved)
         before = mesh.on_process_zero(lambda: manifest.stored(self.folder))
+        ranges = {path: str(each) for path, each in tune.items()}
+        if before and ranges and before.get('tune', ranges) != ranges:
+            raise UserError(
+                f'the run in {self.folder} was tuned over {before["tune"]}, not {ranges}; restore '
+                'it, or choose another --workdir'
+            )
         chosen = before['tuned'] if before else self._tuned(data, tune)
-        tuned = replace(self, config=cfg.replace(self.config, chosen))
+        tuned = replace(self, config=cfg.replace(self.config, chosen), ranges=ranges)
         return tuned.train(data, clock, live, trace, saved)
 
     def _tuned(self, data: setup.Data, tune: Mapping[str, Range]) -> dict[str, float]:
@@ -354,6 +361,7 @@ class _Job:
         now = manifest.manifest(self.asked, self.settings, data.description, self.layout)
         if self.config.train.trials:
             now['tuned'] = {p: a for p, (_, a) in cfg.differences(self.asked, self.config).items()}
+            now['tune'] = dict(self.ranges)
         if self.config.own:
             now['own'] = self.components.facts
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -240,7 +241,8 @@ def estimate_step(
     images = batch['image'] if program.cached else program.spec.prepare(batch['image'])
     variables = state.eval_variables | {'batch_stats': state.batch_stats}
     key = rng.key(config.seed, 'dropout')
-    _, batch_stats, _ = forward(program, config, variables, images, key)
+    with nn.intercept_methods(freezing.without_memory):
+        _, batch_stats, _ = forward(program, config, variables, images, key)
     return pool_statistics(state.eval_batch_stats, batch_stats, count)
 
 

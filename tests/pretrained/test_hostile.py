@@ -177,7 +177,7 @@ def code(operation: str, argument: bytes) -> bytes:
     'program',
     [
         *(b'\x80\x02c' + name + b'\n)R.' for name in (b'posix\nsystem', b'builtins\neval')),
-        b'\x80\x02ctorch._utils\n_rebuild_parameter\n.',
+        b'\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n.',
         b'\x80\x02ctorch\nFloatStorage.__reduce__\n.',
         b'cposix\nsystem\n(Vtouch ran\ntR.',
         b'(Vtouch ran\niposix\nsystem\n.',
@@ -199,6 +199,20 @@ def test_a_program_that_asks_for_more_is_refused(tmp_path, monkeypatch, form, pr
     with pytest.raises(UserError, match='can run code; save the model'):
         read(tmp_path / 'w.pth')
     assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('form', FORMATS)
+def test_parameters_are_tensors_and_other_numbers_are_named(tmp_path, form):
+    """As `dict(model.named_parameters())` holds them."""
+    name = b'ctorch._utils\n_rebuild_parameter\n'
+    inside = Raw(name + pickled((tensor(NUMBERS['x'], 'x'), True, TABLE)) + b'R')
+    FORMATS[form](NUMBERS, tmp_path / 'w.pth', table({'x': inside}))
+    with open_torch(tmp_path / 'w.pth') as file:
+        np.testing.assert_array_equal(file['x'][1](), NUMBERS['x'])
+    brain = tensor(NUMBERS['x'], 'x', kind='BFloat16Storage')
+    FORMATS[form](NUMBERS, tmp_path / 'w.pth', table({'x': brain}))
+    with pytest.raises(UserError, match='torch.BFloat16Storage.*float'):
+        read(tmp_path / 'w.pth')
 
 
 @pytest.mark.parametrize('form', FORMATS)
