@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from cnn_jax import freezing
@@ -24,11 +25,12 @@ class Layer:
 
 
 def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
-    """The layers that a forward pass calls, in that order: each module that calls no other.
+    """The layers that a forward pass calls, in that order: what calls no other or has parameters.
 
-    FLOPs are 2 · (positions) · (kernel elements), position meaning a pixel of a convolution's
-    output or a Dense layer's example: every multiplication and addition of the products, padding
-    included, as the literature counts them. Bias, norm and activation are left out (about 1%).
+    FLOPs are 2 · (positions) · (kernel elements) for each call, position meaning a pixel of a
+    convolution's output or a Dense layer's example: every multiplication and addition of the
+    products, padding included, as the literature counts them. Bias, norm and activation are left
+    out (about 1%), and the products without a kernel, those of attention.
 
     Args:
         model: Any Linen module that maps images to logits; only shapes are computed.
@@ -40,16 +42,19 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
         y = call(*args, **kwargs)
         module = context.module
         if context.method_name == '__call__':
-            own = meta.unbox(module.variables.get('params', {}))
-            kernel = own.get('kernel')
+            inside = meta.unbox(module.variables.get('params', {}))
+            own = {name: leaf for name, leaf in inside.items() if hasattr(leaf, 'size')}
+            kernel, before = own.get('kernel'), rows.get(module.path)
             shapes = [leaf.shape for leaf in jax.tree.leaves(y) if hasattr(leaf, 'shape')]
             shape = shapes[0] if shapes else ()  # of several outputs the first
+            features = np.prod(getattr(module, 'features', None) or shape[-1:], dtype=int)
             rows[module.path] = Layer(
                 path='/'.join(module.path),
                 kind=type(module).__name__,
                 output=shape[1:],
-                parameters=sum(p.size for p in jax.tree.leaves(own)),
-                flops=0 if kernel is None else 2 * math.prod(shape[:-1]) * kernel.size,
+                parameters=sum(leaf.size for leaf in own.values()),
+                flops=(before.flops if before else 0)
+                + (0 if kernel is None else 2 * math.prod(shape) // int(features) * kernel.size),
             )
         return y
 
@@ -58,7 +63,7 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
     with nn.intercept_methods(record):
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **mode), x)
     inner = {path[:depth] for path in rows for depth in range(len(path))}
-    return [row for path, row in rows.items() if path not in inner]
+    return [row for path, row in rows.items() if path not in inner or row.parameters]
 
 
 def summary(model: nn.Module, input_shape: tuple[int, ...]) -> str:
@@ -68,8 +73,8 @@ def summary(model: nn.Module, input_shape: tuple[int, ...]) -> str:
 
 def table_of(rows: list[Layer]) -> str:
     """The table of a `summary`, from its rows."""
-    name = max(len(row.path) for row in rows)
-    line = f'{{:{name}}}  {{:<10}}  {{:>14}}  {{:>12}}  {{:>10}}'
+    name, kind = (max(map(len, cells)) for cells in zip(*((row.path, row.kind) for row in rows)))
+    line = f'{{:{name}}}  {{:<{max(kind, 10)}}}  {{:>14}}  {{:>12}}  {{:>10}}'
     table = [line.format('layer', 'type', 'output', 'parameters', 'MFLOP')]
     for row in rows:
         output = '×'.join(map(str, row.output))

@@ -99,6 +99,10 @@ def _combinations(config: Any) -> Iterator[tuple[Any, str]]:
         train.ema and train.swa_from,
         'config.train.ema and config.train.swa_from both average the weights; set one to 0',
     )
+    yield (
+        not train.epochs,
+        'config.train.epochs is 0, and a run takes one step at least; set it, to 0.01 say',
+    )
     epochs = train.epochs + unfreeze.epochs
     yield (
         train.swa_from >= epochs > 0,

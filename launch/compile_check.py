@@ -19,6 +19,7 @@ host. XLA_FLAGS="--xla_dump_to=FOLDER" keeps the programs.
 
 import dataclasses
 import json
+
 from absl import flags
 
 from cnn_jax.config import validate

@@ -88,6 +88,7 @@ def test_unknown_and_mistyped_fields_are_named(changes, sentence):
         ({'optimizer.name': 'own', 'unfreeze.epochs': 1.0}, 'second phase'),
         ({'train.patience': 1.0, 'train.eval_every': 0.0}, 'needs evaluations'),
         ({'train.patience': 1.0, 'unfreeze.epochs': 1.0}, 'a run of one phase'),
+        ({'train.epochs': 0.0}, 'one step at least'),
         ({'train.ema': 0.9, 'train.swa_from': 1.0}, 'both average the weights'),
         ({'train.swa_from': 10.0}, 'nothing would be averaged'),
         ({'augment.erase_least': 0.5}, 'is above config.augment.erase_most'),

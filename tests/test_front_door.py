@@ -249,6 +249,9 @@ def test_trials_choose_what_is_tuned_once(tmp_path):
     assert cj.fit(config, tmp_path / 'run', **parts, say=said.append).metrics == run.metrics
     assert not any('held-out loss' in line for line in said)
     assert cj.load_run(tmp_path / 'run').config == run.config
+    narrow = parts | {'tune': {'optimizer.learning_rate': log(1e-4, 1e-2)}}
+    with pytest.raises(cj.UserError, match='was tuned over'):
+        cj.fit(config, tmp_path / 'run', **narrow, say=said.append)
 
     # What was tried before an interruption is not tried again.
     (tmp_path / 'next').mkdir()

@@ -53,12 +53,12 @@ BASES = {
     'phases': {
         **{'model.name': 'vgg16', 'model.cut': 'block2_pool', 'model.head_norm': 'none'},
         **{'train.frozen': ('backbone/*',), 'unfreeze.epochs': 1.0},
-        **{'unfreeze.frozen': ('backbone/block1*',)},
+        **{'unfreeze.frozen': ('backbone/block1_conv1*',)},
     },
 }
 OTHERS = {
     **{'model.cut': 'block1_pool', 'optimizer.name': 'adamax', 'optimizer.arguments': ('b1=0.5',)},
-    **{'train.frozen': ('*bias',), 'unfreeze.frozen': ('backbone/block1_conv1*',)},
+    **{'train.frozen': ('*bias',), 'unfreeze.frozen': ('backbone/block1*',)},
     **{'model.outputs': 1, 'train.swa_from': 0.5, 'augment.erase_least': 0.1},
     **{'model.norm': 'renorm', 'model.head_norm': 'renorm', 'model.head_dropout': 0.25},
     **{'augment.randaugment_operations': 3},

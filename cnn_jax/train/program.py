@@ -205,6 +205,14 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
     names = list(params.flatten(weights))
     by_phase = trainable_by_phase(config, names)
     members = tuple(tuple(member) for member in by_phase[: phase + 1])
+    depths = params.depths(names)
+    shallow = len(by_phase) > 1 and all(depths[name] <= 1 for name in by_phase[-1])
+    if shallow and config.unfreeze.depth_decay != 1:
+        raise UserError(
+            f'config.unfreeze.depth_decay is {config.unfreeze.depth_decay:g}, but the second phase '
+            'trains nothing more than one block (blockN) from the head, so that it would change '
+            'nothing; leave it at 1'
+        )
     ever = {name for member in by_phase for name in member}
     known = (*REGULARIZERS, *spec.regularizers)
     on = tuple(r for r in known if r.is_on(config))

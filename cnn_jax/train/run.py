@@ -306,7 +306,9 @@ class _Job:
         tracer = None
         if trace:  # each process traces; the first one's is kept
             traces = folder / 'profile' if mesh.is_process_zero() else Path(tempfile.mkdtemp())
-            tracer = functools.partial(profile.trace, traces, [row.path for row in rows])
+            tracer = functools.partial(
+                profile.trace, traces, [row.path for row in rows if row.path]
+            )
         options = {'layout': layout, 'live': live, 'profile': tracer, 'saved': saved}
         logged = self.trackers if mesh.is_process_zero() else ()
         settings, name = plain(cfg.to_flat(config)), Path(self.workdir).name

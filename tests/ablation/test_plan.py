@@ -135,6 +135,7 @@ def test_until_decided_has_looks_and_controls_are_the_baseline_unless_named():
         ],
         *[({'ARMS': ARMS, 'TRIALS': n}, 'trials') for n in (0, -1, 2.5, '5', True)],
         ({'ARMS': ARMS, 'TUNE': RATE}, 'validation'),
+        *[({'ARMS': ARMS, name: 3}, 'tunes nothing') for name in ('TRIALS', 'WIDEN')],
         *[({'ARMS': ARMS, 'TUNE': each}, 'tuned') for each in (3, [1], {'loss.l2': 0.1})],
         *[({'ARMS': ARMS, 'MARGINS': {'loss': each}}, 'margin') for each in (-1, 'x', math.nan)],
         ({'ARMS': ARMS, 'TUNE': {'model.widths': log(1, 2)}}, 'model.widths'),

@@ -229,7 +229,14 @@ def test_images_to_choose_by_are_not_those_to_test_on():
         workers._check_arms(plan, dataclasses.replace(data, validation=data.test), NO_COMPONENTS)
 
 
-def test_what_says_nothing_of_an_arm_is_no_result_of_it(study, monkeypatch):
+@pytest.mark.parametrize(
+    ('error', 'told', 'word'),
+    [
+        (OSError('no space left'), OSError, 'no space left'),
+        (RuntimeError('RESOURCE_EXHAUSTED: out of'), UserError, 'does not fit into the memory'),
+    ],
+)
+def test_what_says_nothing_of_an_arm_is_no_result_of_it(study, monkeypatch, error, told, word):
     finished, data, components, _ = study
     store = dataclasses.replace(finished)
     run = replicates(finished)[1]
@@ -237,10 +244,10 @@ def test_what_says_nothing_of_an_arm_is_no_result_of_it(study, monkeypatch):
     run.path.unlink()
 
     def full(*_, **__):
-        raise OSError('no space left')
+        raise error
 
     monkeypatch.setattr(training, 'train_runs', full)
-    with pytest.raises(OSError, match='no space left'):
+    with pytest.raises(told, match=word):
         workers.run_missing(store, data, components=components)
     assert not run.path.exists()
     run.path.write_bytes(kept)
@@ -270,6 +277,7 @@ def assert_together_agrees(together, configs):
     for config, run in zip(configs, train_runs(configs, many, data), strict=True):
         [alone] = train_runs([config], one, data)
         assert run['correct'] == alone['correct']
+        assert run['checks'] == pytest.approx(alone['checks'], rel=1e-4)
         for expected, point in zip(alone['curves'], run['curves'], strict=True):
             assert point.pop('split') == expected.pop('split')
             assert point == pytest.approx(expected, rel=1e-5, abs=1e-6)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cnn_jax.components import NO_COMPONENTS
 from cnn_jax.errors import UserError
 from cnn_jax.models import build
 from cnn_jax.tools import compile_check
@@ -143,6 +144,15 @@ def test_the_cost_of_a_program_follows_from_its_counts(target, dtype, share):
     least, most = cost['seconds']
     assert least == max(time.values()) == time[cost['bound']] <= most <= 3 * least
     json.dumps(cost)
+
+
+def test_classes_are_not_given_where_the_data_have_them():
+    config = get_config()
+    assert compile_check.describe_data(config, NO_COMPONENTS)['class_names'] == [
+        *map(str, range(10))
+    ]
+    with pytest.raises(UserError, match='leave it out'):
+        compile_check.describe_data(config, NO_COMPONENTS, classes=3)
 
 
 @pytest.mark.skipif('TPU_LIBRARY_PATH' in os.environ, reason='there is a libtpu')

@@ -72,6 +72,15 @@ def test_what_was_perhaps_meant_is_said(mistake, tiny, words, sentence):
     assert sentence in mistake('train', *tiny, '--workdir=/tmp/none', *words)
 
 
+def test_an_ablations_replicate_is_verified_whole(mistake, study):
+    assert 'leave out --steps' in mistake('verify', f'--workdir={study[0]}', '--steps=3')
+
+
+def test_costs_that_cannot_be_written_are_not_compiled_for(mistake, tmp_path):
+    flags = '--config=experiments/small.py', '--topology=h100:1', f'--json={tmp_path}/none/costs'
+    assert 'none/costs: No such file' in mistake('compile_check', *flags)
+
+
 @pytest.mark.parametrize('name', sorted(LAUNCHERS))
 def test_a_launcher_started_as_a_file_says_how(name):
     command = [sys.executable, f'launch/{name}.py']

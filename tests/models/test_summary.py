@@ -67,6 +67,25 @@ class Skipping(nn.Module):
         return y
 
 
+class Attending(nn.Module):
+    """A net that calls a layer twice and has a parameter beside its layers."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        dense = nn.Dense(16)
+        x = dense(dense(x.reshape(len(x), -1, 16) + self.param('at', nn.initializers.zeros, (16,))))
+        return nn.MultiHeadDotProductAttention(4)(x)
+
+
+def test_totals_of_other_nets_are_of_all_parameters_and_all_calls():
+    rows = layers(Attending(), (4, 4, 4))  # 4 positions of 16 numbers
+    variables = jax.eval_shape(Attending().init, jax.random.key(0), np.zeros((1, 4, 4, 4)))
+    leaves = jax.tree.leaves(variables['params'])
+    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in leaves)
+    assert sum(row.flops for row in rows) == 6 * 2 * 4 * 16 * 16
+    assert len(summary(Attending(), (4, 4, 4)).splitlines()) == len(rows) + 2
+
+
 def test_layers_may_return_more_than_an_array():
     rows = {row.path: row for row in layers(Skipping(), (2, 2, 1))}
     assert rows['Two_0/Dense_0'].output == (4,)

@@ -23,9 +23,11 @@ from tests.damage import damaged
 from tests.pretrained.conftest import (
     TABLE,
     WRITERS,
+    Raw,
     archive_pth,
     legacy_pth,
     onnx_tensors,
+    pickled,
     table,
     tensor,
 )
@@ -211,7 +213,7 @@ def test_parameters_are_tensors_and_other_numbers_are_named(tmp_path, form):
         np.testing.assert_array_equal(file['x'][1](), NUMBERS['x'])
     brain = tensor(NUMBERS['x'], 'x', kind='BFloat16Storage')
     FORMATS[form](NUMBERS, tmp_path / 'w.pth', table({'x': brain}))
-    with pytest.raises(UserError, match='torch.BFloat16Storage.*float'):
+    with pytest.raises(UserError, match=r'torch\.BFloat16Storage.*float'):
         read(tmp_path / 'w.pth')
 
 

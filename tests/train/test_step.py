@@ -415,6 +415,18 @@ def test_a_second_phase_keeps_what_the_first_has_and_starts_the_rest_anew(phases
     assert all(np.array_equal(begun.averaged[path], weights[path]) for path in new)
 
 
+def test_rates_that_could_not_fall_are_refused():
+    config = make_config(
+        model__widths=(4, 4, 4),
+        train__frozen=('block*',),
+        unfreeze__epochs=1.0,
+        unfreeze__frozen=('block1_*', 'block2_*'),
+        unfreeze__depth_decay=0.1,
+    )
+    with pytest.raises(UserError, match='nothing more than one block'):
+        begin(config, phase_ends=(3, 6))
+
+
 def test_rates_fall_with_the_distance_from_the_head_and_are_values(phases):
     """The first step of Adam moves every element by its rate, whatever the gradient."""
     *_, begun, train, values = phases
