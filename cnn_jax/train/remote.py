@@ -60,7 +60,7 @@ class Mirror:
 
     The URL is fsspec's: gs:// (gcsfs), s3:// (s3fs), memory://, file://. Different uses have
     different local folders: `folder`, in `base`, which whoever uses it must lock. What any method
-    cannot do, or finds there that is no run of its own, is a `UserError`.
+    cannot do, or finds there that is no run of its own, is a `UserError`, an outage a `RunFailed`.
     """
 
     def __init__(self, url: str, use: str = 'train'):
@@ -114,12 +114,19 @@ class Mirror:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Raise what the store's file system raises, which may be of any type, as a `UserError`."""
+        """Raise what the store's file system raises, which may be of any type, as a `UserError`.
+
+        An outage is a `RunFailed`: who restarts failed runs is to try again.
+        """
         try:
             yield
         except UserError:
             raise
         except Exception as error:
+            if _passes(error):
+                raise RunFailed(
+                    f'{self.url} cannot be reached ({reason_of(error)}); rerun the same command'
+                ) from error
             raise UserError(
                 f'{self.url} cannot be used ({reason_of(error)}); check the name of the bucket, '
                 'the network, and that your credentials allow reading and writing (gs://: gcloud '
@@ -217,6 +224,16 @@ def _open(url: str) -> tuple[Any, str]:
             'requirements-gcs.txt)'
         ) from error
     return fs, root.rstrip('/')
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the network or the store's server failed, and not what was asked of it."""
+    network = isinstance(error, (ConnectionError, TimeoutError))
+    return (
+        network
+        or type(error).__module__.startswith('aiohttp')
+        or str(getattr(error, 'code', '')).startswith('5')  # of gcsfs's errors, the HTTP status
+    )
 
 
 def _step(name: str) -> int | None:

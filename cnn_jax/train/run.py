@@ -24,7 +24,7 @@ from cnn_jax import files, mesh, runtime
 from cnn_jax.ablation.plan import Range
 from cnn_jax.ablation.tuning import choose
 from cnn_jax.components import Components
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, reason_of
 from cnn_jax.summary import Layer, layers, table_of
 from cnn_jax.tools import figures, profile
 from cnn_jax.tools.selfcheck import self_check
@@ -506,7 +506,13 @@ def claim_workdir(folder: Path, config: cfg.Config) -> None:
             raise UserError(f'{link} is a link, and training writes to no other place; remove it')
     before, digest = manifest.stored(folder), cfg.content_hash(config)
     if before and before['config_hash'] != digest:
-        old = cfg.from_json(files.read_text(folder / 'config.json'))
+        try:
+            old = cfg.from_json(files.read_text(folder / 'config.json'))
+        except (FileNotFoundError, files.Corrupt) as error:
+            raise UserError(
+                f'the work directory {folder} belongs to a run of another config, and its '
+                f'config.json is missing or damaged ({reason_of(error)}); choose another --workdir'
+            ) from error
         longer = config.train.epochs > old.train.epochs
         if not longer or cfg.without_length(old) != cfg.without_length(config):
             raise UserError(_refusal(folder, cfg.differences(old, config), longer))

@@ -1,6 +1,7 @@
 """A user's mistakes: exit code 2, one plain sentence, no traceback, nothing lost."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -129,6 +130,14 @@ def test_a_workdir_of_another_config_shows_the_difference(mistake, tiny, tiny_ru
     sentence = mistake('train', *tiny, f'--workdir={folder}', '--config.loss.l2=0.25')
     assert 'config.loss.l2: 0.0005 → 0.25' in sentence
     assert (folder / 'config.json').read_bytes() == before
+
+
+def test_a_workdir_of_another_config_that_is_gone(mistake, tiny, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run[0], tmp_path / 'run')
+    (folder / 'config.json').unlink()
+    sentence = mistake('train', *tiny, f'--workdir={folder}', '--config.loss.l2=0.25')
+    assert 'another config' in sentence
+    assert 'No such file' in sentence
 
 
 def test_a_mistake_does_not_take_the_workdir(mistake, launch, tiny, tmp_path):

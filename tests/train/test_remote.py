@@ -232,6 +232,18 @@ def test_a_store_that_cannot_be_used_is_a_usage_error(machine, monkeypatch, oper
             machine('first', url)
 
 
+class HttpError(Exception):
+    code = 503
+
+
+@pytest.mark.parametrize('error', [ConnectionResetError(), TimeoutError(), HttpError('retry')])
+def test_an_outage_is_a_failed_run_which_may_be_restarted(machine, error):
+    Faulty.faults = itertools.chain([error])
+    with pytest.raises(RunFailed, match=r'cannot be reached.*same command'):
+        begin(machine('first'))
+    assert begin(machine('first'))
+
+
 def test_who_starts_last_owns_the_remote_folder(machine):
     first, second = uploaded(machine), machine('second')
     second.resume()  # which may be refused yet, as the run of another config
