@@ -14,7 +14,7 @@ Each workload is a command of its own with more options, which --help tells:
   start                python -m benchmarks.start                   start to the first step
                        python -m benchmarks.plot                    the figure of what is kept
 
-A workload first checks that all contenders compute the same. Its section of the results is replaced
+All but start first check that all contenders compute the same. A section of the results is replaced
 when it has run to its end; one that fails leaves the old section, and the others still run.
 """
 

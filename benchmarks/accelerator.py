@@ -124,7 +124,8 @@ def report(rows: list[Row]) -> str:
 
 Median [quartiles] of {ROUNDS} rounds, in which the contenders of a workload take turns; ratios are
 of times, taken within a round, to the first of them. `as run`: as a training run is compiled;
-`any order`: without deterministic kernels.
+`any order`: with kernels that may add up in any order. PyTorch runs in a process of its own after
+the others: compare images a second; its ratios are to its own first row.
 
 {chr(10).join([*tables, notes])}
 """

@@ -22,11 +22,25 @@ import numpy as np
 from benchmarks import problem, results
 from benchmarks.worker import Worker, plain_environment
 from cnn_jax.errors import UserError
+from cnn_jax.files import cache_folder
 
 T = TypeVar('T')
 TOLERANCE = 5e-4  # of the mean loss; float32 sums in another order, amplified by the steps
 WARM_STEPS = 2  # not timed: another process has had the caches
 TURN_SECONDS = 1.0
+
+
+# What the user's cache holds that was computed here; all else was downloaded, or is the library.
+COMPUTED = 'features', 'images', 'index', 'compiled*'
+
+
+def cold_cache(folder: Path) -> Path:
+    """Make a folder a copy of the user's cache without anything that was computed."""
+    if not folder.exists():
+        shutil.copytree(cache_folder(), folder, ignore=shutil.ignore_patterns(*COMPUTED))
+    for part in itertools.chain(*map(folder.glob, COMPUTED)):
+        shutil.rmtree(part)
+    return folder
 
 
 class Disagreement(Exception):

@@ -59,7 +59,8 @@ def logistic_regression(config: cj.Config, data: setup.Data) -> dict[str, float]
         images = np.concatenate([image[mask] for image, mask in batches])
         images = images.mean((1, 2)) if config.model.pool == 'average' else images
         arrays.append(images.reshape(len(images), -1))
-    scale = arrays[0].std() or 1.0
+    scale = arrays[0].std(0)
+    scale[scale < 1e-6] = 1
     x, held, test = ((array - arrays[0].mean(0)) / scale for array in arrays)
     # The solution lies in the span of the images: the same classifier, on n numbers an image.
     _, _, axes = np.linalg.svd(x, full_matrices=False)

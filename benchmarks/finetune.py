@@ -9,7 +9,6 @@ weights, no cached features. First the losses of a few steps must agree. Contend
 every round.
 """
 
-import itertools
 import json
 import shutil
 import sys
@@ -23,7 +22,6 @@ from PIL import Image
 from benchmarks import cli, contest, results, workloads
 from benchmarks.contest import Entrant, keras_on, timed
 from benchmarks.problem import Problem
-from cnn_jax.files import cache_folder
 from cnn_jax.params import flatten
 from cnn_jax.pretrained.weights import Pretrained, load
 from experiments import finetune_vgg16
@@ -41,7 +39,6 @@ COLUMNS = (
     *('contender', 'whole process, s', results.OF_BEST),
     *('an epoch, s', 'peak MB', 'accuracy'),
 )
-COMPUTED = ('features', 'images', 'index', 'compiled*')  # of the cache; the rest is downloaded
 
 
 def main() -> None:
@@ -119,8 +116,7 @@ def contenders_of(folder: Path, peers: Path) -> dict[str, Callable[[], dict[str,
             work = folder / 'work'
             shutil.rmtree(work, ignore_errors=True)
             if not warm:
-                for part in itertools.chain(*map((folder / cache).glob, COMPUTED)):
-                    shutil.rmtree(part)
+                contest.cold_cache(folder / cache)
             command = [
                 *(sys.executable, '-m', 'launch.train', f'--workdir={work}'),
                 '--config=experiments/finetune_vgg16.py',
@@ -152,8 +148,6 @@ def contenders_of(folder: Path, peers: Path) -> dict[str, Callable[[], dict[str,
         return run
 
     # The warm runs read what the cold ones left, so the uncached ones may not empty that.
-    for cache in ('cache', 'cache_of_never'):
-        shutil.copytree(cache_folder(), folder / cache, ignore=shutil.ignore_patterns(*COMPUTED))
     return {
         OURS: ours(),
         f'{OURS}, features in the cache': ours(warm=True),

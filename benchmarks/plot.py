@@ -41,7 +41,7 @@ def main() -> None:
 def workloads(text: str) -> Iterator[Workload]:
     """The workloads of a results file.
 
-    A column called `of …` has ratios to some contender; those to the best peer are made of them.
+    A column of ratios to this project becomes one of ratios to the best peer.
     """
     for section in re.split(r'(?m)^## ', text)[1:]:
         title = section.splitlines()[0]
@@ -56,7 +56,8 @@ def workloads(text: str) -> Iterator[Workload]:
             if OURS not in of or not peers:
                 continue
             kind = f', {columns[i - 1].split(",")[0]}' if len(found) > 1 else ''
-            yield Workload(title + kind, {name: ratio / min(peers) for name, ratio in of.items()})
+            best = 1.0 if results.OF_BEST in columns[i] else min(peers)
+            yield Workload(title + kind, {name: ratio / best for name, ratio in of.items()})
 
 
 def is_ours(name: str) -> bool:

@@ -22,6 +22,6 @@ ARMS = {
 def get_config() -> Config:
     config = baseline.get_config()
     config.model.widths = (32, 64)
-    config.data = Data(source='mnist_5k', train='train[:500]', batch=50)
+    config.data = Data(source='mnist_5k', train='train[:500]', batch=50, eval_batch=250)
     config.optimizer.learning_rate = 1e-3
     return config

@@ -13,8 +13,9 @@ import numpy as np
 HEAD = """# Results
 
 Written by the tools in this folder; each section is replaced whole when its command is run again.
-A timing is a ratio within one interleaved run on the same cores, after a check that the losses of
-all contenders agree. What loses is printed, too.
+Ratios are taken within one interleaved run on the same cores; training steps, features, fine-tuning
+and the ablation are preceded by a check that all contenders compute the same. What loses is
+printed, too.
 """
 
 OF_BEST = 'of the best peer'  # the column of ratios
@@ -58,7 +59,8 @@ def conditions(*packages: str) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in packages)
     python = f'Python {platform.python_version()}'
-    return f'{now} · {cores} cores, {processor()} · {python}, {versions}'
+    cores = f'{cores} core{"s" * (cores != 1)}'
+    return f'{now} · {cores}, {processor()} · {python}, {versions}'
 
 
 def processor() -> str:
@@ -74,7 +76,7 @@ def processor() -> str:
 
 
 def write_section(path: Path, title: str, body: str) -> None:
-    """Put a section into a results file, in the place of the one with that title, or last."""
+    """Put a section into a results file, in place of the one with that title, or last."""
     text = path.read_text() if path.exists() else HEAD
     head, *sections = re.split(r'(?m)^(?=## )', text)
     new = f'## {title}\n\n{body.strip()}\n'

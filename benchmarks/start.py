@@ -32,7 +32,7 @@ def main() -> None:
     with contest.written(workloads.step_problem('small28')) as path:
 
         def turn(name: str) -> tuple[float, float]:
-            shutil.rmtree(path.with_name('cache'), ignore_errors=True)
+            contest.cold_cache(path.with_name('cache'))
             (cold, _), (warm, versions[name]) = (
                 start(entrants[name], path, given.peers) for _ in range(2)
             )
@@ -72,7 +72,7 @@ def start(entrant: Entrant, made: Path, peers: Path) -> tuple[float, str]:
         ]
         return contest.timed(command, {'CNN_JAX_CACHE': str(cache)})[0], ''
     keep = {
-        'JAX_COMPILATION_CACHE_DIR': str(cache),
+        'JAX_COMPILATION_CACHE_DIR': str(cache / 'compiled by JAX'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
     worker = entrant.worker(made, peers, cache, environment={} if entrant.settings else keep)

@@ -217,7 +217,7 @@ class Loss(Fields):
     """Task loss and regularizers (equations in `cnn_jax.regularizers`)."""
 
     label_smoothing: float = traced(0.0, high=1)
-    class_weights: str = ''  # of an example's loss: balanced, or one number a class, e.g. '1,2.5'
+    class_weights: str = ''  # of an example's loss: balanced, or one number per class, e.g. '1,2.5'
     focal: float = optional(0.0)  # γ of −(1 − p)^γ·log p, p the probability of the label
     confidence_penalty: float = optional(0.0)  # β of −β·H(p), H the prediction's entropy
     l2: float = traced(0.0)  # λ of λ·Σw² added to the loss (Keras's definition, no 1/2)

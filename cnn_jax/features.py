@@ -55,7 +55,7 @@ def cached_cut(
     trainable: Iterable[str],
     need_images: Sequence[str] = (),
 ) -> str:
-    """Return the layer whose cached features a phase takes in the place of images; '' for none.
+    """Return the layer whose cached features a phase takes in place of images; '' for none.
 
     It is the last before all that is trained.
 
@@ -224,7 +224,7 @@ def _batch_size(image_shape: Sequence[int]) -> int:
 
 
 class FeatureBatches(Batches):
-    """Batches with features in the place of images, in the order of the images' batches.
+    """Batches with features in place of images, in the order of the images' batches.
 
     Features that fit into `memory_gb` are put on the device once; others are read from their
     files batch by batch. Epochs alternate between several views. On several devices each process

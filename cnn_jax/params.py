@@ -42,7 +42,7 @@ def _escaped(name: str) -> str:
 
 
 def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """Return any tree with `function(path, leaf)` in the place of each leaf."""
+    """Return any tree with `function(path, leaf)` in place of each leaf."""
 
     def at(keys: Any, leaf: Any) -> Any:
         names = (jax.tree_util.keystr((key,), simple=True) for key in keys)

@@ -270,7 +270,7 @@ def input_gradient(strength: float | Array, context: Context) -> Float[Array, ''
 def r_drop(strength: float | Array, context: Context) -> Float[Array, ' b']:
     """R-Drop: two passes with different dropout masks shall predict the same.
 
-    ½·(ℓ₁ + ℓ₂) + (α/4)·(KL(p₁‖p₂) + KL(p₂‖p₁)) in the place of ℓ₁
+    ½·(ℓ₁ + ℓ₂) + (α/4)·(KL(p₁‖p₂) + KL(p₂‖p₁)) in place of ℓ₁
 
     This is half of the paper's objective, so that α → 0 leaves the scale of the loss as it is.
 

@@ -1,6 +1,6 @@
-"""Which change of the images or of their labels helps when there are few of them?
+"""Which augmentation of images or labels helps when there are few images?
 
-The small net on 500 MNIST digits, which must not be flipped.
+The small net on 500 MNIST digits; no flips, since a mirrored digit is no digit.
 
   python -m launch.ablate --config=experiments/augmentation.py --workdir=runs/augmentation
 """

@@ -10,7 +10,7 @@ from cnn_jax.ablation import log
 from cnn_jax.config import Config, Data, Model, Optimizer, Train
 
 TUNE = {'optimizer.learning_rate': log(1e-4, 1e-1)}
-# Of Keras's 0.99, 13% of the running averages' initial values would be left after the 200 steps.
+# With Keras's 0.99, the running averages would still be 13% their initial values after 200 steps.
 MOMENTUM = {'model.norm_momentum': 0.9}
 BATCH_NORM = {'model.norm': 'batch', 'model.head_norm': 'batch'} | MOMENTUM
 

@@ -1,4 +1,4 @@
-"""How much dropout before the classifier is best on 500 images?
+"""Does dropout before the classifier help on 500 images, and at which rates?
 
 The rate is a number that the compiled step takes as an argument: all arms share one compilation.
 

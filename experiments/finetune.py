@@ -1,7 +1,7 @@
 """A pretrained VGG16 on your own photographs: a new linear classifier on its frozen convolutions.
 
 The features are averaged over each image and scaled to mean 0 and deviation 1. Learning rate and L2
-are chosen by eight short trials on the images of val/, or on 15% of train/ where there is none; the
+are chosen by eight trial runs on the images of val/, or on 15% of train/ where there is none; the
 images of test/ are left to launch.evaluate. Everything runs on cached features: about a second a
 trial.
 

@@ -1,7 +1,7 @@
 """Under Adam, is an L2 penalty the same as decoupled weight decay?
 
 Under plain SGD, λΣw² in the loss equals decay of 2λ; Adam divides the penalty's gradient by its
-own size. Both act on all kernels here, and their strengths are tuned.
+own size. Both act on all kernels here, their strengths are tuned, and decay is compared with L2.
 
   python -m launch.ablate --config=experiments/l2_vs_weight_decay.py --workdir=runs/l2_vs_decay
 """
@@ -16,6 +16,7 @@ ARMS = {
     'L2': {'loss.l2': log(1e-5, 1e-1)},
     'decay': {'optimizer.weight_decay': log(1e-2, 10.0)},
 }
+AGAINST = {'decay': 'L2'}
 
 
 def get_config() -> Config:

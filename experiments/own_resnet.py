@@ -44,7 +44,7 @@ def source(config, split):
     stripes = np.sin(np.arange(16)[None, None] * rng.uniform(0.5, 2, (n, 1, 1)) + phase)
     images = np.where(labels[:, None, None], stripes, stripes.transpose(0, 2, 1))
     noisy = 128 + 30 * images + rng.normal(0, 45, (n, 16, 16))
-    return np.clip(noisy, 0, 255).astype(np.uint8)[..., None], labels, ('columns', 'rows')
+    return np.clip(noisy, 0, 255).astype(np.uint8)[..., None], labels, ('rows', 'columns')
 
 
 def get_config() -> Config:

@@ -1,7 +1,7 @@
 """The shared parts of the launchers: flags, plain errors, exit codes, the process's set-up.
 
 Exit codes: 0 success, 1 a failed run, 2 a usage error, 75 interrupted after saving, 130
-stopped by Ctrl-C before there was anything to save.
+stopped by Ctrl-C (143 by SIGTERM) before there was anything to save.
 """
 
 import builtins

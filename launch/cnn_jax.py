@@ -1,4 +1,4 @@
-"""What `python launch/NAME.py` finds in the place of the package: says how to start a launcher."""
+"""What `python launch/NAME.py` finds in place of the package: says how to start a launcher."""
 
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@
 
 Prints a summary. Writes into the folder evaluation/SPLIT-step_N of the work directory, one for each
 split and checkpoint: evaluation.html (the mistakes, confusions, calibration, duplicates of training
-images), evaluation.json (every number) and predictions.csv (a line an image).
+images), evaluation.json (every number) and predictions.csv (one line per image).
 """
 
 from absl import flags

@@ -1,3 +1,3 @@
-"""What `python launch/NAME.py` finds in the place of this folder."""
+"""What `python launch/NAME.py` finds in place of this folder."""
 
 import cnn_jax as cnn_jax

@@ -35,9 +35,9 @@ if TYPE_CHECKING:  # else --help would wait for JAX
 
 WORKDIR = cli.define_path('workdir', 'Folder of a run of launch.train, or its gs:// URL.', url=True)
 MODEL = flags.DEFINE_enum(
-    'model', None, ['efficientnet_lite0'], 'A published network, in the place of a run.'
+    'model', None, ['efficientnet_lite0'], 'A published network, in place of a run.'
 )
-JSON = flags.DEFINE_bool('json', False, 'Print JSON, one object a line.')
+JSON = flags.DEFINE_bool('json', False, 'Print JSON, one object per line.')
 TOP = flags.DEFINE_integer('top', 3, 'Number of classes to print for each image.', lower_bound=1)
 MC = flags.DEFINE_integer(
     'mc', 0, 'Draws of Monte-Carlo dropout; 0 predicts once, without dropout.', lower_bound=0

@@ -8,7 +8,8 @@
 
 Run the same command again to resume. The work directory holds config.json,
 manifest.json, metrics.jsonl, steps.f32 (objective and gradient norm of every step), timing.jsonl,
-TensorBoard events, curves.png, speed.json, checkpoints/ and, if images were left out, skipped.csv.
+TensorBoard events, curves.png, speed.json, checkpoints/, tuning.json if trials chose its numbers
+and, if images were left out, skipped.csv.
 
 The devices that JAX finds share each batch, as many as divide it, of one process or, with
 --distributed, of several; launch.processes tries the latter out on this machine.

@@ -101,6 +101,7 @@ def kept(folder: Path) -> dict[str, Any]:
         'margins': summary['margins'],
         'pixels': summary['floor'] and summary['floor']['accuracy'],
         'arms': arms,
+        'factorial': summary['factorial'],
         'cells': cells,
     }
 
@@ -126,17 +127,19 @@ def of_several_sizes(kept: dict[Path, dict[str, Any]]) -> dict[Path, list[Path]]
 
 def page() -> str:
     """The page of all answers that are kept."""
+    from cnn_jax.ablation.summary import verdict
+
     kept = all_kept()
     answers, together = [*kept.values()], of_several_sizes(kept)
     margins = answers[0]['margins']
     equal = f'±{100 * margins["accuracy"]:g} point and ±{margins["loss"]:g} nats'
     parts = [HEAD.format(margins=f'Equivalent: within {equal}.')]
     for drawn, group in together.items():
-        sizes = ' and '.join(f'{kept[path]["counts"]["train"]:,}' for path in group)
+        *some, last = (f'{kept[path]["counts"]["train"]:,}' for path in group)
         parts.append(
             f'![Differences against training images]({FOLDER.name}/{drawn.name})\n\n'
-            f'`{kept[group[0]]["experiment"]}` at {sizes} training images: negative '
-            'log-likelihood against the control of each arm.\n'
+            f'`{kept[group[0]]["experiment"]}` at {", ".join(some)} and {last} training images: '
+            'negative log-likelihood against the control of each arm.\n'
         )
     for path, answer in kept.items():
         baseline = next(iter(answer['arms']))
@@ -146,11 +149,16 @@ def page() -> str:
             f'{first["loss"]:.3f} nats.'
         ]
         about += [arm['sentence'] for arm in answer['arms'].values() if arm['sentence']]
+        if factorial := answer.get('factorial'):
+            about += [
+                verdict(f'effect of {name}', 'the first level', compared, 2)['sentence']
+                for name, compared in factorial['effects'].items()
+            ]
         if pixels := answer['pixels']:
             about.append(f'An SVM on the pixels: accuracy {pixels["mean"]:.1%}.')
         edges = [name for name, arm in answer['arms'].items() if arm['at_edge']]
         if edges:
-            about.append(f'Chosen at an end of what was tried: {"; ".join(edges)}.')
+            about.append(f'Best value at the edge of the range tried: {"; ".join(edges)}.')
         tuned = answer['trials']
         how = f'{tuned["each"]} trials of each arm, ' if tuned else 'nothing tuned, '
         given = [f'--config.{path}={value}' for path, value in answer.get('changes', {}).items()]

@@ -55,7 +55,7 @@ PRIMARIES = 'accuracy', 'loss'
 
 @dataclass(frozen=True)
 class Range:
-    """The range of a number that is tuned; it stands in the place of a value."""
+    """The range of a number that is tuned; it stands in place of a value."""
 
     low: float
     high: float
@@ -267,7 +267,7 @@ def make_plan(
         primaries: The measures to decide on: accuracy, loss, calibration_error or top5.
         margins: δ of a primary; differences within ±δ are equivalence.
         against: The control of an arm, where it is not the baseline.
-        factors: A grid in the place of `arms`.
+        factors: A grid in place of `arms`.
         curves: Whether to evaluate runs while they train, every `config.train.eval_every` epochs.
         floor: Whether to train a classifier of pixels beside the arms.
         name, question: Headings of the report.

@@ -91,7 +91,7 @@ def _population(store: Store, counts: dict[str, int]) -> str:
     if data.folds:
         return (
             f'A replicate is tested on one of {data.folds} folds, {test} images of '
-            f'{counts["pool"]:,}, and trains on the others. Intervals speak of other images of the '
+            f'{counts["pool"]:,}, and trains on the others. Intervals cover new images of the '
             'same source, and allow for what the folds have in common.'
         )
     if not data.subset:
@@ -101,8 +101,8 @@ def _population(store: Store, counts: dict[str, int]) -> str:
     alone = [METRICS[m].title for m in store.plan.primaries if m not in OF_IMAGES]
     same = f' (of {" and ".join(alone)}: on these test images)' if alone else ''
     return (
-        f'A replicate draws {drawn}. Intervals speak of other replicates and other test images of '
-        f'the same source, of which there are {test}{same}.'
+        f'A replicate draws {drawn}. Intervals cover new replicates and new test images of the same '
+        f'source, of which there are {test}{same}.'
     )
 
 

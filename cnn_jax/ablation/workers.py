@@ -240,9 +240,11 @@ def provenance(plan: Plan, data: Any, settings: runtime.Settings) -> dict[str, s
 
 def _notes(folder: Path, plan: Plan, data: Any, components: Components) -> list[str]:
     """The lines about what was given and is not used; `skipped.csv` lists the images left out."""
+    from cnn_jax.train import setup
     from cnn_jax.train.record import data_notes
 
-    notes = data_notes(folder, data.train, data.test)
+    first = plan.configs[plan.baseline]
+    notes = data_notes(folder, data.train, data.test) + setup.shared_images(first, data)
     channels, silent = data.description['image_shape'][-1], {}
     for arm, config in plan.configs.items():
         for phrase in (*cfg.unread(config, channels), *components.unread(config)):
@@ -267,7 +269,7 @@ def _check_arms(plan: Plan, data: Any, components: Components) -> None:
     if any(plan.ranges.values()) and plan.folds:
         raise UserError(
             'the ablation tunes, on images that other folds are tested on; leave out '
-            'config.data.folds, or give values in the place of ranges'
+            'config.data.folds, or give values in place of ranges'
         )
     choosing = any(plan.ranges.values()) or any(c.train.patience for c in plan.configs.values())
     own = data.validation  # images of the source's, to hold out

@@ -1,5 +1,6 @@
 """Sources by name: the bundled sets, folders of IDX files, and the registry of all kinds."""
 
+import dataclasses
 import functools
 import gzip
 import math
@@ -164,7 +165,8 @@ def idx_parts(folder: str) -> dict[str, Callable[[], Source]]:
             )
         training = labels if part == 'train' else _read_idx(root, 'train', 'labels', 1)
         classes = tuple(str(k) for k in range(int(training.max(initial=0)) + 1))
-        return from_arrays(f'idx:{folder} {part}', images[..., None], labels, classes)
+        source = from_arrays(f'idx:{folder} {part}', images[..., None], labels, classes)
+        return dataclasses.replace(source, describe=lambda i: f'{part} example {i}')
 
     parts = ('train', 'test') if _find_idx(root, 'test', 'images', 3) else ('train',)
     return {part: functools.partial(open_part, part) for part in parts}

@@ -188,7 +188,7 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
         run: An opened run.
         split: The split; '' for the one that training evaluated: the run's config.data.eval, or
             its fold of config.data.train.
-        data: A `Source` or arrays in the place of the config's data.
+        data: A `Source` or arrays in place of the config's data.
         train: The same for the images that the run was trained on, which are only compared with
             those of the split, to find duplicates.
 

@@ -36,7 +36,7 @@ def export(run: Run, folder: Path, form: str = 'stablehlo') -> None:
     model.stablehlo       the function (weights, uint8 images [b, H, W, C]) → float32 [b, classes]
                           of class probabilities, for any batch size, on `PLATFORMS`
     weights.safetensors   its first argument, `{path: array}`
-    model.onnx            in the place of both: the function of the images, the weights inside
+    model.onnx            in place of both: the function of the images, the weights inside
     classes.json          class names, image shape, resizing, preprocessing, metrics
     README.md             how to use them with jax and safetensors, or onnxruntime, and with NumPy
                           and Pillow alone

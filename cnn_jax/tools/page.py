@@ -51,7 +51,7 @@ def to_json(content: Any) -> str:
 
 
 def finite(content: Any) -> Any:
-    """The content with None in the place of numbers that are not finite."""
+    """The content with None in place of numbers that are not finite."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

@@ -102,7 +102,7 @@ class Program:
     config: cfg.Config  # of its traced fields only whether the optional ones are on
     spec: RunSpec  # the rest of the run
     phase: int  # 0, or 1 for the one that `config.unfreeze` describes
-    cached: str  # the layer whose cached output batches hold in the place of images, or ''
+    cached: str  # the layer whose cached output batches hold in place of images, or ''
     shapes: dict[str, Any]  # of the parameters
     statistics: dict[str, Any]  # shapes of the batch statistics
     members: tuple[tuple[str, ...], ...]  # what each phase up to this one trains for the first time

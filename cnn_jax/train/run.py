@@ -338,7 +338,8 @@ class _Job:
         """Refuse data that have changed since the run began; list the images left out."""
         mesh.on_process_zero(lambda: manifest.check_data(self.folder, data.description))
         folder = self.folder if mesh.is_process_zero() else None
-        for line in data_notes(folder, data.train, data.evaluate):
+        notes = data_notes(folder, data.train, data.evaluate)
+        for line in (*notes, *setup.shared_images(self.config, data)):
             self.say(line)
 
     def _introduce(self, data: setup.Data, spec: RunSpec) -> None:

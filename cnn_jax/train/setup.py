@@ -22,7 +22,7 @@ from cnn_jax.data.augment import normalize
 from cnn_jax.data.batches import open_batches
 from cnn_jax.data.source import as_source
 from cnn_jax.data.sources import has_validation
-from cnn_jax.data.splits import drawn, fold, held_out
+from cnn_jax.data.splits import drawn, fold, held_out, part_of
 from cnn_jax.errors import UserError
 from cnn_jax.features import Extractor, FeatureBatches, cached_cut
 from cnn_jax.mesh import Layout, make_mesh, on_process_zero
@@ -150,6 +150,21 @@ def deal(config: cfg.Config, data: Data) -> Data:
             f'config.data.batch is {asked.batch}, but {pool.n} images are left; lower it'
         )
     return dataclasses.replace(data, train=pool, evaluate=evaluate or test, test=test)
+
+
+def shared_images(config: cfg.Config, data: Data) -> list[str]:
+    """A note, if slices of a source (`train[:500]` and `all[2000:]`) have images in common."""
+    asked, test = config.data, data.test
+    parts = {part_of(asked.train), part_of(asked.eval)}
+    if asked.source == cfg.OWN or asked.folds or test is None or parts == {'train', 'test'}:
+        return []
+    trained = {data.pool.describe(i) for i in range(data.pool.n)}
+    if not (shared := sum(test.describe(i) in trained for i in range(test.n))):
+        return []
+    return [
+        f'note: {shared:,} of the {test.n:,} images of config.data.eval={asked.eval} are in '
+        f'config.data.train={asked.train}, too; take two slices of one part that do not overlap'
+    ]
 
 
 def describe(config: cfg.Config, train, evaluation) -> dict[str, Any]:
@@ -354,7 +369,7 @@ def features(
     *evaluated,
     layout: Layout | None = None,
 ) -> list[FeatureBatches]:
-    """The features that a phase takes in the place of images, computed where they are not cached.
+    """The features that a phase takes in place of images, computed where they are not cached.
 
     `state` is any of the run's; of the batches, those to train on are augmented if the config
     says so, and the `evaluated` are as they are.

@@ -198,7 +198,7 @@ def _objective(
 def forward(
     program: Program, config: cfg.Config, variables: dict[str, Any], images: Array, key: Array
 ) -> tuple[Float[Array, 'b k'], dict[str, Any], params.Flat]:
-    """`Program.forward` with log class probabilities in the place of logits."""
+    """`Program.forward` with log class probabilities in place of logits."""
     logits, statistics, outputs = program.forward(config, variables, images, key)
     return log_probabilities(logits), statistics, outputs
 

@@ -19,14 +19,17 @@ from cnn_jax.ablation import statistics as s
 
 HEAD = """# Simulations of the statistics
 
-Written by `python -m tests.ablation.simulation --write=docs/statistics.md`, {trials:,} families a
-cell, a fifth of that over test images and for power. Differences have standard deviation 1 unless
-said otherwise; looks come after 5, 10, 20 and 30 replicates; an arm stops at the look that decides
-it. With t families a share of 5% has a standard error of 22/√t points.
+Written by `python -m tests.ablation.simulation --trials={trials} --write=docs/statistics.md`:
+{trials:,} families per cell, a fifth of that over test images and for power. Differences have
+standard deviation 1 unless said otherwise; looks come after 5, 10, 20 and 30 replicates; an arm
+stops at the look that decides it. With t families a share of 5% has a standard error of 22/√t
+points. `cube`, `obrien_fleming` and `pocock` are error-spending functions, of which ablations use
+the first. Variances are shared by raising them towards those of other arms and never lowering them
+(raised alone); Smyth (2004) does both.
 
 An arm whose failures are rare can show none in a whole study (the last two rows). No rule on the
 differences can know of them: with no failure in n replicates, up to 3/n of all may fail (95%).
-A study that fears this begins to look later: `--seeds=20`, then `--seeds=30`.
+If you expect this, take the first look later: `--seeds=20`, then `--seeds=30`.
 """
 SIZES = (4, 10)
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]

@@ -1,4 +1,4 @@
-"""Convolutions in C++, float32, NHWC and HWIO: faster than XLA's on a CPU by two to four times.
+"""Convolutions in C++, float32, NHWC and HWIO, faster than XLA's on a CPU.
 
 `build` says how the library comes to a machine, the sources beside it how it computes. It is
 called through XLA's foreign function interface and runs on XLA's threads; its results do not
