@@ -1,7 +1,7 @@
 """Which regularizer helps a residual net with batch normalization? As `atlas.py`, another net.
 
-500 steps on 1,000 images; every rate and strength is tuned. The control, "none", has batch norm, and
-every arm but "no norm" adds to it.
+500 steps on 1,000 images; every rate and strength is tuned. The control, "none", has batch norm,
+and every arm but "no norm" adds to it.
 
   apt install dataset-fashion-mnist
   python -m launch.ablate --config=experiments/atlas_residual.py --workdir=runs/atlas_residual

@@ -1,7 +1,7 @@
 """A small strided net on 28×28 digits: the first thing to run.
 
-Conv 32, Conv 32/2, Conv 64, Conv 64/2 (each ReLU, BN), dropout 0.25 after each pair, Dense 128 (ReLU,
-BN, dropout 0.5); L2 of 5e-4 on the convolutions, random crops of 2 pixels.
+Conv 32, Conv 32/2, Conv 64, Conv 64/2 (each ReLU, BN), dropout 0.25 after each pair, Dense 128
+(ReLU, BN, dropout 0.5); L2 of 5e-4 on the convolutions, random crops of 2 pixels.
 
   python -m launch.train --config=experiments/small.py --workdir=runs/small
 """

@@ -101,8 +101,8 @@ def _population(store: Store, counts: dict[str, int]) -> str:
     alone = [METRICS[m].title for m in store.plan.primaries if m not in OF_IMAGES]
     same = f' (of {" and ".join(alone)}: on these test images)' if alone else ''
     return (
-        f'A replicate draws {drawn}. Intervals cover new replicates and new test images of the same '
-        f'source, of which there are {test}{same}.'
+        f'A replicate draws {drawn}. Intervals cover new replicates and new test images of the '
+        f'same source, of which there are {test}{same}.'
     )
 
 
