@@ -7,8 +7,8 @@ The files are MNIST's format, gzipped or not; Debian and Ubuntu have them as a p
   apt install dataset-fashion-mnist
   python -m launch.train --config=experiments/strided_fashion.py --workdir=runs/fashion
 
-Accuracy on the 10,000 test images: 0.929 (one run before version 0.1.0, seed 0, 2026-11-24; 22 minutes on two shared
-cores of a Zen 4 server, jaxlib 0.10.2).
+Accuracy on the 10,000 test images: 0.929 (one run before version 0.1.0, seed 0, 2026-11-24; 22
+minutes on two shared cores of a Zen 4 server, jaxlib 0.10.2).
 """
 
 from cnn_jax.config import Augment, Config, Data, Loss, Model, Optimizer, Train

@@ -1,8 +1,8 @@
 """Run an ablation: every arm of an experiment with every seed, then the statistics and a report.
 
   python -m launch.ablate --config=experiments/regularization.py --workdir=runs/regularization
-  python -m launch.ablate --config=experiments/regularization.py --workdir=runs/at_1000 --seeds=10 \\
-      --config.data.subset=1000
+  python -m launch.ablate --config=experiments/regularization.py --workdir=runs/at_1000 \\
+      --config.data.subset=1000 --seeds=10
   python -m launch.ablate --config=experiments/regularization.py --workdir=/shared/regularization \\
       --executor=ray --ray_address=auto --workers=16
 
