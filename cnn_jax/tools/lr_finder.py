@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from cnn_jax.files import write_text
-from cnn_jax.tools.figures import save
+from cnn_jax.tools.figures import new_figure, save
 from cnn_jax.train.loop import Phase, steps
 from cnn_jax.train.program import State, traced_values
 
@@ -100,10 +100,8 @@ def write_csv(rates: Curve, losses: Curve, path: Path) -> None:
 
 def draw(rates: Curve, losses: Curve, suggested: float, path: Path) -> None:
     """Loss against learning rate, and the suggestion, as a PNG."""
-    from matplotlib.figure import Figure
-
     curve = smoothed(losses)
-    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    figure = new_figure(6, 3.6)
     axes = figure.subplots()
     axes.plot(rates[: len(losses)], losses, alpha=0.3, label='loss')
     axes.plot(rates[: len(losses)], curve, label='smoothed')
