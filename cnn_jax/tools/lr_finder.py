@@ -28,12 +28,6 @@ WORSE = 4.0  # times the lowest smoothed loss: the sweep is over
 Curve = Float64[np.ndarray, ' n']
 
 
-def constant_rate(config: cfg.Config) -> cfg.Config:
-    """The config without a schedule, so that the sweep sets the learning rate."""
-    plain = {'optimizer.schedule': 'constant', 'optimizer.warmup_epochs': 0.0}
-    return cfg.replace(config, plain)
-
-
 def losses(
     config: cfg.Config,
     phase: Phase,
@@ -43,7 +37,7 @@ def losses(
     """The training loss at each rate, until it is no longer finite or far above its lowest.
 
     Args:
-        config, phase: A config of `constant_rate`, and the first phase, made with it.
+        config, phase: A config without a schedule, and the first phase, made with it.
         state: The state before the first step; its memory is given away.
         rates: The rates to try.
 
