@@ -21,11 +21,6 @@ from cnn_jax.pretrained.formats import BLOCKS, CONVOLUTIONS
 class Backbone(nn.Module):
     """A network from its input to the output of layer `cut` (None: the last).
 
-    Attributes:
-        cut: One of `LAYERS`.
-        dtype: Type of the computation and the result.
-        winograd: As that of `nn.conv2d`.
-
     The names of its modules begin with the layer's, so that `blockN` counts them from the input
     (`params.depths`).
     """
@@ -35,9 +30,9 @@ class Backbone(nn.Module):
     SIZE: ClassVar[int] = 224  # pixels a side of the images that it was published for
     MINIMUM_SIZE: ClassVar[int] = 32  # halved five times, one pixel is left
 
-    cut: str | None = None
-    dtype: Dtype = jnp.float32
-    winograd: bool = False
+    cut: str | None = None  # one of `LAYERS`
+    dtype: Dtype = jnp.float32  # of the computation and the result
+    winograd: bool = False  # as that of `nn.conv2d`
 
     @nn.compact
     def __call__(
@@ -113,18 +108,14 @@ class VGG16(Backbone):
 
 
 class NormedBackbone(Backbone):
-    """A backbone with batch normalization.
-
-    Attributes:
-        momentum: Of the running averages; may be a traced scalar.
-    """
+    """A backbone with batch normalization."""
 
     STAGES: ClassVar[tuple[tuple[int, ...], ...]]  # settings, then stride and number of blocks
     EPSILON: ClassVar[float]
     USE_BIAS: ClassVar[bool] = False  # of convolutions
     PADDING: ClassVar[str] = 'SAME'
 
-    momentum: float | Float[Array, ''] = 0.99
+    momentum: float | Float[Array, ''] = 0.99  # of the running averages; may be a traced scalar
 
     def block(self, name: str) -> tuple[tuple[int, ...], int, bool]:
         """The settings of a block's stage, its stride, and whether it is the stage's first."""

@@ -19,14 +19,7 @@ from cnn_jax.errors import UserError, nearest
 C = TypeVar('C')
 LARGEST = 3.4e38  # what float32 holds
 OWN = 'own'  # the name of a model, source or optimizer that the user brings
-BOOLS: dict[str, bool] = {
-    'true': True,
-    't': True,
-    '1': True,
-    'false': False,
-    'f': False,
-    '0': False,
-}
+BOOLS = dict.fromkeys(('true', 't', '1'), True) | dict.fromkeys(('false', 'f', '0'), False)
 KINDS = {
     bool: 'True or False',
     int: 'a whole number',

@@ -146,15 +146,10 @@ def make_optimizer(
     √v before that correction, which at step t is ε here of epsilon/√(1 − b2^t): 32 times its 1e-7
     at the first step. Any other name is one of `optax` or `optax.contrib`, made with
     `config.arguments`; `own` takes the place of the rule that the config names.
-
-    Errors:
-        ValueError: A parameter is in two groups.
     """
     label = dict.fromkeys(frozen, FROZEN)
     parts: dict[Any, optax.GradientTransformation] = {FROZEN: keep()}
     for number, group in enumerate(groups):
-        if twice := label.keys() & group.paths:
-            raise ValueError(f'{min(twice)} is in two groups, or frozen and in one')
         label |= dict.fromkeys(group.paths, f'group {number}')
         parts[f'group {number}'] = storable(own) if own else _rule(config, group, decayed)
     return optax.partition(parts, lambda tree: map_paths(lambda path, _: label[path], tree))

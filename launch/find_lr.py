@@ -43,7 +43,9 @@ def main(_) -> int:
     from cnn_jax.train.loop import shard_state
 
     make_writable(folder, 'the folder for the curve', '--out')
-    config = lr_finder.constant_rate(config)
+    # Without a schedule, so that the sweep sets the learning rate.
+    plain = {'optimizer.schedule': 'constant', 'optimizer.warmup_epochs': 0.0}
+    config = cfg.replace(config, plain)
     swept = cfg.replace(config, {'optimizer.learning_rate': HIGHEST.value})
     if any('optimizer.learning_rate' in phrase for phrase in components.unread(swept)):
         raise UserError('the own optimizer does not read config.optimizer.learning_rate')

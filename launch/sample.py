@@ -21,10 +21,12 @@ def main(_) -> int:
     """Write the images; returns the exit code."""
     from PIL import Image
 
-    from cnn_jax.data.sources import open_source
+    from cnn_jax.config import Data
+    from cnn_jax.data.sources import open_split
     from cnn_jax.files import make_writable
 
-    source = open_source(SOURCE.value, split=SPLIT.value, classes=tuple(CLASSES.value))
+    data = Data(source=SOURCE.value, eval=SPLIT.value, classes=tuple(CLASSES.value))
+    source = open_split(data, 'eval')
     folder = Path(OUT.value)
     make_writable(folder, 'the folder for the images', '--out')
     chosen = range(0, len(source), max(1, len(source) // COUNT.value))[: COUNT.value]

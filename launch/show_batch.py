@@ -114,12 +114,10 @@ def unprepared(x, prepare, channels: int):
 
 def draw(columns: list[dict[str, Any]], class_names: Any, path: Path) -> None:
     """Draw a pair of columns for each step, an image a row: original and augmented."""
-    from matplotlib.figure import Figure
-
-    from cnn_jax.tools.figures import save
+    from cnn_jax.tools.figures import new_figure, save
 
     rows = len(columns[0]['label'])
-    figure = Figure(figsize=(2.9 * len(columns), 1.55 * rows + 0.5), layout='constrained')
+    figure = new_figure(2.9 * len(columns), 1.55 * rows + 0.5)
     for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns):
         part.suptitle(f'step {column["step"]}', fontsize=10)
         for row, (left, right) in enumerate(part.subplots(rows, 2, squeeze=False)):

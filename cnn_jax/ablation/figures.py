@@ -23,6 +23,7 @@ from cnn_jax.tools.figures import (
     SURFACE,
     WIDTH,
     as_files,
+    new_figure,
 )
 
 VERDICT_MARKS = {  # colour, marker, colour inside
@@ -49,11 +50,9 @@ def draw(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def draw_forest(summary: dict[str, Any]):
     """Draw each primary measure: means, simultaneous intervals, ticks of replicates, ±δ shaded."""
-    from matplotlib.figure import Figure
-
     arms = [name for name, arm in summary['arms'].items() if arm['control']]
     primaries = summary['primaries']
-    figure = Figure(figsize=(WIDTH, len(primaries) * (0.85 + 0.42 * len(arms))))
+    figure = new_figure(WIDTH, len(primaries) * (0.85 + 0.42 * len(arms)))
     figure.set_layout_engine('constrained', h_pad=0.1)
     for axes, measure in zip(figure.subplots(len(primaries), squeeze=False).flat, primaries):
         metric = METRICS[measure]
@@ -104,13 +103,10 @@ def _difference_label(metric: Metric) -> str:
 
 def _panels(names: Any, columns: int, size: tuple[float, float], top: float):
     """A figure of a panel of so many inches for each name, and these."""
-    from matplotlib.figure import Figure
-
     count = len(names)
     rows = math.ceil(count / columns)
     columns = math.ceil(count / rows)
-    figsize = size[0] * columns, top + size[1] * rows
-    figure = Figure(figsize=figsize, layout='constrained')
+    figure = new_figure(size[0] * columns, top + size[1] * rows)
     grid = [*figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat]
     for axes, name in zip(grid, names):
         axes.set_title(_wrapped(name, 24), loc='left')
@@ -126,12 +122,9 @@ def _draw_response(summary: dict[str, Any]):
 
     Trials that failed, or are hardly better than a guess, are crosses at the edge.
     """
-    from matplotlib.figure import Figure
-
     arms = {name: arm['tuned'] for name, arm in summary['arms'].items() if arm['tuned']}
     measures = [*next(iter(arms.values()))['by']]
-    figsize = WIDTH, 0.3 + 1.6 * len(arms)
-    figure = Figure(figsize=figsize, layout='constrained')
+    figure = new_figure(WIDTH, 0.3 + 1.6 * len(arms))
     grid = figure.subplots(len(arms), len(measures), sharey='col', squeeze=False)
     for row, (name, tuned) in zip(grid, arms.items()):
         for axes, measure in zip(row, measures):

@@ -181,17 +181,8 @@ class Plan:
         return cls(**values)
 
 
-# What an experiment file may say of its ablation, and the argument of `make_plan` that it gives.
-CONSTANTS = {
-    'SEEDS': 'seeds',
-    'TUNE': 'tune',
-    'TRIALS': 'trials',
-    'WIDEN': 'widen',
-    'PRIMARIES': 'primaries',
-    'MARGINS': 'margins',
-    'AGAINST': 'against',
-    'FLOOR': 'floor',
-}
+# What an experiment file may say of its ablation: arguments of `make_plan`, in capitals.
+CONSTANTS = 'SEEDS', 'TUNE', 'TRIALS', 'WIDEN', 'PRIMARIES', 'MARGINS', 'AGAINST', 'FLOOR'
 
 
 def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) -> Plan:
@@ -219,8 +210,8 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) ->
     if hasattr(experiment, 'METRIC'):
         raise UserError(f"experiments/{name}.py has METRIC; name PRIMARIES = ('accuracy', 'loss')")
     constants = {
-        argument: getattr(experiment, constant)
-        for constant, argument in CONSTANTS.items()
+        constant.lower(): getattr(experiment, constant)
+        for constant in CONSTANTS
         if hasattr(experiment, constant)
     }
     return make_plan(

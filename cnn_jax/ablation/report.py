@@ -26,7 +26,7 @@ from cnn_jax.errors import printable
 from cnn_jax.fields import get
 from cnn_jax.files import write_bytes
 from cnn_jax.tools.figures import STYLE, themed
-from cnn_jax.tools.page import number, template, to_csv, to_json
+from cnn_jax.tools.page import number, template, to_json, write_csv
 from cnn_jax.train.trackers import plain, tracked
 
 LABELS = {
@@ -108,7 +108,8 @@ class Ablation:
         """
         refuse_links(self.workdir)
         with understood(self.workdir):
-            files = self._files()
+            files, table = self._files(), self.table
+        write_csv(table, self.workdir / 'summary.csv')
         for name, content in files.items():
             if isinstance(content, str):  # what no UTF-8 can hold is written as JSON has it
                 content = content.encode(errors='backslashreplace')
@@ -140,7 +141,6 @@ class Ablation:
         drawn, spent = figures.draw(self.summary), cost(self.store)
         return {
             'summary.json': to_json(self.summary),
-            'summary.csv': to_csv(self.table),
             'cost.json': to_json(spent),
             **{f'figures/{f}.{kind}': each[kind] for f, each in drawn.items() for kind in each},
             'report.html': render(self.store, self.summary, spent, drawn),

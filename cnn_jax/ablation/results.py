@@ -65,24 +65,16 @@ def understood(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of an arm with one seed.
+    """A run of an arm with one seed."""
 
-    Attributes:
-        kind: `trial`, judged on the held-out images; `replicate`, judged on the test images;
-            `FLOOR` and `AGAIN`, the controls.
-        arm, seed: Which.
-        trial: Where what is tuned stands, as the number of the point; −1 if nothing is.
-        path: The file of its result.
-        point: What is tuned there, `{config path: number}`.
-        config: Its config.
-    """
-
+    # `trial`, judged on the held-out images; `replicate`, judged on the test images; `FLOOR` and
+    # `AGAIN`, the controls.
     kind: str
     arm: str
     seed: int
-    trial: int
-    path: Path
-    point: dict[str, float] = field(compare=False)
+    trial: int  # where what is tuned stands, as the number of the point; −1 if nothing is
+    path: Path  # the file of its result
+    point: dict[str, float] = field(compare=False)  # what is tuned there, {config path: number}
     config: cfg.Config = field(compare=False)
 
     @property
@@ -93,19 +85,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the trials of an arm chose by one measure.
+    """What the trials of an arm chose by one measure."""
 
-    Attributes:
-        point: The values, `{config path: number}`.
-        trial: The number of the trial.
-        at_edge: The paths whose value is the smallest or largest one tried.
-        values: The mean of the measure on the held-out images over each trial's replicates; None
-            where one has failed.
-    """
-
-    point: dict[str, float]
-    trial: int
-    at_edge: list[str]
+    point: dict[str, float]  # the values, {config path: number}
+    trial: int  # its number
+    at_edge: list[str]  # the paths whose value is the smallest or largest one tried
+    # The mean of the measure on the held-out images over each trial's replicates; None where one
+    # has failed.
     values: list[float | None]
 
 

@@ -188,23 +188,17 @@ def _excess(c: float, path: np.ndarray, density: np.ndarray, step: float, spent:
 
 @dataclass(frozen=True)
 class Design:
-    """The rules by which a family is decided, declared before its first result.
+    """The rules by which a family is decided, declared before its first result."""
 
-    Attributes:
-        comparisons: Size m of the family: arms × primary measures.
-        looks: Replicates at each look; one look is a study of fixed size. Together they hold if
-            they were planned: a last look that is raised because of what it showed errs more.
-        spending: How much of the error early looks may spend, a key of `SPENDING`.
-        moderated: Whether the comparisons share their variances (`moderate`).
-        overlap: ρ = test images a training image, where replicates train on each other's test
-            images as folds do: the variance of a mean is then s²·(1/n + ρ) instead of s²/n
-            (Nadeau & Bengio 2003, "Inference for the generalization error").
-    """
-
-    comparisons: int
+    comparisons: int  # size m of the family: arms × primary measures
+    # Replicates at each look; one look is a study of fixed size. Together they hold if they were
+    # planned: a last look that is raised because of what it showed errs more.
     looks: tuple[int, ...] = LOOKS
-    spending: str = 'cube'
-    moderated: bool = True
+    spending: str = 'cube'  # how much of the error early looks may spend, a key of `SPENDING`
+    moderated: bool = True  # whether the comparisons share their variances (`moderate`)
+    # ρ = test images a training image, where replicates train on each other's test images as folds
+    # do: the variance of a mean is then s²·(1/n + ρ) instead of s²/n (Nadeau & Bengio 2003,
+    # "Inference for the generalization error").
     overlap: float = 0.0
 
     def levels(self, alpha: float = SIGNIFICANCE) -> tuple[float, ...]:
@@ -286,24 +280,15 @@ def estimate(
 
 
 class Decisions(NamedTuple):
-    """The answers to the comparisons of one measure.
+    """The answers to the comparisons of one measure."""
 
-    Attributes:
-        verdict: better | worse | equivalent | undecided.
-        decided: Replicates at the look that decided; 0 if none did.
-        replicates: Replicates at the latest look; 0 before the first.
-        low, high: Simultaneous interval: what the intervals of all looks have in common.
-        p: Adjusted p value, below α exactly where the interval excludes 0.
-        at: The estimates at the latest look.
-    """
-
-    verdict: np.ndarray
-    decided: Int[np.ndarray, '*b m']
-    replicates: Int[np.ndarray, '*b m']
-    low: Float[np.ndarray, '*b m']
+    verdict: np.ndarray  # better | worse | equivalent | undecided
+    decided: Int[np.ndarray, '*b m']  # replicates at the look that decided; 0 if none did
+    replicates: Int[np.ndarray, '*b m']  # at the latest look; 0 before the first
+    low: Float[np.ndarray, '*b m']  # simultaneous interval: what those of all looks share
     high: Float[np.ndarray, '*b m']
-    p: Float[np.ndarray, '*b m']
-    at: Estimate
+    p: Float[np.ndarray, '*b m']  # adjusted p value, below α exactly where the interval excludes 0
+    at: Estimate  # at the latest look
 
 
 def decide(

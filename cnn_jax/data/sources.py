@@ -106,20 +106,6 @@ def has_validation(data: config.Data) -> bool:
     return 'validation' in parts_of(data)
 
 
-def open_source(name: str, split: str, **fields: Any) -> Source:
-    """Open the examples of one split of a source of one of `KINDS`.
-
-    Args:
-        name, fields: The source, and other fields, of `cnn_jax.config.Data`.
-        split: As in `cnn_jax.data.splits.select`.
-
-    Errors:
-        UserError: The name is unknown, or the source cannot be read.
-    """
-    data = config.Data(source=name, **fields)
-    return splits.select(name, parts_of(data), split, data.classes)
-
-
 def parts_of(data: config.Data) -> dict[str, Callable[[], Source]]:
     """The parts of the source that a config names, and how to open them."""
     kind, _, argument = data.source.partition(':')

@@ -153,11 +153,11 @@ class Pretrained:
 def load(
     source: str | Path = 'auto', sources: Mapping[str, File] | None = None, backbone: str = 'vgg16'
 ) -> Pretrained:
-    """Load a backbone's weights and verify them.
+    """Load a backbone's weights and verify them; leave a copy of published ones in the cache.
 
     Args:
         source: 'auto' (the cache, then each of `sources` until one delivers), the name of one of
-            `sources` (downloaded again), or a weights file.
+            `sources` (downloaded again), or a weights file, of which no copy is made.
         sources: Those of the published weights; None: the backbone's in `SOURCES_OF`.
         backbone: One of `BACKBONES`.
 
@@ -168,35 +168,22 @@ def load(
     known = SOURCES_OF.get(backbone, {}) if sources is None else sources
     if isinstance(source, Path) or source not in ('auto', *known):
         return from_file(Path(source), backbone)
-    return published(source, known, backbone)[0]
-
-
-def published(
-    source: str = 'auto', sources: Mapping[str, File] | None = None, backbone: str = 'vgg16'
-) -> tuple[Pretrained, dict[str, str]]:
-    """Load the published weights, as `load` does, and leave a copy in the cache.
-
-    Returns:
-        The weights, and the error of each place that was tried, in order: `''` for the one that
-        delivered them, which may be 'cache'.
-    """
     if backbone not in PUBLISHED:
         raise UserError(
             f'no weights of {network(backbone).title} are published where they can be fetched '
             'from here; give a file of yours (config.model.weights=FILE)'
         )
     errors: dict[str, str] = {}
-    sources = SOURCES_OF[backbone] if sources is None else sources
     if source == 'auto':
         try:
-            return load_cached(backbone), {'cache': ''}
+            return load_cached(backbone)
         except UserError as error:
             errors['cache'] = str(error)
             if cache_path(backbone).exists():
                 log.warning('%s; fetching the weights again', error)
-    for name in [source] if source in sources else sources:
+    for name in [source] if source in known else known:
         try:
-            pretrained = _download(name, sources[name], backbone)
+            pretrained = _download(name, known[name], backbone)
         except UserError as error:
             log.warning('%s: %s', name, error)
             errors[name] = str(error)
@@ -205,8 +192,7 @@ def published(
             save_cached(pretrained.params, name, backbone)
         except UserError as error:
             log.warning('%s', error)
-            errors['cache'] = str(error)
-        return pretrained, errors | {name: ''}
+        return pretrained
     attempts = '; '.join(f'{name}: {error}' for name, error in errors.items())
     raise UserError(
         f'no source could deliver the weights of {PUBLISHED[backbone].name} ({attempts}); give a '

@@ -20,7 +20,7 @@ from cnn_jax.data.batches import open_batches
 from cnn_jax.data.source import as_source
 from cnn_jax.data.splits import part_of
 from cnn_jax.errors import UserError, printable
-from cnn_jax.files import replacing, write_text
+from cnn_jax.files import write_text
 from cnn_jax.tools import heatmap
 from cnn_jax.tools.figures import as_files, reliability_figure, themed
 from cnn_jax.tools.page import finite, number, template, write_csv
@@ -108,11 +108,7 @@ class Evaluation:
         content |= self.metrics | metrics.as_json(self.metrics)
         content |= {'confusion': content['confusion'].tolist(), 'duplicates_sought': self.sought}
         write_text(numbers, _to_json(content))
-        with (
-            replacing(predictions) as temporary,
-            temporary.open('w', encoding='utf-8', newline='') as file,
-        ):
-            write_csv(self._rows(), file)
+        write_csv(self._rows(), predictions)
         write_text(page, self._page())
         return paths
 

@@ -36,6 +36,13 @@ STYLE: Any = {
 WIDTH = 5.0  # inches, at 72 points each
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, whose parts make room for each other."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout='constrained')
+
+
 def save(figure: Any, file: Path | BinaryIO, **options: Any) -> None:
     """Save a figure as a PNG, or as the options of `savefig` say; `file` is replaced as a whole.
 
@@ -89,9 +96,7 @@ def curves_figure(lines: list[dict[str, Any]]) -> Any:
     Args:
         lines: The lines of `metrics.jsonl`.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    figure = new_figure(9, 3.6)
     for axes, name in zip(figure.subplots(1, 2), ('loss', 'accuracy')):
         for split, style, label in (
             ('train', '--', 'training, regularized'),
@@ -115,9 +120,7 @@ def reliability_figure(bins: list[dict[str, Any]]) -> Any:
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", figure 1.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, 4.6), layout='constrained')
+    figure = new_figure(WIDTH, 4.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     edges = [each['from'] for each in bins], [each['to'] - each['from'] for each in bins]
     options = {'align': 'edge', 'edgecolor': SURFACE, 'linewidth': 1}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from cnn_jax.errors import UserError
 from cnn_jax.freezing import mode_arguments
-from cnn_jax.tools.figures import save
+from cnn_jax.tools.figures import new_figure, save
 
 
 def grad_cam(
@@ -138,9 +138,8 @@ def draw_heatmap(
 ) -> None:
     """Draw a PNG of the image and its `overlay`."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.4), layout='constrained')
+    figure = new_figure(7, 3.4)
     left, right = figure.subplots(1, 2)
     left.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap='gray', vmin=0, vmax=255)
     right.imshow(overlay(image, heat))

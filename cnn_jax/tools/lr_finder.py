@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
 from cnn_jax.files import write_text
-from cnn_jax.tools.figures import save
+from cnn_jax.tools.figures import new_figure, save
 from cnn_jax.train.loop import Phase, steps
 from cnn_jax.train.program import State, traced_values
 
@@ -26,12 +26,6 @@ SETTLED = 10  # rates before the average is one of as many losses as later
 WORSE = 4.0  # times the lowest smoothed loss: the sweep is over
 
 Curve = Float64[np.ndarray, ' n']
-
-
-def constant_rate(config: cfg.Config) -> cfg.Config:
-    """The config without a schedule, so that the sweep sets the learning rate."""
-    plain = {'optimizer.schedule': 'constant', 'optimizer.warmup_epochs': 0.0}
-    return cfg.replace(config, plain)
 
 
 def losses(
@@ -43,7 +37,7 @@ def losses(
     """The training loss at each rate, until it is no longer finite or far above its lowest.
 
     Args:
-        config, phase: A config of `constant_rate`, and the first phase, made with it.
+        config, phase: A config without a schedule, and the first phase, made with it.
         state: The state before the first step; its memory is given away.
         rates: The rates to try.
 
@@ -100,10 +94,8 @@ def write_csv(rates: Curve, losses: Curve, path: Path) -> None:
 
 def draw(rates: Curve, losses: Curve, suggested: float, path: Path) -> None:
     """Loss against learning rate, and the suggestion, as a PNG."""
-    from matplotlib.figure import Figure
-
     curve = smoothed(losses)
-    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    figure = new_figure(6, 3.6)
     axes = figure.subplots()
     axes.plot(rates[: len(losses)], losses, alpha=0.3, label='loss')
     axes.plot(rates[: len(losses)], curve, label='smoothed')

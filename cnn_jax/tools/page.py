@@ -4,14 +4,14 @@ Every name and text in them comes from outside, so it is escaped, and does nothi
 """
 
 import csv
-import io
 import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from cnn_jax.errors import csv_cell, printable
+from cnn_jax.files import replacing
 
 
 def template(path: Path, **filters: Callable) -> Any:
@@ -61,17 +61,14 @@ def finite(content: Any) -> Any:
     return content
 
 
-def to_csv(rows: list[dict[str, Any]]) -> str:
-    """The lines of a table; what does not exist, or is not finite, is empty."""
-    text = io.StringIO()
-    write_csv(rows, text)
-    return text.getvalue()
-
-
-def write_csv(rows: Iterable[dict[str, Any]], file: TextIO) -> None:
-    """Write `to_csv` of at least one row, row by row."""
-    writer = csv.writer(file, lineterminator='\n')
-    for number, row in enumerate(rows):
-        if not number:
-            writer.writerow(map(csv_cell, row))
-        writer.writerow(map(csv_cell, finite([*row.values()])))
+def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write a table of at least one row, row by row; what is missing, or not finite, is empty."""
+    with (
+        replacing(path) as temporary,
+        temporary.open('w', encoding='utf-8', newline='') as file,
+    ):
+        writer = csv.writer(file, lineterminator='\n')
+        for number, row in enumerate(rows):
+            if not number:
+                writer.writerow(map(csv_cell, row))
+            writer.writerow(map(csv_cell, finite([*row.values()])))

@@ -62,10 +62,11 @@ class Phase:
 
     def metrics(self, state: State, values: Values) -> dict[str, Any]:
         """The metrics of the evaluation split in inference."""
-        sums = metrics.sum_over(
-            lambda batch: self.eval_step(state, batch, values), self.evaluate.evaluate()
-        )
-        return metrics.result(sums)
+        total = None
+        for batch in self.evaluate.evaluate():
+            total = metrics.add(total, self.eval_step(state, batch, values))
+        assert total is not None, 'a split has at least one batch'
+        return metrics.result(total)
 
 
 def compile_phase(

@@ -6,7 +6,7 @@ the steps since the last report, and the early-stopping rule, which is a functio
 
 import collections
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,15 +121,6 @@ def as_json(metrics: dict[str, Any]) -> dict[str, Any]:
     """The metrics as a line of the record: all but the confusion matrix; NaN becomes null."""
     classes = [None if np.isnan(a) else float(a) for a in metrics['class_accuracy']]
     return {**scalars(metrics), 'count': metrics['count'], 'class_accuracy': classes}
-
-
-def sum_over(eval_step: Callable[[Any], Sums], batches: Iterable[Any]) -> Sums:
-    """The sums over a whole split of at least one batch, by a function from a batch to its sums."""
-    total = None
-    for batch in batches:
-        total = add(total, eval_step(batch))
-    assert total is not None, 'a split has at least one batch'
-    return total
 
 
 class NotFinite(Exception):

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnn_jax.config import Data
+from cnn_jax.data.source import Source
+from cnn_jax.data.sources import open_split
+
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path_factory, monkeypatch) -> Path:
@@ -35,6 +39,11 @@ def write_images():
 def random_image():
     """A function from a shape and a seed to uint8 noise."""
     return noise
+
+
+def open_source(name: str, split: str, **fields) -> Source:
+    """The examples of one split of a source; `fields` are others of `config.data`."""
+    return open_split(Data(source=name, eval=split, **fields), 'eval')
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

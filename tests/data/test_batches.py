@@ -40,9 +40,9 @@ from cnn_jax.data.batches import (
 )
 from cnn_jax.data.decode import resize_image
 from cnn_jax.data.source import Source, from_arrays
-from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 from cnn_jax.runtime import cores
+from tests.data.conftest import open_source
 
 PROVIDERS = {'never': DeviceBatches, 'always': StreamBatches}
 sizes = st.integers(1, 60)

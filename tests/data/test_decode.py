@@ -33,10 +33,10 @@ from cnn_jax.data.decode import (
     store_findings,
     with_channels,
 )
-from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
 from cnn_jax.runtime import cores
 from tests.damage import damaged
+from tests.data.conftest import open_source
 
 grey_images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(1)))
 rgb_images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3)))

@@ -12,8 +12,8 @@ from PIL import Image
 from cnn_jax.data import decode
 from cnn_jax.data.folder import examine_files, find_images
 from cnn_jax.data.source import count_left_out, remarks
-from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
+from tests.data.conftest import open_source
 
 
 def open_folder(root, split='all', **options):

@@ -16,9 +16,10 @@ from sklearn.datasets import load_digits
 
 from cnn_jax import config
 from cnn_jax.data import sources
-from cnn_jax.data.sources import digits, mnist_5k, open_source, open_split
+from cnn_jax.data.sources import digits, mnist_5k, open_split
 from cnn_jax.errors import UserError
 from tests.damage import damaged
+from tests.data.conftest import open_source
 from tests.pretrained.conftest import close_index, write_wheel
 
 # Names.

@@ -4,9 +4,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cnn_jax.data.source import from_arrays
-from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import drawn, fold, held_out, interleaved, joined, select, subset
 from cnn_jax.errors import UserError
+from tests.data.conftest import open_source
 
 labels_of_a_set = st.lists(st.integers(0, 5), min_size=5, max_size=120).map(np.array)
 

@@ -11,8 +11,8 @@ import pytest
 from pyarrow import parquet
 
 from cnn_jax.data import decode
-from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
+from tests.data.conftest import open_source
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from cnn_jax.data.batches import load
-from cnn_jax.data.sources import open_source
 from cnn_jax.errors import UserError
+from tests.data.conftest import open_source
 
 CLASSES = ('disc', 'square', 'star')
 SHAPES = [(5 + i % 3, 4 + i % 2) for i in range(30)]

