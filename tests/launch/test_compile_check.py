@@ -268,17 +268,6 @@ def test_in_bfloat16_convolutions_are_and_batch_statistics_are_not():
 
 
 @pytest.mark.slow
-def test_one_program_serves_all_values_of_an_arm():
-    values = (
-        '--config.optimizer.learning_rate=0.3',
-        '--config.loss.l2=0.1',
-        '--config.model.dropout=0.9',
-    )
-    (one, *_), (other,) = compiled('small', 'h100:1,h100:8'), compiled('small', 'h100:1', *values)
-    assert one.program == other.program
-
-
-@pytest.mark.slow
 def test_sixteen_runs_take_the_kernels_of_one_and_cudnns_gradient_of_a_kernel():
     (one, *_) = compiled('small', 'h100:1,h100:8')
     (many,) = compiled('small', 'h100:1', '--together=16')
