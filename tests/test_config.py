@@ -2,15 +2,13 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.environments import ROOT
 
 
 def test_json_round_trip_keeps_every_field_and_the_hash():

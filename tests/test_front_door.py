@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -21,8 +20,8 @@ from cnn_jax.params import flatten
 from cnn_jax.pretrained.formats import CONVOLUTIONS
 from cnn_jax.tools.export import export
 from cnn_jax.tools.predict import mc_dropout
+from tests.environments import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 90)
 IMAGES = np.clip(RNG.normal(60 + 60 * LABELS[:, None, None, None], 40, (90, 8, 8, 1)), 0, 255)

@@ -4,11 +4,10 @@ import ast
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.environments import ROOT
 
 # From the bottom up: a module may import its own layer and those below. The longest name counts.
 LAYERS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
@@ -252,9 +252,7 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path, values, monkeypatch):
         open_source(name, split='train')
 
 
-@settings(
-    derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(derandomize=True, max_examples=100)
 @given(data=st.data(), zipped=st.booleans())
 def test_damage_is_found_or_does_not_matter(tmp_path, values, data, zipped):
     """gzip has a checksum; without one, what is read is what the header says of the rest."""

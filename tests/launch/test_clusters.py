@@ -16,7 +16,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.environments import ROOT
+
 AWKWARD = ['--config.data.train=train[:10] \'a\' "b"  c', '--config.x=$HOME;`id`&|*\\n', '--y=é']
 
 GCLOUD = """

@@ -24,9 +24,8 @@ from cnn_jax.models import build
 from cnn_jax.tools import compile_check
 from cnn_jax.tools.compile_check import CHIPS, COMPILERS, kernels, parse_target
 from experiments.baseline import get_config
-from tests.environments import environment
+from tests.environments import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 BASELINE = '--config=experiments/baseline.py'
 
 
