@@ -23,9 +23,8 @@ def test_numbers_of_numpy_are_numbers():
     given = {
         'seed': np.int64(3),
         'model.dropout': np.float32(0.5),
-        'model.widths': np.array([4, 8]),
+        'model.widths': tuple(np.array([4, 8])),
     }
-    given['model.widths'] = tuple(np.array([4, 8]))
     config = cfg.validate(cfg.replace(cfg.Config(), given))
     assert cfg.to_json(config) == cfg.to_json(cfg.replace(cfg.Config(), plain))
 
@@ -135,10 +134,6 @@ def test_every_number_has_a_range_or_choices():
     for path, field in cfg.fields_by_path(cfg.Config()).items():
         if field.type in (int, float):
             assert field.metadata.keys() & {'range', 'choices'}, path
-
-
-def test_the_default_configuration_is_valid():
-    cfg.validate(cfg.Config())
 
 
 def test_values_and_structure_divide_the_config():
