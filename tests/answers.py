@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.environments import ROOT
+
 FOLDER = ROOT / 'docs' / 'answers'
 HEAD = """# Answers
 

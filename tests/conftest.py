@@ -7,7 +7,7 @@ os.environ.setdefault('KERAS_BACKEND', 'jax')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from cnn_jax import runtime
 from cnn_jax.files import cache_folder
@@ -16,13 +16,20 @@ from tests.browser import Browser, Missing
 # Tests that start processes with a cache of their own need not build the library for each.
 os.environ.setdefault('CNN_JAX_NATIVE', str(cache_folder() / 'native'))
 runtime.configure()
-settings.register_profile('no deadline', deadline=None)  # a busy machine is not a failure
-settings.load_profile('no deadline')
+settings.register_profile(
+    'suite',
+    deadline=None,  # a busy machine is not a failure
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile('suite')
 
 LEFT_OUT = pytest.StashKey[list[str]]()
 
 # Long files of few tests, which workers would otherwise begin last.
-FIRST = ('faults/', 'scale/', 'benchmarks/', 'launch/', 'train/test_loop')
+FIRST = (
+    *('test_answers', 'faults/', 'scale/', 'benchmarks/', 'launch/', 'tools/test_verify'),
+    *('ablation/test_training', 'test_unread', 'nn/test_peers', 'train/test_loop'),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,10 +1,12 @@
-"""What happens to files: bytes replaced, inserted, lost; a process killed between operations."""
+"""What happens to files: bytes replaced, inserted, lost; code in them; kills between operations."""
 
 import contextlib
+import io
 import os
 import shutil
 import sys
 
+import numpy as np
 from hypothesis import strategies as st
 
 LIES = [b'\xff' * 4, b'\xff' * 8, b'\x7f' + b'\xff' * 7, b'\0' * 8]  # sizes that headers tell
@@ -43,3 +45,20 @@ def copied_before_each_operation(folder, copies):
         yield
     finally:
         _watchers.clear()
+
+
+class Runs:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def object_array(content) -> bytes:
+    """A `.npy` file of one Python object, which is pickled."""
+    file = io.BytesIO()
+    np.save(file, np.array([content], object), allow_pickle=True)
+    return file.getvalue()

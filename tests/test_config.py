@@ -2,15 +2,13 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cnn_jax import config as cfg
 from cnn_jax.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.environments import ROOT
 
 
 def test_json_round_trip_keeps_every_field_and_the_hash():
@@ -25,9 +23,8 @@ def test_numbers_of_numpy_are_numbers():
     given = {
         'seed': np.int64(3),
         'model.dropout': np.float32(0.5),
-        'model.widths': np.array([4, 8]),
+        'model.widths': tuple(np.array([4, 8])),
     }
-    given['model.widths'] = tuple(np.array([4, 8]))
     config = cfg.validate(cfg.replace(cfg.Config(), given))
     assert cfg.to_json(config) == cfg.to_json(cfg.replace(cfg.Config(), plain))
 
@@ -137,10 +134,6 @@ def test_every_number_has_a_range_or_choices():
     for path, field in cfg.fields_by_path(cfg.Config()).items():
         if field.type in (int, float):
             assert field.metadata.keys() & {'range', 'choices'}, path
-
-
-def test_the_default_configuration_is_valid():
-    cfg.validate(cfg.Config())
 
 
 def test_values_and_structure_divide_the_config():

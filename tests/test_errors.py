@@ -16,7 +16,6 @@ DIRECTIONS = {'LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI'}
 SHOWN = {
     'a\x1b]0;title\x07.png': r'a\x1b]0;title\x07.png',
     'two\nlines\r': r'two\nlines\r',
-    'nul\0': r'nul\x00',
     'c1\x9b31m': r'c1\x9b31m',
     'gnp.\u202ecod': r'gnp.\u202ecod',
     'isolate\u2066': r'isolate\u2066',

@@ -1,6 +1,5 @@
 """Files appear whole or not at all, and no changed bit goes unnoticed."""
 
-import io
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ import pytest
 
 from cnn_jax import files
 from cnn_jax.errors import UserError
+from tests.damage import Runs, object_array
 
 
 def build(path, value=7, calls=None, shape=(3, 4)):
@@ -216,29 +216,13 @@ def test_a_damaged_array_is_built_again(tmp_path, damage):
     assert calls == [8]
 
 
-class Runs:
-    """Whoever unpickles it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize('form', [pickle.dumps, lambda runs: array_bytes(np.array([runs]))])
+@pytest.mark.parametrize('form', [pickle.dumps, object_array])
 def test_a_pickle_in_the_cache_runs_nothing(tmp_path, form):
     path, ran = tmp_path / 'a.npy', tmp_path / 'ran'
     content = form(Runs(ran))
     path.write_bytes(content + bytes.fromhex(files.digest(content)))
     assert (build(path, 7) == 7).all()
     assert not ran.exists()
-
-
-def array_bytes(array):
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=True)
-    return file.getvalue()
 
 
 def test_an_error_while_building_leaves_nothing(tmp_path):

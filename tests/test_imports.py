@@ -2,14 +2,12 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.environments import ROOT
 
 # From the bottom up: a module may import its own layer and those below. The longest name counts.
 LAYERS = [
@@ -115,7 +113,7 @@ def loaded_by(statement, first='pass'):
 
 
 def test_importing_the_package_loads_nothing_heavy_and_changes_nothing():
-    modules, same = loaded_by('import cnn_jax, cnn_jax.config, cnn_jax.runtime')
+    modules, same = loaded_by('import cnn_jax, cnn_jax.config, cnn_jax.runtime; cnn_jax.Config()')
     heavy = {'jax', 'flax', 'optax', 'grain', 'orbax', 'matplotlib', 'tensorflow_datasets', 'ray'}
     assert not heavy & {name.split('.')[0] for name in modules}
     assert same
@@ -138,7 +136,3 @@ def test_the_whole_package_starts_no_device_and_loads_no_optional_library():
 def test_no_flag_is_defined_outside_the_launchers():
     for path in sources('cnn_jax') + sources('experiments'):
         assert 'absl' not in path.read_text(), path
-
-
-def test_the_environment_of_the_suite_is_the_launchers():
-    assert 'JAX_COMPILATION_CACHE_DIR' in os.environ

@@ -1,11 +1,11 @@
 """Nothing that is read can run code: the project opens no pickle and evaluates no text."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.environments import ROOT
+
 MODULES = {'pickle', '_pickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal', 'torch'}
 CALLS = {'eval', 'exec', 'yaml.load', 'yaml.unsafe_load', 'torch.load', 'pd.read_pickle'}
 

@@ -85,7 +85,7 @@ def test_update_rules_equal_keras(config, theirs):
     np.testing.assert_allclose(ours['w'], np.asarray(weight), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('many', [2**31 - 1, 2**31, 3 * 10**9, 10**18, 10**30])
+@pytest.mark.parametrize('many', [2**31 - 1, 2**31, 10**30])
 @pytest.mark.parametrize(
     ('fields', 'right'),  # as functions of the large number and of the step
     [

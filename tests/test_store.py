@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax import store
@@ -50,7 +50,7 @@ def files(folder):
     return sorted(path for path in folder.iterdir())
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(requests=st.lists(wanted, min_size=1, max_size=6))
 def test_each_row_is_computed_once_and_files_stay_few(tmp_path, requests):
     folder, known = tmp_path / 'store', set()
@@ -61,7 +61,7 @@ def test_each_row_is_computed_once_and_files_stay_few(tmp_path, requests):
         assert len(files(folder)) <= 1 + 2 * (2 * len(known) / PER_FILE + 1)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(data=st.data(), numbers=wanted)
 def test_what_is_damaged_is_computed_again_and_nothing_else(tmp_path, data, numbers):
     folder = tmp_path / 'store'

@@ -1,13 +1,14 @@
 """The notebook runs as it is, and its pictures show something."""
 
 import json
-from pathlib import Path
 
 import jax
 import matplotlib.pyplot as plt
 import pytest
 
-NOTEBOOK = json.loads((Path(__file__).resolve().parents[1] / 'docs/tour.ipynb').read_text())
+from tests.environments import ROOT
+
+NOTEBOOK = json.loads((ROOT / 'docs' / 'tour.ipynb').read_text())
 CODE = [cell for cell in NOTEBOOK['cells'] if cell['cell_type'] == 'code']
 
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from cnn_jax import config as cfg
 from cnn_jax.ablation.plan import Plan, by_structure, linear, log, make_plan, plan_of
 from cnn_jax.errors import UserError
+from tests.environments import ROOT
 
 ARMS = {
     'none': {'model.dropout': 0.0},
@@ -26,7 +26,7 @@ TWO = {
     name: {'model.dropout': rate}
     for name, rate in (('a', 0.1), ('a, b', 0.2), ('c', 0.3), ('b, c', 0.4))
 }
-EXPERIMENTS = Path(__file__).resolve().parents[2] / 'experiments'
+EXPERIMENTS = ROOT / 'experiments'
 
 
 def experiment(**content):

@@ -295,14 +295,6 @@ def test_an_ablation_of_an_earlier_version_is_refused(opened, tmp_path):
             read()
 
 
-def test_a_result_in_the_file_of_another_run_is_refused(ablation):
-    folder = ablation()
-    one, other, *_ = sorted((folder / 'cells').iterdir())
-    other.write_bytes(one.read_bytes())
-    with pytest.raises(UserError, match='another run'):
-        Ablation(folder).summary  # noqa: B018
-
-
 def targets(folder):
     return folder / 'ablation.json', sorted((folder / 'cells').glob('dropout-[0-9]*'))[0]
 

@@ -66,6 +66,7 @@ def test_arms_are_compared_on_the_users_own_model_data_and_optimizer(tmp_path, c
     more = ablate(arms, seeds=3, curves=True, **call)
     assert '9 runs were done before' in capsys.readouterr().out
     assert {row['n'] for row in more.table} == {3}
+    assert (more.summary['seeds'], more.summary['looks']) == ([0, 1, 2], [2, 3])
     with pytest.raises(UserError, match='differs'):
         ablate(arms, seeds=2, **call | {'optimizer': optax.sgd(1e-2)})
     with pytest.raises(UserError, match='workers'):

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import special, stats
@@ -193,7 +193,6 @@ designs = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), designs, st.sampled_from([1, -1]))
 def test_a_verdict_is_read_off_its_interval(seed, design, sign):
     found = s.decide(study(seed), design, margin=1.5, sign=sign)
@@ -204,7 +203,6 @@ def test_a_verdict_is_read_off_its_interval(seed, design, sign):
         assert low <= high
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), designs, st.integers(1, 30))
 def test_a_resumed_study_gives_the_answer_of_one_that_ran_through(seed, design, n):
     values = study(seed)
@@ -226,7 +224,6 @@ def test_a_resumed_study_gives_the_answer_of_one_that_ran_through(seed, design, 
         np.testing.assert_array_equal(one, other)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), designs, st.permutations(range(5)), st.floats(0.01, 100))
 def test_neither_unit_nor_order_of_the_arms_matters(seed, design, order, unit):
     values = study(seed)

@@ -68,10 +68,9 @@ CASES = {
     'strided': {'augment.crop': 1, 'loss.l2': 1e-3},
     'averaged, and over before its end': IMPATIENT | {'train.swa_from': 1.0},
     'fine-tuned': FINE_TUNED,
-    'head on features': FINE_TUNED
-    | {'unfreeze.epochs': 0.0, 'features.cache': 'always', 'data.balance': True},
     'head on scaled features': FINE_TUNED
-    | {'unfreeze.epochs': 0.0, 'model.scale_features': True, 'train.precise_norm': 2},
+    | {'unfreeze.epochs': 0.0, 'features.cache': 'always', 'data.balance': True}
+    | {'model.scale_features': True, 'train.precise_norm': 2},
     'head on kept views': FINE_TUNED
     | {'unfreeze.epochs': 0.0, 'features.views': 2, 'augment.flip': True},
 }

@@ -77,11 +77,6 @@ def test_a_source_with_parts_keeps_them():
         assert pixels(select('set', parts, part)) == expected
 
 
-def test_a_lone_training_part_is_divided():
-    parts = {'train': lambda: numbered([0] * 5 + [1] * 5)}
-    assert [len(select('set', parts, split)) for split in ('train', 'test', 'all')] == [8, 2, 10]
-
-
 # Slices.
 
 

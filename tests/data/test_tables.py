@@ -153,7 +153,6 @@ def test_a_table_and_its_folder_keep_an_index_each(root, monkeypatch):
         ('path,label\ncat/0.png,cat\ncat//0.png,dog\n', 'names cat/0.png once more in row 2'),
         ('path,label\ncat/0.png,c\x1bat\ncat/1.png,b\n', 'cannot be printed'),
         ('path,label\nx.png,a\ny.png,b\n', 'no file that .* relative to'),
-        ('path,label\ncat/0.png,cat\n', 'one class only'),
         ('path,label,split\ncat/0.png,cat,holdout\n', "'holdout' as the part of row 1"),
         ('path,label,split\ncat/0.png,cat,test\n', 'rows of the parts test'),
         ('path,label\n'.encode('utf-16'), 'UTF-8'),

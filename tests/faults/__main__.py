@@ -12,8 +12,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from benchmarks import results
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.environments import ROOT
 
 # Kind of fault, what must come out, and the tests that try it.
 KINDS = [

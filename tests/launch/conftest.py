@@ -5,12 +5,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.environments import ROOT
 
 # A net and a run that take a second: the digits of scikit-learn, 8×8 pixels.
 TINY = (

@@ -30,14 +30,6 @@ def test_the_same_command_again_runs_nothing(launch, study, study_flags):
     assert {path: path.stat().st_mtime_ns for path in (folder / 'cells').iterdir()} == before
 
 
-def test_more_seeds_add_cells(launch, study, tmp_path, study_flags, summary):
-    shutil.copytree(study[0], tmp_path / 'more')
-    done = launch('ablate', *study_flags[:-1], '--seeds=3', f'--workdir={tmp_path}/more', check=0)
-    assert f'{RUNS} runs were done before' in done.stdout
-    found = summary(tmp_path / 'more')
-    assert (found['seeds'], found['looks']) == ([0, 1, 2], [2, 3])
-
-
 def test_verify_trains_a_replicate_again(launch, study, tmp_path):
     folder = tmp_path / 'study'
     shutil.copytree(study[0], folder)

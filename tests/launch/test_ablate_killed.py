@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.environments import ROOT
+
 JOB = ROOT / 'launch' / 'kubernetes_ablation.yaml'
 
 

@@ -25,8 +25,10 @@ VGG16 = (
 )
 NETS = {
     'strided': ('strided', *COLOUR, '--config.model.downsample=max_pool'),
-    'group': ('small', '--config.model.norm=group', '--config.model.downsample=avg_pool'),
-    'layer': ('small', '--config.model.norm=layer', '--config.model.padding=REFLECT'),
+    'group': (
+        *('small', '--config.model.norm=group', '--config.model.padding=REFLECT'),
+        '--config.model.downsample=avg_pool',
+    ),
     'instance': ('small', '--config.model.norm=instance', '--config.model.residual=True'),
     'vgg16': ('finetune_vgg16', *COLOUR, *VGG16),
     'own': ('own_resnet',),

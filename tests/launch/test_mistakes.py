@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.launch.conftest import ROOT
+from tests.environments import ROOT
 
 TAKE_WORDS = {'predict', 'compare', 'processes'}
 NO_LAUNCHERS = {'__init__', 'cli', 'cnn_jax', 'launch'}

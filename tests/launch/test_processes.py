@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.environments import ROOT
+
 EPOCHS = ('--config.train.epochs=20', '--config.train.checkpoint_every=1')
 
 pytestmark = pytest.mark.slow

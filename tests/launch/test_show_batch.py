@@ -8,9 +8,7 @@ from cnn_jax import config as cfg
 from cnn_jax.components import NO_COMPONENTS
 from cnn_jax.pretrained.weights import PREPROCESSINGS
 from cnn_jax.train import setup
-from tests.launch.importing import imported
-
-show_batch = imported('show_batch')
+from launch import show_batch
 
 DIGITS = {'data.source': 'digits', 'data.batch': 20}
 

@@ -184,7 +184,6 @@ LAYERS = {
     'ghost': (GhostBatchNorm(group_size=8, epsilon=1e-12), (1, 2, 3)),
     'renorm': (BatchRenorm(epsilon=1e-12, r_max=1.0, d_max=0.0), (0, 1, 2)),
     'group': (GroupNorm(2, epsilon=1e-12), (1, 2, 4)),
-    'layer': (GroupNorm(1, epsilon=1e-12), (1, 2, 3)),
     'instance': (GroupNorm(None, epsilon=1e-12), (1, 2)),
 }
 SPLIT = {'ghost': (2, 8, 6, 5, 4), 'group': (16, 6, 5, 2, 2)}

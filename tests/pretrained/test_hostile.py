@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.errors import UserError
@@ -19,7 +19,7 @@ from cnn_jax.params import flatten
 from cnn_jax.pretrained.formats import read
 from cnn_jax.pretrained.torch_files import open_torch
 from cnn_jax.pretrained.weights import load
-from tests.damage import damaged
+from tests.damage import Runs, damaged, object_array
 from tests.pretrained.conftest import (
     TABLE,
     WRITERS,
@@ -34,12 +34,7 @@ from tests.pretrained.conftest import (
 
 
 @pytest.mark.parametrize('kind', WRITERS)
-@settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=100,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(derandomize=True, max_examples=100)
 @given(data=st.data())
 def test_a_damaged_file_is_a_user_error_or_still_holds_the_network(
     tmp_path, write, small_params, kind, data
@@ -119,27 +114,11 @@ def test_an_hdf5_set_that_is_larger_than_any_memory(write, small_params):
 # Code.
 
 
-class Runs:
-    """Whoever unpickles it makes the folder `ran`."""
-
-    def __init__(self, ran):
-        self.ran = str(ran)
-
-    def __reduce__(self):
-        return os.mkdir, (self.ran,)
-
-
 def archive(content: bytes) -> bytes:
     """As torch.save and .npz and .keras files are."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, 'w') as members:
         members.writestr('archive/data.pkl', content)
-    return file.getvalue()
-
-
-def object_array(runs) -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.array([runs], object), allow_pickle=True)
     return file.getvalue()
 
 

@@ -54,14 +54,15 @@ def test_onnx_runtime(imagenet, graph, photograph):
     assert relative_error(ours, theirs.transpose(0, 2, 3, 1)) <= 1e-5
 
 
-@pytest.mark.parametrize('cut', ['block1_conv1', 'block2_pool', 'block5_pool'])
-def test_keras(imagenet, cut):
+def test_keras(imagenet):
     """Both photographs' middle 96×96 pixels, in one batch, at several layers."""
+    cuts = 'block1_conv1', 'block2_pool', 'block5_pool'
     names = ('china.jpg', 'flower.jpg')
     images = np.stack([load_sample_image(name)[165:261, 272:368] for name in names])
     model = keras.applications.VGG16(weights=None, include_top=False, input_shape=(96, 96, 3))
     for layer, tensors in imagenet.params.items():
         model.get_layer(layer).set_weights([tensors['kernel'], tensors['bias']])
-    model = keras.Model(model.input, model.get_layer(cut).output)
-    theirs = model(keras.applications.vgg16.preprocess_input(images.astype(np.float32)))
-    assert relative_error(features(imagenet, images, cut), theirs) <= 1e-5
+    model = keras.Model(model.input, [model.get_layer(cut).output for cut in cuts])
+    outputs = model(keras.applications.vgg16.preprocess_input(images.astype(np.float32)))
+    for cut, theirs in zip(cuts, outputs, strict=True):
+        assert relative_error(features(imagenet, images, cut), theirs) <= 1e-5, cut

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -24,8 +23,7 @@ from cnn_jax.errors import FORMULA, csv_cell, printable
 from cnn_jax.tools import evaluate as module
 from cnn_jax.tools.evaluate import HITS, MATRIX, MISTAKES, Evaluation
 from tests.browser import ILLEGIBLE
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.environments import ROOT
 
 IMAGES = 61
 HOSTILE = (

@@ -140,9 +140,7 @@ def photographs(folder):
     return sorted(folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    ('shape', 'resize'), [((8, 8, 1), 'stretch'), ((8, 8, 3), 'crop'), ((8, 8, 1), 'crop')]
-)
+@pytest.mark.parametrize(('shape', 'resize'), [((8, 8, 1), 'stretch'), ((8, 8, 3), 'crop')])
 def test_the_readme_reads_photographs_as_the_training_does(opened, tmp_path, shape, resize):
     run = opened(shape, data__resize=resize, data__size=8)
     (tmp_path / 'in').mkdir()

@@ -103,10 +103,6 @@ NAMED = {  # config, changes of parameters, what is said
         *(TINY, {'block1_conv2/kernel': lambda w: w.at[0, 1].set(jnp.nan)}),
         'block1_conv2/kernel was nan before the step',
     ),
-    'inf': (
-        *(TINY, {'block1_conv2/kernel': lambda w: w.at[0, 1].set(jnp.inf)}),
-        'block1_conv2/kernel was inf before the step',
-    ),
     'sam': (PLAIN | {'optimizer__sam': 1e30}, {}, 'the loss or its gradient was not finite uphill'),
     'penalty': (
         PLAIN | {'loss__l2': 1.0, 'loss__l2_on': ('head/*/kernel',)},

@@ -30,10 +30,6 @@ class State:
     averaged: dict
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     monkeypatch.setattr(record, 'draw_curves', lambda lines, path: None)

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ from cnn_jax.train.loop import before_step, steps
 from cnn_jax.train.metrics import StepMetrics
 from cnn_jax.train.program import state_maker, traced_values
 from cnn_jax.train.run import claim_workdir
+from tests.environments import ROOT
 from tests.train.conftest import begin, copied, equal, make_config, opened
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = {'train__epochs': 2.0, 'train__eval_every': 0.5, 'train__checkpoint_every': 0.25}
 TWO_PHASES = SHORT | {
     'train__epochs': 1.0,

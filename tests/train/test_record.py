@@ -3,7 +3,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax import config
@@ -41,9 +41,7 @@ def test_no_path_is_a_formula(tmp_path, path):
     assert rows(tmp_path) == [('train', f'./{path}', 'cut off')]
 
 
-@settings(
-    derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(derandomize=True)
 @given(st.binary(min_size=1, max_size=255).filter(lambda name: b'\0' not in name))
 def test_every_name_survives(tmp_path, name):
     path = 'class/' + os.fsdecode(name)

@@ -123,7 +123,9 @@ def test_a_value_as_argument_is_the_value_in_the_config():
     for change in (1.0, 0.5):
         cheap = SWITCHES.keys() - {'loss.input_gradient', 'loss.r_drop'}
         strengths = {name: change * SWITCHES[name] for name in cheap}
-        program, state, values = begin(cfg.replace(make_config(model__dropout=change), strengths))
+        strengths |= {'model.dropout': change, 'loss.l2': 0.01 * change}
+        strengths['optimizer.learning_rate'] = 0.01 * change
+        program, state, values = begin(cfg.replace(make_config(), strengths))
         train = jax.jit(functools.partial(step.train_step, program))
         texts.append(train.lower(state, make_batch(), values).as_text())
     assert texts[0] == texts[1]
