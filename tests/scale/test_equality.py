@@ -120,8 +120,8 @@ def on_one_device(tmp_path_factory):
 
 
 CASES = {
-    'strided': ['eight', 'four_processes'],
-    'vgg16': ['divided', 'halved', 'four_processes'],
+    'strided': ['eight', 'two_processes', 'four_processes'],
+    'vgg16': ['eight', 'divided', 'halved', 'two_processes', 'four_processes'],
     'ghost': ['eight', 'two_processes'],
 }
 
