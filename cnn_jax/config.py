@@ -91,7 +91,9 @@ class Model(Fields):
     outputs: int = number(0, **KEPT)  # 0: one per class (softmax); 1: one sigmoid for two classes
     dtype: str = choice('float32', 'bfloat16', **KEPT)  # of computations, not parameters
     # which 3×3 convolutions of stride 1 take its short cut on a CPU
-    winograd: str = choice('frozen', 'always', 'never', **needs('model.dtype', of=('float32',)))
+    winograd: str = choice(
+        'always', 'frozen', 'never', before='frozen', **needs('model.dtype', of=('float32',))
+    )
 
     # strided_net
     stem_width: int = number(16, high=2**20, **STRIDED)  # 0: no stem

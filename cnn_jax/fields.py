@@ -37,7 +37,7 @@ def setting(default: Any, **facts: Any) -> Any:
     These are what the functions below set; `only_for`, those of `model.name` that read the field;
     `noiseless`, the value under which the network adds no noise to what it computes (or a table of
     such values); `kept`, whether it is read although the user brings the model or the optimizer;
-    `before`, the default of earlier versions, which means the same.
+    `before`, the default of earlier versions, which counts as today's.
     """
     return dataclasses.field(default=default, metadata=facts)
 

@@ -515,7 +515,8 @@ def claim_workdir(folder: Path, config: cfg.Config) -> None:
                 f'config.json is missing or damaged ({reason_of(error)}); choose another --workdir'
             ) from error
         longer = config.train.epochs > old.train.epochs
-        if not longer or cfg.without_length(old) != cfg.without_length(config):
+        steps = {cfg.content_hash(cfg.without_length(each)) for each in (old, config)}
+        if not longer or len(steps) > 1:
             raise UserError(_refusal(folder, cfg.differences(old, config), longer))
         files.write_json(folder / manifest.NAME, before | {'config_hash': digest}, indent=2)
     files.write_text(folder / 'config.json', cfg.to_json(config))

@@ -85,6 +85,19 @@ static INLINE void take(const float* image, int H, int W, int C, int i, int j, v
       }
 }
 
+// Asks for N×N pixels, one line of memory each, of a later tile: tiles touch too many rows at once
+// for the machine to foresee what is next, and would wait for each.
+template <int N>
+static INLINE void ask_for(const float* from, int W, int C, bool to_write) {
+  UNROLL for (int a = 0; a < N; a++)
+    UNROLL for (int b = 0; b < N; b++) {
+      const float* pixel = from + ((ptrdiff_t)a * W + b) * C;
+      if (to_write) __builtin_prefetch(pixel, 1);
+      else __builtin_prefetch(pixel);
+    }
+}
+constexpr int AHEAD = 4;  // tiles
+
 // The tiles of a batch of images [B, H, W, C]: number → place.
 struct Tiles {
   int down, across, total;
@@ -94,6 +107,12 @@ struct Tiles {
     i = number / across % down * TILE;
     j = number % across * TILE;
   }
+  // Where the first pixel of the tile AHEAD of this one lies, in images of H×W pixels of C numbers.
+  ptrdiff_t ahead(int number, int H, int W, int C, int ph, int pw) const {
+    int b, i, j;
+    place(std::min(number + AHEAD, total - 1), b, i, j);
+    return (((ptrdiff_t)b * H + i - ph) * W + j - pw) * C;
+  }
 };
 
 // Bᵀ x B of n tiles from `start` on, channels [0, channels) of C, to V [36][c/16][room][16].
@@ -102,8 +121,10 @@ static void transform_images(const Tiles& tiles, int start, int n, const float* 
   for (int t = 0; t < n; t++) {
     int b, i, j;
     tiles.place(start + t, b, i, j);
+    const float* ahead = x + tiles.ahead(start + t, H, W, C, ph, pw);
     for (int c = 0; c < channels; c += VL) {
       vec u[36], v[36];
+      ask_for<6>(ahead + c, W, C, false);
       take<6>(x + (size_t)b * H * W * C + c, H, W, C, i - ph, j - pw, u);
       UNROLL for (int q = 0; q < 6; q++) times_bt(u + q, 6, v + q, 6);
       float* to = V + ((size_t)c / BLOCK * room + t) * BLOCK + c % BLOCK;
@@ -183,8 +204,10 @@ static void winograd(const Pool& pool, const float* x, int B, int H, int W, int 
       int b, i, j;
       tiles.place(start + t, b, i, j);
       const int columns = std::min(TILE, OW - j), lines = std::min(TILE, OH - i);
+      const float* ahead = y + tiles.ahead(start + t, OH, OW, F, 0, 0) + f0;
       for (int f = 0; f < filters; f += VL) {
         vec m[36], s[24];
+        ask_for<TILE>(ahead + f, OW, F, true);
         UNROLL for (int p = 0; p < 36; p++) m[p] = load(M + p * m_point + (size_t)t * filters + f);
         UNROLL for (int q = 0; q < 6; q++) times_at(m + q, 6, s + q, 6);
         const vec bias = epilogue.bias ? load(epilogue.bias + f0 + f) : vec{};
@@ -228,8 +251,10 @@ static void winograd_kernel_gradient(const Pool& pool, const Geometry& g, const 
       for (int t = 0; t < n; t++) {
         int b, i, j;
         tiles.place(start + t, b, i, j);
+        const float* ahead = dy + tiles.ahead(start + t, g.OH, g.OW, F, 0, 0);
         for (int f = 0; f < F; f += VL) {
           vec d[16], e[24];
+          ask_for<TILE>(ahead + f, g.OW, F, false);
           take<4>(dy + (size_t)b * g.OH * g.OW * F + f, g.OH, g.OW, F, i, j, d);
           UNROLL for (int q = 0; q < 4; q++) times_a(d + q, 4, e + q, 4);
           float* to = D + ((size_t)f / width * T + t) * width + f % width;
