@@ -47,14 +47,16 @@ def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
             kernel, before = own.get('kernel'), rows.get(module.path)
             shapes = [leaf.shape for leaf in jax.tree.leaves(y) if hasattr(leaf, 'shape')]
             shape = shapes[0] if shapes else ()  # of several outputs the first
-            features = np.prod(getattr(module, 'features', None) or shape[-1:], dtype=int)
+            features = getattr(module, 'features', None)  # of a backbone a method
+            features = features if isinstance(features, (int, tuple)) else shape[-1:]
+            positions = math.prod(shape) // int(np.prod(features))
+            flops = 0 if kernel is None else 2 * positions * kernel.size
             rows[module.path] = Layer(
                 path='/'.join(module.path),
                 kind=type(module).__name__,
                 output=shape[1:],
                 parameters=sum(leaf.size for leaf in own.values()),
-                flops=(before.flops if before else 0)
-                + (0 if kernel is None else 2 * math.prod(shape) // int(features) * kernel.size),
+                flops=flops + (before.flops if before else 0),
             )
         return y
 

@@ -120,7 +120,23 @@ class Fixed(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(3)(nn.Dropout(0.5, deterministic=self.deterministic)(x.mean((1, 2))))
+        x = nn.BatchNorm(use_running_average=self.deterministic)(x.mean((1, 2)))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=self.deterministic)(x))
+
+
+def test_layers_whose_mode_is_fixed_are_evaluated_in_inference(tmp_path):
+    config = cj.replace(CONFIG, {'train.frozen': ()})
+    run = cj.fit(config, tmp_path, model=Fixed(), **PARTS, say=lambda line: None)
+    expected = Fixed(deterministic=True).apply(run.variables, run.spec.prepare(EVAL[0]))
+    np.testing.assert_allclose(run.predict(EVAL[0]), jax.nn.softmax(expected), rtol=1e-5)
+    export(run, tmp_path / 'exported')
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x.mean((1, 2))
+        return nn.Dense(3)(x + jax.random.normal(self.make_rng('dropout'), x.shape))
 
 
 class Listed(nn.Module):
@@ -134,7 +150,7 @@ class Listed(nn.Module):
     ('model', 'word'),
     [
         (Odd(), 'called with is_train'),
-        (Fixed(), 'draws random numbers, or changes its batch statistics, in inference'),
+        (Noisy(), 'draws random numbers, or changes its batch statistics, in inference'),
         (Listed(), 'the parameter pair of the network is a list'),
     ],
 )

@@ -333,7 +333,7 @@ class Progress:
 
     def update(self) -> None:
         """Print what was finished since the last call."""
-        files = len([*(self._store.folder / FOLDER).glob('*')])
+        files = len([*(self._store.folder / FOLDER).glob('[!.]*.json')])
         if files == self._files:  # asked five times a second, beside the workers
             return
         self._files = files

@@ -53,8 +53,8 @@ def _is_divided(of: core.ShapedArray) -> bool:
     return AxisType.Explicit in of.sharding.mesh.axis_types or of != undivided
 
 
-# Terms of a sum that XLA unrolls and so computes in vectors; twice as many take up to 3 times as long
-# for each.
+# Terms of a sum that XLA unrolls, and so computes in vectors; of more, each takes up to three times
+# as long.
 UNROLLED = 24
 _LEAST_BYTES = 2**16  # in loops over less XLA knows no barriers, and there is nothing to win
 

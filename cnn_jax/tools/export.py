@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jinja2
@@ -110,7 +111,8 @@ def _probabilities(run: Run, config: cfg.Config) -> Callable:
 
     def probabilities(weights, images):
         variables = params.unflatten(weights)
-        logits: Any = network.apply(variables, run.spec.prepare(images), **mode)
+        with nn.intercept_methods(run.program.evaluating):
+            logits: Any = network.apply(variables, run.spec.prepare(images), **mode)
         return jnp.exp(log_probabilities(logits))
 
     return probabilities

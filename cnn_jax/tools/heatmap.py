@@ -112,7 +112,8 @@ def heat_mapper(run: Any) -> Callable[[np.ndarray, int], np.ndarray]:
 
     @jax.jit
     def compute(variables, image, number):
-        return grad_cam(run.model, variables, run.spec.prepare(image), number, layer)
+        with nn.intercept_methods(run.program.evaluating):
+            return grad_cam(run.model, variables, run.spec.prepare(image), number, layer)
 
     return lambda image, number: np.asarray(
         compute(run.variables, image[None], np.array([number]))[0]

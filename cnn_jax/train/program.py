@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flax.errors
 import flax.linen as nn
 import flax.struct
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.core import meta
+from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jaxtyping import Array, Float, Int, UInt8
 
 from cnn_jax import config as cfg
@@ -133,6 +133,12 @@ class Program:
         """Holds frozen modules in inference."""
         names = params.flatten(self.shapes)
         return freezing.in_inference(names, self.trainable, self.frozen_patterns)
+
+    @property
+    def evaluating(self) -> Callable:
+        """Holds all modules of an own network in inference, whatever it calls their mode by."""
+        names = params.flatten(self.shapes) if self.spec.model else ()
+        return freezing.in_inference(names, (), ('*',) if self.spec.model else ())
 
     def forward(
         self, config: cfg.Config, variables: dict[str, Any], images: Array, key: Array
@@ -302,8 +308,9 @@ def _check_inference(program: Program) -> None:
     inputs = jax.eval_shape(spec.prepare, images)
     mode: dict[str, Any] = freezing.mode_arguments(net, train=False)
     try:
-        jax.eval_shape(functools.partial(net.apply, **mode), variables, inputs)
-    except (flax.errors.InvalidRngError, flax.errors.ModifyScopeVariableError) as error:
+        with nn.intercept_methods(program.evaluating):
+            jax.eval_shape(functools.partial(net.apply, **mode), variables, inputs)
+    except (UserError, InvalidRngError, ModifyScopeVariableError) as error:
         raise UserError(
             'the network draws random numbers, or changes its batch statistics, in inference; let '
             f'its __call__ take an argument ({", ".join(freezing.MODES)}) that stops it'

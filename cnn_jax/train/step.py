@@ -211,7 +211,8 @@ def predict_step(
     net = program.spec.network(config)
     x = images if program.cached else program.spec.prepare(images)
     mode: dict[str, Any] = freezing.mode_arguments(net, train=False)
-    logits: Any = net.apply(state.eval_variables, x, **mode, **program.entry)
+    with nn.intercept_methods(program.evaluating):
+        logits: Any = net.apply(state.eval_variables, x, **mode, **program.entry)
     return log_probabilities(logits)
 
 

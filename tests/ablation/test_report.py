@@ -167,7 +167,7 @@ def test_report_of_little_claims_nothing(ablation):
 
 
 def test_report_of_one_arm_compares_nothing(ablation):
-    assert 'There is one arm' in page(ablation({'none': 0.0}, tune={}))
+    assert 'There is one arm' in page(ablation({'none': 0.0}, tune={}, trials=None))
 
 
 def test_report_of_a_grid_shows_its_effects(ablation):

@@ -29,6 +29,7 @@ from cnn_jax.train.setup import preparation
 
 BLOCK = 'import sys\nfor name in ("cnn_jax", "flax", "orbax"): sys.modules[name] = None\n'
 VGG = {'model__name': 'vgg16', 'model__cut': 'block2_pool', 'model__head_norm': 'none'}
+DIRECT = {'model__winograd': 'never'}  # as XLA computes the exported one
 LICENCE = 'CC BY 4.0, Visual Geometry Group'
 
 
@@ -75,7 +76,7 @@ def loaded(folder):
         {},
         {'model__norm': 'none', 'model__downsample': 'max_pool'},
         {'model__dtype': 'bfloat16'},
-        {'model__outputs': 1, 'classes': ('4', '9'), 'shape': (32, 32, 3), **VGG},
+        {'model__outputs': 1, 'classes': ('4', '9'), 'shape': (32, 32, 3), **VGG, **DIRECT},
     ],
     ids=['strided', 'pooled', 'bfloat16', 'vgg16'],
 )

@@ -150,7 +150,7 @@ def test_frozen_backbones_are_looked_into(located, batch):
     shape = (32, 32, 3)
     changes = {'backbone/block1_conv2/kernel': lambda w: jnp.full_like(w, 3e38)}
     text = located(VGG, changes, batch(size=2, shape=shape), shape=shape)
-    assert text == f'backbone/block1_conv2 gave inf for all 2 examples{FINITE}'
+    assert text == f'backbone/block1_conv2 gave nan for all 2 examples{FINITE}'
 
 
 @pytest.mark.parametrize(

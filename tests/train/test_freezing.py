@@ -311,7 +311,8 @@ def test_a_frozen_module_that_cannot_be_held_is_refused_by_its_name(kind, senten
     def call(block, x, train):
         return block(x, train)
 
-    begin_foreign(kind, call)
+    with pytest.raises(UserError, match='in inference'):
+        begin_foreign(kind, call)
     with pytest.raises(UserError, match=sentence):
         begin_foreign(kind, call, train__frozen=('backbone/*',))
 
