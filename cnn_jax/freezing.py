@@ -151,7 +151,9 @@ def without_memory(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
 
 def _call_in_inference(context: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of a call with the training mode, if it has one, switched off."""
-    method = getattr(type(context.module), context.method_name)
+    method = getattr(type(context.module), context.method_name, None)
+    if method is None:  # a function that a Flax transformation calls; the module's own follows
+        return args, kwargs
     parameters = inspect.signature(method).parameters
     args, kwargs, known = list(args), dict(kwargs), list(parameters)[1:]
     for name, value in MODES.items():
