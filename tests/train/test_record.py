@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cnn_jax import config
 from cnn_jax.data.batches import open_batches
 from cnn_jax.data.decode import FORMATS
+from cnn_jax.train import setup
 from cnn_jax.train.record import write_skipped
 
 
@@ -64,3 +65,18 @@ def test_the_batches_of_a_folder_are_listed(tmp_path, stream):
     assert write_skipped(tmp_path, batches) == 1
     reason = f'unreadable: not an image in {", ".join(FORMATS)} format'
     assert rows(tmp_path) == [(split, 'b/2.png', reason) for split in ('train', 'eval')]
+
+
+def test_slices_that_have_images_in_common_are_told():
+    given = config.Config(data=config.Data('digits', train='train[:500]', eval='all[1000:]'))
+    data = setup.open_data(given)
+    train, test = (
+        {split.describe(i): split.read([i]).tobytes() for i in range(split.n)}
+        for split in (data.train, data.test)
+    )
+    shared = train.keys() & test.keys()
+    assert all(train[each] == test[each] for each in shared)
+    (note,) = setup.shared_images(given, data)
+    assert f'{len(shared)} of the 797 images of config.data.eval=all[1000:]' in note
+    apart = config.replace(given, {'data.train': 'all[:1000]'})
+    assert setup.shared_images(apart, setup.open_data(apart)) == []
