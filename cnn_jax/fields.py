@@ -19,7 +19,8 @@ from cnn_jax.errors import UserError, nearest
 C = TypeVar('C')
 LARGEST = 3.4e38  # what float32 holds
 OWN = 'own'  # the name of a model, source or optimizer that the user brings
-BOOLS = dict.fromkeys(('true', 't', '1'), True) | dict.fromkeys(('false', 'f', '0'), False)
+TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')
+BOOLS: dict[str, bool] = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
 KINDS = {
     bool: 'True or False',
     int: 'a whole number',

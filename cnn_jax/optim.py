@@ -185,9 +185,9 @@ def storable(
     def numbers(state: Any) -> Any:
         return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, state)
 
-    def init(tree: Any) -> Any:
+    def init(params: Any) -> Any:
         # A step gives the memory of its state away, which may be that of the user's own key.
-        return jax.tree.map(jnp.copy, numbers(inner.init(tree)))
+        return jax.tree.map(jnp.copy, numbers(inner.init(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         kinds: list[Any] = []
