@@ -144,7 +144,7 @@ class Extractor:
             'decoding': [decode.RULE, PIL.__version__],
             'jax': jax.__version__,
             'device': jax.devices()[0].device_kind,
-            'arithmetic': [ARITHMETIC, on_cpu() and native.library().key, model.winograd],
+            'arithmetic': [ARITHMETIC, on_cpu() and [native.library().key, model.winograd]],
             'threads': shared and runtime.configure().threads,
         }
         return digest(json.dumps(facts, sort_keys=True), *weights)

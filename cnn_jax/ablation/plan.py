@@ -273,7 +273,8 @@ def make_plan(
     _check_arms(arms, where)
     most = min(MOST_SEEDS, 2**32 - config.seed)
     check_count(seeds, most, f'the seeds{where}')
-    check_count(TRIALS if trials is None else trials, 1000, f'the trials{where}')
+    asks, trials = trials or widen, TRIALS if trials is None else trials
+    check_count(trials, 1000, f'the trials{where}')
     check_count(widen, 1000, f'the trials{where} that widen a range', least=0)
     measures = _measures(primaries, margins, where)
     tune = {} if tune is None else tune
@@ -291,7 +292,7 @@ def make_plan(
             f'the ablation{where} tunes, for which config.data.validation must hold out images of '
             'the training split; set it, to 500 say'
         )
-    if (trials or widen) and not any(ranges.values()):
+    if asks and not any(ranges.values()):
         raise UserError(
             f'the ablation{where} has trials, but tunes nothing; leave them out, or give an arm or '
             'TUNE a range, log(1e-4, 1e-2) say'
@@ -299,7 +300,7 @@ def make_plan(
     for one, other in itertools.combinations(configs, 2):
         if (configs[one], ranges[one]) == (configs[other], ranges[other]):
             raise UserError(f'the arms {one!r} and {other!r}{where} are the same')
-    baseline, trials = next(iter(arms)), trials or TRIALS
+    baseline = next(iter(arms))
     against = dict.fromkeys([*arms][1:], baseline) | _controls(against or {}, arms, where)
     return Plan(
         name=name,
