@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from cnn_jax.freezing import freeze
     from cnn_jax.regularizers import Regularizer
     from cnn_jax.tools.evaluate import evaluate
-    from cnn_jax.train.run import Run, fit, load_run
+    from cnn_jax.train.fit import fit
+    from cnn_jax.train.run import Run, load_run
 
 __version__ = '0.2.0.dev0'
 
@@ -55,7 +56,8 @@ _MODULES = {
     'cnn_jax.freezing': ('freeze',),
     'cnn_jax.regularizers': ('Regularizer',),
     'cnn_jax.tools.evaluate': ('evaluate',),
-    'cnn_jax.train.run': ('Run', 'fit', 'load_run'),
+    'cnn_jax.train.fit': ('fit',),
+    'cnn_jax.train.run': ('Run', 'load_run'),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 _WITHOUT_JAX = ('cnn_jax.config', 'cnn_jax.errors')

@@ -314,8 +314,12 @@ def _describe_object(thing: Any, seen: dict[int, Any]) -> Iterator[str]:
         if not _is_installed(thing):
             yield _source(thing)
             for member in vars(thing).values():
+                member = getattr(member, '__func__', getattr(member, 'fget', member))
                 if isinstance(member, types.FunctionType):
                     yield from describe(member, seen)
+            for base in thing.__bases__:
+                if not _is_installed(base):
+                    yield from describe(base, seen)
     elif hasattr(thing, 'func') and hasattr(thing, 'keywords'):  # functools.partial
         yield from describe((thing.func, thing.args, thing.keywords), seen)
     elif dataclasses.is_dataclass(thing):

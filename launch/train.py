@@ -56,7 +56,7 @@ def main(_) -> int:
     runtime.configure(config.train.threads)  # before JAX is imported
 
     from cnn_jax.components import load_experiment
-    from cnn_jax.train.run import fit
+    from cnn_jax.train.fit import fit
 
     run = fit(
         config,

@@ -34,7 +34,7 @@ LAYERS = [
     {'train.loop'},
     {'train.setup'},
     {'ablation.plan', 'ablation.results', 'ablation.training', 'ablation.tuning'},
-    {'train.run'},
+    {'train.fit', 'train.run'},
     {'tools'},
     {'ablation', 'cnn_jax'},
     {'launch'},

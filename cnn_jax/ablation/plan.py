@@ -200,15 +200,16 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) ->
     Errors:
         UserError: There are no arms, one is not a valid config, or two are the same.
     """
+    file = printable(experiment.__file__ or 'the experiment')
     name = printable(Path(experiment.__file__ or 'ablation').stem)
     arms, factors = (getattr(experiment, each, None) for each in ('ARMS', 'FACTORS'))
     if not arms and not factors:
         raise UserError(
-            f'experiments/{name}.py is not an ablation: it has neither ARMS nor FACTORS; '
-            'train it with launch.train'
+            f'{file} is not an ablation: it has neither ARMS nor FACTORS; train it with '
+            'launch.train'
         )
     if hasattr(experiment, 'METRIC'):
-        raise UserError(f"experiments/{name}.py has METRIC; name PRIMARIES = ('accuracy', 'loss')")
+        raise UserError(f"{file} has METRIC; name PRIMARIES = ('accuracy', 'loss')")
     constants = {
         constant.lower(): getattr(experiment, constant)
         for constant in CONSTANTS
@@ -220,7 +221,7 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) ->
         factors=None if arms else factors,
         name=name,
         question=str(experiment.__doc__ or '').strip(),
-        where=f' of experiments/{name}.py',
+        where=f' of {file}',
         **constants | options,
     )
 

@@ -122,6 +122,8 @@ def ablate(
     if workers is None and executor == 'local' and (here or not on_cpu):
         workers = 0
     if isinstance(arms, Plan):
+        if baseline or study:
+            raise UserError('the plan says what the baseline and the study are; leave them out')
         plan = arms
     else:
         config = components.mark(baseline or cfg.Config())

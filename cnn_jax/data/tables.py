@@ -141,12 +141,14 @@ def _chosen(table: Path, rows: Rows, data: config.Data) -> tuple[list[str], ...]
                 f'{table} has {split!r} as the part of row {number}; write {", ".join(PARTS)}, or '
                 'choose another column by config.data.split_column'
             )
-    texts[1] = [unicodedata.normalize('NFC', label) for label in texts[1]]  # both spellings are one
+    # Spellings of one label: 3.0 where whole numbers were stored as floats, NFD.
+    whole = (re.sub(r'^(-?\d+)\.0$', r'\1', label) for label in texts[1])
+    texts[1] = [unicodedata.normalize('NFC', label) for label in whole]
     return texts[0], texts[1], [SPLITS.get(split.lower(), 'all') for split in texts[2]]
 
 
 def _text(value: Any, table: Path, column: str, number: int) -> str:
-    """A cell as text; whole numbers look alike whether they were stored as integers or floats."""
+    """A cell as text."""
     if isinstance(value, (dict, list, bytes)):
         raise UserError(f'{table} holds no text or number in column {column}; choose another')
     text = '' if value is None or value != value else str(value).strip()
@@ -154,7 +156,7 @@ def _text(value: Any, table: Path, column: str, number: int) -> str:
         raise UserError(
             f'{table} has nothing in column {column} of row {number}; fill or remove it'
         )
-    return re.sub(r'^(\d+)\.0$', r'\1', text)
+    return text
 
 
 def _below(root: Path, folder: Path, path: str) -> str:
@@ -162,7 +164,7 @@ def _below(root: Path, folder: Path, path: str) -> str:
     path = path if '/' in path else path.replace('\\', '/')
     if not path.isascii():  # ü may be written as one character or as two
         spellings = path, *(unicodedata.normalize(form, path) for form in ('NFC', 'NFD'))
-        path = next((each for each in spellings if (folder / each).exists()), path)
+        path = next((each for each in spellings if os.path.exists(folder / each)), path)
     whole = Path(os.path.normpath(folder / path))
     return (whole.relative_to(root) if whole.is_relative_to(root) else whole).as_posix()
 

@@ -11,7 +11,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -87,9 +87,14 @@ def open_torch(path: Path) -> Iterator[dict[str, tuple[Tensor, Callable[[], np.n
         UserError: The file holds anything but a table of tensors.
         ValueError, and others: It is damaged.
     """
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        opened = _legacy if content[: len(LEGACY)] == LEGACY else _archive
-        table, numbers = opened(content, path)
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, 'rb'))
+        content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if content[: len(LEGACY)] == LEGACY:
+            table, numbers = _legacy(content, path)
+        else:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            table, numbers = _archive(archive, len(content), path)
         named = table.items() if isinstance(table, dict) else ()
         if not (tensors := {name: each for name, each in named if isinstance(each, Tensor)}):
             raise UserError(f'{path} holds no table of tensors; save the model.state_dict() alone')
@@ -123,13 +128,14 @@ def _legacy(content: mmap.mmap, path: Path) -> tuple[Any, Callable[[Storage], np
     return table, numbers
 
 
-def _archive(content: mmap.mmap, path: Path) -> tuple[Any, Callable[[Storage], np.ndarray]]:
+def _archive(
+    archive: zipfile.ZipFile, size: int, path: Path
+) -> tuple[Any, Callable[[Storage], np.ndarray]]:
     """PyTorch's format since 1.6: a ZIP archive, nothing in it compressed."""
-    archive = zipfile.ZipFile(path)
     (program,) = [name for name in archive.namelist() if name.endswith('/data.pkl')]
     folder = program.removesuffix('/data.pkl')
     for info in archive.infolist():
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(content):
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
             raise ValueError(f'{info.filename} is compressed')
     order = f'{folder}/byteorder'
     if order in archive.namelist() and archive.read(order) != b'little':

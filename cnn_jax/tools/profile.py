@@ -45,7 +45,7 @@ class Stopwatch:
         self.stalled = 0.0
         self._batch_size = batch_size
         self._pool = ThreadPoolExecutor(1) if streams else None
-        self._created, self._compiling = time.perf_counter(), 0.0
+        self._fed, self._compiling = 0.0, 0.0
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._began: float | None = None
         self._pending: Any = None  # results of the last step
@@ -56,7 +56,7 @@ class Stopwatch:
         if self._began is None:
             jax.block_until_ready(results)
             self._began, self._waited = time.perf_counter(), 0.0
-            self._compiling = self._began - self._created
+            self._compiling = self._began - self._fed
         else:
             self._steps += 1
 
@@ -66,6 +66,7 @@ class Stopwatch:
         That is from when the results of the last step are ready. A thread waits for them, some
         milliseconds late if Python is busy: what is told is at most too little.
         """
+        self._fed = time.perf_counter()
         if not self._pool:
             yield from batches
             return

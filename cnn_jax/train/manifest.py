@@ -1,19 +1,30 @@
-"""The manifest of a run: its code, packages, machine and data; and what has changed since.
+"""The manifest of a run: its code, packages, machine and data; and its hold on a work directory.
 
 Predictions depend on it (classes, preprocessing), so no bit of it may change unnoticed: the file
 carries its digest, each checkpoint a copy, and the digest of the config is in it.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cnn_jax import config as cfg
 from cnn_jax import runtime
-from cnn_jax.errors import UserError
-from cnn_jax.files import Corrupt, read_json, read_text, write_json
+from cnn_jax.errors import UserError, reason_of
+from cnn_jax.files import (
+    Corrupt,
+    lock,
+    lock_holder,
+    make_writable,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
 from cnn_jax.mesh import Layout
 
 NAME = 'manifest.json'
@@ -197,3 +208,70 @@ def _decisive(manifest: dict[str, Any]) -> dict[str, Any]:
         **{f'code ({name})': value for name, value in code.items()},
         **{f'{split} data': data[split]['fingerprint'][:12] for split in ('train', 'eval')},
     }
+
+
+@contextlib.contextmanager
+def lock_workdir(
+    folder: Path, wait: bool = False, say: Callable[[str], object] = print
+) -> Iterator[None]:
+    """Hold an exclusive lock on a work directory, created if missing; UserError if another does."""
+    make_writable(folder)
+    path = folder / 'lock'
+    if wait and (other := lock_holder(path)):
+        say(f'waiting for process {other[1]} on {other[0]}, which trains in {folder}')
+    # The folder, too: the lock's file may be removed.
+    with lock(folder, wait) as first, lock(path, wait) as second:
+        if not first or not second:
+            host, process = lock_holder(path) or ('another machine', '?')
+            raise UserError(
+                f'process {process} on {host} is training in {folder}; give --wait to resume after '
+                'it, or choose another --workdir'
+            )
+        yield
+
+
+def claim_workdir(folder: Path, config: cfg.Config) -> None:
+    """Make the work directory that of a run, or check that it belongs to one of the same config.
+
+    What ended before its first step, by a usage error for one, does not count as a run. A larger
+    number of epochs prolongs the run, where no step depends on it.
+
+    Errors:
+        UserError: It holds an ablation, or a run of another config (the difference is listed).
+    """
+    if (folder / 'ablation.json').exists():
+        raise UserError(f'{folder} holds an ablation; choose another --workdir')
+    for inside in ('profile', 'damaged', 'checkpoints', 'checkpoints/*'):
+        if link := next(filter(Path.is_symlink, folder.glob(inside)), None):
+            raise UserError(f'{link} is a link, and training writes to no other place; remove it')
+    before, digest = stored(folder), cfg.content_hash(config)
+    if before and before['config_hash'] != digest:
+        try:
+            old = cfg.from_json(read_text(folder / 'config.json'))
+        except (FileNotFoundError, Corrupt) as error:
+            raise UserError(
+                f'the work directory {folder} belongs to a run of another config, and its '
+                f'config.json is missing or damaged ({reason_of(error)}); choose another --workdir'
+            ) from error
+        longer = config.train.epochs > old.train.epochs
+        steps = {cfg.content_hash(cfg.without_length(each)) for each in (old, config)}
+        if not longer or len(steps) > 1:
+            raise UserError(_refusal(folder, cfg.differences(old, config), longer))
+        write_json(folder / NAME, before | {'config_hash': digest}, indent=2)
+    write_text(folder / 'config.json', cfg.to_json(config))
+
+
+def _refusal(folder: Path, changed: dict[str, tuple[Any, Any]], longer: bool) -> str:
+    listed = '; '.join(f'config.{name}: {old!r} → {new!r}' for name, (old, new) in changed.items())
+    what, more = f'another config ({listed})', ''
+    if list(changed) == ['own']:
+        what = 'other code of its own parts'
+    if longer and list(changed) == ['train.epochs']:
+        more = (
+            '; a run can be prolonged where no step depends on its length: without a cosine '
+            'schedule, model.drop_ramp, a second phase and own parts'
+        )
+    return (
+        f'the work directory {folder} belongs to a run of {what}; restore it, or choose another '
+        f'--workdir{more}'
+    )

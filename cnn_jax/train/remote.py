@@ -17,7 +17,7 @@ import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Mirror:
         self._broken: set[int] = set()  # steps of checkpoints there that are not what was sealed
         self._me = {'host': socket.gethostname(), 'process': os.getpid(), 'token': uuid.uuid4().hex}
 
-    def resume(self) -> None:
+    def resume(self, say: Callable[[str], object] = print) -> None:
         """Copy the remote folder here if it is farther; else check that it holds the same run."""
         with self.explained():
             names = self.names()
@@ -90,7 +90,7 @@ class Mirror:
                         f'{self.folder} and {self.url} hold different runs; remove one of them'
                     )
             if there < here:
-                print(f'resuming from {self.folder}, which is farther than {self.url}')
+                say(f'resuming from {self.folder}, which is farther than {self.url}')
 
     def take(self) -> None:
         """Become the owner of the remote folder."""

@@ -20,8 +20,8 @@ from cnn_jax.components import NO_COMPONENTS, from_objects
 from cnn_jax.errors import UserError
 from cnn_jax.files import read_json
 from cnn_jax.train import setup
+from cnn_jax.train.fit import fit
 from cnn_jax.train.loop import compilations, steps
-from cnn_jax.train.run import fit
 from cnn_jax.train.setup import open_data
 
 COUNTS = {'train': 20, 'pool': 40, 'validation': 10, 'test': 21, 'classes': 3}

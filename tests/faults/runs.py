@@ -22,7 +22,7 @@ from experiments import small
 
 PRELOADED = (
     'cnn_jax.data.batches',
-    'cnn_jax.train.run',
+    'cnn_jax.train.fit',
     'orbax.checkpoint',
     'tensorboardX',
 )
@@ -160,7 +160,8 @@ def _train(config: str, folder: Path, kill: Kill) -> None:
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     operations = _count_operations(folder, kill)
     from cnn_jax.train.checkpoint import digest
-    from cnn_jax.train.run import fit, load_run
+    from cnn_jax.train.fit import fit
+    from cnn_jax.train.run import load_run
 
     run = fit(cfg.from_json(config), folder)
     count = operations[0]

@@ -30,7 +30,7 @@ from cnn_jax.pretrained.weights import (
     save_cached,
 )
 from cnn_jax.tools.published import class_names, published_run
-from cnn_jax.train.run import fit
+from cnn_jax.train.fit import fit
 from tests.pretrained.conftest import archive_pth, close_index
 
 # By efficientnet-lite-pytorch 0.1.0 on PyTorch 2.13 (CPU), of the middle of two photographs: the

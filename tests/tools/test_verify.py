@@ -12,7 +12,8 @@ from cnn_jax.errors import UserError
 from cnn_jax.tools.verify import verify_run
 from cnn_jax.train import manifest
 from cnn_jax.train.checkpoint import digest
-from cnn_jax.train.run import fit, load_run
+from cnn_jax.train.fit import fit
+from cnn_jax.train.run import load_run
 from experiments import small
 
 CHANGES = {

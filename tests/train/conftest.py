@@ -13,8 +13,8 @@ from cnn_jax import files
 from cnn_jax.data.batches import DeviceBatches
 from cnn_jax.data.source import from_arrays
 from cnn_jax.train import loop, record, setup, step
+from cnn_jax.train.manifest import claim_workdir
 from cnn_jax.train.program import RunSpec, make_program, state_maker, traced_values
-from cnn_jax.train.run import claim_workdir
 
 SHAPE, CLASSES = (8, 8, 1), 3
 

@@ -12,8 +12,9 @@ from cnn_jax import features, models, params
 from cnn_jax.data.batches import DeviceBatches
 from cnn_jax.errors import UserError
 from cnn_jax.train import metrics, setup
+from cnn_jax.train.fit import fit
 from cnn_jax.train.program import make_program, state_maker
-from cnn_jax.train.run import fit, load_run
+from cnn_jax.train.run import load_run
 from tests.train.conftest import equal, made_up, make_config, make_data, make_spec, opened
 
 SHAPE = (32, 32, 1)

@@ -15,9 +15,9 @@ from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.files import write_json
 from cnn_jax.train.checkpoint import Checkpoints
 from cnn_jax.train.loop import before_step, steps
+from cnn_jax.train.manifest import claim_workdir
 from cnn_jax.train.metrics import StepMetrics
 from cnn_jax.train.program import state_maker, traced_values
-from cnn_jax.train.run import claim_workdir
 from tests.environments import ROOT
 from tests.train.conftest import begin, copied, equal, make_config, opened
 

@@ -15,7 +15,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.files import read_sealed_folder, seal_folder
 from cnn_jax.train import remote
-from cnn_jax.train.run import fit, load_run
+from cnn_jax.train.fit import fit
+from cnn_jax.train.run import load_run
 
 URL = 'faulty://bucket/run'
 
