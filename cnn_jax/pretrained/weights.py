@@ -4,10 +4,10 @@ Weights are identified by the digest of their values, never by a file name, and 
 the preprocessing that they were trained with.
 """
 
-import logging
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,6 @@ from cnn_jax.files import cache_folder, local_path, write_bytes
 from cnn_jax.params import flatten, unflatten
 from cnn_jax.pretrained.formats import CONVOLUTIONS, Params, digest, read
 from cnn_jax.pretrained.networks import network
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,18 +178,18 @@ def load(
         except UserError as error:
             errors['cache'] = str(error)
             if cache_path(backbone).exists():
-                log.warning('%s; fetching the weights again', error)
+                warnings.warn(f'{error}; fetching the weights again', stacklevel=2)
     for name in [source] if source in known else known:
         try:
             pretrained = _download(name, known[name], backbone)
         except UserError as error:
-            log.warning('%s: %s', name, error)
+            warnings.warn(f'{name}: {error}', stacklevel=2)
             errors[name] = str(error)
             continue
         try:
             save_cached(pretrained.params, name, backbone)
         except UserError as error:
-            log.warning('%s', error)
+            warnings.warn(str(error), stacklevel=2)
         return pretrained
     attempts = '; '.join(f'{name}: {error}' for name, error in errors.items())
     raise UserError(

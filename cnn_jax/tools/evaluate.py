@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from cnn_jax.errors import UserError, printable
 from cnn_jax.files import write_text
 from cnn_jax.tools import heatmap
 from cnn_jax.tools.figures import as_files, reliability_figure, themed
-from cnn_jax.tools.page import finite, number, template, write_csv
+from cnn_jax.tools.page import number, template, to_json, write_csv
 from cnn_jax.train import metrics, setup
 from cnn_jax.train.loop import shard_state
 from cnn_jax.train.program import traced_values
@@ -107,7 +106,7 @@ class Evaluation:
         content = {'split': self.split, 'step': self.run.step}
         content |= self.metrics | metrics.as_json(self.metrics)
         content |= {'confusion': content['confusion'].tolist(), 'duplicates_sought': self.sought}
-        write_text(numbers, _to_json(content))
+        write_text(numbers, to_json(content))
         write_csv(self._rows(), predictions)
         write_text(page, self._page())
         return paths
@@ -405,16 +404,3 @@ def data_url(image: UInt8[np.ndarray, 'h w c']) -> str:
     kind = 'png' if max(picture.size) <= LOSSLESS else 'jpeg'
     picture.save(file, kind, quality=88)
     return f'data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
-
-
-def _to_json(content: dict[str, Any]) -> str:
-    """Indented JSON with a line for each row of a table."""
-
-    def block(value: Any) -> str:
-        if not isinstance(value, list) or not any(isinstance(row, (dict, list)) for row in value):
-            return json.dumps(value, allow_nan=False)
-        rows = (json.dumps(row, allow_nan=False) for row in value)
-        return '[\n    ' + ',\n    '.join(rows) + '\n  ]'
-
-    lines = (f'{json.dumps(key)}: {block(value)}' for key, value in finite(content).items())
-    return '{\n  ' + ',\n  '.join(lines) + '\n}\n'

@@ -32,18 +32,11 @@ def grad_cam(
     to a maximum of 1 (an all-zero one stays) and enlarged to the image.
 
     Errors:
-        UserError: The network has no such layer, or none whose output is an image.
+        UserError: The network has no layer whose output is an image.
 
     Source: Selvaraju et al. 2017, "Grad-CAM", arXiv:1610.02391, equations 1 and 2.
     """
-    known = image_layers(model, images)
-    layer = layer or known[-1]
-    if layer not in known:
-        raise UserError(
-            f'the network has no layer {layer!r} whose output is an image; choose one of '
-            f'{", ".join(known)}'
-        )
-
+    layer = layer or image_layers(model, images)[-1]
     score = functools.partial(_score, model, variables, images, classes, layer)
     shape = jax.eval_shape(lambda: score(None)[1])
     gradient, features = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape, shape.dtype))

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import logging
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from cnn_jax.pretrained.weights import PUBLISHED, load
 from cnn_jax.train import setup
 from cnn_jax.train.program import State, make_program
 from cnn_jax.train.run import Curves, Run, start
-
-log = logging.getLogger(__name__)
 
 # English names of ImageNet's classes, one for each.
 NAMES = File(
@@ -76,7 +74,7 @@ def class_names() -> list[str]:
     try:
         names = json.loads(_names(path))
     except UserError as error:
-        log.warning('classes are called by their numbers: %s', error)
+        warnings.warn(f'classes are called by their numbers: {error}', stacklevel=2)
         return [f'class {i}' for i in range(CLASSES)]
     counts = Counter(names)
     return [name if counts[name] == 1 else f'{name} ({i})' for i, name in enumerate(names)]
@@ -96,5 +94,5 @@ def _names(path: Path) -> bytes:
     try:
         write_bytes(path, content)
     except OSError as error:
-        log.warning('%s cannot be written: %s', path, error.strerror)
+        warnings.warn(f'{path} cannot be written: {error.strerror}', stacklevel=2)
     return content

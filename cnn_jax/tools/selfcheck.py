@@ -15,6 +15,7 @@ import numpy as np
 from cnn_jax import rng, runtime
 from cnn_jax.errors import UserError
 from cnn_jax.nn import conv2d, dropout
+from cnn_jax.nn.native import check
 
 TOLERANCE = 1e-5  # of the largest error, relative to the largest number of the correct result
 TOLERANCES = {'bfloat16 sum': 2.0**-8, 'moments of normal numbers': 5e-3}  # 5 standard errors
@@ -109,20 +110,11 @@ def exact(given: dict[str, Any]) -> Results:
         'moments of normal numbers': np.array([0, 1]),
     }
     for name, (size, _, stride) in CONVOLUTIONS.items():
-        x, kernel, dy = (array.astype(np.float64) for array in given[name])
-        out = dy.shape[1]
-        total = (out - 1) * stride + 3 - size
-        low, high = total // 2, total - total // 2
-        x = np.pad(x, ((0, 0), (low, high), (low, high), (0, 0)))
-        y, dx, dkernel = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(kernel)
-        for p, q in np.ndindex(3, 3):
-            rows, columns = (slice(i, i + (out - 1) * stride + 1, stride) for i in (p, q))
-            patch = x[:, rows, columns]
-            y += patch @ kernel[p, q]
-            dx[:, rows, columns] += dy @ kernel[p, q].T
-            dkernel[p, q] = np.tensordot(patch, dy, ((0, 1, 2), (0, 1, 2)))
-        dx = dx[:, low : low + size, low : low + size]
-        results |= dict(zip(_parts(name), (y, dx, dkernel)))
+        x, kernel, dy = given[name]
+        total = (dy.shape[1] - 1) * stride + 3 - size
+        padding = (total // 2, total - total // 2) * 2
+        case = *x.shape, 3, 3, kernel.shape[-1], (stride, stride), padding, (1, 1), 1
+        results |= dict(zip(_parts(name), check.exact(check.geometry(case), x, kernel, dy)))
     return results
 
 

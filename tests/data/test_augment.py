@@ -1,9 +1,6 @@
 """Changes of images: laws of each, keys that follow from step and index, off means not there."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +11,7 @@ from scipy import stats
 from cnn_jax.config import Augment
 from cnn_jax.data import augment as module
 from cnn_jax.data.augment import augment_and_normalize, augment_plane, erase
+from tests.environments import on_devices
 
 KEY = jax.random.key(0)
 
@@ -310,10 +308,7 @@ for a, b in zip(one, eight):
 
 
 def test_one_and_eight_devices_compute_the_same():
-    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-    command = [sys.executable, '-c', ON_EIGHT_DEVICES]
-    done = subprocess.run(command, env=os.environ | {'XLA_FLAGS': flags}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    on_devices(8, ON_EIGHT_DEVICES)
 
 
 # Normalization.

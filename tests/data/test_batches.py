@@ -8,9 +8,6 @@ once; what fills the last batch up has mask False.
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from typing import Any
@@ -43,6 +40,7 @@ from cnn_jax.data.source import Source, from_arrays
 from cnn_jax.errors import UserError
 from cnn_jax.runtime import cores
 from tests.data.conftest import open_source
+from tests.environments import on_devices
 
 PROVIDERS = {'never': DeviceBatches, 'always': StreamBatches}
 sizes = st.integers(1, 60)
@@ -412,14 +410,7 @@ print(json.dumps(same))
 
 @pytest.mark.parametrize('axis_type', ['Auto', 'Explicit'])
 def test_a_sharded_batch_is_the_same_batch(axis_type):
-    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
-    ran = subprocess.run(
-        [sys.executable, '-c', SHARDED, axis_type],
-        env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    same = json.loads(ran.stdout)
+    same = json.loads(on_devices(4, SHARDED, axis_type))
     assert len(same) == 2 * 2 * 3 * 8
     assert all(same)
 

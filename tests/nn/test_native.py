@@ -18,6 +18,7 @@ from jax.test_util import check_grads
 from cnn_jax.errors import UserError
 from cnn_jax.nn import conv2d
 from cnn_jax.nn.native import build, check, library
+from tests.environments import on_devices
 
 THREADS = 1, 2, 3, 4
 
@@ -176,15 +177,7 @@ np.testing.assert_array_equal(y, conv2d(x, k))
 
 
 def test_several_devices_divide_xlas_convolution():
-    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=2'
-    done = subprocess.run(
-        [sys.executable, '-c', DIVIDED],
-        env=os.environ | {'XLA_FLAGS': flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    on_devices(2, DIVIDED)
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """Norms against Keras, against their formulas in NumPy, and their derivatives of every order."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +19,7 @@ from cnn_jax.nn import (
     group_normalize,
 )
 from cnn_jax.nn.cpu import compiling_for, sum_pair
+from tests.environments import on_devices
 
 SHAPE = (8, 5, 4, 3)
 WIDE = {'r_max': 1e6, 'd_max': 1e6}
@@ -259,10 +257,7 @@ for platform in ('cpu', 'gpu'):
 
 
 def test_devices_that_share_a_batch_have_its_statistics_and_exchange_no_images():
-    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-    env = os.environ | {'XLA_FLAGS': flags}
-    done = subprocess.run([sys.executable, '-c', SHARED], env=env, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
+    on_devices(8, SHARED)
 
 
 def test_a_constant_input_is_finite_with_its_gradient():

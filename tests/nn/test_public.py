@@ -2,9 +2,6 @@
 
 import doctest
 import inspect
-import os
-import subprocess
-import sys
 
 import flax.linen
 import jax
@@ -15,6 +12,7 @@ import pytest
 from flax import nnx
 
 from cnn_jax import nn
+from tests.environments import on_devices
 
 
 @pytest.mark.parametrize('name', nn.__all__)
@@ -112,7 +110,4 @@ close(found, jax.tree.map(lambda a, b: a + b, *halves))
 
 
 def test_two_devices_give_its_gradients_along_explicit_axes_and_in_a_shard_map():
-    flags = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=2'
-    env = os.environ | {'XLA_FLAGS': flags}
-    done = subprocess.run([sys.executable, '-c', DIVIDED], env=env, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
+    on_devices(2, DIVIDED)

@@ -33,7 +33,6 @@ HOSTILE = {
         'larger than 1,000 bytes',
     ),
     'drips': ([OK, b'\r\n', *[WAIT] * 200], 'not whole after 1 s'),
-    'drips its headers': ([OK, b'A: ', *[WAIT] * 200], 'not whole after 1 s'),
     'silent': ([SILENCE], 'timed out'),
     'silent in the middle': ([OK, b'\r\n', b'x', SILENCE], 'timed out'),
     'speaks no HTTP': ([b'\0' * 100_000], 'got more than|BadStatusLine|cannot be downloaded'),

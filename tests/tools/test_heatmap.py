@@ -131,12 +131,6 @@ def test_the_layer_is_the_last_that_is_still_an_image(net, small):
     assert vgg[-2:] == ['backbone/block2_conv2', 'backbone']
 
 
-def test_a_layer_that_is_not_there_is_named_with_those_that_are(net):
-    model, variables, images = net
-    with pytest.raises(UserError, match=r"no layer 'logits' .* choose one of features"):
-        grad_cam(model, variables, images, jnp.zeros(6, int), 'logits')
-
-
 def test_a_network_without_images_inside_has_no_heat_map():
     with pytest.raises(UserError, match='no layer whose output is an image'):
         image_layers(Flat(), jnp.zeros((1, 8, 8, 1)))
