@@ -93,7 +93,7 @@ class Components:
                 says = f.metadata.get('kept') or re.search(rf'\b{name}\b', code)
                 if value != f.default and not says:
                     phrases.append(
-                        f'config.{group}.{name} is {value}, but the own {group} has it not'
+                        f'config.{group}.{name} is {value}, but your own {group} does not read it'
                     )
         return phrases
 
@@ -230,7 +230,9 @@ def from_experiment(path: str | Path) -> Components:
     functions: dict[str, Any] = {name: getattr(module, name, None) for name in FUNCTIONS}
     for name, function in functions.items():
         if function is not None and not callable(function):
-            raise UserError(f'{path}: {name} is no function; define it as `def {name}(config, …)`')
+            raise UserError(
+                f'{path}: {name} is not a function; define it as `def {name}(config, …)`'
+            )
     regularizers = getattr(module, 'REGULARIZERS', ())
     listed = regularizers if isinstance(regularizers, (list, tuple)) else [regularizers]
     if not all(hasattr(each, 'term') for each in listed):

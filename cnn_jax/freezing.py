@@ -177,7 +177,7 @@ def mode_arguments(module: Any, train: bool) -> dict[str, bool]:
     modes = [name for name in known if re.search('train|infer|determin|eval', name)]
     if modes and not MODES.keys() & set(known):
         raise UserError(
-            f'{type(module).__name__} is called with {modes[0]}, which is no name of the training '
+            f'{type(module).__name__} is called with {modes[0]}, which does not name the training '
             f'mode that is known here; call it {", ".join(MODES)}'
         )
     return {name: value != train for name, value in MODES.items() if name in known}

@@ -150,7 +150,7 @@ def class_weights(asked: str, counts: Int[np.ndarray, ' k'], names: Sequence[str
         counts, names: The number of images of each class in the training split; its name.
 
     Errors:
-        UserError: They are no numbers of at least 0, one a class.
+        UserError: They are not numbers of at least 0, one a class.
 
     Source: King & Zeng 2001, "Logistic Regression in Rare Events Data", section 4.
     """
@@ -316,7 +316,9 @@ def add_terms(
     total = jnp.zeros((), jnp.float32)
     for regularizer in regularizers:
         seen = context(regularizer)
-        own = None if regularizer in REGULARIZERS else f'the own regularizer of {regularizer.field}'
+        own = (
+            None if regularizer in REGULARIZERS else f'your own regularizer of {regularizer.field}'
+        )
         with blamed_on(own):
             term = jnp.asarray(regularizer.term(get(seen.config, regularizer.field), seen))
         if term.ndim:

@@ -53,7 +53,7 @@ class _Path(flags.ArgumentParser):
             )
         if self.name == 'workdir' and re.search('[\ud800-\udfff]', argument):  # bytes in Python
             raise UserError(
-                f'--workdir is {argument!r}, whose name is no UTF-8; checkpoints cannot be saved '
+                f'--workdir is {argument!r}, whose name is not UTF-8; checkpoints cannot be saved '
                 'there, choose another'
             )
         return local_path(argument, f'--{self.name}')
@@ -153,7 +153,7 @@ def run(
     failed run, exit code 1, with one sentence, too. `--debug` shows the traceback before it.
 
     Args:
-        main: Takes the words that are no flags, behind the program's name.
+        main: Takes the words that are not flags, after the program's name.
         takes_words: Whether it reads them; else one is an error.
         ends_unread: Whether it ends, with exit code 0, once nobody reads its output.
     """
@@ -225,12 +225,12 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, RunFailed):
         return str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f'{error.filename}: {error.strerror}; mend that, and the same command goes on'
+        return f'{error.filename}: {error.strerror}; fix that and rerun the same command'
     if isinstance(error, UnicodeEncodeError):
         missing = error.object[error.start : error.end]
         return (
             f"the environment's text encoding, {error.encoding}, has no {missing!r}; "
-            'set PYTHONUTF8=1, and the same command goes on'
+            'set PYTHONUTF8=1 and rerun the same command'
         )
     if mesh := sys.modules.get('cnn_jax.mesh'):
         return mesh.describe_error(error)
@@ -301,7 +301,7 @@ def _take_overrides(arguments: list[str]) -> list[str]:
         off, path = is_flag.groups()
         kind = field_at(cfg.Config(), path).type
         if off and (equals or kind is not bool):
-            raise UserError(f'{word} is no flag; write --config.{path}=VALUE')
+            raise UserError(f'{word} is not a flag; write --config.{path}=VALUE')
         if not equals:
             text = str(not off) if kind is bool else next(words, '')
         _overrides[path] = from_text(path, kind, text)
@@ -315,7 +315,7 @@ def _refuse(word: str, arguments: list[str]) -> NoReturn:
     if before.startswith('--') and before != '--' and '=' not in before:
         hint = f'write {before}={word}'
     elif '--' in arguments and word.startswith('-'):
-        hint = 'leave out the --, behind which words are no flags'
+        hint = 'leave out the --, after which words are not flags'
     elif '=' in word:
         hint = f'write --{word}'
     raise UserError(f'nothing reads {word!r}; {hint}')

@@ -48,7 +48,7 @@ def main(_) -> int:
     config = cfg.replace(config, plain)
     swept = cfg.replace(config, {'optimizer.learning_rate': HIGHEST.value})
     if any('optimizer.learning_rate' in phrase for phrase in components.unread(swept)):
-        raise UserError('the own optimizer does not read config.optimizer.learning_rate')
+        raise UserError('your own optimizer does not read config.optimizer.learning_rate')
     layout = setup.layout_of(config)
     data = setup.open_data(config, layout, components)
     spec = setup.make_spec(config, data.description, data.weights, components)

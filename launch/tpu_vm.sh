@@ -63,7 +63,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$name" ] || mistake '--name=… is missing: of the TPU VM'
 [ -n "$zone" ] || mistake '--zone=… is missing, such as us-west4-a'
-case "$restarts" in '' | *[!0-9]*) mistake "--restarts=$restarts is no number" ;; esac
+case "$restarts" in '' | *[!0-9]*) mistake "--restarts=$restarts is not a number" ;; esac
 command -v gcloud > /dev/null ||
   mistake 'gcloud is missing: https://cloud.google.com/sdk/docs/install'
 same="--name=$name --zone=$zone${queue:+ --queue}"

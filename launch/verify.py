@@ -42,7 +42,7 @@ def main(_) -> int:
 
         same, changed = repeat(folder, ARM.value, SEED.value, tell)
     elif ARM.value or SEED.value is not None:
-        raise UserError(f'{folder} is no ablation; leave out --arm and --seed')
+        raise UserError(f'{folder} is not an ablation; leave out --arm and --seed')
     else:
         runtime.configure()  # before JAX is imported
 

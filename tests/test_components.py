@@ -73,7 +73,7 @@ def test_an_error_in_what_it_brings_names_its_line_and_ours_stay(experiment):
         (lambda: experiment(), r'line \d+: TypeError.*argument'),
         (lambda: components.get_config('none.py'), r'line \d+: none\.py: there is no such file'),
     ):
-        with pytest.raises(UserError, match=told), components.blamed_on('the own model'):
+        with pytest.raises(UserError, match=told), components.blamed_on('your own model'):
             call()
     with pytest.raises(KeyError), components.blamed_on(None):
         {}['x']

@@ -79,14 +79,14 @@ class Range:
 def log(low: float, high: float) -> Range:
     """A positive number to be tuned, the same number of trials in every octave."""
     if not 0 < low < high < math.inf:
-        raise UserError(f'log({low}, {high}) is no range; give 0 < low < high')
+        raise UserError(f'log({low}, {high}) is not a range; give 0 < low < high')
     return Range(float(low), float(high), True)
 
 
 def linear(low: float, high: float) -> Range:
     """A number to be tuned, trials evenly spread."""
     if not -math.inf < low < high < math.inf:
-        raise UserError(f'linear({low}, {high}) is no range; give low < high')
+        raise UserError(f'linear({low}, {high}) is not a range; give low < high')
     return Range(float(low), float(high), False)
 
 
@@ -136,7 +136,7 @@ class Plan:
 
     @functools.cached_property
     def points(self) -> dict[str, list[dict[str, float]]]:
-        """What each trial of an arm sets, `[{config path: number}, …]`; [] without ranges.
+        """The point of each trial of an arm, `[{config path: number}, …]`; [] without ranges.
 
         The points of a Halton sequence: evenly spread, whatever their number, and with the same
         values in all arms of what is tuned in all.
@@ -332,7 +332,7 @@ def make_plan(
 
 
 def check_count(value: Any, most: int, what: str, least: int = 1) -> None:
-    """Refuse what is no whole number from `least` to `most`."""
+    """Refuse what is not a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UserError(f'{what} are {value!r}; give a number from {least} to {most:,}')
 
@@ -350,7 +350,7 @@ def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:
                 f'the measures{where} name {measure!r}; they can be {", ".join(METRICS)}{near}'
             )
     if unused := set(margins) - set(primaries):
-        raise UserError(f'the margins{where} name {unused.pop()!r}, which is no primary measure')
+        raise UserError(f'the margins{where} name {unused.pop()!r}, which is not a primary measure')
     if not primaries:
         raise UserError(f'the primary measures{where} are none; name accuracy, say')
     chosen = {each: margins.get(each, METRICS[each].margin) for each in primaries}
@@ -369,14 +369,14 @@ def _controls(against: Any, arms: Any, where: str) -> dict[str, str]:
         for each in (arm, control):
             if each not in arms:
                 near = nearest(str(each), arms)
-                raise UserError(f'AGAINST{where} names {each!r}, which is no arm{near}')
+                raise UserError(f'AGAINST{where} names {each!r}, which is not an arm{near}')
         if arm in (control, next(iter(arms))):
             raise UserError(f'AGAINST{where} compares {arm!r} with none')
     return dict(against)
 
 
 def _check_table(value: Any, message: str, kind: type = object) -> None:
-    """Refuse what is no mapping from text to values of a kind."""
+    """Refuse what is not a mapping from text to values of a kind."""
     if not (
         isinstance(value, Mapping)
         and all(isinstance(name, str) and isinstance(each, kind) for name, each in value.items())
@@ -395,7 +395,7 @@ def _arm_config(
         fields = cfg.fields_by_path(config)
         for path in ranges:
             if not fields[path].metadata.get('traced'):
-                raise UserError(f'config.{path} is no number that can be tuned; give it a value')
+                raise UserError(f'config.{path} is not a number that can be tuned; give it a value')
     except UserError as error:
         raise UserError(f'arm {arm!r}{where}: {error}') from error
     for path in (*changes, *ranges):

@@ -79,13 +79,13 @@ class Run:
 
     @property
     def label(self) -> dict[str, Any]:
-        """What the file says of the run."""
+        """The run's result, as its file has it."""
         return {'kind': self.kind, 'arm': self.arm, 'seed': self.seed, 'trial': self.trial}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the trials of an arm chose by one measure."""
+    """The choice of the trials of an arm by one measure."""
 
     point: dict[str, float]  # the values, {config path: number}
     trial: int  # its number
@@ -150,7 +150,7 @@ class Store:
         return self._runs[key]
 
     def points(self, arm: str) -> list[dict[str, float]]:
-        """What each trial of an arm sets: the plan's points, then those that widen its ranges."""
+        """The points of the trials of an arm: the plan's points, then those that widen its ranges."""
         points = [*self.plan.points[arm]]
         for _ in range(self.plan.widen):
             beyond = [self._beyond(arm, judge, points) for judge in self.plan.judges]
@@ -208,7 +208,7 @@ class Store:
         return {*best, *range(plan.trials, len(points))}
 
     def choice(self, arm: str, measure: str) -> Choice | None:
-        """What the trials of an arm chose for a measure: the finalist of the best mean.
+        """The choice of an arm for a measure: the finalist of the best mean.
 
         Accuracy and loss each have a choice of their own (top-5 accuracy follows the former, the
         calibration error the latter): the rate of the least loss is seldom that of the highest
@@ -296,7 +296,7 @@ def chosen(points: list[dict[str, float]], values: list[float | None], sign: int
 
 
 def value_of(result: Result, split: str, measure: str) -> float | None:
-    """A measure of a run on a split; None of a failed one, or where it is no possible number."""
+    """A measure of a run on a split; None of a failed one, or where it is not a possible number."""
     value = None if why_failed(result) else result['metrics'][split].get(measure)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return None

@@ -149,7 +149,7 @@ def _known(array: np.ndarray) -> np.ndarray:
 def _arm(
     store: Store, results: dict[Run, Result], arm: str, compared: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is known of an arm."""
+    """The facts about an arm."""
     plan = store.plan
     control = plan.against.get(arm)
     common = set.intersection(*(set(ranges.items()) for ranges in plan.ranges.values()))
@@ -219,7 +219,7 @@ def _tuned(store: Store, arm: str) -> dict[str, Any] | None:
 
 
 def _checks(own: dict[int, Result], control: dict[int, Result]) -> dict[str, dict[str, Any]]:
-    """What the arm moved besides its results: means, and ratios to its control's."""
+    """The changes of the arm besides its results: means, and ratios to its control's."""
     found = {}
     for name in CHECKS:
         mine = [each['checks'].get(name) for each in own.values()]  # earlier runs have fewer

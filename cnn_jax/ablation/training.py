@@ -353,7 +353,7 @@ class _Runs:
         return {'status': 'failed', 'reason': self.failures[i]}
 
     def checks(self, state: State) -> list[dict[str, float]]:
-        """What tells for each run whether its regularizers did something."""
+        """The checks of each run: whether its regularizers did something."""
         batch = next(self._phases[-1].train.train(self._compiled.spec.phase_ends[-1]))
         found = self._compiled.split(self._compiled.look(state, batch, self._values))
         latest = zip(*map(self._compiled.split, self._latest))

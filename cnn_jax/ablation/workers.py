@@ -220,7 +220,7 @@ def open_ablation(
 
 
 def provenance(plan: Plan, data: Any, settings: runtime.Settings) -> dict[str, str]:
-    """What the results of an ablation depend on besides the configs."""
+    """The facts that the results of an ablation depend on besides the configs."""
     from cnn_jax.train import manifest
 
     machine = runtime.machine(settings)

@@ -158,7 +158,7 @@ def normalize(
     std: Float[Array, ' c'],
     dtype=jnp.float32,
 ) -> Float[Array, 'b h w c']:
-    """(x/255 − mean) / std, with mean and std of pixels in [0, 1]; computed in float32."""
+    """Normalize: (x/255 − mean) / std, with mean and std of pixels in [0, 1]; computed in float32."""
     mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
     scale, shift = 1 / (255 * std), mean / std
     return (images.astype(jnp.float32) * scale - shift).astype(dtype)
@@ -236,7 +236,7 @@ def sample_lambda(keys: Key[Array, ' b'], alpha: Array | float) -> Lambdas:
 
 
 def mixup(images: Images, others: Images, lam: Lambdas) -> Images:
-    """λ·x + (1 − λ)·other."""
+    """Mix linearly: λ·x + (1 − λ)·other."""
     weight = lam.astype(images.dtype)[:, None, None, None]
     return jnp.where(weight == 1, images, weight * images + (1 - weight) * others)
 

@@ -269,7 +269,7 @@ class Batches:
         return statistics(self)
 
     def digests(self) -> list[bytes]:
-        """What each image is decoded of, else its pixels, as a SHA-256: the same in any split."""
+        """The SHA-256 of the file of each image, else of its pixels: the same in any split."""
         if content := self._source.content:
             return [bytes.fromhex(content(i)) for i in range(self.n)]
         chunks = (np.arange(first, min(first + PART, self.n)) for first in range(0, self.n, PART))

@@ -63,7 +63,7 @@ def read_file(path: Path) -> bytes:
     """Read an image file, or the one that a link names.
 
     Errors:
-        CorruptImage: It is no regular file, or larger than `MAX_BYTES`; nothing is read then.
+        CorruptImage: It is not a regular file, or larger than `MAX_BYTES`; nothing is read then.
         OSError: It cannot be read.
     """
     status = os.stat(path)

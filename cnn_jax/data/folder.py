@@ -175,7 +175,7 @@ def _layout(root: Path) -> dict[str, Path]:
         return {'all': root}
     if others := [name for name in below if name not in PARTS]:
         raise UserError(
-            f'{root} has train/ and {others[0]}/, which is no part; name the parts '
+            f'{root} has train/ and {others[0]}/, which is not a part; name the parts '
             f'{", ".join(PARTS)}, and move what does not belong to the images'
         )
     layout = {}
@@ -244,7 +244,7 @@ def _list_part(
 
 
 def _aside(below: Path, folders: Sequence[str]) -> LeftOut:
-    """What lies beside the folders that are read, images too."""
+    """The files beside the folders that are read, images too."""
     images, others = find_images(below, without=folders)
     return [(str(path), NO_CLASS) for path in images] + others
 

@@ -102,7 +102,7 @@ def open_split(data: config.Data, which: str, source: Any = None) -> Source:
 
 
 def has_validation(data: config.Data) -> bool:
-    """Whether the source that a config names has a validation part of its own."""
+    """Return whether the source that a config names has a validation part of its own."""
     return 'validation' in parts_of(data)
 
 

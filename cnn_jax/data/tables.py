@@ -114,7 +114,7 @@ def _read_parquet(path: Path) -> Rows:
         return parquet.ParquetFile(path).read().to_pydict()
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).partition('\n')[0]
-        raise UserError(f'{path} is no whole Parquet file ({reason}); write it again') from error
+        raise UserError(f'{path} is not a whole Parquet file ({reason}); write it again') from error
 
 
 def _chosen(table: Path, rows: Rows, data: config.Data) -> tuple[list[str], ...]:

@@ -1,4 +1,4 @@
-"""What exists because XLA's CPU compiler is slow; a private matter of `cnn_jax.nn`."""
+"""Substitutes for what XLA's CPU compiler does slowly; private to `cnn_jax.nn`."""
 
 import contextlib
 import contextvars
@@ -38,7 +38,7 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def takes_plain_operations(*arrays: Array) -> bool:
-    """Whether JAX's own operations must compute on these arrays, not primitives of ours.
+    """Return whether JAX's own operations must compute on these arrays, not primitives of ours.
 
     ONNX's converter knows those alone. And JAX's alone say in their types how a mesh divides the
     result: along explicit axes, or within a `shard_map` that checks it.

@@ -40,7 +40,7 @@ LARGEST, LOSSLESS = 256, 64  # sides of the gallery's images, in pixels
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Evaluation:
-    """What a run predicts for each image of a split, and how good that is.
+    """The predictions of a run for each image of a split, and how good they are.
 
     `metrics` are those of training; `accuracy_interval` (Wilson, 95%), `balanced_accuracy` and
     `macro_f1`; `guessing_loss`, ln(classes); `classes`, `largest_confusions`, `reliability` and

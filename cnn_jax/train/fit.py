@@ -161,7 +161,7 @@ class _Job:
         return tuned.train(data)
 
     def _tuned(self, data: setup.Data, tune: Mapping[str, Range]) -> dict[str, float]:
-        """What the trials choose, by config path."""
+        """The choice of the trials, by config path."""
         if mesh.is_multiprocess():
             raise UserError(
                 'config.train.trials tunes in a single process; tune there, then set the values '

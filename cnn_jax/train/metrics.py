@@ -203,7 +203,7 @@ class EarlyStopping:
 
 
 def doubts(result: dict[str, Any], classes: int) -> list[str]:
-    """What an evaluation says against the predicted probabilities, and what helps."""
+    """The reasons to doubt the predicted probabilities of an evaluation, and what helps."""
     loss, guess, gap = result['loss'], math.log(classes), result['calibration_error']
     cure = (
         'lower config.optimizer.learning_rate, stop early (config.train.patience), and scale '

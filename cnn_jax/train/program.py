@@ -193,7 +193,7 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
         UserError: A pattern matches nothing, the images are too small for the net, a frozen module
             cannot be held in inference, or a regularizer would change nothing.
     """
-    own_model = 'the own model' if spec.model else None
+    own_model = 'your own model' if spec.model else None
     with blamed_on(own_model):
         shapes = jax.eval_shape(functools.partial(_draw, config, spec), 0)
     if unknown := set(shapes) - {'params', 'batch_stats'}:
@@ -252,7 +252,7 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
         acted_on |= {field: _select_layers(program, layers, field) for field in watching}
     program = dataclasses.replace(program, acted_on=acted_on)
     if spec.optimizer:
-        with blamed_on('the own optimizer'):
+        with blamed_on('your own optimizer'):
             rule = program.optimizer(config)
             begun = jax.eval_shape(rule.init, program.shapes)
             jax.eval_shape(rule.update, program.shapes, begun, program.shapes, value=0.0)

@@ -60,7 +60,8 @@ class Mirror:
 
     The URL is fsspec's: gs:// (gcsfs), s3:// (s3fs), memory://, file://. Different uses have
     different local folders: `folder`, in `base`, which whoever uses it must lock. What any method
-    cannot do, or finds there that is no run of its own, is a `UserError`, an outage a `RunFailed`.
+    cannot do is a `UserError`, and so is a folder that holds anything but a run of its own; an
+    outage is a `RunFailed`.
     """
 
     def __init__(self, url: str, use: str = 'train'):
@@ -227,7 +228,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _passes(error: Exception) -> bool:
-    """Whether the network or the store's server failed, and not what was asked of it."""
+    """Return whether the network or the store's server failed, and not what was asked of it."""
     network = isinstance(error, (ConnectionError, TimeoutError))
     return (
         network

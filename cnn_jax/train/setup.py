@@ -86,7 +86,7 @@ def open_data(
     }
     own: Any = [None, None]
     if components.source:
-        with blamed_on('the own source'):
+        with blamed_on('your own source'):
             given = [components.source(config, split) for split in ('train', 'eval')]
         own[0] = as_source(given[0], 'the training data')
         names = own[0].class_names

@@ -15,7 +15,7 @@ from cnn_jax.files import Corrupt, read_json, write_json
 
 
 class Tracker:
-    """What a tracker is told of a run."""
+    """The calls that a tracker gets of a run."""
 
     identity = ''  # by which the run is found again when it resumes
 
@@ -86,7 +86,7 @@ def check(trackers: Sequence[str | Tracker]) -> None:
     """Refuse a tracker of an unknown name, or whose package is not installed."""
     for name in (each for each in trackers if isinstance(each, str)):
         if name not in NAMES:
-            raise UserError(f'{name} is no tracker; there are {", ".join(NAMES)}')
+            raise UserError(f'{name} is not a tracker; there are {", ".join(NAMES)}')
         if name != 'tensorboard' and importlib.util.find_spec(name) is None:
             raise UserError(f'{name} is not installed; pip install {name}')
 

@@ -95,7 +95,7 @@ def test_a_launcher_started_as_a_file_says_how(name):
     ('argument', 'sentence'),
     [
         ('--workdir=', '--workdir is empty'),
-        ('--workdir=/tmp/\udcff', 'whose name is no UTF-8'),
+        ('--workdir=/tmp/\udcff', 'whose name is not UTF-8'),
         ('--workdir=~nobody_of_that_name/x', 'no such home'),
         ('--profile=yes', "--profile is 'yes'; it takes true or false"),
         ('--model_parallel=x', "--model_parallel is 'x'; it takes a positive integer"),
