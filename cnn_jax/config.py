@@ -187,7 +187,7 @@ class Data(Fields):
 
     @property
     def holds_out(self) -> bool:
-        """Return whether there are images to choose and to stop by, besides those to be tested on."""
+        """Return whether there are images to choose and to stop by, besides the test images."""
         return bool(self.validation or self.validation_share)
 
 

@@ -216,7 +216,7 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def is_other(f: dataclasses.Field, a: Any, b: Any) -> bool:
-    """Return whether two values of a field differ, and not only as its default and another name of it."""
+    """Return whether two values of a field differ, other than as its default and `before`."""
     return a != b and {a, b} != {f.default, f.metadata.get('before')}
 
 

@@ -150,7 +150,7 @@ class Store:
         return self._runs[key]
 
     def points(self, arm: str) -> list[dict[str, float]]:
-        """The points of the trials of an arm: the plan's points, then those that widen its ranges."""
+        """The points of an arm's trials: the plan's, then those that widen its ranges."""
         points = [*self.plan.points[arm]]
         for _ in range(self.plan.widen):
             beyond = [self._beyond(arm, judge, points) for judge in self.plan.judges]

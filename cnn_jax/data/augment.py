@@ -158,7 +158,7 @@ def normalize(
     std: Float[Array, ' c'],
     dtype=jnp.float32,
 ) -> Float[Array, 'b h w c']:
-    """Normalize: (x/255 − mean) / std, with mean and std of pixels in [0, 1]; computed in float32."""
+    """Normalize: (x/255 − mean) / std, mean and std of pixels in [0, 1]; computed in float32."""
     mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
     scale, shift = 1 / (255 * std), mean / std
     return (images.astype(jnp.float32) * scale - shift).astype(dtype)

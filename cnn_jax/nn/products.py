@@ -93,7 +93,7 @@ def _kernel_shape(x, dy, window):
 
 
 def _is_native(context: Any, operands: Sequence[Any]) -> bool:
-    """Return whether the native library computes a product: on the one CPU of a program that stays here.
+    """Return whether the native library computes a product: on the one CPU of a program here.
 
     Several devices divide XLA's own convolutions among them, but not a call of a library; and a
     program that is exported, or traced for another platform, runs elsewhere.
