@@ -4,7 +4,7 @@ A new one is a `Backbone` with its layers; `BACKBONES` names them for `config.mo
 weights are called elsewhere, and where they are published, stands in `cnn_jax.pretrained`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 from cnn_jax.errors import UserError
 from cnn_jax.nn.conv import Conv, max_pool
 from cnn_jax.nn.norm import BatchNorm
-from cnn_jax.pretrained.formats import BLOCKS, CONVOLUTIONS
 
 
 class Backbone(nn.Module):
@@ -80,6 +79,28 @@ class Backbone(nn.Module):
                 f'pixels, not {shape[1]}×{shape[2]}; resize them (config.data.resize and '
                 'config.data.size)'
             )
+
+
+# (block, filters, convolutions): configuration D of Simonyan and Zisserman, Table 1.
+BLOCKS = (
+    ('block1', 64, 2),
+    ('block2', 128, 2),
+    ('block3', 256, 3),
+    ('block4', 512, 3),
+    ('block5', 512, 3),
+)
+
+
+def _convolutions() -> Iterator[tuple[str, tuple[int, ...]]]:
+    channels = 3
+    for block, filters, count in BLOCKS:
+        for i in range(1, count + 1):
+            yield f'{block}_conv{i}', (3, 3, channels, filters)
+            channels = filters
+
+
+# Kernel shapes in the order of the layers, HWIO.
+CONVOLUTIONS = dict(_convolutions())
 
 
 class VGG16(Backbone):

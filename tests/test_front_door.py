@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 import cnn_jax as cj
 from cnn_jax import config as config_module
 from cnn_jax.ablation import log
+from cnn_jax.backbones import CONVOLUTIONS
 from cnn_jax.components import Components
 from cnn_jax.files import read_json, write_json
 from cnn_jax.nn import BatchNorm, Conv, Dropout
 from cnn_jax.params import flatten
-from cnn_jax.pretrained.formats import CONVOLUTIONS
 from cnn_jax.tools.export import export
 from cnn_jax.tools.predict import mc_dropout
 from tests.environments import ROOT

@@ -10,8 +10,8 @@ import os
 import re
 import stat
 import zipfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,41 +21,14 @@ import numpy as np
 
 from cnn_jax.errors import UserError, printable
 from cnn_jax.params import flatten, unflatten
+from cnn_jax.pretrained import networks
+from cnn_jax.pretrained.networks import VGG_LAYER, Network, canonical_name
 from cnn_jax.pretrained.torch_files import LEGACY, open_torch
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # {'block1_conv1': {'kernel': …, 'bias': …}, …}
 
-# (block, filters, convolutions): configuration D of Simonyan and Zisserman, Table 1.
-BLOCKS = (
-    ('block1', 64, 2),
-    ('block2', 128, 2),
-    ('block3', 256, 3),
-    ('block4', 512, 3),
-    ('block5', 512, 3),
-)
-
-
-def _convolutions() -> Iterator[tuple[str, tuple[int, ...]]]:
-    channels = 3
-    for block, filters, count in BLOCKS:
-        for i in range(1, count + 1):
-            yield f'{block}_conv{i}', (3, 3, channels, filters)
-            channels = filters
-
-
-# Kernel shapes in the order of the layers, HWIO.
-CONVOLUTIONS = dict(_convolutions())
-
-# Layers with these names belong to a VGG backbone; one that VGG16 lacks is another network's.
-_BACKBONE = re.compile(r'(block\d+_conv\d+|features\.\d+)\b')
 _KERAS_CONVOLUTION = re.compile(r'block\d+_conv\d+')
-_KERAS_TENSORS = {4: 'kernel', 2: 'kernel', 1: 'bias'}  # by rank
 
-# In torchvision's `features` a ReLU follows each convolution, and a pool each block.
-_TORCH_FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-_TORCH_LAYERS = {f'features.{i}': layer for i, layer in zip(_TORCH_FEATURES, CONVOLUTIONS)}
-_TORCH_TENSORS = {'weight': 'kernel', 'bias': 'bias'}
-_TORCH_NUMBERED = re.compile(r'((?:.*\.)?)(\d+\.\w+)')  # prefix, and number with tensor
 _SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16'}
 
 # Of a `.keras` file: the one member that is read, and its largest sizes. Weights hardly pack.
@@ -71,29 +44,6 @@ _RELATIVES = {
 }
 # One tensor of each batch normalization, as torch, Keras and Keras 3's `.weights.h5` call it.
 _BATCH_NORM = re.compile(r'running_mean$|moving_mean(:0)?$|\bbatch_normalization(_\d+)?/vars/0$')
-
-
-@dataclass(frozen=True)
-class Network:
-    """What a reader must know of a network: its tensors, and what others call them."""
-
-    title: str
-    shapes: Mapping[str, tuple[int, ...]]  # as those of `shapes`
-    # From the names in a torch file to those in `shapes`, of the tensors that it knows.
-    of_torch: Callable[[Sequence[str]], Mapping[str, str]]
-    # The same of the names, with shapes, in a Keras file.
-    of_keras: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, str]] = lambda shapes: {}
-    optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # read where they fit
-    block: re.Pattern[str] = re.compile('(?!)')  # in others' names of its blocks' tensors
-
-
-def shapes() -> dict[str, tuple[int, ...]]:
-    """Return all shapes in canonical order: `{'block1_conv1/kernel': (3, 3, 3, 64), …}`."""
-    return {
-        f'{layer}/{tensor}': kernel if tensor == 'kernel' else kernel[-1:]
-        for layer, kernel in CONVOLUTIONS.items()
-        for tensor in ('kernel', 'bias')
-    }
 
 
 def digest(params: Params) -> str:
@@ -143,7 +93,7 @@ def read(path: Path, network: Network | None = None) -> tuple[Params, tuple[str,
         UserError: The file is damaged, or holds another network, which is named or described, or
             values that are not finite.
     """
-    kind, network = _format(path), network or vgg16()
+    kind, network = _format(path), network or networks.vgg16()
     try:
         with _READERS[kind](path, network) as contents:
             params, unused = _collect(contents, path, network)
@@ -230,7 +180,7 @@ def _mismatches(
     problems += [
         f'{name} is not part of it'
         for name in tensors
-        if name not in expected and (_BACKBONE.match(name) or block.search(name))
+        if name not in expected and (VGG_LAYER.match(name) or block.search(name))
     ]
     for name, tensor in [(name, tensors[name]) for name in expected if name in tensors]:
         shape = expected[name]
@@ -297,42 +247,6 @@ def _open_hdf5(
         yield Contents(tensors, 'keras')
 
 
-def _of_keras(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The names of VGG16's tensors in a Keras file."""
-    numbered, names = _numbered_layers(shapes), {}
-    for name, shape in shapes.items():
-        *groups, _ = name.split('/')
-        named = [g for g in groups if g in CONVOLUTIONS or _BACKBONE.fullmatch(g)]
-        if layer := named[-1] if named else numbered.get('/'.join(groups)):
-            names[name] = f'{layer}/{_KERAS_TENSORS.get(len(shape), name)}'
-    return names
-
-
-def _numbered_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The layers of groups such as `block1/layers/conv2d_1/vars`, by the order of their numbers.
-
-    They are those below any one group whose names differ in numbers alone and whose kernels have
-    VGG16's shapes in this order, whatever else the model holds.
-    """
-    series: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for name, shape in shapes.items():
-        if name.endswith('/vars/0') and len(shape) == 4:
-            groups = name.split('/')[:-1]
-            for depth in range(len(groups)):
-                above, below = '/'.join(groups[:depth]), '/'.join(groups[depth:])
-                series[above, re.sub(r'_?\d+', '', below)].append('/'.join(groups))
-
-    def numbers(path: str) -> list[list[int]]:
-        return [[int(n) for n in re.findall(r'\d{1,9}', part)] for part in path.split('/')]
-
-    layers = {}
-    for convolutions in series.values():
-        convolutions.sort(key=numbers)
-        if [shapes[f'{each}/0'] for each in convolutions] == list(CONVOLUTIONS.values()):
-            layers |= zip(convolutions, CONVOLUTIONS)
-    return layers
-
-
 @contextmanager
 def _open_keras(path: Path, network: Network) -> Iterator[Contents]:
     """Open the weights in a Keras 3 `.keras` file; nothing else in it, such as code, is read."""
@@ -374,13 +288,13 @@ def _open_onnx(path: Path, network: Network) -> Iterator[Contents]:
     if len(initializers) != len(graph.initializer):
         raise UserError(f'{path} gives two tensors the same name; export the model again')
     nodes = [node for node in graph.node if node.op_type == 'Conv']
-    if len(nodes) != len(CONVOLUTIONS):
+    if len(nodes) != len(networks.CONVOLUTIONS):
         raise UserError(
-            f'{path} has {len(nodes)} convolutions where VGG16 has {len(CONVOLUTIONS)}; '
+            f'{path} has {len(nodes)} convolutions where VGG16 has {len(networks.CONVOLUTIONS)}; '
             'give a file of this network'
         )
     tensors, layouts = [], set()
-    for layer, node in zip(CONVOLUTIONS, nodes):
+    for layer, node in zip(networks.CONVOLUTIONS, nodes):
         layouts.add(_onnx_layout(node.input[1], layer, path))
         for tensor, name in zip(('kernel', 'bias'), node.input[1:]):
             if name in initializers:
@@ -463,40 +377,6 @@ def _named(
 
 _READERS = {'HDF5': _open_hdf5, '.keras': _open_keras, 'ONNX': _open_onnx}
 _READERS |= {'safetensors': _open_safetensors, 'PyTorch': _open_torch}
-
-
-def vgg16() -> Network:
-    """VGG16's convolutions."""
-    return Network('VGG16', shapes(), _of_torch, _of_keras)
-
-
-# torchvision's and timm's names and axes.
-
-
-def _of_torch(names: Sequence[str]) -> dict[str, str]:
-    """The names here of VGG16's `features.0.weight`, and of its `vgg.0.weight` under any prefix.
-
-    A prefix is one that ends in `features`, or under which all 13 convolutions have their numbers.
-    """
-    below: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    for name in names:
-        if match := _TORCH_NUMBERED.fullmatch(name):
-            below[match[1]][name] = f'features.{match[2]}'
-    whole = {f'{layer}.weight' for layer in _TORCH_LAYERS}
-    found = {}
-    for prefix, inside in below.items():
-        if prefix.endswith('features.') or whole <= {*inside.values()}:
-            found |= {name: canonical_name(known) for name, known in inside.items()}
-    return found
-
-
-def canonical_name(name: str) -> str:
-    """Translate `features.0.weight` to `block1_conv1/kernel`, under any prefix; no other name."""
-    layer, _, tensor = name.rpartition('.')
-    layer = layer[max(0, layer.rfind('.features.') + 1) :]
-    if layer in _TORCH_LAYERS and tensor in _TORCH_TENSORS:
-        return f'{_TORCH_LAYERS[layer]}/{_TORCH_TENSORS[tensor]}'
-    return name
 
 
 def _from_torch(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor]:

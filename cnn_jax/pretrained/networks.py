@@ -1,18 +1,29 @@
-"""What the tensors of each backbone are called here, and in the files of other libraries."""
+"""The names of each backbone's tensors here, and in the files of other libraries."""
 
-import collections
 import functools
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
-from cnn_jax.backbones import BACKBONES, ResNet50
+from cnn_jax.backbones import BACKBONES, CONVOLUTIONS, ResNet50
 from cnn_jax.params import flatten
-from cnn_jax.pretrained.formats import Network, vgg16
 
 CLASSES = 1000
+
+# Layers with these names belong to a VGG backbone; one that VGG16 lacks is another network's.
+VGG_LAYER = re.compile(r'(block\d+_conv\d+|features\.\d+)\b')
+_VGG_KERAS = {4: 'kernel', 2: 'kernel', 1: 'bias'}  # tensors by rank
+
+# In torchvision's `features` a ReLU follows each convolution, and a pool each block.
+_TORCH_FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+_TORCH_LAYERS = {f'features.{i}': layer for i, layer in zip(_TORCH_FEATURES, CONVOLUTIONS)}
+_TORCH_TENSORS = {'weight': 'kernel', 'bias': 'bias'}
+_TORCH_NUMBERED = re.compile(r'((?:.*\.)?)(\d+\.\w+)')  # prefix, and number with tensor
+
 _TENSORS = {'weight': 'kernel', 'bias': 'bias', 'running_mean': 'mean', 'running_var': 'var'}
 _TENSORS |= {'num_batches_tracked': ''}
 _LITE0_BLOCK = re.compile(r'(?:.+\.)?_blocks\.(\d{1,2})\.(_\w+)')
@@ -33,6 +44,20 @@ _KERAS_TENSORS = {'kernel': 'kernel', 'bias': 'bias', 'gamma': 'scale', 'beta': 
 _KERAS_TENSORS |= {'moving_mean': 'mean', 'moving_variance': 'var'}
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network's tensors, and their names elsewhere."""
+
+    title: str
+    shapes: Mapping[str, tuple[int, ...]]  # as those of `shapes`
+    # From the names in a torch file to those in `shapes`, of the tensors that it knows.
+    of_torch: Callable[[Sequence[str]], Mapping[str, str]]
+    # The same of the names, with shapes, in a Keras file.
+    of_keras: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, str]] = lambda shapes: {}
+    optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # read where they fit
+    block: re.Pattern[str] = re.compile('(?!)')  # in others' names of its blocks' tensors
+
+
 def network(name: str) -> Network:
     """The tensors of a backbone, one of `BACKBONES`; with batch norm its statistics, too."""
     return vgg16() if name == 'vgg16' else _normed(name)
@@ -51,6 +76,88 @@ def _normed(name: str) -> Network:
     top = {'predictions/kernel': (features.shape[-1], CLASSES), 'predictions/bias': (CLASSES,)}
     of_torch, of_keras = _TRANSLATIONS[name]
     return Network(backbone.TITLE, shapes, of_torch, of_keras, top, _BLOCKS)
+
+
+# VGG16.
+
+
+def vgg16() -> Network:
+    """VGG16's convolutions."""
+    return Network('VGG16', shapes(), _vgg16_of_torch, _vgg16_of_keras)
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Return all shapes in canonical order: `{'block1_conv1/kernel': (3, 3, 3, 64), …}`."""
+    return {
+        f'{layer}/{tensor}': kernel if tensor == 'kernel' else kernel[-1:]
+        for layer, kernel in CONVOLUTIONS.items()
+        for tensor in ('kernel', 'bias')
+    }
+
+
+def _vgg16_of_keras(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The names of VGG16's tensors in a Keras file."""
+    numbered, names = _numbered_layers(shapes), {}
+    for name, shape in shapes.items():
+        *groups, _ = name.split('/')
+        named = [g for g in groups if g in CONVOLUTIONS or VGG_LAYER.fullmatch(g)]
+        if layer := named[-1] if named else numbered.get('/'.join(groups)):
+            names[name] = f'{layer}/{_VGG_KERAS.get(len(shape), name)}'
+    return names
+
+
+def _numbered_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The layers of groups such as `block1/layers/conv2d_1/vars`, by the order of their numbers.
+
+    They are those below any one group whose names differ in numbers alone and whose kernels have
+    VGG16's shapes in this order, whatever else the model holds.
+    """
+    series: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, shape in shapes.items():
+        if name.endswith('/vars/0') and len(shape) == 4:
+            groups = name.split('/')[:-1]
+            for depth in range(len(groups)):
+                above, below = '/'.join(groups[:depth]), '/'.join(groups[depth:])
+                series[above, re.sub(r'_?\d+', '', below)].append('/'.join(groups))
+
+    def numbers(path: str) -> list[list[int]]:
+        return [[int(n) for n in re.findall(r'\d{1,9}', part)] for part in path.split('/')]
+
+    layers = {}
+    for convolutions in series.values():
+        convolutions.sort(key=numbers)
+        if [shapes[f'{each}/0'] for each in convolutions] == list(CONVOLUTIONS.values()):
+            layers |= zip(convolutions, CONVOLUTIONS)
+    return layers
+
+
+def _vgg16_of_torch(names: Sequence[str]) -> dict[str, str]:
+    """The names here of VGG16's `features.0.weight`, and of its `vgg.0.weight` under any prefix.
+
+    A prefix is one that ends in `features`, or under which all 13 convolutions have their numbers.
+    """
+    below: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        if match := _TORCH_NUMBERED.fullmatch(name):
+            below[match[1]][name] = f'features.{match[2]}'
+    whole = {f'{layer}.weight' for layer in _TORCH_LAYERS}
+    found = {}
+    for prefix, inside in below.items():
+        if prefix.endswith('features.') or whole <= {*inside.values()}:
+            found |= {name: canonical_name(known) for name, known in inside.items()}
+    return found
+
+
+def canonical_name(name: str) -> str:
+    """Translate `features.0.weight` to `block1_conv1/kernel`, under any prefix; no other name."""
+    layer, _, tensor = name.rpartition('.')
+    layer = layer[max(0, layer.rfind('.features.') + 1) :]
+    if layer in _TORCH_LAYERS and tensor in _TORCH_TENSORS:
+        return f'{_TORCH_LAYERS[layer]}/{_TORCH_TENSORS[tensor]}'
+    return name
+
+
+# Backbones with batch normalization.
 
 
 def _of_torch(layer_of: Callable[[str], str | None], names: Sequence[str]) -> dict[str, str]:
@@ -90,7 +197,7 @@ def _in_block(stage: int, index: int, part: str) -> str | None:
 
 def _resnet_of_keras(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The names here of tensors in Keras's files, whose layers are named or numbered."""
-    found, series = {}, collections.defaultdict(dict)
+    found, series = {}, defaultdict(dict)
     for name in shapes:
         *groups, tensor = name.split('/')
         layer = next(filter(None, map(_keras_layer, reversed(groups))), None)

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from cnn_jax.backbones import CONVOLUTIONS
 from cnn_jax.errors import UserError
 from cnn_jax.fetch import File, fetch
 from cnn_jax.files import cache_folder, local_path, write_bytes
 from cnn_jax.params import flatten, unflatten
-from cnn_jax.pretrained.formats import CONVOLUTIONS, Params, digest, read
+from cnn_jax.pretrained.formats import Params, digest, read
 from cnn_jax.pretrained.networks import network
 
 

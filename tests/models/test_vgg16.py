@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from cnn_jax.backbones import VGG16
 from cnn_jax.errors import UserError
-from cnn_jax.pretrained.formats import shapes
+from cnn_jax.pretrained.networks import shapes
 
 
 def abstract(model: VGG16, *shape: int):

@@ -16,10 +16,10 @@ import onnx
 import pytest
 from safetensors.numpy import save_file
 
+from cnn_jax.backbones import CONVOLUTIONS
 from cnn_jax.fetch import File, fetch
 from cnn_jax.params import flatten
-from cnn_jax.pretrained import formats
-from cnn_jax.pretrained.formats import CONVOLUTIONS
+from cnn_jax.pretrained import formats, networks
 from cnn_jax.pretrained.torch_files import LEGACY
 from cnn_jax.pretrained.weights import LITE0_SOURCES, SOURCES, Pretrained, from_file
 
@@ -79,7 +79,7 @@ def random_params() -> dict:
 def small_params(monkeypatch) -> dict:
     """Weights of the right names in a network of two filters a layer."""
     shapes = {layer: (3, 3, min(kernel[2], 3), 2) for layer, kernel in CONVOLUTIONS.items()}
-    monkeypatch.setattr(formats, 'CONVOLUTIONS', shapes)
+    monkeypatch.setattr(networks, 'CONVOLUTIONS', shapes)
     return drawn(shapes)
 
 

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from cnn_jax.errors import UserError
 from cnn_jax.params import flatten
-from cnn_jax.pretrained.formats import canonical_name, digest, read, shapes
+from cnn_jax.pretrained.formats import digest, read
+from cnn_jax.pretrained.networks import canonical_name, shapes
 from cnn_jax.pretrained.weights import IMAGENET
 from tests.pretrained.conftest import FEATURES, WRITERS
 

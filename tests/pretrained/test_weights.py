@@ -20,10 +20,10 @@ from hypothesis.extra import numpy as npst
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from cnn_jax.backbones import VGG16
+from cnn_jax.backbones import CONVOLUTIONS, VGG16
 from cnn_jax.errors import UserError
 from cnn_jax.params import flatten
-from cnn_jax.pretrained.formats import CONVOLUTIONS, digest
+from cnn_jax.pretrained.formats import digest
 from cnn_jax.pretrained.weights import (
     CAFFE,
     IMAGENET,
