@@ -240,7 +240,7 @@ def stored_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray |
 
 
 def cached_array(
-    path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], dtype=np.uint8
+    path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], object], dtype=np.uint8
 ) -> np.ndarray:
     """Return the array in `path`, memory-mapped and read-only; `fill` and store it if needed.
 

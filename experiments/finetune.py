@@ -19,7 +19,7 @@ from cnn_jax.ablation import log
 from cnn_jax.config import Config, Data, Model, Optimizer, Train
 
 # Wherever in these ranges a few dozen images put it, the classifier is a sound one.
-TUNE = {'optimizer.learning_rate': log(3e-3, 3e-2), 'loss.l2': log(3e-3, 0.3)}
+TUNE = {'optimizer.learning_rate': log(3e-3, 3e-2), 'loss.l2': log(1e-2, 0.3)}
 
 
 def get_config() -> Config:

@@ -82,7 +82,7 @@ def kept(folder: Path) -> dict[str, Any]:
     }
     name = f'experiments/{summary["name"]}.py'
     own = cfg.replace(experiment(name).get_config(), {'train.threads': store.plan.threads})
-    baseline = store.plan.baseline
+    baseline, threads = store.plan.baseline, store.plan.threads
     changes = cfg.differences(own, store.plan.configs[baseline])
     of_arm = {*store.plan.ranges[baseline], *store.plan.changes[baseline]}
     return {
@@ -99,6 +99,7 @@ def kept(folder: Path) -> dict[str, Any]:
         'replicates': summary['looks'],
         'trials': summary['trials'],
         'primaries': summary['primaries'],
+        'core_hours': json.loads((folder / 'cost.json').read_text())['seconds'] * threads / 3600,
         'margins': summary['margins'],
         'pixels': summary['floor'] and summary['floor']['accuracy'],
         'arms': arms,
@@ -170,11 +171,20 @@ def page() -> str:
         looks = answer['replicates']
         most = looks[0] if len(looks) == 1 else f'until decided, at most {looks[-1]}'
         by = '' if not tuned or 'finalists' in tuned else EARLIER
+        verdicts = [
+            compared['verdict']
+            for arm in answer['arms'].values()
+            for measure, compared in arm['compared'].items()
+            if measure in answer.get('primaries', answer['margins'])
+        ]
+        decided = f'{sum(each != "undecided" for each in verdicts)} of {len(verdicts)}'
+        hours = f', {answer["core_hours"]:.1f} core-hours' if 'core_hours' in answer else ''
         parts.append(
             f'## {answer["question"]}{size}\n\n{picture}'
             + '\n'.join(f'- {line}' for line in about)
             + f'\n\n`{" ".join([answer["experiment"], *given])}`, {how}{most} replicates, '
-            f'{answer["date"]}, commit {answer["commit"][:10]}, jaxlib {answer["jaxlib"]}. '
+            f'{decided} verdicts decided{hours}, {answer["date"]}, commit '
+            f'{answer["commit"][:10]}, jaxlib {answer["jaxlib"]}. '
             f'{answer["population"]}{by}\n'
         )
     return '\n'.join(parts)
