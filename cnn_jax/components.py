@@ -119,8 +119,16 @@ def from_objects(
         model=_Constant(model) if isinstance(model, nn.Module) else model,
         source=None if train is None else _Splits(train, eval),
         optimizer=_Constant(optimizer) if hasattr(optimizer, 'update') else optimizer,
-        regularizers=tuple(regularizers),
+        regularizers=_listed(regularizers, 'regularizers'),
     )
+
+
+def _listed(regularizers: Any, where: str) -> tuple[Any, ...]:
+    """Regularizers as a tuple; UserError if they are anything else."""
+    found = regularizers if isinstance(regularizers, (list, tuple)) else [regularizers]
+    if not all(hasattr(each, 'term') and hasattr(each, 'is_on') for each in found):
+        raise UserError(f'{where} must be a list of cnn_jax.Regularizer(…)')
+    return tuple(found)
 
 
 NO_COMPONENTS = Components()
@@ -233,11 +241,8 @@ def from_experiment(path: str | Path) -> Components:
             raise UserError(
                 f'{path}: {name} is not a function; define it as `def {name}(config, …)`'
             )
-    regularizers = getattr(module, 'REGULARIZERS', ())
-    listed = regularizers if isinstance(regularizers, (list, tuple)) else [regularizers]
-    if not all(hasattr(each, 'term') for each in listed):
-        raise UserError(f'{path}: REGULARIZERS must be a list of cnn_jax.Regularizer(…)')
-    brings = Components(regularizers=tuple(listed), **functions)
+    regularizers = _listed(getattr(module, 'REGULARIZERS', ()), f'{path}: REGULARIZERS')
+    brings = Components(regularizers=regularizers, **functions)
     if brings == NO_COMPONENTS:
         return brings
     return dataclasses.replace(brings, experiment=str(Path(path).resolve()))

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import stat
@@ -68,6 +69,16 @@ def local_path(given: str, name: str) -> str:
         return str(Path(given).expanduser()) if given.startswith('~') else given
     except RuntimeError as error:
         raise UserError(f'{name} is {given}, and there is no such home; give the path') from error
+
+
+def workdir_path(given: str | Path, name: str = 'workdir') -> str:
+    """The `local_path` of a work directory, or its URL; UserError if nothing can be saved there."""
+    if re.search('[\ud800-\udfff]', str(given)):  # bytes in Python
+        raise UserError(
+            f'{name} is {str(given)!r}, whose name is not UTF-8; checkpoints cannot be saved '
+            'there, choose another'
+        )
+    return local_path(str(given), name)
 
 
 def make_folder(folder: Path) -> None:

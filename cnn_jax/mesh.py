@@ -126,7 +126,7 @@ def make_mesh(
     # In this order, each process has a part of every batch in one piece.
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     hosts = len({device.process_index for device in ordered})
-    parts, rest = divmod(len(ordered), model)
+    parts, rest = divmod(len(ordered), model) if model > 0 else (0, 1)
     if rest or len(ordered) // hosts % model:
         raise UserError(
             f'--model_parallel={model} does not divide the number of devices of a process, '

@@ -61,9 +61,11 @@ class Regularizer:
     needs_images: bool = False  # it cannot do with a frozen backbone's features
 
     def __post_init__(self) -> None:
-        for path in (self.field, self.on):
-            if path:
-                get(Config(), path)  # an unknown one is a UserError
+        strength, acted_on = (get(Config(), each) for each in (self.field, self.on or 'loss.l2_on'))
+        if not isinstance(strength, (int, float)) or not callable(self.term):
+            raise UserError(f'Regularizer({self.field!r}, …) needs a field of a number and a term')
+        if not isinstance(acted_on, tuple):
+            raise UserError(f'Regularizer(on={self.on!r}): that field holds no patterns of names')
 
     def is_on(self, config: Config) -> bool:
         """Return whether it is compiled in; a strength that is not optional always is."""

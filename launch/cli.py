@@ -25,7 +25,7 @@ from cnn_jax import runtime
 from cnn_jax.components import Components, from_experiment, get_config
 from cnn_jax.errors import RunFailed, UserError, nearest, printable
 from cnn_jax.fields import field_at, from_text
-from cnn_jax.files import local_path
+from cnn_jax.files import local_path, workdir_path
 
 PRINT = print  # as Python has it
 _overrides: dict[str, Any] = {}  # the values of --config.KEY=VALUE
@@ -51,12 +51,8 @@ class _Path(flags.ArgumentParser):
                 f'--{self.name} is {argument}, but an object store cannot be used here; give a '
                 'path of this machine'
             )
-        if self.name == 'workdir' and re.search('[\ud800-\udfff]', argument):  # bytes in Python
-            raise UserError(
-                f'--workdir is {argument!r}, whose name is not UTF-8; checkpoints cannot be saved '
-                'there, choose another'
-            )
-        return local_path(argument, f'--{self.name}')
+        path = workdir_path if self.name == 'workdir' else local_path
+        return path(argument, f'--{self.name}')
 
 
 def define_path(

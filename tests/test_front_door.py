@@ -159,6 +159,49 @@ def test_a_net_that_cannot_be_trained_or_evaluated_is_refused(tmp_path, model, w
         cj.fit(cj.replace(CONFIG, {'train.frozen': ()}), tmp_path, model=model, **PARTS)
 
 
+class Rotated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x.mean((1, 2))) * 1j
+
+
+class Counting(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x.mean((1, 2))) + self.param('n', lambda key: np.zeros(3, np.int32))
+
+
+def raised(updates, state, params=None):
+    return jax.tree.map(lambda leaf: leaf[..., None], updates), state
+
+
+@pytest.mark.parametrize(
+    ('parts', 'word'),
+    [
+        ({'model': Rotated()}, 'returns complex64; logits are real'),
+        ({'model': Counting()}, r'parameter n .* is int32 \[3\]'),
+        ({'optimizer': lambda c: optax.sgd(float(c.optimizer.learning_rate))}, 'line .*: Concret'),
+        ({'optimizer': optax.GradientTransformation(lambda p: (), raised)}, 'its updates'),
+        ({'regularizers': cj.Regularizer('loss.own', lambda s, c: c.log_probs)}, 'Incompatible'),
+        ({'regularizers': [3]}, 'list of cnn_jax.Regularizer'),
+        ({'train': (TRAIN[0], TRAIN[1] + 2**40)}, 'labels .* to 1099511627778'),
+        ({'train': (TRAIN[0], [*TRAIN[1].tolist()[:-1], 10**9])}, 'to 1000000000'),
+        ({'train': (np.ma.masked_array(TRAIN[0]), TRAIN[1])}, 'masked'),
+        ({'train': ([[1], [1, 2]], TRAIN[1])}, 'no array'),
+        ({'train': (*TRAIN, 3)}, 'class names'),
+        ({'workdir': ''}, 'workdir is empty'),
+        ({'workdir': '~nobody_x'}, 'no such home'),
+        ({'workdir': '\udcff'}, 'not UTF-8'),
+        ({'trackers': [3]}, 'not a tracker'),
+        ({'model_parallel': 0}, 'model_parallel=0'),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path, parts, word):
+    config = cj.replace(CONFIG, {'train.frozen': (), 'loss.own': 0.1})
+    with pytest.raises(cj.UserError, match=word):
+        cj.fit(config, **{'workdir': tmp_path, 'model': Net(), **PARTS, **parts})
+
+
 class Partitioned(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -78,8 +78,10 @@ def draw_forest(summary: dict[str, Any]):
 def _draw_estimate(axes, at: float, compared: dict[str, Any], metric: Metric, upright=False):
     """Draw a mean and its interval; none where that has no end."""
     colour, marker, face = VERDICT_MARKS[compared['verdict']]
-    low, mean, high = (metric.scale * compared[each] for each in ('low', 'mean', 'high'))
-    if math.isfinite(high - low):
+    ends = compared['low'], compared['high']
+    mean = metric.scale * compared['mean']
+    if all(end is not None and math.isfinite(end) for end in ends):  # None in a `summary.json`
+        low, high = (metric.scale * end for end in ends)
         (axes.vlines if upright else axes.hlines)(at, low, high, color=colour, linewidth=2)
     point = (at, mean) if upright else (mean, at)
     axes.plot(*point, marker, color=colour, markerfacecolor=face, markersize=7)

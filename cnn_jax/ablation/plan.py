@@ -1,6 +1,7 @@
 """The plan of an ablation: arms and their controls, what is tuned, replicates, measures."""
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import itertools
@@ -183,6 +184,7 @@ class Plan:
 
 # What an experiment file may say of its ablation: arguments of `make_plan`, in capitals.
 CONSTANTS = 'SEEDS', 'TUNE', 'TRIALS', 'WIDEN', 'PRIMARIES', 'MARGINS', 'AGAINST', 'FLOOR'
+KNOWN = *CONSTANTS, 'ARMS', 'FACTORS', 'REGULARIZERS'
 
 
 def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) -> Plan:
@@ -203,6 +205,8 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) ->
     file = printable(experiment.__file__ or 'the experiment')
     name = printable(Path(experiment.__file__ or 'ablation').stem)
     arms, factors = (getattr(experiment, each, None) for each in ('ARMS', 'FACTORS'))
+    if arms and factors:
+        raise UserError(f'{file} has ARMS and FACTORS; leave one of them out')
     if not arms and not factors:
         raise UserError(
             f'{file} is not an ablation: it has neither ARMS nor FACTORS; train it with '
@@ -210,6 +214,9 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) ->
         )
     if hasattr(experiment, 'METRIC'):
         raise UserError(f"{file} has METRIC; name PRIMARIES = ('accuracy', 'loss')")
+    for other in sorted({each for each in vars(experiment) if each[0].isupper()} - {*KNOWN}):
+        if near := difflib.get_close_matches(other.upper(), KNOWN, n=1, cutoff=0.85):
+            raise UserError(f'{file} has {other}, which nothing reads; did you mean {near[0]}?')
     constants = {
         constant.lower(): getattr(experiment, constant)
         for constant in CONSTANTS
@@ -267,6 +274,8 @@ def make_plan(
     """
     levels: dict[str, dict[str, str]] = {}
     if factors:
+        if arms:
+            raise UserError(f'the ablation{where} has arms and factors; leave one of them out')
         _check_table(factors, f'the factors{where} must be {{factor: {{level: changes}}}}')
         for factor, each in factors.items():
             _check_arms(each, f' of factor {factor!r}{where}')
@@ -355,7 +364,7 @@ def _measures(primaries: Any, margins: Any, where: str) -> dict[str, float]:
         raise UserError(f'the primary measures{where} are none; name accuracy, say')
     chosen = {each: margins.get(each, METRICS[each].margin) for each in primaries}
     for each, margin in chosen.items():
-        if not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
+        if not isinstance(margin, (int, float)) or not 0 <= margin < 1e300:
             raise UserError(
                 f'the margin of {each}{where} is {margin!r}; give a number of at least 0'
             )

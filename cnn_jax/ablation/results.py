@@ -375,6 +375,9 @@ def read_store(folder: Path) -> Store:
             f'{folder} is not the work directory of an ablation (it has no {DEFINITION}); '
             'give the --workdir that launch.ablate was given'
         )
+    cells = folder / FOLDER
+    if cells.exists() and not cells.is_dir():
+        raise UserError(f'{cells} is not a folder; restore it')
     with understood(folder):
         definition, plan = _stored(path)
         if not 0 < plan.looks[-1] <= MOST_SEEDS:

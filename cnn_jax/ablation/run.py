@@ -38,7 +38,7 @@ from cnn_jax.ablation.workers import (
 )
 from cnn_jax.components import NO_COMPONENTS, Components, one_of
 from cnn_jax.errors import UserError
-from cnn_jax.files import make_writable
+from cnn_jax.files import make_writable, workdir_path
 from cnn_jax.tools.page import number
 from cnn_jax.tools.progress import Interruption
 from cnn_jax.train.trackers import check as check_trackers
@@ -126,13 +126,15 @@ def ablate(
             raise UserError('the plan says what the baseline and the study are; leave them out')
         plan = arms
     else:
+        if not isinstance(baseline, cfg.Config | None):
+            raise UserError(f'baseline must be a cnn_jax.Config, not {type(baseline).__name__}')
         config = components.mark(baseline or cfg.Config())
         if workers != 0:  # one thread a run: results do not depend on the number of workers
             config = cfg.replace(config, {'train.threads': config.train.threads or 1})
         plan = make_plan(_with_baseline(arms), config, **study)
     if workers is None:
         workers = max(1, runtime.cores() // (plan.threads or runtime.cores()))
-    folder = Path(workdir)
+    folder = Path(workdir_path(workdir))
     make_writable(folder)
     refuse_links(folder)
     if (folder / 'config.json').exists():
@@ -217,6 +219,8 @@ def repeat(
 
 def _with_baseline(arms: Mapping[str, Changes]) -> dict[str, Changes]:
     """The arms with the one that changes nothing in front; added where there is none."""
+    if not isinstance(arms, Mapping):
+        raise UserError('the arms must be {name: {config path: value}}')
     unchanged: dict[str, Changes] = {arm: {} for arm, changes in arms.items() if not changes}
     return {**(unchanged or {'baseline': {}}), **arms}
 

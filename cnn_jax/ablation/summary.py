@@ -116,8 +116,17 @@ def _compared(store: Store, measure: str) -> dict[str, dict[str, Any] | None]:
         differences = _known(
             values(store, arm, measure) - values(store, store.plan.against[arm], measure)
         )
-        compared[arm] = _comparison(found, m, differences, METRICS[measure].sign)
+        compared[arm] = None
+        if any(_has_ended(store, each, measure) for each in (arm, store.plan.against[arm])):
+            compared[arm] = _comparison(found, m, differences, METRICS[measure].sign)
     return compared
+
+
+def _has_ended(store: Store, arm: str, measure: str) -> bool:
+    """Return whether any replicate of an arm has ended without failing."""
+    runs = (store.replicate(arm, number, measure) for number in range(store.plan.looks[-1]))
+    results = (store.result(run) for run in runs if run)
+    return any(result and not why_failed(result) for result in results)
 
 
 def _comparison(
@@ -395,7 +404,7 @@ def verdict(
     known = {m: each for m, each in compared.items() if each is not None}
     if not known:
         least = max(first_look, 2)
-        return {'kind': 'no claim', 'sentence': f'{arm}: no claim before {least} replicates.'}
+        return {'kind': 'no claim', 'sentence': f'{arm}: no claim before {least} replicates end.'}
     kinds = {each['verdict'] for each in known.values()}
     if {'better', 'worse'} <= kinds:
         kind = 'mixed'

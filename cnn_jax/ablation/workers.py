@@ -389,19 +389,18 @@ class _Structure:
         results: list[Result] = []
         try:
             results = self._results(runs)
-        except (UserError, OSError):  # which say nothing of the arm
+        except (UserError, OSError):
             raise
-        except Exception as error:  # one arm's failure must not stop the others
-            full = OUT_OF_MEMORY in str(error) or isinstance(error, MemoryError)
-            if full and len(runs) == 1:  # nor count as an answer
+        except Exception as error:  # which says nothing of the arm, as a diverging loss does
+            arm, reason = runs[0].arm, reason_of(error)
+            if OUT_OF_MEMORY not in str(error) and not isinstance(error, MemoryError):
+                told = f'a run of arm {arm!r} raised {type(error).__name__}: {reason}'
+                raise RunFailed(told) from error
+            if len(runs) == 1:
                 raise UserError(
-                    f'a run of arm {runs[0].arm!r} does not fit into the memory '
-                    f'({reason_of(error)}); make room, or lower config.data.batch, and rerun the '
-                    'same command'
+                    f'a run of arm {arm!r} does not fit into the memory ({reason}); make room, or '
+                    'lower config.data.batch, and rerun the same command'
                 ) from error
-            if not full:
-                reason = f'{type(error).__name__}: {error}'
-                results = [{'status': 'failed', 'reason': reason} for _ in runs]
         if not results:  # outside of `except`, which would keep the memory of what has failed
             return self._train_fewer(runs)
         for result in results:
@@ -451,9 +450,7 @@ def pin(number: int, workers: int, threads: int) -> None:
     if not hasattr(os, 'sched_setaffinity'):  # macOS
         return
     mine = sorted(os.sched_getaffinity(0))
-    if (
-        threads and workers == len(mine) // threads > 1
-    ):  # fewer may have another launcher beside them
+    if threads and workers == len(mine) // threads > 1:  # fewer may have others beside them
         os.sched_setaffinity(0, mine[number * threads : (number + 1) * threads])
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UserError, reason_of
 
 Skipped = tuple[tuple[str, str], ...]  # (path, reason); up to a colon, a reason is a kind
+MOST_CLASSES = 100_000
 UNREADABLE = 'unreadable'  # the kind of reason of an image that cannot be read
 
 
@@ -151,14 +152,26 @@ def as_source(data: Any, name: str = 'the data', class_names: Sequence[str] = ()
         raise UserError(
             f'{name} has {len(images)} images but {len(labels)} labels; give a label for each'
         )
-    names = tuple(map(str, data[2] if len(data) == 3 else class_names))
+    given = data[2] if len(data) == 3 else class_names
+    if not isinstance(given, Iterable):
+        raise UserError(f'the class names of {name} are {given!r}; give a name for each class')
+    names = tuple(map(str, given))
     if not names:
         names = tuple(str(k) for k in range(int(labels.max(initial=0)) + 1))
     return from_arrays(name, images, labels, names)
 
 
+def _array(given: Any, what: str) -> np.ndarray:
+    if np.ma.isMaskedArray(given):
+        raise UserError(f'{what} are a masked array; leave out what it masks')
+    try:
+        return np.asarray(given)
+    except ValueError as error:  # of different lengths
+        raise UserError(f'{what} are no array ({reason_of(error)}); give one') from error
+
+
 def _pixels(images: Any, name: str) -> UInt8[np.ndarray, 'n h w c']:
-    images = np.asarray(images)
+    images = _array(images, f'the images of {name}')
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise UserError(
             f'the images of {name} have the shape {list(images.shape)}; they must be '
@@ -183,13 +196,19 @@ def _pixels(images: Any, name: str) -> UInt8[np.ndarray, 'n h w c']:
 
 
 def _labels(labels: Any, name: str) -> Int32[np.ndarray, ' n']:
-    labels = np.asarray(labels)
+    labels = _array(labels, f'the labels of {name}')
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in 'iub':
         raise UserError(
             f'the labels of {name} are {labels.dtype} of the shape {list(labels.shape)}; they must '
             'be integers from 0, one for each image (of one-hot labels take labels.argmax(1))'
+        )
+    least, most = (int(end(initial=0)) for end in (labels.min, labels.max))
+    if least < 0 or most >= MOST_CLASSES:
+        raise UserError(
+            f'the labels of {name} go from {least} to {most}; they must be the numbers of the '
+            f'classes, from 0 to at most {MOST_CLASSES - 1:,}'
         )
     return labels.astype(np.int32)
 

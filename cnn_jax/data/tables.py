@@ -27,7 +27,7 @@ COLUMNS = {
 SPLITS = PARTS | {'training': 'train', 'testing': 'test', 'eval': 'validation'}
 DELIMITERS = ',;\t|'
 FEW = 20  # rows, of which most may have a label of their own
-Rows = dict[str, list[Any]]  # the values of each column
+Rows = dict[str, Callable[[], list[Any]]]  # the cells of each column
 
 
 def parts(kind: str, files: str, data: config.Data) -> dict[str, Callable[[], Source]]:
@@ -53,6 +53,8 @@ def parts(kind: str, files: str, data: config.Data) -> dict[str, Callable[[], So
         raise UserError(f'{pattern} does not exist; give a {kind} file, or a pattern of several')
     root, labels, split_of = Path(found[0]).parent, {}, {}
     for table in map(Path, found):
+        if not table.is_file():
+            raise UserError(f'{table} is a folder, a pipe or a device; give a {kind} file')
         rows = _chosen(table, (_read_csv if kind == 'csv' else _read_parquet)(table), data)
         for number, (path, label, split) in enumerate(zip(*rows), 1):
             path = _below(root, table.parent, path)
@@ -103,7 +105,8 @@ def _read_csv(path: Path) -> Rows:
             f'{path} has {len(rows[wrong - 1])} cells in row {wrong} and {len(names)} in its '
             'header; quote what holds the delimiter'
         )
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    _check_names(names, path)
+    return {name: lambda i=i: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -111,10 +114,18 @@ def _read_parquet(path: Path) -> Rows:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path).read().to_pydict()
+        file = parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).partition('\n')[0]
         raise UserError(f'{path} is not a whole Parquet file ({reason}); write it again') from error
+    names = file.schema_arrow.names
+    _check_names(names, path)
+    return {name: lambda name=name: file.read([name]).column(0).to_pylist() for name in names}
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'{path} has two columns of the name {twice[0]!r}; rename one')
 
 
 def _chosen(table: Path, rows: Rows, data: config.Data) -> tuple[list[str], ...]:
@@ -134,7 +145,14 @@ def _chosen(table: Path, rows: Rows, data: config.Data) -> tuple[list[str], ...]
                 f'{table} has {what}; its columns are {", ".join(rows) or "none"}: choose one by '
                 f'config.data.{field}'
             )
-        texts.append([_text(value, table, column, n) for n, value in enumerate(rows[column], 1)])
+        try:
+            values = rows[column]()
+        except (OSError, ValueError) as error:  # Arrow's are ValueErrors
+            raise UserError(
+                f'{table}: its column {column} cannot be read ({reason_of(error)}); store it as '
+                'text or whole numbers'
+            ) from error
+        texts.append([_text(value, table, column, n) for n, value in enumerate(values, 1)])
     for number, split in enumerate(texts[2], 1):
         if split != 'all' and split.lower() not in SPLITS:
             raise UserError(

@@ -213,6 +213,9 @@ def evaluate(run: Run, split: str = '', data: Any = None, train: Any = None) -> 
         source=data,
         sharding=layout.batch if layout else None,
     )
+    if batches.image_shape != run.spec.image_shape:
+        shapes = setup.shape_text(batches.image_shape), setup.shape_text(run.spec.image_shape)
+        raise UserError('the images are {}, the run was trained on {}; resize them'.format(*shapes))
     if list(batches.class_names) != run.class_names:
         raise UserError(
             f'the classes of {config.data.source} are {", ".join(batches.class_names)} now, but '

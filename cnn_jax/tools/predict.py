@@ -99,6 +99,8 @@ def predict_files(
     Errors:
         UserError: Draws are asked for, but the network has no dropout.
     """
+    if top is not None and top < 1:
+        raise UserError(f'top is {top}; give a number of at least 1, or None for all classes')
     size, names = min(batch_size, max(len(paths), 1)), run.class_names
     prepare = mc_dropout(run) if draws else None
 

@@ -19,6 +19,7 @@ from cnn_jax.ablation.plan import Range
 from cnn_jax.ablation.tuning import choose
 from cnn_jax.components import Components
 from cnn_jax.errors import UserError
+from cnn_jax.files import workdir_path
 from cnn_jax.summary import Layer, layers, table_of
 from cnn_jax.tools import profile
 from cnn_jax.train import loop, manifest, metrics, remote, setup
@@ -86,10 +87,13 @@ def fit(
     config = cfg.validate(components.mark(config))
     if tune and not config.train.trials:
         raise UserError('tune has no effect while config.train.trials is 0; set it, to 8 say')
+    if not isinstance(tune, Mapping | None):
+        raise UserError('tune must be {config path: log(low, high)}')
     check_trackers(trackers)
+    workdir = workdir_path(workdir)
     url = str(workdir) if remote.is_remote(str(workdir)) else ''
     copy = remote.Mirror(url) if url else None
-    folder = copy.folder if copy else Path(workdir).expanduser()
+    folder = copy.folder if copy else Path(workdir)
     with contextlib.ExitStack() as stack:
 
         def claim() -> int:

@@ -208,6 +208,11 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
                 f'the parameter {path} of the network is a {type(leaf).__name__}; parameters are '
                 'arrays here: give each a name of its own'
             )
+        if not leaf.size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise UserError(
+                f'the parameter {path} of the network is {leaf.dtype} {list(leaf.shape)}; '
+                'parameters are real numbers, at least one'
+            )
     names = list(params.flatten(weights))
     by_phase = trainable_by_phase(config, names)
     members = tuple(tuple(member) for member in by_phase[: phase + 1])
@@ -255,7 +260,11 @@ def make_program(config: cfg.Config, spec: RunSpec, phase: int = 0) -> Program:
         with blamed_on('your own optimizer'):
             rule = program.optimizer(config)
             begun = jax.eval_shape(rule.init, program.shapes)
-            jax.eval_shape(rule.update, program.shapes, begun, program.shapes, value=0.0)
+            updates, _ = jax.eval_shape(
+                rule.update, program.shapes, begun, program.shapes, value=0.0
+            )
+            if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, program.shapes):
+                raise UserError('its updates are not of the shapes of the parameters')
     return program
 
 
@@ -295,6 +304,8 @@ def _checked_layers(program: Program, frozen: Callable[[str], bool]) -> dict[str
             f'images of {spec.num_classes} classes; it must return logits '
             f'[{number}, {spec.num_classes}]'
         )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise UserError(f'the network returns {logits.dtype}; logits are real numbers')
     freezing.check_statistics(jaxpr, program.statistics, frozen)
     return layers
 

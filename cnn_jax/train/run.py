@@ -16,6 +16,7 @@ from cnn_jax import components as own
 from cnn_jax import config as cfg
 from cnn_jax import mesh, runtime
 from cnn_jax.errors import UserError
+from cnn_jax.files import workdir_path
 from cnn_jax.tools import figures
 from cnn_jax.tools.selfcheck import self_check
 from cnn_jax.train import manifest, metrics, remote, setup
@@ -163,7 +164,9 @@ def load_run(
         UserError: The folder holds no run or no such checkpoint, or own parts are missing or not
             those of the run.
     """
-    name = str(workdir)
+    if which not in (None, 'latest', 'best'):
+        raise UserError(f'which is {which!r}; it can be latest or best')
+    name = workdir_path(workdir)
     folder = remote.fetch_workdir(name)
     config, facts = manifest.read(folder)
     start(manifest.threads(folder, config))

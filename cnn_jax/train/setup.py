@@ -30,6 +30,7 @@ from cnn_jax.pretrained.weights import PREPROCESSINGS, Pretrained, insert, load
 from cnn_jax.regularizers import class_weights
 from cnn_jax.train.loop import Phase, compile_phase
 from cnn_jax.train.program import Program, RunSpec, State, begin_phase, make_program, state_maker
+from cnn_jax.train.step import check_step
 
 
 def layout_of(config: cfg.Config, *, model: int = 1, fsdp: bool = False) -> Layout | None:
@@ -300,6 +301,10 @@ def make_programs(config: cfg.Config, spec: RunSpec) -> list[Program]:
         facts = config, spec.network(config), prepared_shape(spec)
         if cut := cached_cut(*facts, program.trainable, need_images):
             programs[phase] = dataclasses.replace(program, cached=cut)
+    if spec.model or spec.optimizer or spec.regularizers or config.optimizer.arguments:
+        own = spec.model or spec.optimizer or spec.regularizers
+        with blamed_on('your own part' if own else 'config.optimizer.arguments'):
+            check_step(programs[0])
     return programs
 
 

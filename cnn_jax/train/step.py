@@ -32,7 +32,13 @@ from cnn_jax.regularizers import (
     log_probabilities,
 )
 from cnn_jax.train import metrics
-from cnn_jax.train.program import Program, State, Values
+from cnn_jax.train.program import (
+    Program,
+    State,
+    Values,
+    eval_state_shapes,
+    traced_values,
+)
 
 
 def train_step(
@@ -83,6 +89,26 @@ def train_step(
         averaged=averaged,
     )
     return state, sums
+
+
+def check_step(program: Program) -> None:
+    """Trace a step on images: what cannot be trained raises its error before anything is."""
+    config, count = program.config, program.config.data.batch
+    program, kinds = dataclasses.replace(program, cached=''), ('int32', 'int32', 'bool')
+    batch = {
+        name: jax.ShapeDtypeStruct((count,), kind)
+        for name, kind in zip(('label', 'index', 'mask'), kinds)
+    }
+    batch['image'] = jax.ShapeDtypeStruct((count, *program.spec.image_shape), jnp.uint8)
+
+    def take(weights: Any, batch: Any, values: Values) -> Any:
+        shapes = eval_state_shapes(program)
+        blank: Any = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        begun = program.optimizer(config).init(weights)
+        state = dataclasses.replace(blank, params=weights, opt_state=begun)
+        return train_step(program, state, batch, values)
+
+    jax.eval_shape(take, program.shapes, batch, traced_values(config))
 
 
 def bound_config(program: Program, state: State, values: Values) -> cfg.Config:

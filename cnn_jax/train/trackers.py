@@ -84,10 +84,13 @@ NAMES = {'tensorboard': _HParams, 'wandb': _WandB, 'mlflow': _MLflow}
 
 def check(trackers: Sequence[str | Tracker]) -> None:
     """Refuse a tracker of an unknown name, or whose package is not installed."""
-    for name in (each for each in trackers if isinstance(each, str)):
-        if name not in NAMES:
+    for name in trackers:
+        if not isinstance(name, str):
+            if not hasattr(name, 'scalars'):
+                raise UserError(f'{name!r} is not a tracker; see cnn_jax.train.trackers.Tracker')
+        elif name not in NAMES:
             raise UserError(f'{name} is not a tracker; there are {", ".join(NAMES)}')
-        if name != 'tensorboard' and importlib.util.find_spec(name) is None:
+        elif name != 'tensorboard' and importlib.util.find_spec(name) is None:
             raise UserError(f'{name} is not installed; pip install {name}')
 
 

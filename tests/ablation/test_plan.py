@@ -124,6 +124,11 @@ def test_until_decided_has_looks_and_controls_are_the_baseline_unless_named():
         *[({'FACTORS': {'f': each}}, 'factor') for each in ('x', {'a': None}, {3: {}})],
         ({'FACTORS': {'f': TWO, 'g': TWO}}, "two arms .* named 'a, b, c'"),
         ({'ARMS': ARMS, 'METRIC': 'loss'}, 'PRIMARIES'),
+        ({'ARMS': ARMS, 'FACTORS': {'f': TWO}}, 'ARMS and FACTORS'),
+        *[
+            ({'ARMS': ARMS, name: 3}, f'did you mean {near}')
+            for name, near in (('SEED', 'SEEDS'), ('Tune', 'TUNE'), ('REGULARIZER', 'REGULARIZERS'))
+        ],
         *[({'ARMS': ARMS, 'PRIMARIES': each}, 'measure') for each in (['acc'], '', None, [], 3)],
         *[
             ({'ARMS': ARMS, 'MARGINS': each}, 'margins|measures')
@@ -137,7 +142,10 @@ def test_until_decided_has_looks_and_controls_are_the_baseline_unless_named():
         ({'ARMS': ARMS, 'TUNE': RATE}, 'validation'),
         *[({'ARMS': ARMS, name: 3}, 'tunes nothing') for name in ('TRIALS', 'WIDEN')],
         *[({'ARMS': ARMS, 'TUNE': each}, 'tuned') for each in (3, [1], {'loss.l2': 0.1})],
-        *[({'ARMS': ARMS, 'MARGINS': {'loss': each}}, 'margin') for each in (-1, 'x', math.nan)],
+        *[
+            ({'ARMS': ARMS, 'MARGINS': {'loss': each}}, 'margin')
+            for each in (-1, 'x', math.nan, 10**400)
+        ],
         ({'ARMS': ARMS, 'TUNE': {'model.widths': log(1, 2)}}, 'model.widths'),
         ({'ARMS': ARMS, 'TUNE': {'loss.l3': log(1, 2)}}, 'loss.l3.*not a field'),
         ({'ARMS': {'a': {}, 'b': {'model.dropout': linear(0.0, 2.0)}}}, "arm 'b'.*model.dropout"),

@@ -90,6 +90,15 @@ def test_a_failed_replicate_is_judged_as_a_guess_and_named(ablation):
     assert arm['verdict']['kind'] == 'undecided'
 
 
+def test_arms_that_always_fail_are_not_equivalent(ablation):
+    folder = ablation({'none': 0.0, 'x': 0.0, 'y': 0.0}, seeds=5)
+    for cell in (*cells(folder, 'none'), *cells(folder, 'x')):
+        change(cell, status='failed', reason='the loss became NaN at step 7')
+    compared = {arm: each['compared'] for arm, each in summarize(folder)['arms'].items()}
+    assert compared['x']['accuracy'] is None
+    assert compared['y']['accuracy']['verdict'] == 'better'
+
+
 def test_missing_replicates_make_no_claim_and_are_listed(ablation):
     folder = ablation({'none': 0.0, 'x': 0.1}, seeds=5)
     cells(folder, 'none')[4].unlink()

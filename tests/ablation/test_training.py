@@ -17,7 +17,7 @@ from cnn_jax.ablation.plan import log, make_plan
 from cnn_jax.ablation.results import open_store
 from cnn_jax.ablation.training import compile_structure, train_runs
 from cnn_jax.components import NO_COMPONENTS, from_objects
-from cnn_jax.errors import UserError
+from cnn_jax.errors import RunFailed, UserError
 from cnn_jax.files import read_json
 from cnn_jax.train import setup
 from cnn_jax.train.fit import fit
@@ -233,6 +233,7 @@ def test_images_to_choose_by_are_not_those_to_test_on():
     [
         (OSError('no space left'), OSError, 'no space left'),
         (RuntimeError('RESOURCE_EXHAUSTED: out of'), UserError, 'does not fit into the memory'),
+        (TypeError('bad operand'), RunFailed, 'arm .* raised TypeError: bad operand'),
     ],
 )
 def test_what_says_nothing_of_an_arm_is_no_result_of_it(study, monkeypatch, error, told, word):
