@@ -100,9 +100,11 @@ def _population(store: Store, counts: dict[str, int]) -> str:
         drawn = f'{train} of {pool} training images, initial weights and order'
     alone = [METRICS[m].title for m in store.plan.primaries if m not in OF_IMAGES]
     same = f' (of {" and ".join(alone)}: on these test images)' if alone else ''
+    tuned = any(store.plan.ranges.values())
+    given = ' They take the values that tuning chose as given.' if tuned else ''
     return (
         f'A replicate draws {drawn}. Intervals cover new replicates and new test images of the '
-        f'same source, of which there are {test}{same}.'
+        f'same source, of which there are {test}{same}.{given}'
     )
 
 
