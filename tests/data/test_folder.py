@@ -356,10 +356,10 @@ MISTAKES = {
     ),
     'capitals': (dict.fromkeys(('Train/a', 'Train/b', 'Test/a', 'Test/b'), 1), 'like parts'),
     'long names': (dict.fromkeys(('training/a', 'training/b', 'validation/a'), 1), 'like parts'),
-    'no part': (dict.fromkeys(('train/a', 'train/b', 'extra/a'), 1), 'extra/, which is no part'),
+    'no part': (dict.fromkeys(('train/a', 'train/b', 'extra/a'), 1), 'extra/, which is not a part'),
     'a class beside parts': (
         dict.fromkeys(('plane', 'car', 'train/steam', 'train/diesel'), 1),
-        'car/, which is no part',
+        'car/, which is not a part',
     ),
 }
 
