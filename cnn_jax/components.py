@@ -184,6 +184,10 @@ def load_experiment(path: str | Path) -> types.ModuleType:
     return module
 
 
+class Blamed(UserError):
+    """An error of the user's code that says where it is."""
+
+
 @contextlib.contextmanager
 def blamed_on(what: object) -> Iterator[None]:
     """Turn what the user's code raises into a `UserError` that names its last line, else `what`.
@@ -193,7 +197,7 @@ def blamed_on(what: object) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if what is None:
+        if what is None or isinstance(error, Blamed):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         places = [
@@ -215,7 +219,7 @@ def blamed_on(what: object) -> Iterator[None]:
         where = '{}, line {}'.format(*places[-1]) if places else what
         if found := re.search(r"unexpected keyword argument '(\w+)'", told):
             told += nearest(found[1], [path.rpartition('.')[2] for path in cfg.to_flat(Config())])
-        raise UserError(f'{where}: {told}') from error
+        raise Blamed(f'{where}: {told}') from error
 
 
 def get_config(path: str | Path) -> Config:

@@ -318,11 +318,14 @@ def add_terms(
     total = jnp.zeros((), jnp.float32)
     for regularizer in regularizers:
         seen = context(regularizer)
-        own = (
-            None if regularizer in REGULARIZERS else f'your own regularizer of {regularizer.field}'
-        )
-        with blamed_on(own):
+        own = f'your own regularizer of {regularizer.field}'
+        with blamed_on(None if regularizer in REGULARIZERS else own):
             term = jnp.asarray(regularizer.term(get(seen.config, regularizer.field), seen))
+            if term.shape not in ((), each.shape) or jnp.iscomplexobj(term):
+                raise UserError(
+                    f'its term is {term.dtype} {list(term.shape)}; it must be a real number, or '
+                    'one an example'
+                )
         if term.ndim:
             each = each + term
         else:

@@ -182,7 +182,10 @@ def raised(updates, state, params=None):
         ({'model': Counting()}, r'parameter n .* is int32 \[3\]'),
         ({'optimizer': lambda c: optax.sgd(float(c.optimizer.learning_rate))}, 'line .*: Concret'),
         ({'optimizer': optax.GradientTransformation(lambda p: (), raised)}, 'its updates'),
-        ({'regularizers': cj.Regularizer('loss.own', lambda s, c: c.log_probs)}, 'Incompatible'),
+        (
+            {'regularizers': cj.Regularizer('loss.own', lambda s, c: c.log_probs)},
+            'own regularizer of loss.own: its term is float32',
+        ),
         ({'regularizers': [3]}, 'list of cnn_jax.Regularizer'),
         ({'train': (TRAIN[0], TRAIN[1] + 2**40)}, 'labels .* to 1099511627778'),
         ({'train': (TRAIN[0], [*TRAIN[1].tolist()[:-1], 10**9])}, 'to 1000000000'),
