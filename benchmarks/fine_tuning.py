@@ -210,8 +210,7 @@ def main() -> None:
     about = f"""{results.conditions('jaxlib', 'scikit-learn')}
 
 Mean ± half the 95% interval over {given.folds} folds, which counts that their training parts
-overlap. A fold's seconds: its trials and training, and features that no earlier fold or contender
-has left in the cache."""
+overlap. A fold's seconds are the median of its trials and training, with features in the cache."""
     cli.publish('Fine-tuning recipes', '\n\n'.join([about, *parts]), given.out)
 
 

@@ -32,13 +32,7 @@ from cnn_jax.regularizers import (
     log_probabilities,
 )
 from cnn_jax.train import metrics
-from cnn_jax.train.program import (
-    Program,
-    State,
-    Values,
-    eval_state_shapes,
-    traced_values,
-)
+from cnn_jax.train.program import Program, State, Values, eval_state_shapes, traced_values
 
 
 def train_step(
@@ -94,11 +88,9 @@ def train_step(
 def check_step(program: Program) -> None:
     """Trace a step on images: what cannot be trained raises its error before anything is."""
     config, count = program.config, program.config.data.batch
-    program, kinds = dataclasses.replace(program, cached=''), ('int32', 'int32', 'bool')
-    batch = {
-        name: jax.ShapeDtypeStruct((count,), kind)
-        for name, kind in zip(('label', 'index', 'mask'), kinds)
-    }
+    program = dataclasses.replace(program, cached='')
+    kinds = {'label': jnp.int32, 'index': jnp.int32, 'mask': jnp.bool_}
+    batch = {name: jax.ShapeDtypeStruct((count,), kind) for name, kind in kinds.items()}
     batch['image'] = jax.ShapeDtypeStruct((count, *program.spec.image_shape), jnp.uint8)
 
     def take(weights: Any, batch: Any, values: Values) -> Any:
