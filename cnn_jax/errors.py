@@ -64,7 +64,7 @@ def csv_cell(value: object) -> object:
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.7) -> str:
     """The end of an error's sentence: `; did you mean train?`, or nothing where none is near.
 
     A mapping of choices says how each is written in the sentence.
@@ -75,5 +75,5 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     written = choices if isinstance(choices, Mapping) else {each: each for each in choices}
     plain = {each.casefold(): text for each, text in written.items()}
     # Of three letters, two in the same order are 0.67: val and all.
-    found = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=0.7)
+    found = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=cutoff)
     return f'; did you mean {plain[found[0]]}?' if found else ''

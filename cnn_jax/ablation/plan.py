@@ -1,7 +1,6 @@
 """The plan of an ablation: arms and their controls, what is tuned, replicates, measures."""
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import itertools
@@ -205,8 +204,6 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) ->
     file = printable(experiment.__file__ or 'the experiment')
     name = printable(Path(experiment.__file__ or 'ablation').stem)
     arms, factors = (getattr(experiment, each, None) for each in ('ARMS', 'FACTORS'))
-    if arms and factors:
-        raise UserError(f'{file} has ARMS and FACTORS; leave one of them out')
     if not arms and not factors:
         raise UserError(
             f'{file} is not an ablation: it has neither ARMS nor FACTORS; train it with '
@@ -215,8 +212,8 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) ->
     if hasattr(experiment, 'METRIC'):
         raise UserError(f"{file} has METRIC; name PRIMARIES = ('accuracy', 'loss')")
     for other in sorted({each for each in vars(experiment) if each[0].isupper()} - {*KNOWN}):
-        if near := difflib.get_close_matches(other.upper(), KNOWN, n=1, cutoff=0.85):
-            raise UserError(f'{file} has {other}, which nothing reads; did you mean {near[0]}?')
+        if near := nearest(other, KNOWN, cutoff=0.85):
+            raise UserError(f'{file} has {other}, which nothing reads{near}')
     constants = {
         constant.lower(): getattr(experiment, constant)
         for constant in CONSTANTS
@@ -225,7 +222,7 @@ def plan_of(experiment: types.ModuleType, config: cfg.Config, **options: Any) ->
     return make_plan(
         arms or {},
         config,
-        factors=None if arms else factors,
+        factors=factors,
         name=name,
         question=str(experiment.__doc__ or '').strip(),
         where=f' of {file}',
@@ -275,7 +272,7 @@ def make_plan(
     levels: dict[str, dict[str, str]] = {}
     if factors:
         if arms:
-            raise UserError(f'the ablation{where} has arms and factors; leave one of them out')
+            raise UserError(f'the ablation{where} has ARMS and FACTORS; leave one of them out')
         _check_table(factors, f'the factors{where} must be {{factor: {{level: changes}}}}')
         for factor, each in factors.items():
             _check_arms(each, f' of factor {factor!r}{where}')

@@ -79,7 +79,7 @@ class Run:
 
     @property
     def label(self) -> dict[str, Any]:
-        """The run's result, as its file has it."""
+        """The facts by which its file names the run."""
         return {'kind': self.kind, 'arm': self.arm, 'seed': self.seed, 'trial': self.trial}
 
 
